@@ -1,0 +1,57 @@
+# Two commands set everything up on a fresh machine: `make demo` and `make test`.
+# Both need only python3.11 (or PYTHON=...) and make, and create .venv here.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+.PHONY: demo test lint types docs examples check clean help
+
+help:
+	@echo "make demo      install, and train on 5,000 real MNIST digits with SGD and with KFC"
+	@echo "make test      install, and run the tests"
+	@echo "make lint      ruff and the import contract"
+	@echo "make types     mypy"
+	@echo "make docs      build the documentation into docs/_build/html"
+	@echo "make examples  run every example in small"
+	@echo "make check     all of the above but the demo"
+
+demo: $(VENV)/installed
+	@echo "==> Training on 5,000 MNIST digits, with SGD alone and with KFCCallback added"
+	$(BIN)/python examples/mnist_demo.py
+
+test: $(VENV)/installed
+	@echo "==> Running the tests"
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+lint: $(VENV)/installed
+	@echo "==> Linting"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(VENV)/installed
+	@echo "==> Checking types"
+	$(BIN)/mypy
+
+docs: $(VENV)/installed
+	@echo "==> Building the documentation"
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
+
+examples: $(VENV)/installed
+	@echo "==> Running every example in small"
+	$(BIN)/python examples/run_all.py
+
+check: test lint types docs examples
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@echo "==> Creating $(VENV) with $(PYTHON)"
+	$(PYTHON) -m venv $(VENV)
+	@echo "==> Installing lightning-kfc and what its tests and examples need (pinned by constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) docs/_build lightning_logs demo_logs

@@ -1,0 +1,23 @@
+"""Train networks with approximate natural gradient: KFC as a Lightning callback."""
+
+from lightning_kfc.callback import KFCCallback
+from lightning_kfc.kfc import KFC, LossNotRecognisedError
+from lightning_kfc.layers import register_adapter
+from lightning_kfc.likelihood import Bernoulli, Categorical, Gaussian
+from lightning_kfc.schedule import ExponentialSchedule, LinearSchedule
+from lightning_kfc.selftest import SelfTestError
+from lightning_kfc.version import __version__
+
+__all__ = [
+    "KFC",
+    "Bernoulli",
+    "Categorical",
+    "ExponentialSchedule",
+    "Gaussian",
+    "KFCCallback",
+    "LinearSchedule",
+    "LossNotRecognisedError",
+    "SelfTestError",
+    "__version__",
+    "register_adapter",
+]

@@ -1,0 +1,131 @@
+"""Records, during the forward of a due step, what each layer read and where its output's derivative arrives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+
+from lightning_kfc.factors.statistics import InputStatistic
+from lightning_kfc.layers import Adapter, Forward
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer's module in the forward.
+
+    Attributes:
+        layer: The layer's name.
+        adapter: The adapter of the module that was called.
+        inputs: What the call adds to A.
+        edge: Where the derivative at the module's own output arrives.
+        output_shape: The shape of that output.
+        probe: Input rows times the self-test's direction, or None when no self-test is due.
+    """
+
+    layer: str
+    adapter: Adapter
+    inputs: InputStatistic
+    edge: GradientEdge
+    output_shape: torch.Size
+    probe: Tensor | None
+
+    def output_gradient(self, gradient: Tensor) -> Tensor:
+        """The derivative that arrived at the edge, in the output's shape."""
+        return gradient.reshape(self.output_shape)
+
+
+def output_edge(output: Tensor) -> GradientEdge:
+    """The gradient edge of a module's output, such that a later in-place operation does not disconnect it.
+
+    The edge, not the tensor: an in-place ReLU would move the tensor's grad_fn past itself. Where the output
+    is a view of all of its base (a Linear with bias on 3-D input), an in-place operation on it re-creates
+    the view's node, and only the base's edge still receives a derivative.
+    """
+    base = output._base
+    if (
+        base is not None
+        and base.requires_grad
+        and base.numel() == output.numel()
+        and base.is_contiguous()
+        and output.is_contiguous()
+    ):
+        return get_gradient_edge(base)
+    return get_gradient_edge(output)
+
+
+class _ForwardHook:
+    """A forward hook that a copied or pickled module carries as one that does nothing."""
+
+    def __init__(self, record: Callable[[Forward, Tensor], None] | None) -> None:
+        self._record = record
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._record is not None and isinstance(output, Tensor):
+            self._record(Forward(args, kwargs), output)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _ForwardHook:
+        return _ForwardHook(None)
+
+    def __reduce__(self) -> tuple[type[_ForwardHook], tuple[None]]:
+        return _ForwardHook, (None,)
+
+
+@dataclass
+class Recorder:
+    """Attached to the modules of a due step while its loss is computed; detaches whatever happens.
+
+    Attributes:
+        calls: The calls recorded so far, in forward order.
+        paused: Whether calls pass unrecorded. A backward re-runs checkpointed forwards, which are none of ours.
+    """
+
+    calls: list[Call] = field(default_factory=list)
+    paused: bool = False
+    _handles: list[RemovableHandle] = field(default_factory=list)
+
+    def attach(self, layer: str, adapters: Sequence[Adapter], direction: Callable[[Tensor], Tensor] | None) -> None:
+        """Record the calls of a layer's modules.
+
+        Args:
+            layer: The layer's name.
+            adapters: Its modules' adapters.
+            direction: Gives the self-test's direction for an input's device and precision, or None for no test.
+        """
+        for adapter in adapters:
+            if not adapter.own_parameters():
+                continue
+
+            def record(forward: Forward, output: Tensor, adapter: Adapter = adapter) -> None:
+                self._record(layer, adapter, forward, output, direction)
+
+            # Ahead of the user's own hooks: the layer's own output is wanted, before any of them changes it.
+            handle = adapter.module.register_forward_hook(_ForwardHook(record), prepend=True, with_kwargs=True)
+            self._handles.append(handle)
+
+    def detach(self) -> None:
+        """Remove every hook; calls already recorded stay."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _record(
+        self,
+        layer: str,
+        adapter: Adapter,
+        forward: Forward,
+        output: Tensor,
+        direction: Callable[[Tensor], Tensor] | None,
+    ) -> None:
+        if self.paused or not torch.is_grad_enabled() or not output.requires_grad:
+            return
+        # Autocast would form the statistics in half precision.
+        with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+            inputs = adapter.input_statistic(forward)
+            probe = None if direction is None else adapter.project(forward, direction(inputs.total))
+        self.calls.append(Call(layer, adapter, inputs, output_edge(output), output.shape, probe))

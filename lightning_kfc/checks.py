@@ -1,0 +1,56 @@
+"""Checks of the settings that a user gives, with errors that name the setting, the value and the way out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from numbers import Integral, Real
+from typing import Any
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Require a positive, finite number."""
+    _check_number(name, value)
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be a positive number, got {value!r}.")
+
+
+def check_fraction(name: str, value: Any) -> None:
+    """Require a number of at least 0 and below 1."""
+    _check_number(name, value)
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be at least 0 and below 1, got {value!r}.")
+
+
+def check_integer(name: str, value: Any, *, minimum: int) -> None:
+    """Require a whole number of at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be a whole number, got {value!r} of type {type(value).__name__}.")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value!r}.")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Require one of the named choices."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def check_patterns(name: str, value: Any) -> tuple[str, ...] | None:
+    """Glob patterns as a tuple; a single string is one pattern."""
+    if value is None:
+        return None
+    patterns = (value,) if isinstance(value, str) else tuple(value)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(
+                f"{name} takes glob patterns over module names, such as 'encoder.*'; "
+                f"got {pattern!r} of type {type(pattern).__name__}."
+            )
+    return patterns
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")

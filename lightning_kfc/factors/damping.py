@@ -1,0 +1,55 @@
+"""Factored Tikhonov damping (E4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def mean_diagonal(factor: Tensor) -> Tensor:
+    """The mean diagonal entry of a dense ``(..., d, d)`` factor, or of a diagonal ``(groups, d)`` one."""
+    if factor.ndim == 2:
+        return factor.mean(-1)
+    return factor.diagonal(dim1=-2, dim2=-1).mean(-1)
+
+
+def balance(A: Tensor, G: Tensor) -> Tensor:
+    r"""The :math:`\pi` of E4, shape ``(groups,)``: the root of the ratio of mean diagonals, A to G.
+
+    It is 1 where either trace is zero or not finite (a layer whose units are all dead), so that damping
+    stays finite there.
+    """
+    numerator, denominator = mean_diagonal(A), mean_diagonal(G)
+    # Two roots rather than the root of a ratio: tiny losses would underflow in the ratio first.
+    pi = numerator.clamp(min=0).sqrt() / denominator.clamp(min=0).sqrt()
+    return torch.where(torch.isfinite(pi) & (pi > 0), pi, torch.ones_like(pi))
+
+
+def add_diagonal(factor: Tensor, amount: Tensor) -> Tensor:
+    """The factor with ``amount`` (one number a group) added to its diagonal, as a new tensor."""
+    if factor.ndim == 2:
+        return factor + amount.unsqueeze(-1)
+    damped = factor.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(amount.unsqueeze(-1))
+    return damped
+
+
+def split_damping(A: Tensor, G: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    r"""Spread ``damping`` over both factors, keeping their scales balanced (E4).
+
+    Returns :math:`A + \pi\sqrt\lambda I` and :math:`G + \pi^{-1}\sqrt\lambda I`, :math:`\pi^2` the ratio
+    of mean diagonals, A to G (Martens & Grosse 2015, arXiv:1503.05671, sec. 6.3).
+
+    Args:
+        A: Input factor, symmetric PSD, shape ``(groups, d_in, d_in)``, or ``(groups, d_in)`` if diagonal.
+        G: Output factor, symmetric PSD, shape ``(groups, d_out, d_out)``; in units of the loss.
+        damping: :math:`\lambda > 0`, in the units of ``A ⊗ G``.
+
+    Raises:
+        ValueError: If ``damping`` is not positive.
+    """
+    if not damping > 0:
+        raise ValueError(f"damping must be positive, got {damping!r}: the factors alone may be singular.")
+    pi = balance(A, G)
+    root = damping**0.5
+    return add_diagonal(A, pi * root), add_diagonal(G, root / pi)

@@ -1,0 +1,124 @@
+"""Patches of convolution inputs as rows, and their second moment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_kfc.factors.statistics import homogeneous_total, second_moment_total
+
+#: At most this many bytes of patches are materialised at once.
+PATCH_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where a convolution reads its input, in one, two or three dimensions.
+
+    Attributes:
+        kernel_size: Size per dimension.
+        stride: Stride per dimension.
+        padding: Padding before and after, per dimension.
+        dilation: Dilation per dimension.
+        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
+        groups: Groups of channels.
+    """
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    padding_mode: str
+    groups: int
+
+    @classmethod
+    def of(
+        cls,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int] | str,
+        dilation: Sequence[int],
+        padding_mode: str = "zeros",
+        groups: int = 1,
+    ) -> Geometry:
+        """Resolve a convolution module's options, ``padding='same'`` and ``'valid'`` included."""
+        if padding == "same":
+            spans = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
+            pads = tuple((span // 2, span - span // 2) for span in spans)
+        elif padding == "valid":
+            pads = tuple((0, 0) for _ in kernel_size)
+        else:
+            pads = tuple((int(p), int(p)) for p in padding)
+        return cls(tuple(kernel_size), tuple(stride), pads, tuple(dilation), padding_mode, groups)
+
+
+def pad(images: Tensor, geometry: Geometry) -> Tensor:
+    """The images ``(examples, channels, *space)`` with the convolution's own padding applied."""
+    amounts = [amount for pair in reversed(geometry.padding) for amount in pair]
+    if not any(amounts):
+        return images
+    mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode
+    return F.pad(images, amounts, mode=mode)
+
+
+def patch_rows(images: Tensor, geometry: Geometry) -> Tensor:
+    """The patches of images, one row per output location, in the order of ``torch.nn.functional.unfold``.
+
+    Args:
+        images: Inputs of the convolution, shape ``(examples, channels, *space)``.
+        geometry: Where the convolution reads them.
+
+    Returns:
+        Shape ``(examples, positions, groups, channels / groups * prod(kernel_size))``.
+    """
+    windows = pad(images, geometry)
+    for axis, (size, step, dilation) in enumerate(
+        zip(geometry.kernel_size, geometry.stride, geometry.dilation, strict=True)
+    ):
+        windows = windows.unfold(2 + axis, dilation * (size - 1) + 1, step)[..., ::dilation]
+    examples, channels = windows.shape[:2]
+    n = len(geometry.kernel_size)
+    positions = windows.shape[2 : 2 + n].numel()
+    order = (0, *range(2, 2 + n), 1, *range(2 + n, 2 + 2 * n))
+    depth = channels // geometry.groups * torch.Size(geometry.kernel_size).numel()
+    return windows.permute(order).reshape(examples, positions, geometry.groups, depth)
+
+
+def patch_chunks(images: Tensor, geometry: Geometry) -> Iterator[Tensor]:
+    """The rows of :func:`patch_rows` a few examples at a time, at most ``PATCH_BYTES`` of them at once."""
+    taps = torch.Size(geometry.kernel_size).numel()
+    bytes_per_example = max(1, images[:1].numel() * taps * images.element_size())
+    size = max(1, PATCH_BYTES // bytes_per_example)
+    for chunk in torch.split(images, size):
+        yield patch_rows(chunk, geometry)
+
+
+def patch_second_moment(images: Tensor, geometry: Geometry, *, homogeneous: bool) -> tuple[Tensor, int]:
+    r"""The total :math:`\sum_r a_r a_r^\top` over all patches, and their number R.
+
+    Args:
+        images: Inputs of the convolution, shape ``(examples, channels, *space)``.
+        geometry: Where the convolution reads them.
+        homogeneous: Whether rows carry a trailing 1, for a bias.
+
+    Returns:
+        The total, shape ``(groups, d, d)``, and R.
+    """
+    total: Tensor | None = None
+    row_sum: Tensor | None = None
+    rows = 0
+    for chunk in patch_chunks(images, geometry):
+        part = second_moment_total(chunk)
+        total = part if total is None else total + part
+        rows += chunk.shape[0] * chunk.shape[1]
+        if homogeneous:
+            column = chunk.sum((0, 1))
+            row_sum = column if row_sum is None else row_sum + column
+    assert total is not None  # split() yields at least one chunk
+    if row_sum is not None:
+        total = homogeneous_total(total, row_sum, rows)
+    return total, rows

@@ -1,0 +1,34 @@
+"""Zero-debiased exponential running averages of factors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RunningAverage:
+    r"""An exponential average that starts from nothing.
+
+    After k updates with decay :math:`\rho` it equals
+    :math:`\sum_j \rho^{k-j}(1-\rho) F_j / (1-\rho^k)`: the first update counts fully, and no trace of an
+    initial identity is left (KFC.md sec. 2; the debiasing of Kingma & Ba 2015, sec. 3).
+
+    Attributes:
+        value: The average, already debiased.
+        weight: :math:`1-\rho^k`, the mass behind ``value``.
+    """
+
+    value: Tensor
+    weight: float
+
+    @classmethod
+    def start(cls, value: Tensor, decay: float) -> RunningAverage:
+        """The average after its first update, which is that update itself."""
+        return cls(value, 1.0 - decay)
+
+    def updated(self, value: Tensor, decay: float) -> RunningAverage:
+        """The average after one more update."""
+        weight = decay * self.weight + (1.0 - decay)
+        return RunningAverage(self.value.lerp(value, (1.0 - decay) / weight), weight)

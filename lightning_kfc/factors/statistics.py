@@ -1,0 +1,123 @@
+"""Sums of outer products of canonical rows, and the factors A and G made from them.
+
+Canonical rows have shape ``(examples, positions, groups, d)``; the row index r of the equations runs over
+examples and positions together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def factor_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision in which statistics of ``dtype`` are formed: float32, or float64 where that is given."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def append_ones(rows: Tensor) -> Tensor:
+    """Rows in homogeneous form: a trailing 1 on the last axis, for the bias."""
+    return torch.cat([rows, rows.new_ones((*rows.shape[:-1], 1))], dim=-1)
+
+
+def second_moment_total(rows: Tensor) -> Tensor:
+    r"""The sum :math:`\sum_r x_r x_r^\top` over examples and positions, for each group.
+
+    Args:
+        rows: Canonical rows, shape ``(examples, positions, groups, d)``.
+
+    Returns:
+        Symmetric matrices, shape ``(groups, d, d)``.
+    """
+    flat = rows.flatten(0, 1)
+    if flat.shape[1] == 1:
+        matrix = flat[:, 0]
+        return (matrix.T @ matrix).unsqueeze(0)
+    by_group = flat.transpose(0, 1)
+    return by_group.transpose(1, 2) @ by_group
+
+
+def homogeneous_total(total: Tensor, row_sum: Tensor, rows: int) -> Tensor:
+    r"""The second-moment total of rows with a trailing 1, from that of the rows without.
+
+    Args:
+        total: :math:`\sum_r x_r x_r^\top`, shape ``(groups, d, d)``.
+        row_sum: :math:`\sum_r x_r`, shape ``(groups, d)``.
+        rows: The number of rows R.
+
+    Returns:
+        Shape ``(groups, d + 1, d + 1)``.
+    """
+    groups, d, _ = total.shape
+    bordered = total.new_empty((groups, d + 1, d + 1))
+    bordered[:, :d, :d] = total
+    bordered[:, :d, d] = row_sum
+    bordered[:, d, :d] = row_sum
+    bordered[:, d, d] = rows
+    return bordered
+
+
+def share_by_reduction(rows: Tensor, *, average: bool) -> Tensor:
+    """Merge the positions of each example into one row ("reduce", Eschenhagen et al. 2023, arXiv:2311.00636).
+
+    Args:
+        rows: Canonical rows, shape ``(examples, positions, groups, d)``.
+        average: Mean over positions (input rows) rather than their sum (output rows).
+
+    Returns:
+        Shape ``(examples, 1, groups, d)``.
+    """
+    return rows.mean(1, keepdim=True) if average else rows.sum(1, keepdim=True)
+
+
+def per_example_gradients(input_rows: Tensor, output_rows: Tensor) -> Tensor:
+    r"""Each example's gradient :math:`\sum_t g_{nt} \bar a_{nt}^\top`; shape ``(examples, groups, d_out, d_in)``."""
+    return torch.einsum("ntgo,ntgi->ngoi", output_rows, input_rows)
+
+
+@dataclass(frozen=True)
+class InputStatistic:
+    r"""What one forward call adds to A: the total :math:`\sum_r \bar a_r \bar a_r^\top` and the number of rows.
+
+    Attributes:
+        total: Shape ``(groups, d_in, d_in)``, or ``(groups, d_in)`` where A is diagonal.
+        rows: The number of rows R.
+    """
+
+    total: Tensor
+    rows: int
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Sums from which the factors of one layer are made; they add up over calls and micro-batches.
+
+    Attributes:
+        means: Totals that E1 divides by the number of rows, by factor name (``"A"``).
+        sums: Totals that E2 takes as they are, by factor name (``"G"``).
+        rows: The number of rows R behind ``means``.
+    """
+
+    means: Mapping[str, Tensor]
+    sums: Mapping[str, Tensor]
+    rows: float
+
+    def __add__(self, other: Statistics) -> Statistics:
+        """The statistics of both sets of rows together."""
+        return Statistics(
+            {name: total + other.means[name] for name, total in self.means.items()},
+            {name: total + other.sums[name] for name, total in self.sums.items()},
+            self.rows + other.rows,
+        )
+
+    def factors(self) -> dict[str, Tensor]:
+        """The factors of these rows: A by E1 (a mean over rows), G by E2 (a sum over rows)."""
+        rows = max(self.rows, 1)
+        return {**{name: total / rows for name, total in self.means.items()}, **self.sums}
+
+    def is_finite(self) -> bool:
+        """Whether every number in the statistics is finite."""
+        return all(bool(torch.isfinite(total).all()) for total in (*self.means.values(), *self.sums.values()))

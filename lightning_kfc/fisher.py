@@ -1,0 +1,191 @@
+"""Back-propagation of seeds: from loss terms and recorded calls to the statistics of every layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from lightning_kfc.capture import Call
+from lightning_kfc.discovery import LossTerm
+from lightning_kfc.factors.statistics import Statistics
+from lightning_kfc.selftest import SelfTest
+
+Seeds = list[tuple[GradientEdge, Tensor]]
+
+
+def loss_edge(loss: Tensor) -> GradientEdge:
+    """The gradient edge of a loss, below the sink that DistributedDataParallel puts on top of a static graph.
+
+    Differentiating through the sink would make it count a backward that the other ranks may not make.
+    """
+    if not loss.requires_grad:
+        raise ValueError("the loss has no gradient: it was computed without one, or detached.")
+    edge = get_gradient_edge(loss)
+    while edge.node.name() == "_DDPSinkBackward":
+        below = edge.node.next_functions[edge.output_nr]
+        assert below[0] is not None
+        edge = GradientEdge(below[0], below[1])
+    return edge
+
+
+@dataclass(frozen=True)
+class WeightedTerm:
+    """A loss term that the loss really contains, with the weights c of its terms."""
+
+    term: LossTerm
+    weights: Tensor
+    derivative: Tensor
+
+
+def weighted_terms(
+    loss: Tensor, terms: Sequence[LossTerm], *, loss_scale: float = 1.0, loss_fraction: float = 1.0
+) -> list[WeightedTerm]:
+    """Keep the recorded loss terms that the loss contains, with their weights.
+
+    A loss function also called for a metric is recorded too; the loss has no derivative with respect to it.
+
+    Args:
+        loss: The loss of this backward.
+        terms: What was recorded while it was computed.
+        loss_scale: The factor that a gradient scaler multiplied the loss by.
+        loss_fraction: The share of this backward in the optimizer step (1/k when k micro-batches are
+            accumulated), for terms whose weight cannot be asked of the loss.
+    """
+    edges = [term.value_edge for term in terms if term.value_edge is not None]
+    derivatives: Iterator[Tensor | None] = iter(())
+    if edges:
+        start = torch.full_like(loss, 1.0 / loss_scale)
+        derivatives = iter(torch.autograd.grad([loss_edge(loss)], edges, [start], retain_graph=True, allow_unused=True))
+    kept = []
+    for term in terms:
+        derivative = term.logits.new_tensor(loss_fraction) if term.value_edge is None else next(derivatives)
+        if derivative is not None:
+            kept.append(WeightedTerm(term, term.term_weights(derivative), derivative))
+    return kept
+
+
+def seed_scale(terms: Sequence[WeightedTerm]) -> float:
+    """A power of two that brings the largest seeds near 1, so that they do not underflow in half precision."""
+    largest = max((float(w.weights.max()) for w in terms if w.weights.numel()), default=0.0)
+    if not (largest > 0 and math.isfinite(largest)):
+        return 1.0
+    return float(2.0 ** -round(math.log2(largest) / 2))
+
+
+def _to_edges(term: LossTerm, seed: Tensor) -> Seeds:
+    laid_out = term.layout(seed)
+    return [(edge, laid_out if sign > 0 else -laid_out) for edge, sign in term.edges]
+
+
+def seed_passes(terms: Sequence[WeightedTerm], fisher: str, generator: torch.Generator) -> Iterator[Seeds]:
+    """The seeds of each back-propagation, whose G's are added up.
+
+    Args:
+        terms: The loss terms.
+        fisher: ``"mc"`` (one pass), ``"exact"`` (one a position and outcome) or ``"empirical"`` (one pass).
+        generator: The source of randomness.
+    """
+    if fisher == "exact":
+        for weighted in terms:
+            for seed in weighted.term.likelihood.exact_seeds(weighted.term.logits, weighted.weights, generator):
+                yield _to_edges(weighted.term, seed)
+        return
+    together: Seeds = []
+    for weighted in terms:
+        if fisher == "empirical":
+            together += _empirical_seed(weighted, generator)
+        else:
+            seed = weighted.term.likelihood.sampled_seed(weighted.term.logits, weighted.weights, generator)
+            together += _to_edges(weighted.term, seed)
+    yield together
+
+
+def _empirical_seed(weighted: WeightedTerm, generator: torch.Generator) -> Seeds:
+    r"""Seeds :math:`\pm\sqrt{c}\,\nabla_z\ell(z, y)` with the data's y, from :math:`c\,\nabla_z\ell` of autograd.
+
+    Random signs let the products of different terms cancel in expectation, which the data's targets would not.
+    """
+    term = weighted.term
+    if term.value_edge is None:
+        raise ValueError(
+            f"fisher='empirical' needs a loss that is recognised, or none at all; the {term.function} has no targets. "
+            "Leave likelihood='auto'."
+        )
+    edges = [edge for edge, _ in term.edges]
+    gradients = torch.autograd.grad([term.value_edge], edges, [weighted.derivative], retain_graph=True)
+    weights = weighted.weights
+    signs = torch.randint(0, 2, weights.shape, generator=generator, device=weights.device) * 2 - 1
+    factor = torch.where(weights > 0, signs / weights.sqrt(), torch.zeros_like(weights))
+    if term.likelihood.vector_valued:
+        factor = factor.unsqueeze(-1).expand(term.logits.shape)
+    laid_out = term.layout(factor)
+    return [(edge, gradient * laid_out) for edge, gradient in zip(edges, gradients, strict=True)]
+
+
+def _derivatives(seeds: Seeds, inputs: Sequence[GradientEdge], scale: float) -> list[Tensor | None]:
+    """Back-propagate seeds, scaled, to the inputs; None where they do not arrive."""
+    outputs = [edge for edge, _ in seeds]
+    values = []
+    for edge, seed in seeds:
+        metadata = edge.node._input_metadata[edge.output_nr]
+        values.append((seed * scale).to(metadata.dtype).reshape(metadata.shape))
+    return list(torch.autograd.grad(outputs, inputs, values, retain_graph=True, allow_unused=True))
+
+
+def back_propagate(
+    passes: Iterator[Seeds], calls: Sequence[Call], scale: float, test: SelfTest | None = None
+) -> dict[int, Statistics]:
+    """The statistics of every call that the seeds reach.
+
+    Args:
+        passes: From :func:`seed_passes`.
+        calls: What was recorded in the forward.
+        scale: From :func:`seed_scale`; undone here.
+        test: The self-test to make on the first pass, or None.
+
+    Returns:
+        Statistics by the position of the call.
+    """
+    edges = [call.edge for call in calls]
+    reached: dict[int, Statistics] = {}
+    for number, seeds in enumerate(passes):
+        extra = [get_gradient_edge(p) for p in test.parameters] if test is not None and number == 0 else []
+        found = _derivatives(seeds, [*edges, *extra], scale)
+        gradients = found[: len(edges)]
+        if test is not None and number == 0:
+            test.check(calls, gradients, found[len(edges) :])
+        for index, (call, gradient) in enumerate(zip(calls, gradients, strict=True)):
+            if gradient is None:
+                continue
+            with torch.no_grad():
+                one = call.adapter.statistics(call.inputs, call.output_gradient(gradient))
+                one = Statistics(one.means, {name: total / scale**2 for name, total in one.sums.items()}, one.rows)
+                if index in reached:
+                    sums = {name: total + one.sums[name] for name, total in reached[index].sums.items()}
+                    one = Statistics(one.means, sums, one.rows)
+                reached[index] = one
+            gradients[index] = None
+    return dict(sorted(reached.items()))
+
+
+def empirical_statistics_of_loss(
+    loss: Tensor, calls: Sequence[Call], *, loss_scale: float, test: SelfTest | None
+) -> dict[int, Statistics]:
+    r"""The empirical Fisher of a loss whose terms are not recognised, taken to be a mean over examples.
+
+    With :math:`h = \frac1N\sum_i h_i`, the rows of h itself are :math:`1/N` of those of the examples, so
+    that :math:`G = N\sum_r g_r g_r^\top`, N the size of each layer's first axis.
+    """
+    seeds: Seeds = [(loss_edge(loss), torch.full_like(loss, 1.0 / loss_scale))]
+    found = back_propagate(iter([seeds]), calls, 1.0, test)
+    result = {}
+    for index, entry in found.items():
+        shape = calls[index].output_shape
+        examples = shape[0] if shape else 1
+        result[index] = Statistics(entry.means, {k: v * examples for k, v in entry.sums.items()}, entry.rows)
+    return result

@@ -1,0 +1,492 @@
+"""The preconditioner: the one owner of mutable state; it knows no Lightning."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_kfc import distributed
+from lightning_kfc.capture import Recorder
+from lightning_kfc.coverage import Coverage, coverage_of, discover
+from lightning_kfc.discovery import LossRecorder, LossTerm, named_output_hook
+from lightning_kfc.factors.inverse import INVERSES, FactorisationError
+from lightning_kfc.factors.statistics import Statistics
+from lightning_kfc.fisher import (
+    back_propagate,
+    empirical_statistics_of_loss,
+    seed_passes,
+    seed_scale,
+    weighted_terms,
+)
+from lightning_kfc.layer import Layer
+from lightning_kfc.likelihood import Likelihood
+from lightning_kfc.monitor import Events, StepNumbers
+from lightning_kfc.rules.natural import natural_step
+from lightning_kfc.schedule import value_at
+from lightning_kfc.selftest import SelfTest
+from lightning_kfc.settings import Settings
+
+STATE_VERSION = 1
+
+
+class LossNotRecognisedError(RuntimeError):
+    """No loss term was recognised in the loss, so that the Fisher matrix is not known."""
+
+
+class KFC:
+    r"""Kronecker-factored preconditioning of a model's gradients (Grosse & Martens 2016, arXiv:1602.01407).
+
+    In a plain loop::
+
+        kfc = KFC(model)
+        with kfc.capture():
+            loss = loss_fn(model(x), y)
+        kfc.update(loss)
+        loss.backward()
+        kfc.precondition(optimizer=optimizer)
+        optimizer.step()
+
+    Args:
+        model: The model. Modules that exist now are covered, those added later are not.
+        damping: :math:`\lambda` of E4, in the units of the Fisher matrix of the loss; a number, or a function of
+            the step such as :class:`~lightning_kfc.ExponentialSchedule`.
+        fisher: Whose targets the curvature is taken with: ``"mc"``: one sample a term from the model's own
+            distribution; ``"exact"``: all its outcomes, one back-propagation each; ``"empirical"``: the data's.
+        likelihood: What the loss is the negative logarithm of. ``"auto"`` recognises it from the loss
+            functions that are called; ``"categorical"``, ``"bernoulli"`` and ``"gaussian"`` keep only terms of that
+            kind; a :class:`~lightning_kfc.likelihood.Likelihood` with ``output_of`` names the module whose output is
+            the logits, for losses computed otherwise.
+        factor_every_n_steps: Statistics are taken every so many optimizer steps (the paper's T_cov).
+        inverse_every_n_steps: Inverses are refreshed every so many optimizer steps (the paper's T_inv).
+        warmup_steps: During the first so many optimizer steps statistics are taken at every step.
+        ema_decay: :math:`\rho`, the decay of the factors' zero-debiased running averages, at least 0, below 1.
+        kl_clip: :math:`\kappa` of E7, the bound on the squared norm of a step in the Fisher metric; None for none.
+        inverse: How damped factors are inverted: ``"cholesky"`` (E4, E5).
+        rule: How gradients and inverses make an update: ``"natural"``, the paper's KFC-pre.
+        weight_sharing: ``"expand"``: each use of a weight is a row; ``"reduce"``: each example is one.
+        include: Glob patterns over module names; only these are preconditioned. None for all.
+        exclude: Glob patterns over module names that are not preconditioned.
+        seed: Seed of the sampling of targets; the global random stream is never touched.
+
+    Raises:
+        TypeError: If a setting is of the wrong type.
+        ValueError: If a setting is out of range, a pattern matches nothing, or no layer is left to precondition.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        damping: float | Callable[[int], float] = 0.01,
+        fisher: str = "mc",
+        likelihood: str | Likelihood = "auto",
+        factor_every_n_steps: int = 10,
+        inverse_every_n_steps: int = 20,
+        warmup_steps: int = 10,
+        ema_decay: float = 0.95,
+        kl_clip: float | None = 0.03,
+        inverse: str = "cholesky",
+        rule: str = "natural",
+        weight_sharing: str = "expand",
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        settings = Settings(
+            damping=damping,
+            fisher=fisher,
+            likelihood=likelihood,
+            factor_every_n_steps=factor_every_n_steps,
+            inverse_every_n_steps=inverse_every_n_steps,
+            warmup_steps=warmup_steps,
+            ema_decay=ema_decay,
+            kl_clip=kl_clip,
+            inverse=inverse,
+            rule=rule,
+            weight_sharing=weight_sharing,
+            include=include,
+            exclude=exclude,
+            seed=seed,
+        )
+        self._start(model, settings)
+
+    @classmethod
+    def from_settings(cls, model: nn.Module, settings: Settings) -> KFC:
+        """A preconditioner with settings that were checked before, as the callback has them."""
+        kfc = cls.__new__(cls)
+        kfc._start(model, settings)
+        return kfc
+
+    def _start(self, model: nn.Module, settings: Settings) -> None:
+        self.settings = settings
+        self._model = model
+        self._found = discover(model, settings.include, settings.exclude, settings.weight_sharing)
+        self._dropped: dict[str, str] = {}
+        self._recorder: Recorder | None = None
+        self._losses: LossRecorder | None = None
+        self._self_test: SelfTest | None = None
+        self._self_test_done = False
+        self._stepped = False
+        self._micro_batch = 0
+        self.step = 0
+        self.events = Events()
+        self.last_step: StepNumbers | None = None
+
+    # What is covered.
+
+    @property
+    def layers(self) -> Mapping[str, Layer]:
+        """The preconditioned layers by module name."""
+        return {name: layer for name, layer in self._found.layers.items() if name not in self._dropped}
+
+    def coverage(self) -> Coverage:
+        """Every parameter with how it is treated and why; prints as a table."""
+        return coverage_of(self._model, self._found, self._dropped, inverse_bytes=1.0)
+
+    def _drop(self, layer: str, reason: str) -> None:
+        self._dropped[layer] = reason
+        if distributed.rank() == 0:
+            warnings.warn(
+                f"KFC does not precondition {layer!r}: {reason}. It is trained with its plain gradient; add it to "
+                "`exclude` to silence this.",
+                stacklevel=2,
+            )
+
+    # A step, in the order of its parts.
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[None]:
+        """Record what the forward and the loss of this (micro-)batch show, if this step is due; else do nothing.
+
+        Compute the loss inside. Compiled code runs eagerly there, and only there.
+        """
+        self._begin_step_if_over()
+        if not self.settings.schedule.factors_due(self.step):
+            self._recorder = self._losses = None
+            yield
+            return
+        self._recorder, self._losses = Recorder(), LossRecorder()
+        direction = self._prepare_self_test()
+        handles = []
+        try:
+            for name, layer in self.layers.items():
+                self._recorder.attach(name, layer.adapters, direction(name) if direction else None)
+            handles += self._attach_named_output(self._losses.terms)
+            with _eager_compiled_code(), self._losses:
+                yield
+        finally:
+            self._recorder.detach()
+            for handle in handles:
+                handle.remove()
+
+    def update(
+        self, loss: Tensor, *, accumulate: bool = False, loss_scale: float = 1.0, loss_fraction: float = 1.0
+    ) -> None:
+        """Take the statistics of this loss and refresh factors and inverses, where due. Call it before backward.
+
+        Args:
+            loss: The scalar whose backward follows.
+            accumulate: Whether more micro-batches of the same optimizer step follow: factors and inverses then
+                wait for the last of them.
+            loss_scale: The factor that a gradient scaler has multiplied ``loss`` by.
+            loss_fraction: The share of ``loss`` in the optimizer step, where the logits were named by
+                ``output_of``: 1/k when k micro-batches are accumulated.
+
+        Raises:
+            LossNotRecognisedError: If the loss holds no recognised term.
+            SelfTestError: If the first step shows that the rows of a layer do not explain its gradient.
+        """
+        self.back_propagate(loss, loss_scale=loss_scale, loss_fraction=loss_fraction)
+        if not accumulate:
+            self.refresh()
+
+    def back_propagate(self, loss: Tensor, *, loss_scale: float = 1.0, loss_fraction: float = 1.0) -> None:
+        """The first half of :meth:`update`: send the seeds to the layers while the loss's graph lives."""
+        if self._recorder is None or self._losses is None:
+            return
+        self.pause()
+        try:
+            with _norm_statistics_kept(self._model):
+                statistics = self._statistics(loss, loss_scale, loss_fraction)
+        finally:
+            self.resume()
+        # Finite or not is for all ranks to know together: refresh() looks at the sum over ranks.
+        for name, entry in statistics.items():
+            self._found.layers[name].add(entry)
+        self._micro_batch += 1
+
+    def refresh(self, optimizer: Optimizer | None = None) -> None:
+        """The second half of :meth:`update`: fold statistics into the factors, and refresh the inverses, where due.
+
+        Args:
+            optimizer: Only for the layers whose parameters this optimizer steps; None for all.
+        """
+        if not self.settings.schedule.factors_due(self.step) and not self.settings.schedule.inverses_due(self.step):
+            return
+        layers = [
+            layer for layer in self.layers.values() if optimizer is None or _learning_rate(layer, optimizer) is not None
+        ]
+        self._fold_pending(layers)
+        if self.settings.schedule.inverses_due(self.step):
+            self._refresh_inverses([layer for layer in layers if layer.factorised_at != self.step])
+
+    def precondition(self, lr: float | None = None, *, optimizer: Optimizer | None = None) -> None:
+        """Replace the gradients of the covered parameters by their updates.
+
+        Args:
+            lr: The learning rate of this step, for the KL clip.
+            optimizer: Instead of ``lr``: the optimizer, each of whose parameter groups has a learning rate; only
+                its own parameters' gradients are replaced.
+
+        Raises:
+            ValueError: If neither is given, or both are.
+        """
+        if (lr is None) == (optimizer is None):
+            raise ValueError(
+                "precondition() takes either lr=... or optimizer=..., to know the step that the KL clip bounds."
+            )
+        self.refresh(optimizer)
+        ready: list[tuple[Layer, Tensor, float]] = []
+        finite = True
+        for layer in self.layers.values():
+            rate = lr if optimizer is None else _learning_rate(layer, optimizer)
+            gradients = layer.gradients()
+            if rate is None or gradients is None or layer.inverse is None:
+                continue
+            matrix = layer.adapter.matrix(gradients)
+            ready.append((layer, matrix.to(torch.promote_types(matrix.dtype, torch.float32)), rate))
+        with torch.no_grad():
+            if self.settings.schedule.factors_due(self.step):
+                finite = all(bool(torch.isfinite(matrix).all()) for _, matrix, _ in ready)
+            if finite:
+                self._replace_gradients(ready)
+            else:
+                self.events.nonfinite_gradients += 1
+        self._stepped = True
+
+    def pause(self) -> None:
+        """Record nothing until :meth:`resume`: a backward re-runs checkpointed forwards, which are none of ours."""
+        self._set_paused(True)
+
+    def resume(self) -> None:
+        """Record again, if the capture is still open."""
+        self._set_paused(False)
+
+    def _set_paused(self, paused: bool) -> None:
+        if self._recorder is not None and self._losses is not None:
+            self._recorder.paused = self._losses.paused = paused
+
+    # The parts of a step.
+
+    def _begin_step_if_over(self) -> None:
+        if self._stepped:
+            self.step += 1
+            self._stepped = False
+            self._micro_batch = 0
+
+    def _prepare_self_test(self) -> Callable[[str], Callable[[Tensor], Tensor]] | None:
+        self._self_test = None
+        if self._self_test_done:
+            return None
+        test = SelfTest(self.layers, self._generator(torch.device("cpu"), stream=1))
+        self._self_test = test
+        return lambda name: lambda like: test.direction(name, like)
+
+    def _attach_named_output(self, terms: list[LossTerm]) -> list[Any]:
+        likelihood = self.settings.likelihood
+        if not isinstance(likelihood, Likelihood) or likelihood.output_of is None:
+            return []
+        modules = dict(self._model.named_modules())
+        if likelihood.output_of not in modules:
+            raise ValueError(
+                f"likelihood names the logits as the output of {likelihood.output_of!r}, but the model has no such "
+                f"module. Its modules are: {', '.join(name for name in modules if name)}."
+            )
+        hook = named_output_hook(likelihood, terms)
+        return [modules[likelihood.output_of].register_forward_hook(hook)]
+
+    def _statistics(self, loss: Tensor, loss_scale: float, loss_fraction: float) -> dict[str, Statistics]:
+        assert self._recorder is not None
+        assert self._losses is not None
+        terms, calls = list(self._losses.terms), list(self._recorder.calls)
+        kept = weighted_terms(loss, self._wanted(terms), loss_scale=loss_scale, loss_fraction=loss_fraction)
+        test = self._self_test
+        if kept:
+            if not all(bool(torch.isfinite(w.term.logits).all() and torch.isfinite(w.weights).all()) for w in kept):
+                self.events.nonfinite_statistics += 1
+                return {}
+            generator = self._generator(kept[0].term.logits.device)
+            scale = 1.0 if self.settings.fisher == "empirical" else seed_scale(kept)
+            found = back_propagate(seed_passes(kept, self.settings.fisher, generator), calls, scale, test)
+        elif self.settings.fisher == "empirical":
+            found = empirical_statistics_of_loss(loss, calls, loss_scale=loss_scale, test=test)
+        else:
+            raise LossNotRecognisedError(self._unrecognised(terms))
+        # What this loss did not reach may belong to a later loss of the same training step.
+        self._losses.terms[:] = [term for term in terms if all(term is not w.term for w in kept)]
+        self._recorder.calls[:] = [call for i, call in enumerate(calls) if i not in found]
+        if test is not None:
+            self._finish_self_test(test)
+        statistics: dict[str, Statistics] = {}
+        for index, entry in found.items():
+            name = calls[index].layer
+            statistics[name] = statistics[name] + entry if name in statistics else entry
+        return {name: entry for name, entry in statistics.items() if name not in self._dropped}
+
+    def _finish_self_test(self, test: SelfTest) -> None:
+        self._self_test, self._self_test_done = None, True
+        for name in test.never_called:
+            self._drop(name, "its weight is used without calling the module")
+
+    def _wanted(self, terms: list[LossTerm]) -> list[LossTerm]:
+        likelihood = self.settings.likelihood
+        if likelihood == "auto":
+            return terms
+        if isinstance(likelihood, Likelihood):
+            if likelihood.output_of is not None:
+                return [term for term in terms if term.value_edge is None]
+            return [term for term in terms if isinstance(term.likelihood, type(likelihood))]
+        return [term for term in terms if term.likelihood.name == likelihood]
+
+    def _unrecognised(self, terms: list[LossTerm]) -> str:
+        seen = ", ".join(sorted({term.function for term in terms})) or "none"
+        return (
+            "KFC recognised no term of the loss "
+            f"(likelihood={self.settings.likelihood!r}; loss functions seen in this step: {seen}). "
+            "It knows cross_entropy, nll_loss, binary_cross_entropy_with_logits and mse_loss, as functions or modules. "
+            "For another loss, name the likelihood and the module whose output is its logits, for example "
+            "likelihood=Categorical(output_of='head'), or choose fisher='empirical'."
+        )
+
+    def _generator(self, device: torch.device, stream: int = 0) -> torch.Generator:
+        """A generator that depends on seed, rank, step and micro-batch alone, so that a resumed run draws the same."""
+        parts = (self.settings.seed, distributed.rank(), self.step, self._micro_batch, stream)
+        mixed = 0
+        for part in parts:
+            # The multiplier of Knuth's MMIX generator: neighbouring steps get unrelated seeds.
+            mixed = (mixed * 6364136223846793005 + part + 1442695040888963407) % 2**63
+        return torch.Generator(device).manual_seed(mixed)
+
+    def _fold_pending(self, layers: Sequence[Layer]) -> None:
+        pending = {layer.name: layer.pending for layer in layers if layer.pending is not None}
+        for layer in layers:
+            layer.pending = None
+        for name, statistics in distributed.reduce_statistics(pending).items():
+            if not statistics.is_finite():
+                self.events.nonfinite_statistics += 1
+            elif not self._found.layers[name].fold(statistics, self.settings.ema_decay):
+                self.events.restarted_layers += 1
+
+    def _refresh_inverses(self, layers: Sequence[Layer]) -> None:
+        damping = value_at(self.settings.damping, self.step)
+        for layer in layers:
+            if not layer.averages:
+                continue
+            try:
+                layer.factorise(INVERSES[self.settings.inverse], damping, self.step)
+            except FactorisationError as error:
+                self.events.failed_factorisations += 1
+                kept = "the last good inverse is kept" if layer.inverse is not None else "its plain gradient is used"
+                if distributed.rank() == 0:
+                    warnings.warn(f"KFC at step {self.step}, layer {layer.name!r}: {error}; {kept}.", stacklevel=2)
+
+    def _replace_gradients(self, ready: Sequence[tuple[Layer, Tensor, float]]) -> None:
+        inverses = [layer.inverse for layer, _, _ in ready if layer.inverse is not None]
+        result = natural_step([g for _, g, _ in ready], inverses, [rate for _, _, rate in ready], self.settings.kl_clip)
+        self.events.nonfinite_updates += len(result.failed)
+        for (layer, _, _), update in zip(ready, result.updates, strict=True):
+            layer.write(update)
+        damping = value_at(self.settings.damping, self.step)
+        self.last_step = StepNumbers(self.step, damping, result.clip, result.quadratic / 2)
+
+    # State.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, in plain tensors, numbers, strings, dicts and lists."""
+        return {
+            "version": STATE_VERSION,
+            "step": self.step + int(self._stepped),
+            "layers": {name: layer.state_dict() for name, layer in self._found.layers.items()},
+            "dropped": dict(self._dropped),
+            "self_test_done": self._self_test_done,
+            "events": self.events.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
+        """Take over a state; layers that do not fit start anew.
+
+        Args:
+            state: From :meth:`state_dict`, with tensors on any device.
+
+        Returns:
+            A sentence for each layer of the state or of the model that was not taken over.
+
+        Raises:
+            ValueError: If the state is of a version that this one does not read.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise ValueError(f"KFC cannot read a state of version {state.get('version')!r}, only {STATE_VERSION}.")
+        self.step = int(state["step"])
+        self._stepped = False
+        self._dropped = {name: why for name, why in state["dropped"].items() if name in self._found.layers}
+        self._self_test_done = bool(state["self_test_done"])
+        self.events.load_state_dict(state["events"])
+        problems = [
+            f"layer {name!r} of the checkpoint is not in the model"
+            for name in state["layers"]
+            if name not in self._found.layers
+        ]
+        for name, layer in self._found.layers.items():
+            if name not in state["layers"]:
+                problems.append(f"layer {name!r} is not in the checkpoint and starts anew")
+                continue
+            if not layer.adapter.own_parameters():
+                continue
+            reason = layer.load_state_dict(state["layers"][name], INVERSES[self.settings.inverse])
+            if reason is not None:
+                problems.append(f"layer {name!r} starts anew: {reason}")
+        return problems
+
+
+def _learning_rate(layer: Layer, optimizer: Optimizer) -> float | None:
+    """The learning rate of the group that holds all of a layer's parameters, or None where none does.
+
+    Where they are spread over groups, that of the weight's group.
+    """
+    rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+    own = [rates.get(id(parameter)) for parameter in layer.adapter.own_parameters().values()]
+    return None if any(rate is None for rate in own) or not own else own[0]
+
+
+@contextlib.contextmanager
+def _eager_compiled_code() -> Iterator[None]:
+    """Run compiled code eagerly, so that hooks fire and the loss is seen; what is compiled stays compiled."""
+    if "torch._dynamo" not in sys.modules:
+        # Nothing can have been compiled, and importing the compiler would cost seconds.
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextlib.contextmanager
+def _norm_statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Put batch norm's running statistics back: under activation checkpointing a backward runs forwards again."""
+    kept = [
+        (buffer, buffer.clone())
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.training
+        for buffer in module.buffers(recurse=False)
+    ]
+    try:
+        yield
+    finally:
+        for buffer, value in kept:
+            buffer.copy_(value)

@@ -1,0 +1,147 @@
+"""One preconditioned layer: its modules' adapters, its running factors and its inverse."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_kfc.factors.inverse import Inverse
+from lightning_kfc.factors.running import RunningAverage
+from lightning_kfc.factors.statistics import Statistics
+from lightning_kfc.layers import Adapter
+
+
+class Layer:
+    """What :class:`~lightning_kfc.KFC` keeps for one layer.
+
+    Args:
+        name: The name of its (first) module in the model.
+        adapters: The adapters of all modules that share the layer's parameters, the first one's first.
+    """
+
+    def __init__(self, name: str, adapters: Sequence[Adapter]) -> None:
+        self.name = name
+        self.adapters = list(adapters)
+        self.averages: dict[str, RunningAverage] = {}
+        self.inverse: Inverse | None = None
+        self.pending: Statistics | None = None
+        self.factorised_at = -1
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter through which gradients are read and written."""
+        return self.adapters[0]
+
+    @property
+    def module(self) -> nn.Module:
+        """The layer's (first) module."""
+        return self.adapter.module
+
+    def factor(self, name: str) -> Tensor:
+        """A running factor, without the groups axis where there is one group.
+
+        Raises:
+            RuntimeError: If no statistics have been taken yet.
+        """
+        if name not in self.averages:
+            raise RuntimeError(f"layer {self.name!r} has no factor {name} yet: no statistics have been taken.")
+        value = self.averages[name].value
+        return value[0] if value.shape[0] == 1 else value
+
+    @property
+    def A(self) -> Tensor:
+        """The input factor (E1) as running average, ``(d_in, d_in)``; a leading groups axis where groups > 1."""
+        return self.factor("A")
+
+    @property
+    def G(self) -> Tensor:
+        """The output factor (E2) as running average, ``(d_out, d_out)``; a leading groups axis where groups > 1."""
+        return self.factor("G")
+
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        """All running factors by name, with their groups axis."""
+        return {name: average.value for name, average in self.averages.items()}
+
+    def add(self, statistics: Statistics) -> None:
+        """Add the statistics of one more micro-batch of the step."""
+        self.pending = statistics if self.pending is None else self.pending + statistics
+
+    def fold(self, statistics: Statistics, decay: float) -> bool:
+        """Fold a step's statistics into the running averages.
+
+        Returns:
+            False where the averages had to start anew, since the factors' shapes changed (parameters were
+            frozen or unfrozen).
+        """
+        factors = statistics.factors()
+        kept = all(
+            name not in self.averages or self.averages[name].value.shape == f.shape for name, f in factors.items()
+        )
+        if not kept:
+            self.averages, self.inverse = {}, None
+        for name, value in factors.items():
+            if name in self.averages:
+                self.averages[name] = self.averages[name].updated(value, decay)
+            else:
+                self.averages[name] = RunningAverage.start(value, decay)
+        return kept
+
+    def factorise(self, inverse: type[Inverse], damping: float, step: int) -> None:
+        """Refresh the inverse from the running factors; see :meth:`Inverse.factorise` for what it raises."""
+        self.factorised_at = step
+        self.inverse = inverse.factorise(self.factors, damping)
+
+    def gradients(self) -> dict[str, Tensor] | None:
+        """The gradients of the layer's parameters, or None where one of them has none."""
+        found = {name: parameter.grad for name, parameter in self.adapter.own_parameters().items()}
+        if not found or any(gradient is None for gradient in found.values()):
+            return None
+        return {name: gradient for name, gradient in found.items() if gradient is not None}
+
+    def write(self, matrix: Tensor) -> None:
+        """Replace the gradients by a matrix ``(groups, d_out, d_in)``."""
+        for name, value in self.adapter.tensors(matrix).items():
+            gradient = self.adapter.own_parameters()[name].grad
+            assert gradient is not None
+            gradient.copy_(value)
+
+    def nbytes(self) -> int:
+        """Bytes held by factors and inverse."""
+        held = sum(average.value.nbytes for average in self.averages.values())
+        return held + (self.inverse.nbytes() if self.inverse is not None else 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Factors and inverse in plain tensors and numbers."""
+        state: dict[str, Any] = {
+            "factors": {name: {"value": a.value, "weight": a.weight} for name, a in self.averages.items()}
+        }
+        if self.inverse is not None:
+            state["inverse"] = {"kind": self.inverse.name, **self.inverse.state()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any], inverse: type[Inverse]) -> str | None:
+        """Take over factors and, where it is of the same kind, the inverse.
+
+        Returns:
+            Why the state does not fit this layer, or None where it was taken over.
+        """
+        groups, d_out, d_in = self.adapter.matrix_shape()
+        device = next(iter(self.adapter.own_parameters().values())).device
+        values = {name: entry["value"] for name, entry in state["factors"].items()}
+        expected = {"A": d_in, "G": d_out}
+        for name, value in values.items():
+            if name in expected and (value.shape[0], value.shape[-1]) != (groups, expected[name]):
+                return f"factor {name} has shape {tuple(value.shape)}, the layer needs size {expected[name]}"
+        self.averages = {
+            name: RunningAverage(entry["value"].to(device), float(entry["weight"]))
+            for name, entry in state["factors"].items()
+        }
+        saved = dict(state.get("inverse", {}))
+        self.inverse = None
+        if saved.pop("kind", None) == inverse.name:
+            self.inverse = inverse(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in saved.items()})
+        return None

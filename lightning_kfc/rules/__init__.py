@@ -1,0 +1,1 @@
+"""Ways to step: gradients and inverses in, updates out."""

@@ -1,0 +1,103 @@
+"""What is due at a step, and values that change over the steps; nothing here keeps state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lightning_kfc.checks import check_integer, check_positive
+
+
+@dataclass(frozen=True)
+class RefreshSchedule:
+    """When statistics and inverses are refreshed.
+
+    During warm-up the factors are refreshed at every step, and the inverses at steps 0, 1, 2, 3, then at
+    every second one, and at the step that ends it: curvature moves fastest at the start, and the first
+    averages rest on few batches. After that the two periods rule.
+
+    Attributes:
+        factor_every_n_steps: Period of the statistics, in optimizer steps (the paper's T_cov).
+        inverse_every_n_steps: Period of the inverses, in optimizer steps (the paper's T_inv).
+        warmup_steps: Length of the warm-up, in optimizer steps.
+    """
+
+    factor_every_n_steps: int = 10
+    inverse_every_n_steps: int = 20
+    warmup_steps: int = 10
+
+    def __post_init__(self) -> None:
+        """Check the three numbers."""
+        check_integer("factor_every_n_steps", self.factor_every_n_steps, minimum=1)
+        check_integer("inverse_every_n_steps", self.inverse_every_n_steps, minimum=1)
+        check_integer("warmup_steps", self.warmup_steps, minimum=0)
+
+    def factors_due(self, step: int) -> bool:
+        """Whether statistics are taken at this step (counted from 0)."""
+        return step < self.warmup_steps or step % self.factor_every_n_steps == 0
+
+    def inverses_due(self, step: int) -> bool:
+        """Whether inverses are refreshed at this step (counted from 0)."""
+        if step < self.warmup_steps:
+            return step <= 3 or step % 2 == 1
+        return step == self.warmup_steps or step % self.inverse_every_n_steps == 0
+
+
+@dataclass(frozen=True)
+class ExponentialSchedule:
+    """A value that moves from ``start`` to ``end`` by a constant factor a step, then stays.
+
+    Attributes:
+        start: The value at step 0; positive.
+        end: The value from step ``steps`` on; positive.
+        steps: Length in optimizer steps.
+    """
+
+    start: float
+    end: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        """Check the three numbers."""
+        check_positive("start", self.start)
+        check_positive("end", self.end)
+        check_integer("steps", self.steps, minimum=1)
+
+    def __call__(self, step: int) -> float:
+        """The value at a step."""
+        done = min(step / self.steps, 1.0)
+        return float(self.start ** (1.0 - done) * self.end**done)
+
+
+@dataclass(frozen=True)
+class LinearSchedule:
+    """A value that moves from ``start`` to ``end`` by a constant difference a step, then stays.
+
+    Attributes:
+        start: The value at step 0; positive.
+        end: The value from step ``steps`` on; positive.
+        steps: Length in optimizer steps.
+    """
+
+    start: float
+    end: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        """Check the three numbers."""
+        check_positive("start", self.start)
+        check_positive("end", self.end)
+        check_integer("steps", self.steps, minimum=1)
+
+    def __call__(self, step: int) -> float:
+        """The value at a step."""
+        done = min(step / self.steps, 1.0)
+        return float(self.start * (1.0 - done) + self.end * done)
+
+
+Schedule = ExponentialSchedule | LinearSchedule
+
+
+def value_at(value: float | Schedule | Callable[[int], float], step: int) -> float:
+    """A constant, or a schedule's value at a step."""
+    return float(value(step)) if callable(value) else float(value)

@@ -1,0 +1,113 @@
+r"""The first-step self-test: the recorded rows must rebuild the weight gradient of every covered layer.
+
+For one random direction u and any derivatives that the seeds bring, the law
+:math:`\sum_r g_r (\bar a_r^\top u) = \nabla\bar W u` holds exactly for a layer whose rows are right, and with
+probability 1 for no other. The products with u are formed in the forward, so that no activation is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_kfc.capture import Call
+from lightning_kfc.factors.statistics import factor_dtype
+from lightning_kfc.layer import Layer
+
+#: The relative error that rounding may leave, by the precision of the derivatives.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 1e-1}
+
+
+class SelfTestError(RuntimeError):
+    """The rows recorded for a layer do not rebuild the gradient of its parameters."""
+
+
+class SelfTest:
+    """One check of all layers.
+
+    Args:
+        layers: The layers by name.
+        generator: The source of randomness for the directions, on the CPU.
+    """
+
+    def __init__(self, layers: Mapping[str, Layer], generator: torch.Generator) -> None:
+        self._layers = layers
+        self._generator = generator
+        self._directions: dict[str, Tensor] = {}
+        self._owners: list[tuple[str, str, nn.Parameter]] = [
+            (layer.name, name, parameter)
+            for layer in layers.values()
+            for name, parameter in layer.adapter.own_parameters().items()
+        ]
+        #: Layers whose parameters get a derivative although their modules were never called.
+        self.never_called: list[str] = []
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters whose derivatives the check needs."""
+        return [parameter for _, _, parameter in self._owners]
+
+    def direction(self, layer: str, like: Tensor) -> Tensor:
+        """The layer's direction u, shape ``(groups, d_in)``, made when it is first asked for."""
+        if layer not in self._directions:
+            shape = (like.shape[0], like.shape[-1])
+            self._directions[layer] = torch.randn(shape, generator=self._generator, dtype=torch.float64)
+        return self._directions[layer].to(like)
+
+    def check(
+        self, calls: Sequence[Call], gradients: Sequence[Tensor | None], of_parameters: Sequence[Tensor | None]
+    ) -> None:
+        """Compare the gradients rebuilt from rows with autograd's own.
+
+        Raises:
+            SelfTestError: If they differ for a layer.
+        """
+        own: dict[str, dict[str, Tensor]] = {}
+        for (layer, name, parameter), gradient in zip(self._owners, of_parameters, strict=True):
+            own.setdefault(layer, {})[name] = torch.zeros_like(parameter) if gradient is None else gradient
+        reached = {
+            layer for (layer, _, _), gradient in zip(self._owners, of_parameters, strict=True) if gradient is not None
+        }
+        by_layer: dict[str, list[tuple[Call, Tensor]]] = {}
+        for call, gradient in zip(calls, gradients, strict=True):
+            if gradient is not None:
+                by_layer.setdefault(call.layer, []).append((call, gradient))
+        for layer in self._layers:
+            if layer in by_layer:
+                self._check_layer(layer, by_layer[layer], own[layer])
+            elif layer in reached:
+                if any(call.layer == layer for call in calls):
+                    self._fail(layer, float("inf"))
+                self.never_called.append(layer)
+
+    @torch.no_grad()
+    def _check_layer(self, layer: str, arrived: Sequence[tuple[Call, Tensor]], own: Mapping[str, Tensor]) -> None:
+        expected_matrix = self._layers[layer].adapter.matrix(own)
+        dtype = factor_dtype(expected_matrix.dtype)
+        direction = self.direction(layer, expected_matrix.to(dtype))
+        expected = torch.einsum("goi,gi->go", expected_matrix.to(dtype), direction)
+        rebuilt, spread = torch.zeros_like(expected), torch.zeros_like(expected)
+        for call, gradient in arrived:
+            assert call.probe is not None
+            rows = call.adapter.output_rows(call.output_gradient(gradient).to(dtype))
+            probe = call.probe.to(dtype)
+            rebuilt += torch.einsum("ntgo,ntg->go", rows, probe)
+            spread += torch.einsum("ntgo,ntg->go", rows.square(), probe.square())
+        # Rounding grows with the terms of the sum, which may all but cancel in it.
+        size = float(expected.norm()) + float(spread.sum().sqrt())
+        error = float((rebuilt - expected).norm())
+        precision = min((gradient.dtype for _, gradient in arrived), key=lambda d: -TOLERANCE.get(d, 0.1))
+        if error > TOLERANCE.get(precision, 0.1) * size:
+            self._fail(layer, error / size)
+
+    def _fail(self, layer: str, error: float) -> None:
+        kind = self._layers[layer].adapter.kind
+        raise SelfTestError(
+            f"The rows that KFC recorded for {layer!r} ({kind}) do not rebuild the gradient of its parameters "
+            f"(relative error {error:.2g}). Likely causes: its weight is also used outside the module's forward "
+            "(as a functional call, a tied weight, or in a compiled or scripted region); its weight is "
+            "re-parametrised; a hook with another order changes what goes in or comes out. "
+            f"Add {layer!r} to `exclude` to train it with its plain gradient."
+        )

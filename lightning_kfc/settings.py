@@ -1,0 +1,55 @@
+"""The settings of :class:`~lightning_kfc.KFC`, checked when they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from lightning_kfc.checks import check_choice, check_fraction, check_integer, check_patterns, check_positive
+from lightning_kfc.factors.inverse import INVERSES
+from lightning_kfc.likelihood import LIKELIHOODS, Likelihood
+from lightning_kfc.schedule import RefreshSchedule
+
+FISHERS = ("mc", "exact", "empirical")
+RULES = ("natural",)
+WEIGHT_SHARINGS = ("expand", "reduce")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings; see :class:`~lightning_kfc.KFC` for what each one does."""
+
+    damping: float | Callable[[int], float] = 0.01
+    fisher: str = "mc"
+    likelihood: str | Likelihood = "auto"
+    factor_every_n_steps: int = 10
+    inverse_every_n_steps: int = 20
+    warmup_steps: int = 10
+    ema_decay: float = 0.95
+    kl_clip: float | None = 0.03
+    inverse: str = "cholesky"
+    rule: str = "natural"
+    weight_sharing: str = "expand"
+    include: Sequence[str] | None = None
+    exclude: Sequence[str] | None = None
+    seed: int = 0
+    schedule: RefreshSchedule = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Check every setting."""
+        if not callable(self.damping):
+            check_positive("damping", self.damping)
+        check_choice("fisher", self.fisher, FISHERS)
+        if not isinstance(self.likelihood, Likelihood):
+            check_choice("likelihood", self.likelihood, ("auto", *LIKELIHOODS))
+        check_fraction("ema_decay", self.ema_decay)
+        if self.kl_clip is not None:
+            check_positive("kl_clip", self.kl_clip)
+        check_choice("inverse", self.inverse, INVERSES)
+        check_choice("rule", self.rule, RULES)
+        check_choice("weight_sharing", self.weight_sharing, WEIGHT_SHARINGS)
+        check_integer("seed", self.seed, minimum=0)
+        object.__setattr__(self, "include", check_patterns("include", self.include))
+        object.__setattr__(self, "exclude", check_patterns("exclude", self.exclude))
+        schedule = RefreshSchedule(self.factor_every_n_steps, self.inverse_every_n_steps, self.warmup_steps)
+        object.__setattr__(self, "schedule", schedule)
