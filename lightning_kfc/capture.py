@@ -36,7 +36,7 @@ class Call:
 
     def output_gradient(self, gradient: Tensor) -> Tensor:
         """The derivative that arrived at the edge, in the output's shape."""
-        return gradient.reshape(self.output_shape)
+        return (gradient.to_dense() if gradient.is_sparse else gradient).reshape(self.output_shape)
 
 
 def output_edge(output: Tensor) -> GradientEdge:
