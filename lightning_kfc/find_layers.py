@@ -51,6 +51,7 @@ def find_layers(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     weight_sharing: str = "expand",
+    max_factor_dim: int | None = None,
 ) -> Found:
     """Find the layers of a model.
 
@@ -62,6 +63,7 @@ def find_layers(
         include: Glob patterns over module names: only these are preconditioned.
         exclude: Glob patterns over module names: these are not.
         weight_sharing: ``"expand"`` or ``"reduce"``.
+        max_factor_dim: Above this many dimensions a factor is held as its diagonal.
 
     Raises:
         ValueError: If a pattern matches no module that has parameters of its own, or no layer with an adapter is left.
@@ -87,6 +89,8 @@ def find_layers(
     for use in uses.explained():
         for suffix, adapters in use.adapters(weight_sharing).items():
             name = f"{use.name}.{suffix}".strip(".")
+            for adapter in adapters:
+                adapter.max_factor_dim = max_factor_dim
             found.layers[name] = Layer(name, adapters)
     if not any(layer.adapter.own_parameters() for layer in found.layers.values()):
         _raise_no_layer(owners, include, exclude, held)

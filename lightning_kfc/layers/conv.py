@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
-from lightning_kfc.factors.patches import Geometry, patch_chunks, patch_rows, patch_second_moment
+from lightning_kfc.factors.patches import (
+    Geometry,
+    patch_chunks,
+    patch_rows,
+    patch_second_moment,
+    patch_second_moment_diagonal,
+)
 from lightning_kfc.factors.statistics import InputStatistic, append_ones, factor_dtype
 from lightning_kfc.layers.adapter import Adapter, Forward
 from lightning_kfc.layers.registry import register_adapter
@@ -52,6 +60,11 @@ class ConvAdapter(Adapter):
         by_location = gradient.flatten(2).transpose(1, 2)
         return by_location.reshape(examples, -1, self.groups, channels // self.groups)
 
+    def input_row_chunks(self, forward: Forward, examples: int) -> Iterator[Tensor]:
+        """Patches of so many images at a time."""
+        for images in torch.split(self._images(forward), examples):
+            yield self.input_rows(Forward((images,), {}))
+
     def project(self, forward: Forward, direction: Tensor) -> Tensor:
         """Patches times one direction, a chunk of patches at a time."""
         own = self.own_parameters()
@@ -66,5 +79,6 @@ class ConvAdapter(Adapter):
         own = self.own_parameters()
         if self.weight_sharing == "reduce" or "weight" not in own:
             return super().input_statistic(forward)
-        total, rows = patch_second_moment(self._images(forward), self.geometry(), homogeneous="bias" in own)
+        form = patch_second_moment_diagonal if self.too_large(self.matrix_shape()[2]) else patch_second_moment
+        total, rows = form(self._images(forward), self.geometry(), homogeneous="bias" in own)
         return InputStatistic(total, rows)
