@@ -174,18 +174,18 @@ def back_propagate(
 
 
 def empirical_statistics_of_loss(
-    loss: Tensor, calls: Sequence[Call], *, loss_scale: float, test: SelfTest | None
+    loss: Tensor, calls: Sequence[Call], *, loss_scale: float, loss_fraction: float, test: SelfTest | None
 ) -> dict[int, Statistics]:
     r"""The empirical Fisher of a loss whose terms are not recognised, taken to be a mean over examples.
 
-    With :math:`h = \frac1N\sum_i h_i`, the rows of h itself are :math:`1/N` of those of the examples, so
-    that :math:`G = N\sum_r g_r g_r^\top`, N the size of each layer's first axis.
+    With :math:`h = \frac{f}{N}\sum_i h_i`, f the loss's fraction of the optimizer step, the rows of h itself are
+    :math:`f/N` of those of the examples, so that :math:`G = (N/f)\sum_r g_r g_r^\top`, N the examples of each call.
     """
     seeds: Seeds = [(loss_edge(loss), torch.full_like(loss, 1.0 / loss_scale))]
     found = back_propagate(iter([seeds]), calls, 1.0, test)
     result = {}
     for index, entry in found.items():
-        shape = calls[index].output_shape
-        examples = shape[0] if shape else 1
-        result[index] = Statistics(entry.means, {k: v * examples for k, v in entry.sums.items()}, entry.rows)
+        shape_only = torch.empty(calls[index].output_shape, device="meta")
+        per_row = calls[index].adapter.output_rows(shape_only).shape[0] / loss_fraction
+        result[index] = Statistics(entry.means, {k: v * per_row for k, v in entry.sums.items()}, entry.rows)
     return result
