@@ -145,9 +145,9 @@ def back_propagate(
     test: SelfTest | None = None,
     examples: Mapping[str, ExampleGradients] | None = None,
     *,
-    loss_is_mean: bool = False,
+    mean_fraction: float | None = None,
 ) -> dict[int, Statistics]:
-    r"""The statistics of every call that the seeds reach.
+    """The statistics of every call that the seeds reach.
 
     Args:
         passes: From :func:`seed_passes`.
@@ -155,8 +155,8 @@ def back_propagate(
         scale: From :func:`seed_scale`; undone here.
         test: The self-test to make on the first pass, or None.
         examples: By layer, what takes the gradients of single examples.
-        loss_is_mean: Whether the seed is that of a whole loss, a mean over the N examples of a layer's first axis. Its
-            rows are :math:`1/N` of those of the examples, so that :math:`G = N\sum_r g_r g_r^\top`.
+        mean_fraction: Where the seed is that of a whole loss, a mean over examples: the loss's fraction of the
+            optimizer step; None for seeds of terms.
 
     Returns:
         Statistics by the position of the call.
@@ -174,7 +174,7 @@ def back_propagate(
             if gradient is None:
                 continue
             arrived = call.output_gradient(gradient)
-            factor = _factor(call, scale, loss_is_mean=loss_is_mean)
+            factor = _factor(call, scale, mean_fraction)
             with torch.no_grad():
                 one = call.adapter.statistics(call.record, arrived)
                 sums = {name: total * factor for name, total in one.sums.items()}
@@ -187,14 +187,16 @@ def back_propagate(
         with torch.no_grad():
             for layer, parts in jointly.items():
                 assert examples is not None
-                examples[layer].add(parts, _factor(parts[0][0], scale, loss_is_mean=loss_is_mean))
+                examples[layer].add(parts, _factor(parts[0][0], scale, mean_fraction))
     return dict(sorted(reached.items()))
 
 
-def _factor(call: Call, scale: float, *, loss_is_mean: bool) -> float:
+def _factor(call: Call, scale: float, mean_fraction: float | None) -> float:
     """What products of two derivatives at a call's output are to be multiplied by."""
-    shape = call.output_shape
-    return (shape[0] if shape and loss_is_mean else 1) / scale**2
+    if mean_fraction is None:
+        return 1.0 / scale**2
+    shape_only = torch.empty(call.output_shape, device="meta")
+    return call.adapter.output_rows(shape_only).shape[0] / mean_fraction / scale**2
 
 
 def empirical_statistics_of_loss(
@@ -202,9 +204,14 @@ def empirical_statistics_of_loss(
     calls: Sequence[Call],
     *,
     loss_scale: float,
+    loss_fraction: float,
     test: SelfTest | None,
     examples: Mapping[str, ExampleGradients] | None = None,
 ) -> dict[int, Statistics]:
-    """The empirical Fisher of a loss whose terms are not recognised, taken to be a mean over examples."""
+    r"""The empirical Fisher of a loss whose terms are not recognised, taken to be a mean over examples.
+
+    With :math:`h = \frac{f}{N}\sum_i h_i`, f the loss's fraction of the optimizer step, the rows of h itself are
+    :math:`f/N` of those of the examples, so that :math:`G = (N/f)\sum_r g_r g_r^\top`, N the examples of each call.
+    """
     seeds: Seeds = [(loss_edge(loss), torch.full_like(loss, 1.0 / loss_scale))]
-    return back_propagate(iter([seeds]), calls, 1.0, test, examples, loss_is_mean=True)
+    return back_propagate(iter([seeds]), calls, 1.0, test, examples, mean_fraction=loss_fraction)

@@ -215,7 +215,7 @@ class KFC:
                 wait for the last of them.
             loss_scale: The factor that a gradient scaler has multiplied ``loss`` by.
             loss_fraction: The share of ``loss`` in the optimizer step, where the logits were named by
-                ``output_of``: 1/k when k micro-batches are accumulated.
+                ``output_of`` or no term is recognised: 1/k when k micro-batches are accumulated.
 
         Raises:
             LossNotRecognisedError: If the loss holds no recognised term.
@@ -354,7 +354,9 @@ class KFC:
             scale = 1.0 if self.settings.fisher == "empirical" else seed_scale(kept)
             found = back_propagate(seed_passes(kept, self.settings.fisher, generator), calls, scale, test, examples)
         elif self.settings.fisher == "empirical":
-            found = empirical_statistics_of_loss(loss, calls, loss_scale=loss_scale, test=test, examples=examples)
+            found = empirical_statistics_of_loss(
+                loss, calls, loss_scale=loss_scale, loss_fraction=loss_fraction, test=test, examples=examples
+            )
         else:
             raise LossNotRecognisedError(self._unrecognised(terms))
         # What this loss did not reach may belong to a later loss of the same training step.
@@ -439,8 +441,8 @@ class KFC:
             if layer.examples is not None and layer.examples.incomplete:
                 warnings.warn(
                     f"KFC layer {layer.name!r}: its input was changed in place after its forward, so that "
-                    "inverse='ekfac' has no gradients of single examples there and goes on with the eigenvalues it has. Make that "
-                    "operation out of place, or use inverse='eigh'.",
+                    "inverse='ekfac' has no gradients of single examples there and goes on with the "
+                    "eigenvalues it has. Make that operation out of place, or use inverse='eigh'.",
                     stacklevel=2,
                 )
             moments[layer.name] = layer.take_second_moment()
