@@ -51,6 +51,7 @@ def find_layers(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     weight_sharing: str = "expand",
+    max_factor_dim: int | None = None,
 ) -> Found:
     """Find the layers of a model.
 
@@ -62,6 +63,7 @@ def find_layers(
         include: Glob patterns over module names: only these are preconditioned.
         exclude: Glob patterns over module names: these are not.
         weight_sharing: ``"expand"`` or ``"reduce"``.
+        max_factor_dim: Above this many dimensions a factor is held as its diagonal.
 
     Raises:
         ValueError: If a pattern matches no module that has parameters of its own, or no layer with an adapter is left.
@@ -92,7 +94,10 @@ def find_layers(
             if out is not None:
                 found.plain |= {identity: (type(module_held).__name__, out) for identity in others}
     for use in uses.explained():
-        found.layers |= {name: Layer(name, adapters) for name, adapters in use.items()}
+        for name, adapters in use.items():
+            for adapter in adapters:
+                adapter.max_factor_dim = max_factor_dim
+            found.layers[name] = Layer(name, adapters)
     if not any(layer.adapter.own_parameters() for layer in found.layers.values()):
         _raise_no_layer(owners, include, exclude, held)
     found._add_parameters(model, {i: why for i, why in uses.unexplained().items() if i not in found.plain})

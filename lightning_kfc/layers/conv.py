@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_kfc.factors.patches import Geometry, patch_chunks, patch_rows, patch_second_moment
+from lightning_kfc.factors.patches import (
+    Geometry,
+    patch_chunks,
+    patch_rows,
+    patch_second_moment,
+    patch_second_moment_diagonal,
+)
 from lightning_kfc.factors.statistics import InputStatistic, append_ones, factor_dtype
 from lightning_kfc.layers.adapter import Adapter, Forward
 from lightning_kfc.layers.registry import register_adapter
@@ -61,6 +68,11 @@ class ConvAdapter(Adapter):
         images = self._images(forward)
         return images.new_ones((len(images), self.geometry(forward).positions(images.shape[2:]), self.groups, 1))
 
+    def input_row_chunks(self, forward: Forward, examples: int) -> Iterator[Tensor]:
+        """Patches of so many images at a time."""
+        for images in torch.split(self._images(forward), examples):
+            yield self.input_rows(Forward((images,), {}, forward.output))
+
     def project(self, forward: Forward, direction: Tensor) -> Tensor:
         """Patches times one direction, a chunk of patches at a time."""
         own = self.own_parameters()
@@ -75,6 +87,10 @@ class ConvAdapter(Adapter):
         own = self.own_parameters()
         if "weight" not in own:
             return super().input_statistic(forward)
-        images, geometry, reduce = self._images(forward), self.geometry(forward), self.weight_sharing == "reduce"
-        total, rows = patch_second_moment(images, geometry, homogeneous="bias" in own, reduce=reduce)
-        return InputStatistic(total, rows)
+        images, geometry, homogeneous = self._images(forward), self.geometry(forward), "bias" in own
+        if not self.too_large(self.matrix_shape()[2]):
+            reduce = self.weight_sharing == "reduce"
+            return InputStatistic(*patch_second_moment(images, geometry, homogeneous=homogeneous, reduce=reduce))
+        if self.weight_sharing == "reduce":
+            return super().input_statistic(forward)
+        return InputStatistic(*patch_second_moment_diagonal(images, geometry, homogeneous=homogeneous))
