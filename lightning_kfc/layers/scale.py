@@ -39,8 +39,8 @@ class ScaleShiftAdapter(Adapter):
     With :math:`(\sum_t g_t \hat x_t, \sum_t g_t)` the gradient of an example, t over its positions, the block of a
     unit is the sum over examples of that vector's outer product: 2 x 2, or 1 x 1 where one of both is trainable.
     It is the diagonal block of the dense Fisher wherever examples do not interact above the layer. A batch norm
-    above lets them: its products between examples are left out. Examples lie along the first axis; on
-    inputs ``(S, N, d)`` positions take their place, and the products between positions are left out.
+    above lets them: its products between examples are left out. Examples lie along the first axis, or
+    along the second one inside a module whose ``batch_first`` is False.
 
     A subclass states :meth:`normalised`. Its input is kept by reference from forward to backward, as autograd keeps
     it, so that an activation checkpoint saves no memory on it in a step with statistics.
@@ -88,8 +88,12 @@ class ScaleShiftAdapter(Adapter):
         if self.units_second:
             by_unit = tensor.reshape(len(tensor), self.groups, -1)
             return by_unit.transpose(1, 2).unsqueeze(-1)
-        examples = 1 if tensor.ndim == next(iter(self.parameters().values())).ndim else len(tensor)
-        return tensor.reshape(examples, -1, self.groups, 1)
+        own_axes = next(iter(self.parameters().values())).ndim
+        if tensor.ndim == own_axes:
+            return tensor.reshape(1, 1, self.groups, 1)
+        if tensor.ndim > own_axes + 1:
+            tensor = tensor.movedim(self.batch_axis, 0)
+        return tensor.reshape(len(tensor), -1, self.groups, 1)
 
     def _scaled_rows(self, input: Tensor, context: Any) -> Tensor:
         return self._rows(self.normalised(input.to(factor_dtype(input.dtype)), context))

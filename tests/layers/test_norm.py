@@ -121,6 +121,27 @@ def test_each_unit_s_block_is_that_of_the_dense_fisher(case: str, training: bool
     oracles.assert_equal(kfc.layers["1"].factors["F"], expected, what=f"F of {case}")
 
 
+def test_positions_of_one_example_add_up_wherever_the_batch_axis_is() -> None:
+    class SequenceFirst(nn.Module):
+        batch_first = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.norm(x).tanh()).mean(0)
+
+    model = SequenceFirst().double()
+    x, target = data(5, 3, 4), classes(3, count=3)  # 5 positions of 3 examples
+
+    def loss(z: Tensor) -> Tensor:
+        return F.cross_entropy(z, target)
+
+    kfc = observe(model, lambda: loss(model(x)))
+    oracles.assert_equal(kfc.layers["norm"].factors["F"], dense_blocks(model, x, loss, "norm"), what="F")
+
+
 def test_the_update_of_each_unit_solves_its_damped_block() -> None:
     model = double(nn.LayerNorm(4), nn.Linear(4, 3))
     x, target = data(5, 4), classes(5, count=3)
