@@ -64,7 +64,9 @@ class Transformer(nn.Module):
         for qkv, out, up, down, scale, gate in zip(
             self.qkv, self.out, self.up, self.down, self.scale, self.gate, strict=True
         ):
-            q, k, v = (t.unflatten(-1, (4, -1)).transpose(1, 2) for t in qkv(F.layer_norm(x, x.shape[-1:])).chunk(3, -1))
+            q, k, v = (
+                t.unflatten(-1, (4, -1)).transpose(1, 2) for t in qkv(F.layer_norm(x, x.shape[-1:])).chunk(3, -1)
+            )
             mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
             x = x + scale * out(mixed)
             x = x + gate * down(F.gelu(up(F.layer_norm(x, x.shape[-1:]))))

@@ -39,11 +39,12 @@ class Found:
         self._add_parameters(model, dict.fromkeys(given_up, reason))
 
     def _add_parameters(self, model: nn.Module, reasons: Mapping[int, str]) -> None:
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        for identity, reason in reasons.items():
-            module, _, own = names[identity].rpartition(".")
-            adapter = ParameterAdapter(model.get_submodule(module), own)
-            self.layers[names[identity]] = Layer(names[identity], [adapter], reason)
+        # In the model's order: the ranks of a process group must come to the same order, which that of ids is not.
+        for name, parameter in model.named_parameters():
+            if id(parameter) in reasons:
+                module, _, own = name.rpartition(".")
+                adapter = ParameterAdapter(model.get_submodule(module), own)
+                self.layers[name] = Layer(name, [adapter], reasons[id(parameter)])
 
 
 def find_layers(

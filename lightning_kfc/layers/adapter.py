@@ -21,6 +21,7 @@ from lightning_kfc.factors.statistics import (
     second_moment_total,
     share_by_reduction,
 )
+from lightning_kfc.layers.cases import Case
 
 #: Called as ``hook(module, args, kwargs, output)``.
 ForwardHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
@@ -62,6 +63,8 @@ class Adapter(ABC):
     kind: ClassVar[str] = ""
     #: How the coverage report calls what is done with its parameters.
     treatment: ClassVar[str] = "kfc"
+    #: What the documentation's table of layers says.
+    cases: ClassVar[tuple[Case, ...]] = ()
     #: Whether there are rows at all, which a forward must be watched for.
     has_rows: ClassVar[bool] = True
     #: The axis of the examples in inputs with several leading dimensions, set by what the model says of itself.
@@ -213,6 +216,11 @@ class Adapter(ABC):
     def project(self, forward: Forward, direction: Tensor) -> Tensor:
         """Input rows times one direction ``(groups, d_in)``: shape ``(examples, positions, groups)``."""
         rows = self.input_rows(forward)
+        if rows.shape[2:] != direction.shape:
+            raise ValueError(
+                f"{type(self).__name__}.weight_input_rows() made rows of shape {tuple(rows.shape)}, the bias's 1 "
+                f"included; the gradient asks for (examples, positions, {', '.join(map(str, direction.shape))})."
+            )
         return torch.einsum("ntgi,gi->ntg", rows, direction.to(rows))
 
     # Statistics.
