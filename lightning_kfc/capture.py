@@ -19,7 +19,7 @@ class KeptInputs:
     """What a module read, by reference: autograd keeps it anyway, for the weight's gradient.
 
     Attributes:
-        forward: The inputs, detached.
+        forward: The inputs, detached, and an output that has a shape only.
         versions: The versions of their tensors when they were read.
     """
 
@@ -37,7 +37,10 @@ class KeptInputs:
         def keep(value: Any) -> Any:
             return _detached(value) if isinstance(value, Tensor) else value
 
-        kept = Forward(tuple(map(keep, forward.args)), {name: keep(value) for name, value in forward.kwargs.items()})
+        args, kwargs = tuple(map(keep, forward.args)), {name: keep(value) for name, value in forward.kwargs.items()}
+        # A transposed convolution's output may be of several sizes.
+        size = torch.empty_like(forward.output, device="meta") if isinstance(forward.output, Tensor) else None
+        kept = Forward(args, kwargs, size)
         return cls(kept, _versions(kept))
 
     def read(self) -> Forward | None:
@@ -92,7 +95,7 @@ class Call:
 
     def output_gradient(self, gradient: Tensor) -> Tensor:
         """The derivative that arrived at the edge, in the output's shape."""
-        return gradient.reshape(self.output_shape)
+        return (gradient.to_dense() if gradient.is_sparse else gradient).reshape(self.output_shape)
 
 
 def output_edge(output: Tensor) -> GradientEdge:

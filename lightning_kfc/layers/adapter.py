@@ -64,6 +64,8 @@ class Adapter(ABC):
     treatment: ClassVar[str] = "kfc"
     #: Whether there are rows at all, which a forward must be watched for.
     has_rows: ClassVar[bool] = True
+    #: The axis of the examples in inputs with several leading dimensions, set by what the model says of itself.
+    batch_axis: int = 0
     #: Whether :meth:`input_rows` and :meth:`output_rows` of one example belong together, at a bearable cost.
     pairs_rows: ClassVar[bool] = True
     #: Above this many dimensions a factor is held as its diagonal; None for no bound.
@@ -84,6 +86,14 @@ class Adapter(ABC):
     def parts(cls, module: nn.Module, weight_sharing: str) -> dict[str, Adapter]:
         """The adapters of a module, by a suffix of its name: more than one where its weights serve several ends."""
         return {"": cls(module, weight_sharing)}
+
+    @classmethod
+    def held(cls, module: nn.Module) -> tuple[str, ...]:
+        """Names of submodules that only hold parameters for this one, which never calls them.
+
+        A part of the same name serves the parameters of such a submodule.
+        """
+        return ()
 
     def attach(self, hook: ForwardHook) -> RemovableHandle:
         """Have a hook called with each forward of the module that the rows are read from.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
 from lightning_kfc.layers.adapter import Adapter
 
 _ADAPTERS: dict[type[nn.Module], type[Adapter]] = {}
+#: Classes of packages that need not be installed, by their full name.
+_ADAPTERS_BY_NAME: dict[str, type[Adapter]] = {}
 
 
 def register_adapter(*module_types: type[nn.Module]) -> Callable[[type[Adapter]], type[Adapter]]:
@@ -40,14 +43,26 @@ def register_adapter(*module_types: type[nn.Module]) -> Callable[[type[Adapter]]
     return register
 
 
+def register_adapter_by_name(*names: str) -> Callable[[type[Adapter]], type[Adapter]]:
+    """As :func:`register_adapter`, for classes of packages that need not be installed, by ``package.module.Class``."""
+
+    def register(adapter: type[Adapter]) -> type[Adapter]:
+        _ADAPTERS_BY_NAME.update(dict.fromkeys(names, adapter))
+        return adapter
+
+    return register
+
+
 def adapter_for(module: nn.Module) -> type[Adapter] | None:
     """The adapter that serves a module, or None.
 
     A subclass that brings its own ``forward`` computes something else than the class that was registered,
     so it is not served by that registration.
     """
+    base: Any
     for base in type(module).__mro__:
-        if base in _ADAPTERS:
+        adapter = _ADAPTERS.get(base) or _ADAPTERS_BY_NAME.get(f"{base.__module__}.{base.__qualname__}")
+        if adapter is not None:
             unchanged = type(module).forward is base.forward
-            return _ADAPTERS[base] if unchanged else None
+            return adapter if unchanged else None
     return None
