@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from lightning_kfc.layers import Adapter, Forward
+from lightning_kfc.layers.adapter import dense
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Call:
 
     def output_gradient(self, gradient: Tensor) -> Tensor:
         """The derivative that arrived at the edge, in the output's shape."""
-        return (gradient.to_dense() if gradient.is_sparse else gradient).reshape(self.output_shape)
+        return dense(gradient).reshape(self.output_shape)
 
 
 def output_edge(output: Tensor) -> GradientEdge:

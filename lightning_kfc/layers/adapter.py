@@ -26,6 +26,20 @@ from lightning_kfc.factors.statistics import (
 ForwardHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
 
 
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor, a sparse gradient as a dense one."""
+    return tensor.to_dense() if tensor.is_sparse else tensor
+
+
+def overwrite(target: Tensor, values: Tensor) -> None:
+    """Fill a tensor; a sparse one keeps its sparsity: values elsewhere are left out."""
+    if target.is_sparse:
+        indices = target.coalesce().indices()
+        kept = values[tuple(indices)].to(target.dtype)
+        values = torch.sparse_coo_tensor(indices, kept, target.shape, is_coalesced=True, check_invariants=False)
+    target.copy_(values)
+
+
 @dataclass(frozen=True)
 class Forward:
     """The inputs of one call of a module's forward, and its output."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_kfc.factors.statistics import InputStatistic, Statistics, factor_dtype, second_moment_total
-from lightning_kfc.layers.adapter import Adapter, Forward
+from lightning_kfc.layers.adapter import Adapter, Forward, dense, overwrite
 from lightning_kfc.layers.registry import register_adapter
 
 
@@ -39,20 +39,14 @@ class _TableAdapter(Adapter):
 
     def weight_matrix(self, weight: Tensor) -> Tensor:
         """The transpose."""
-        return (weight.to_dense() if weight.is_sparse else weight).T.unsqueeze(0)
+        return dense(weight).T.unsqueeze(0)
 
     def write(self, matrix: Tensor, into: Mapping[str, Tensor]) -> None:
         """See :class:`Adapter`; a sparse gradient stays sparse.
 
         A is diagonal, so that tokens without a gradient get no update.
         """
-        target, update = into["weight"], matrix[0].T
-        if not target.is_sparse:
-            target.copy_(update)
-            return
-        indices = target.coalesce().indices()
-        values = update[indices[0]].to(target.dtype)
-        target.copy_(torch.sparse_coo_tensor(indices, values, target.shape, is_coalesced=True))
+        overwrite(into["weight"], matrix[0].T)
 
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:
         """A is a diagonal."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -250,24 +251,28 @@ def test_a_re_parametrised_projection_is_listed_and_training_goes_on(name: str) 
     assert treatments["attend.attention.in_proj_bias"] == ("diagonal" if name == "in_proj_weight" else "kfc")
 
 
-def test_nothing_is_left_on_the_module_after_an_exception_and_a_copy_made_inside_is_clean() -> None:
-    class Breaks(Attend):
-        copied: nn.Module | None = None
-
-        def forward(self) -> Tensor:
-            self.copied = copy.deepcopy(self.attention)
-            super().forward()
-            raise KeyboardInterrupt
-
-    model = Breaks(nn.MultiheadAttention(EMBED, 2), (torch.randn(3, 2, EMBED),) * 3)
+def test_nothing_is_left_on_the_module_after_an_exception_inside_the_attention_function() -> None:
+    wrong_mask = torch.zeros(7, 7)
+    model = Attend(nn.MultiheadAttention(EMBED, 2), (torch.randn(3, 2, EMBED),) * 3, attn_mask=wrong_mask)
     kfc = engine(model)
-    with pytest.raises(KeyboardInterrupt), kfc.capture():
+    with pytest.raises(RuntimeError, match="attn_mask"), kfc.capture():
         model()
     assert "forward" not in model.attention.__dict__
-    assert model.copied is not None
-    assert model.copied.forward.__self__ is model.copied
-    assert torch.equal(model.copied(*model.inputs)[0], model.attention(*model.inputs)[0])
     assert torch.overrides._get_current_function_mode_stack() == []
+
+
+def test_a_copy_made_during_a_due_step_has_its_own_forward() -> None:
+    model = Attend(nn.MultiheadAttention(EMBED, 2), (torch.randn(3, 2, EMBED),) * 3)
+    with engine(model).capture():
+        copied = copy.deepcopy(model.attention)
+        pickled = pickle.loads(pickle.dumps(model.attention))
+    expected = model()
+    for twin in (copied, pickled):
+        assert twin.forward.__self__ is twin
+        with torch.no_grad():
+            twin.out_proj.weight.zero_()
+        assert torch.equal(model(), expected)
+        assert float(twin(*model.inputs)[0].detach().abs().max()) == 0  # its own weights, not the original's
 
 
 def test_a_subclass_that_calls_its_output_projection_is_listed_not_crashed() -> None:
