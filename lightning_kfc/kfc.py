@@ -231,7 +231,7 @@ class KFC:
             return
         self.pause()
         try:
-            with _norm_statistics_kept(self._model):
+            with _full_precision(self._model), _norm_statistics_kept(self._model):
                 statistics = self._statistics(loss, loss_scale, loss_fraction)
         finally:
             self.resume()
@@ -250,10 +250,11 @@ class KFC:
             return
         rates = None if optimizer is None else _learning_rates(optimizer)
         layers = [layer for layer in self.layers.values() if rates is None or _rate_of(layer, rates) is not None]
-        self._fold_pending(layers)
-        if self.settings.schedule.inverses_due(self.step):
-            self._refresh_inverses([layer for layer in layers if layer.factorised_at != self.step])
-        self._fold_second_moments(layers)
+        with _full_precision(self._model):
+            self._fold_pending(layers)
+            if self.settings.schedule.inverses_due(self.step):
+                self._refresh_inverses([layer for layer in layers if layer.factorised_at != self.step])
+            self._fold_second_moments(layers)
 
     def precondition(self, lr: float | None = None, *, optimizer: Optimizer | None = None) -> None:
         """Replace the gradients of the covered parameters by their updates.
@@ -458,7 +459,9 @@ class KFC:
     def _replace_gradients(self, ready: Sequence[tuple[Layer, Tensor, float]]) -> None:
         damping = value_at(self.settings.damping, self.step)
         inverses = [layer.inverse.at_damping(damping) for layer, _, _ in ready if layer.inverse is not None]
-        result = natural_step([g for _, g, _ in ready], inverses, [rate for _, _, rate in ready], self.settings.kl_clip)
+        gradients, rates = [g for _, g, _ in ready], [rate for _, _, rate in ready]
+        with _full_precision(self._model):
+            result = natural_step(gradients, inverses, rates, self.settings.kl_clip)
         self.events.nonfinite_updates += len(result.failed)
         for (layer, _, _), update in zip(ready, result.updates, strict=True):
             layer.write(update)
@@ -528,6 +531,11 @@ def _rate_of(layer: Layer, rates: Mapping[int, float]) -> float | None:
     """
     own = [rates.get(id(parameter)) for parameter in layer.adapter.own_parameters().values()]
     return None if not own or any(rate is None for rate in own) else own[0]
+
+
+def _full_precision(model: nn.Module) -> torch.autocast:
+    """A plain loop may call us under autocast, which would form factors and updates in half precision."""
+    return torch.autocast(next(model.parameters()).device.type, enabled=False)
 
 
 @contextlib.contextmanager

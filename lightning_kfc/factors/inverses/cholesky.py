@@ -18,7 +18,11 @@ RETRIES = ((False, 1.0), (True, 1.0), (True, 10.0), (True, 100.0), (True, 1000.0
 
 def _inverse_by_cholesky(matrix: Tensor) -> Tensor | None:
     """The inverse of a symmetric positive definite batch, or None where it is not one numerically."""
+    if not bool(torch.isfinite(matrix).all()):
+        return None
     if matrix.ndim == 2:
+        if not bool((matrix > 0).all()):
+            return None
         inverse = matrix.reciprocal()
     else:
         triangle, info = torch.linalg.cholesky_ex(matrix)

@@ -27,10 +27,10 @@ class DiagonalInverse(Inverse):
     def factorise(cls, factors: Factors, damping: float) -> Self:
         """Take reciprocals; see :class:`Inverse`."""
         check_damping(damping)
-        inverse = (factors["F"] + damping).reciprocal()
-        if not bool(torch.isfinite(inverse).all()):
-            raise FactorisationError("the diagonal holds a value that is not finite")
-        return cls(inverse)
+        damped = factors["F"] + damping
+        if not bool((torch.isfinite(damped) & (damped > 0)).all()):
+            raise FactorisationError("the diagonal holds a value that is not finite, or negative")
+        return cls(damped.reciprocal())
 
     def solve(self, gradient: Tensor) -> Tensor:
         """See :class:`Inverse`."""
