@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -90,19 +91,21 @@ class Coverage:
             lines += _table(header, [line.cells() for line in _merged(self._lines)])
         done, total = (sum(row.numel for row in part) for part in (covered, trainable))
         share = f" ({100 * done / total:.1f}%)" if total else ""
-        lines += [
-            f"Preconditioned: {done:,} of {total:,} trainable parameters{share},",
-            f"{_size(sum(row.bytes for row in covered))} of factors and inverses.",
-        ]
+        held = _size(sum(row.bytes for row in covered))
+        lines += _WRAP.wrap(
+            f"Preconditioned: {done:,} of {total:,} trainable parameters{share}, {held} of factors and inverses."
+        )
         for treatment, label in _LABELS.items():
             reasons: dict[str, list[str]] = {}
             for row in self.rows:
                 if row.treatment == treatment and row.reason:
                     reasons.setdefault(row.reason, []).append(row.parameter)
-            lines += [f"{label} ({reason}): {_shorten(names)}" for reason, names in reasons.items()]
+            for reason, names in reasons.items():
+                lines += _WRAP.wrap(f"{label} ({reason}): {_shorten(names)}")
         return "\n".join(lines)
 
 
+_WRAP = textwrap.TextWrapper(80, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
 _LABELS = {"kfc": "Cheaper", "block": "Block", "diagonal": "Diagonal", "plain": "Plain gradient", "frozen": "Frozen"}
 
 
