@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lightning_kfc.factors.inverse import Inverse
 from lightning_kfc.find_layers import Found
 from lightning_kfc.layer import Layer
 
@@ -21,7 +22,8 @@ class CoverageRow:
         kind: The kind of layer.
         treatment: ``"kfc"`` (Kronecker factors), another form of curvature (``"diagonal"``), ``"plain"`` (its own
             gradient) or ``"frozen"``.
-        reason: Why it has no Kronecker factors; empty where it has.
+        reason: Why it has no Kronecker factors, or which of them is a diagonal since it would be too large; empty where
+            it has both in full.
         factor_shapes: The shapes of its layer's factors, by name.
         bytes: The memory of its layer's factors and inverse, on the layer's first parameter only.
         numel: The number of its elements.
@@ -72,10 +74,15 @@ class Coverage:
             f"Preconditioned: {done:,} of {total:,} trainable parameters{share}, "
             f"{_size(sum(row.bytes for row in covered))} of factors and inverses."
         )
-        for treatment, label in (("diagonal", "Diagonal"), ("plain", "Plain gradient"), ("frozen", "Frozen")):
+        for treatment, label in (
+            ("kfc", "Cheaper factors"),
+            ("diagonal", "Diagonal"),
+            ("plain", "Plain gradient"),
+            ("frozen", "Frozen"),
+        ):
             reasons: dict[str, list[str]] = {}
             for row in self.rows:
-                if row.treatment == treatment:
+                if row.treatment == treatment and (row.reason or treatment != "kfc"):
                     reasons.setdefault(row.reason, []).append(row.parameter)
             lines += [f"{label} ({reason}): {_shorten(names)}" for reason, names in reasons.items()]
         return "\n".join(lines)
@@ -106,12 +113,13 @@ def _shorten(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + more
 
 
-def coverage_of(model: nn.Module, found: Found) -> Coverage:
+def coverage_of(model: nn.Module, found: Found, inverse: type[Inverse]) -> Coverage:
     """Make the coverage of a model from what was found in it.
 
     Args:
         model: The model.
         found: What :func:`~lightning_kfc.find_layers.find_layers` returned.
+        inverse: The user's kind of inverse.
     """
     owners: dict[int, list[Layer]] = {}
     for layer in found.layers.values():
@@ -131,9 +139,9 @@ def coverage_of(model: nn.Module, found: Found) -> Coverage:
                 for layer in layers
                 for key, shape in layer.adapter.factor_shapes().items()
             }
-            held = sum(layer.nbytes() for layer in layers if layer.name not in counted)
+            held = sum(layer.nbytes(inverse) for layer in layers if layer.name not in counted)
             counted |= {layer.name for layer in layers}
-            why = layers[0].reason
+            why = layers[0].reason or adapter.approximation()
             row = CoverageRow(name, module, adapter.kind, adapter.treatment, why, shapes, held, parameter.numel())
         else:
             kind, reason = found.plain[id(parameter)]
