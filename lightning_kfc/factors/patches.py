@@ -211,14 +211,18 @@ def _second_moment_by_patches(images: Tensor, geometry: Geometry, *, homogeneous
     return total, rows
 
 
-def patch_second_moment_diagonal(images: Tensor, geometry: Geometry, *, homogeneous: bool) -> tuple[Tensor, int]:
-    """The diagonal of :func:`patch_second_moment`, shape ``(groups, d)``, and R.
-
-    A patch's squares are the patch of the squares, and patches add up: those of one image stand for all.
-    """
-    squares = patch_rows(images.square().sum(0, keepdim=True), geometry)
-    rows = images.shape[0] * squares.shape[1]
-    total = squares.sum((0, 1))
+def patch_second_moment_diagonal(
+    images: Tensor, geometry: Geometry, *, homogeneous: bool, reduce: bool = False
+) -> tuple[Tensor, int]:
+    """The diagonal of :func:`patch_second_moment`, shape ``(groups, d)``, and R."""
+    if reduce:
+        total = torch.stack([chunk.mean(1).square().sum(0) for chunk in patch_chunks(images, geometry)]).sum(0)
+        rows = len(images)
+    else:
+        # A patch's squares are the patch of the squares, and patches add up: those of one image stand for all.
+        squares = patch_rows(images.square().sum(0, keepdim=True), geometry)
+        total = squares.sum((0, 1))
+        rows = len(images) * squares.shape[1]
     if homogeneous:
         total = torch.cat([total, total.new_full((total.shape[0], 1), rows)], dim=1)
     return total, rows

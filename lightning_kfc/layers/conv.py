@@ -88,9 +88,6 @@ class ConvAdapter(Adapter):
         if "weight" not in own:
             return super().input_statistic(forward)
         images, geometry, homogeneous = self._images(forward), self.geometry(forward), "bias" in own
-        if not self.too_large(self.matrix_shape()[2]):
-            reduce = self.weight_sharing == "reduce"
-            return InputStatistic(*patch_second_moment(images, geometry, homogeneous=homogeneous, reduce=reduce))
-        if self.weight_sharing == "reduce":
-            return super().input_statistic(forward)
-        return InputStatistic(*patch_second_moment_diagonal(images, geometry, homogeneous=homogeneous))
+        form = patch_second_moment_diagonal if "A" in self.large_sides() else patch_second_moment
+        reduce = self.weight_sharing == "reduce"
+        return InputStatistic(*form(images, geometry, homogeneous=homogeneous, reduce=reduce))
