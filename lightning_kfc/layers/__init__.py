@@ -4,10 +4,11 @@ from lightning_kfc.layers import attention as _attention
 from lightning_kfc.layers import conv as _conv
 from lightning_kfc.layers import embedding as _embedding
 from lightning_kfc.layers import linear as _linear
+from lightning_kfc.layers import recurrent as _recurrent
 from lightning_kfc.layers.adapter import Adapter, Forward
 from lightning_kfc.layers.parameter import ParameterAdapter
 from lightning_kfc.layers.registry import adapter_for, register_adapter
 
 __all__ = ["Adapter", "Forward", "ParameterAdapter", "adapter_for", "register_adapter"]
 
-del _attention, _conv, _embedding, _linear  # imported for their registrations
+del _attention, _conv, _embedding, _linear, _recurrent  # imported for their registrations
