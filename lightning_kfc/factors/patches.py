@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_kfc.factors.lagged import lagged_second_moment
 from lightning_kfc.factors.statistics import homogeneous_total, second_moment_total
 
 #: At most this many bytes of patches are materialised at once.
@@ -108,6 +109,43 @@ def patch_second_moment(images: Tensor, geometry: Geometry, *, homogeneous: bool
     Returns:
         The total, shape ``(groups, d, d)``, and R.
     """
+    if _lags_serve(images, geometry):
+        return _second_moment_by_lags(images, geometry, homogeneous=homogeneous)
+    return _second_moment_by_patches(images, geometry, homogeneous=homogeneous)
+
+
+def _lags_serve(images: Tensor, geometry: Geometry) -> bool:
+    """Whether the form without patches applies, and saves anything.
+
+    With a stride, few pairs of kernel offsets share their products; the patches of a single channel are small.
+    """
+    return (
+        len(geometry.kernel_size) <= 2
+        and set(geometry.stride) == {1}
+        and geometry.groups == 1
+        and images.shape[1] > 1
+        and max(geometry.kernel_size) > 1
+    )
+
+
+def _second_moment_by_lags(images: Tensor, geometry: Geometry, *, homogeneous: bool) -> tuple[Tensor, int]:
+    padding = geometry.padding
+    if geometry.padding_mode != "zeros":
+        images, padding = pad(images, geometry), tuple((0, 0) for _ in padding)
+    kernel_size, dilation = geometry.kernel_size, geometry.dilation
+    if len(kernel_size) == 1:
+        images = images.unsqueeze(2)
+        kernel_size, dilation, padding = (1, *kernel_size), (1, *dilation), ((0, 0), *padding)
+    total, rows = lagged_second_moment(images, kernel_size, dilation, padding)
+    total = total.unsqueeze(0)
+    if homogeneous:
+        plane = Geometry(kernel_size, (1, 1), padding, dilation, "zeros", 1)
+        row_sum = patch_rows(images.sum(0, keepdim=True), plane).sum((0, 1))
+        total = homogeneous_total(total, row_sum, rows)
+    return total, rows
+
+
+def _second_moment_by_patches(images: Tensor, geometry: Geometry, *, homogeneous: bool) -> tuple[Tensor, int]:
     total: Tensor | None = None
     row_sum: Tensor | None = None
     rows = 0
