@@ -75,8 +75,8 @@ def find_layers(
     for name, module in owners.items():
         left_out = _left_out(name, include, exclude)
         if left_out is not None:
-            for parameter in filter(None, module._parameters.values()):
-                found.plain[id(parameter)] = (type(module).__name__, left_out)
+            for identity in _identities(module):
+                found.plain[identity] = (type(module).__name__, left_out)
             uses.add_other(name, module, left_out)
             continue
         reason = held.get(name) or _refusal(module)

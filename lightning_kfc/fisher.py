@@ -146,18 +146,18 @@ def back_propagate(
         passes: From :func:`seed_passes`.
         calls: What was recorded in the forward.
         scale: From :func:`seed_scale`; undone here.
-        test: The self-test to make on the first pass, or None.
+        test: The self-test of the layers that wait for it, or None.
 
     Returns:
         Statistics by the position of the call.
     """
     edges = [call.edge for call in calls]
     reached: dict[int, Statistics] = {}
-    for number, seeds in enumerate(passes):
-        extra = [get_gradient_edge(p) for p in test.parameters] if test is not None and number == 0 else []
+    for seeds in passes:
+        extra = [get_gradient_edge(p) for p in test.parameters()] if test is not None else []
         found = _derivatives(seeds, [*edges, *extra], scale)
         gradients = found[: len(edges)]
-        if test is not None and number == 0:
+        if test is not None:
             test.check(calls, gradients, found[len(edges) :])
         for index, (call, gradient) in enumerate(zip(calls, gradients, strict=True)):
             if gradient is None:
@@ -183,9 +183,15 @@ def empirical_statistics_of_loss(
     """
     seeds: Seeds = [(loss_edge(loss), torch.full_like(loss, 1.0 / loss_scale))]
     found = back_propagate(iter([seeds]), calls, 1.0, test)
+    examples = {index: _examples(calls[index]) for index in found if calls[index].adapter.has_rows}
     result = {}
     for index, entry in found.items():
-        shape_only = torch.empty(calls[index].output_shape, device="meta")
-        per_row = calls[index].adapter.output_rows(shape_only).shape[0] / loss_fraction
-        result[index] = Statistics(entry.means, {k: v * per_row for k, v in entry.sums.items()}, entry.rows)
+        # A parameter that no call explains has no batch of its own.
+        factor = examples.get(index, max(examples.values(), default=1)) / loss_fraction
+        result[index] = Statistics(entry.means, {k: v * factor for k, v in entry.sums.items()}, entry.rows)
     return result
+
+
+def _examples(call: Call) -> int:
+    """The number of examples of a call, which its adapter alone can tell from positions and channels."""
+    return call.adapter.output_rows(torch.empty(call.output_shape, device="meta")).shape[0]

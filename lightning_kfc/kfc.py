@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -175,11 +176,13 @@ class KFC:
             yield
             return
         self._recorder, self._losses = Recorder(), LossRecorder()
-        direction = self._prepare_self_test()
+        test = self._prepare_self_test()
+        waiting = set(test.waiting) if test is not None else set()
         handles = []
         try:
             for name, layer in self._layers_with_rows().items():
-                self._recorder.attach(name, layer.adapters, direction(name) if direction else None)
+                direction = functools.partial(test.direction, name) if test is not None and name in waiting else None
+                self._recorder.attach(name, layer.adapters, direction)
             handles += self._attach_named_output(self._losses.terms)
             with _eager_compiled_code(), self._losses:
                 yield
@@ -296,13 +299,10 @@ class KFC:
             self._stepped = False
             self._micro_batch = 0
 
-    def _prepare_self_test(self) -> Callable[[str], Tensor] | None:
-        self._self_test = None
-        if self._self_test_done:
-            return None
-        test = SelfTest(self._layers_with_rows(), self._generator(torch.device("cpu"), stream=1))
-        self._self_test = test
-        return test.direction
+    def _prepare_self_test(self) -> SelfTest | None:
+        if self._self_test is None and not self._self_test_done:
+            self._self_test = SelfTest(self._layers_with_rows(), self._generator(torch.device("cpu"), stream=1))
+        return self._self_test
 
     def _attach_named_output(self, terms: list[LossTerm]) -> list[Any]:
         likelihood = self.settings.likelihood
@@ -345,17 +345,21 @@ class KFC:
         self._losses.terms[:] = [term for term in terms if all(term is not w.term for w in kept)]
         self._recorder.calls[:] = [call for i, call in enumerate(recorded) if i not in found]
         if test is not None:
-            self._finish_self_test(test)
+            self._conclude_self_test(test)
         statistics: dict[str, Statistics] = {}
         for index, entry in found.items():
             name = calls[index].layer
             statistics[name] = statistics[name] + entry if name in statistics else entry
         return {name: entry for name, entry in statistics.items() if name in self.layers}
 
-    def _finish_self_test(self, test: SelfTest) -> None:
-        self._self_test, self._self_test_done = None, True
+    def _conclude_self_test(self, test: SelfTest) -> None:
         for name in test.never_called:
-            self._drop(name, "its weight is used without calling the module")
+            if name in self.layers:  # else another part of its module took it along
+                self._drop(name, "its weight is used without calling the module")
+        test.never_called.clear()
+        test.waiting[:] = [name for name in test.waiting if name in self.layers]
+        if not test.waiting:
+            self._self_test, self._self_test_done = None, True
 
     def _wanted(self, terms: list[LossTerm]) -> list[LossTerm]:
         likelihood = self.settings.likelihood
@@ -451,7 +455,7 @@ class KFC:
             if name in self._found.layers:
                 self._dropped[name] = reason
                 self._found.replace_by_parameters(name, self._model, reason)
-        self._self_test_done = bool(state["self_test_done"])
+        self._self_test, self._self_test_done = None, bool(state["self_test_done"])
         self.events.load_state_dict(state["events"])
         problems = [
             f"layer {name!r} of the checkpoint is not in the model"
