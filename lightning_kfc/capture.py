@@ -88,10 +88,12 @@ class Recorder:
     Attributes:
         calls: The calls recorded so far, in forward order.
         paused: Whether calls pass unrecorded. A backward re-runs checkpointed forwards, which are none of ours.
+        counted: The positions of the calls whose input rows have entered a statistic.
     """
 
     calls: list[Call] = field(default_factory=list)
     paused: bool = False
+    counted: set[int] = field(default_factory=set)
     _handles: list[RemovableHandle] = field(default_factory=list)
 
     def attach(self, layer: str, adapters: Sequence[Adapter], direction: Callable[[], Tensor] | None) -> None:

@@ -183,7 +183,7 @@ class KFC:
             for name, layer in self._layers_with_rows().items():
                 direction = functools.partial(test.direction, name) if test is not None and name in waiting else None
                 self._recorder.attach(name, layer.adapters, direction)
-            handles += self._attach_named_output(self._losses.terms)
+            handles += self._attach_named_output(self._losses)
             with _eager_compiled_code(), self._losses:
                 yield
         finally:
@@ -263,7 +263,7 @@ class KFC:
         for layer in self.layers.values():
             rate = lr if rates is None else _rate_of(layer, rates)
             gradients = layer.gradients()
-            if rate is None or gradients is None or layer.inverse is None:
+            if rate is None or gradients is None or layer.inverse is None or tuple(gradients) != layer.roles:
                 continue
             matrix = layer.adapter.matrix(gradients)
             ready.append((layer, matrix.to(torch.promote_types(matrix.dtype, torch.float32)), rate))
@@ -304,7 +304,7 @@ class KFC:
             self._self_test = SelfTest(self._layers_with_rows(), self._generator(torch.device("cpu"), stream=1))
         return self._self_test
 
-    def _attach_named_output(self, terms: list[LossTerm]) -> list[Any]:
+    def _attach_named_output(self, losses: LossRecorder) -> list[Any]:
         likelihood = self.settings.likelihood
         if not isinstance(likelihood, Likelihood) or likelihood.output_of is None:
             return []
@@ -314,7 +314,7 @@ class KFC:
                 f"likelihood names the logits as the output of {likelihood.output_of!r}, but the model has no such "
                 f"module. Its modules are: {', '.join(name for name in modules if name)}."
             )
-        hook = named_output_hook(likelihood, terms)
+        hook = named_output_hook(likelihood, losses)
         return [modules[likelihood.output_of].register_forward_hook(hook)]
 
     def _statistics(self, loss: Tensor, loss_scale: float, loss_fraction: float) -> dict[str, Statistics]:
@@ -341,14 +341,18 @@ class KFC:
             )
         else:
             raise LossNotRecognisedError(self._unrecognised(terms))
-        # What this loss did not reach may belong to a later loss of the same training step.
+        # A term that this loss does not hold may belong to a later loss of the same training step.
         self._losses.terms[:] = [term for term in terms if all(term is not w.term for w in kept)]
-        self._recorder.calls[:] = [call for i, call in enumerate(recorded) if i not in found]
+        counted = self._recorder.counted
         if test is not None:
             self._conclude_self_test(test)
         statistics: dict[str, Statistics] = {}
         for index, entry in found.items():
             name = calls[index].layer
+            if index < len(recorded):
+                # A later loss through the same call adds to G alone: the call's input rows are in A already.
+                entry = entry.without_means() if index in counted else entry
+                counted.add(index)
             statistics[name] = statistics[name] + entry if name in statistics else entry
         return {name: entry for name, entry in statistics.items() if name in self.layers}
 
@@ -503,7 +507,7 @@ def _eager_compiled_code() -> Iterator[None]:
 def _norm_statistics_kept(model: nn.Module) -> Iterator[None]:
     """Put batch norm's running statistics back: under activation checkpointing a backward runs forwards again."""
     kept = [
-        (buffer, buffer._version, buffer.clone())
+        (buffer, buffer.clone())
         for module in model.modules()
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.training
         for buffer in module.buffers(recurse=False)
@@ -511,7 +515,7 @@ def _norm_statistics_kept(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for buffer, version, value in kept:
-            # Autograd holds these buffers too, and objects to a write that changes nothing.
-            if buffer._version != version:
-                buffer.copy_(value)
+        for buffer, value in kept:
+            # Through .data: autograd holds these buffers too, and objects to a write that it counts. Batch norm's own
+            # writes are not counted, so that a changed buffer cannot be told by its version.
+            buffer.data.copy_(value)
