@@ -18,6 +18,31 @@ from lightning_kfc.selftest import SelfTest
 Seeds = list[tuple[GradientEdge, Tensor]]
 
 
+#: What torch says where the graph cannot be differentiated once more, and the way out.
+UNDIFFERENTIABLE = {
+    "backward through the graph a second time": (
+        "KFC needs the graph of the loss, which a backward has freed: call update(loss) before loss.backward()."
+    ),
+    "use_reentrant": (
+        "KFC cannot differentiate through activation checkpointing of the reentrant kind: "
+        "pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
+    ),
+}
+
+
+def _grad(
+    outputs: Sequence[GradientEdge], inputs: Sequence[GradientEdge], values: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Derivatives of outputs, weighted by values, with respect to inputs; None where there is none."""
+    try:
+        return list(torch.autograd.grad(outputs, inputs, values, retain_graph=True, allow_unused=True))
+    except RuntimeError as error:
+        for said, way_out in UNDIFFERENTIABLE.items():
+            if said in str(error):
+                raise RuntimeError(way_out) from error
+        raise
+
+
 def loss_edge(loss: Tensor) -> GradientEdge:
     """The gradient edge of a loss, below the sink that DistributedDataParallel puts on top of a static graph.
 
@@ -60,7 +85,7 @@ def weighted_terms(
     derivatives: Iterator[Tensor | None] = iter(())
     if edges:
         start = torch.full_like(loss, 1.0 / loss_scale)
-        derivatives = iter(torch.autograd.grad([loss_edge(loss)], edges, [start], retain_graph=True, allow_unused=True))
+        derivatives = iter(_grad([loss_edge(loss)], edges, [start]))
     kept = []
     for term in terms:
         derivative = term.logits.new_tensor(loss_fraction) if term.value_edge is None else next(derivatives)
@@ -134,7 +159,7 @@ def _derivatives(seeds: Seeds, inputs: Sequence[GradientEdge], scale: float) -> 
     for edge, seed in seeds:
         metadata = edge.node._input_metadata[edge.output_nr]
         values.append((seed * scale).to(metadata.dtype).reshape(metadata.shape))
-    return list(torch.autograd.grad(outputs, inputs, values, retain_graph=True, allow_unused=True))
+    return _grad(outputs, inputs, values)
 
 
 def back_propagate(

@@ -131,6 +131,7 @@ class KFC:
         self._model = model
         self._found = find_layers(model, settings.include, settings.exclude, settings.weight_sharing)
         self._dropped: dict[str, str] = {}
+        self._said: set[str] = set()
         self._recorder: Recorder | None = None
         self._losses: LossRecorder | None = None
         self._self_test: SelfTest | None = None
@@ -154,7 +155,10 @@ class KFC:
 
     def _drop(self, layer: str, reason: str) -> None:
         self._dropped[layer] = reason
+        before = set(self.layers)
         self._found.replace_by_parameters(layer, self._model, reason)
+        # Their curvature begins with the next due step, which is no surprise.
+        self._said |= set(self.layers) - before
         if distributed.rank() == 0:
             warnings.warn(
                 f"KFC has no Kronecker factors for {layer!r}: {reason}. Its parameters get a diagonal curvature; "
@@ -207,7 +211,13 @@ class KFC:
         Raises:
             LossNotRecognisedError: If the loss holds no recognised term.
             SelfTestError: If the first step shows that the rows of a layer do not explain its gradient.
+            RuntimeError: If the step is due but its loss was not computed inside :meth:`capture`, or if its
+                backward has been run.
         """
+        if self._recorder is None and self.settings.schedule.factors_due(self.step):
+            raise RuntimeError(
+                f"KFC has recorded nothing at step {self.step}: compute the loss inside `with kfc.capture():`."
+            )
         self.back_propagate(loss, loss_scale=loss_scale, loss_fraction=loss_fraction)
         if not accumulate:
             self.refresh()
@@ -259,22 +269,43 @@ class KFC:
         self.refresh(optimizer)
         rates = None if optimizer is None else _learning_rates(optimizer)
         ready: list[tuple[Layer, Tensor, float]] = []
+        unexplained: list[str] = []
         finite = True
         for layer in self.layers.values():
             rate = lr if rates is None else _rate_of(layer, rates)
             gradients = layer.gradients()
-            if rate is None or gradients is None or layer.inverse is None or tuple(gradients) != layer.roles:
+            if rate is None or gradients is None:
+                continue
+            if not layer.averages:
+                unexplained.append(layer.name)
+            if layer.inverse is None or tuple(gradients) != layer.roles:
                 continue
             matrix = layer.adapter.matrix(gradients)
             ready.append((layer, matrix.to(torch.promote_types(matrix.dtype, torch.float32)), rate))
         with torch.no_grad():
             if self.settings.schedule.factors_due(self.step):
                 finite = all(bool(torch.isfinite(matrix).all()) for _, matrix, _ in ready)
+                self._say_unexplained(unexplained)
             if finite:
                 self._replace_gradients(ready)
             else:
                 self.events.nonfinite_gradients += 1
         self._stepped = True
+
+    def _say_unexplained(self, names: Sequence[str]) -> None:
+        """Warn once of each layer that has a gradient, but no curvature although a step was due."""
+        new = [name for name in names if name not in self._said]
+        if not new or self.events.nonfinite_statistics:
+            return
+        self._said.update(new)
+        if distributed.rank() == 0:
+            warnings.warn(
+                f"KFC has no curvature for {', '.join(map(repr, new))}: their gradients come from no recorded loss "
+                "term through a recorded forward, and stay as they are. Likely causes: a part of the loss that is not "
+                "recognised (name its likelihood), or activation checkpointing with use_reentrant=True (pass "
+                "use_reentrant=False). Add them to `exclude` to silence this.",
+                stacklevel=3,
+            )
 
     def pause(self) -> None:
         """Record nothing until :meth:`resume`: a backward re-runs checkpointed forwards, which are none of ours."""

@@ -328,6 +328,70 @@ def test_update_puts_back_the_statistics_that_a_recomputed_batch_norm_would_chan
         assert torch.equal(value, before[name]), name
 
 
+def test_an_update_without_a_capture_is_an_error_where_statistics_are_due() -> None:
+    model, x, y = two_linear_layers()
+    kfc = KFC(model, factor_every_n_steps=2, warmup_steps=0)
+    with pytest.raises(RuntimeError, match=r"recorded nothing at step 0.*with kfc\.capture\(\)"):
+        kfc.update(F.mse_loss(model(x), y))
+    with kfc.capture():
+        loss = F.mse_loss(model(x), y)
+    kfc.update(loss)
+    kfc.precondition(lr=0.1)
+    with kfc.capture():
+        loss = F.mse_loss(model(x), y)
+    kfc.update(loss)
+
+
+def test_an_update_after_the_backward_is_an_error_that_tells_the_order() -> None:
+    model, x, y = two_linear_layers()
+    for loss_of in (lambda: F.mse_loss(model(x), y), lambda: F.mse_loss(model(x), y) * torch.tensor(0.5).double()):
+        kfc = engine(model)
+        with kfc.capture():
+            loss = loss_of()
+        loss.backward()
+        with pytest.raises(RuntimeError, match=r"call update\(loss\) before loss\.backward\(\)"):
+            kfc.update(loss)
+
+
+def test_reentrant_checkpointing_between_layers_is_an_error_that_tells_the_way_out() -> None:
+    model, x, y = two_linear_layers()
+    kfc = engine(model)
+    with kfc.capture():
+        loss = F.mse_loss(checkpoint(model[1], model[0](x), use_reentrant=True), y)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        kfc.update(loss)
+
+
+def reentrant(model: nn.Sequential, x: Tensor, y: Tensor) -> Tensor:
+    # Where the input has no gradient, torch asks for one; the derivative then stops above the first layer.
+    return F.mse_loss(model[1](checkpoint(model[0], x.requires_grad_(), use_reentrant=True)), y)
+
+
+def unrecognised_part(model: nn.Sequential, x: Tensor, y: Tensor) -> Tensor:
+    return F.mse_loss(model[1](model[0](x).detach()), y) + model[0](x).square().mean()
+
+
+@pytest.mark.parametrize("loss_of", [reentrant, unrecognised_part])
+def test_a_layer_whose_gradient_comes_from_elsewhere_keeps_it_and_is_named_once(
+    loss_of: Callable[[nn.Sequential, Tensor, Tensor], Tensor],
+) -> None:
+    model, x, y = two_linear_layers()
+    kfc = engine(model)
+    for step in range(2):
+        model.zero_grad()
+        with kfc.capture():
+            loss = loss_of(model, x, y)
+        kfc.update(loss)
+        loss.backward()
+        plain = model[0].weight.grad.clone()
+        if step == 0:
+            with pytest.warns(UserWarning, match="no curvature for '0'.*use_reentrant=False"):
+                kfc.precondition(lr=0.1)
+        else:
+            kfc.precondition(lr=0.1)
+        assert torch.equal(model[0].weight.grad, plain)
+
+
 # Which calls and parameters count.
 
 

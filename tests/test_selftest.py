@@ -259,6 +259,31 @@ def test_in_place_operations_on_a_layer_s_output_are_none(shape: tuple[int, ...]
     oracles.assert_equal(kfc.layers["0"].G, expected, what="G")
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16 autocast", "float16 autocast", "bfloat16"])
+def test_rounding_is_none_in_any_precision(precision: str) -> None:
+    for seed in range(10):
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3),
+            nn.ReLU(inplace=True),
+            nn.Flatten(),
+            nn.Linear(128, 3),
+        )
+        x, target = data(16, 3, 6, 6, seed=seed).float(), classes(16, count=3, seed=seed)
+        if precision == "bfloat16":
+            model, x = model.bfloat16(), x.bfloat16()
+        kind, _, autocast = precision.partition(" ")
+        kfc = engine(model, fisher="mc", seed=seed)
+        with kfc.capture(), torch.autocast("cpu", getattr(torch, kind), enabled=bool(autocast)):
+            loss = F.cross_entropy(model(x), target)
+        kfc.update(loss)
+        assert set(kronecker_layers(kfc)) >= {"0", "3", "6"}
+        assert kfc.layers["0"].A.dtype == torch.float32
+
+
 def test_a_penalty_on_the_weights_in_the_loss_is_none() -> None:
     model = double(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
     x = data(4, 3)
