@@ -18,6 +18,31 @@ from lightning_kfc.selftest import SelfTest
 Seeds = list[tuple[GradientEdge, Tensor]]
 
 
+#: What torch says where the graph cannot be differentiated once more, and the way out.
+UNDIFFERENTIABLE = {
+    "backward through the graph a second time": (
+        "KFC needs the graph of the loss, which a backward has freed: call update(loss) before loss.backward()."
+    ),
+    "use_reentrant": (
+        "KFC cannot differentiate through activation checkpointing of the reentrant kind: "
+        "pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
+    ),
+}
+
+
+def _grad(
+    outputs: Sequence[GradientEdge], inputs: Sequence[GradientEdge], values: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Derivatives of outputs, weighted by values, with respect to inputs; None where there is none."""
+    try:
+        return list(torch.autograd.grad(outputs, inputs, values, retain_graph=True, allow_unused=True))
+    except RuntimeError as error:
+        for said, way_out in UNDIFFERENTIABLE.items():
+            if said in str(error):
+                raise RuntimeError(way_out) from error
+        raise
+
+
 def loss_edge(loss: Tensor) -> GradientEdge:
     """The gradient edge of a loss, below the sink that DistributedDataParallel puts on top of a static graph.
 
@@ -60,7 +85,7 @@ def weighted_terms(
     derivatives: Iterator[Tensor | None] = iter(())
     if edges:
         start = torch.full_like(loss, 1.0 / loss_scale)
-        derivatives = iter(torch.autograd.grad([loss_edge(loss)], edges, [start], retain_graph=True, allow_unused=True))
+        derivatives = iter(_grad([loss_edge(loss)], edges, [start]))
     kept = []
     for term in terms:
         derivative = term.logits.new_tensor(loss_fraction) if term.value_edge is None else next(derivatives)
@@ -134,7 +159,7 @@ def _derivatives(seeds: Seeds, inputs: Sequence[GradientEdge], scale: float) -> 
     for edge, seed in seeds:
         metadata = edge.node._input_metadata[edge.output_nr]
         values.append((seed * scale).to(metadata.dtype).reshape(metadata.shape))
-    return list(torch.autograd.grad(outputs, inputs, values, retain_graph=True, allow_unused=True))
+    return _grad(outputs, inputs, values)
 
 
 def back_propagate(
@@ -146,18 +171,18 @@ def back_propagate(
         passes: From :func:`seed_passes`.
         calls: What was recorded in the forward.
         scale: From :func:`seed_scale`; undone here.
-        test: The self-test to make on the first pass, or None.
+        test: The self-test of the layers that wait for it, or None.
 
     Returns:
         Statistics by the position of the call.
     """
     edges = [call.edge for call in calls]
     reached: dict[int, Statistics] = {}
-    for number, seeds in enumerate(passes):
-        extra = [get_gradient_edge(p) for p in test.parameters] if test is not None and number == 0 else []
+    for seeds in passes:
+        extra = [get_gradient_edge(p) for p in test.parameters()] if test is not None else []
         found = _derivatives(seeds, [*edges, *extra], scale)
         gradients = found[: len(edges)]
-        if test is not None and number == 0:
+        if test is not None:
             test.check(calls, gradients, found[len(edges) :])
         for index, (call, gradient) in enumerate(zip(calls, gradients, strict=True)):
             if gradient is None:
@@ -174,18 +199,24 @@ def back_propagate(
 
 
 def empirical_statistics_of_loss(
-    loss: Tensor, calls: Sequence[Call], *, loss_scale: float, test: SelfTest | None
+    loss: Tensor, calls: Sequence[Call], *, loss_scale: float, loss_fraction: float, test: SelfTest | None
 ) -> dict[int, Statistics]:
     r"""The empirical Fisher of a loss whose terms are not recognised, taken to be a mean over examples.
 
-    With :math:`h = \frac1N\sum_i h_i`, the rows of h itself are :math:`1/N` of those of the examples, so
-    that :math:`G = N\sum_r g_r g_r^\top`, N the size of each layer's first axis.
+    With :math:`h = \frac{f}{N}\sum_i h_i`, f the loss's fraction of the optimizer step, the rows of h itself are
+    :math:`f/N` of those of the examples, so that :math:`G = (N/f)\sum_r g_r g_r^\top`, N the examples of each call.
     """
     seeds: Seeds = [(loss_edge(loss), torch.full_like(loss, 1.0 / loss_scale))]
     found = back_propagate(iter([seeds]), calls, 1.0, test)
+    examples = {index: _examples(calls[index]) for index in found if calls[index].adapter.has_rows}
     result = {}
     for index, entry in found.items():
-        shape = calls[index].output_shape
-        examples = shape[0] if shape else 1
-        result[index] = Statistics(entry.means, {k: v * examples for k, v in entry.sums.items()}, entry.rows)
+        # A parameter that no call explains has no batch of its own.
+        factor = examples.get(index, max(examples.values(), default=1)) / loss_fraction
+        result[index] = Statistics(entry.means, {k: v * factor for k, v in entry.sums.items()}, entry.rows)
     return result
+
+
+def _examples(call: Call) -> int:
+    """The number of examples of a call, which its adapter alone can tell from positions and channels."""
+    return call.adapter.output_rows(torch.empty(call.output_shape, device="meta")).shape[0]

@@ -143,10 +143,18 @@ def running_average(values: Sequence[Tensor], decays: Sequence[float]) -> Tensor
     return total / mass
 
 
+def slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """The least-squares slope of y over x."""
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    product = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    return product / sum((a - mean_x) ** 2 for a in x)
+
+
 def ratio(found: Tensor, expected: Tensor) -> str:
     """For a failure message: by which factor the found numbers are too large, so that a wrong scale shows."""
     scale = (found * expected).sum() / (expected * expected).sum()
-    return f"found / expected = {float(scale):.6g}, remaining difference {float((found - scale * expected).abs().max()):.3g}"
+    rest = (found - scale * expected).abs().max()
+    return f"found / expected = {float(scale):.6g}, remaining difference {float(rest):.3g}"
 
 
 def assert_equal(found: Tensor, expected: Tensor, *, rtol: float = 1e-9, what: str = "") -> None:

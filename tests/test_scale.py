@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -76,7 +77,7 @@ def test_one_example_is_exact_whatever_the_widths_and_the_factor_on_the_loss(
 ) -> None:
     if likelihood == "categorical" and widths[-1] == 1:
         widths[-1] = 2  # one class has no information
-    pairs = list(zip(widths[:-1], widths[1:], strict=True))
+    pairs = list(itertools.pairwise(widths))
     model = double(*[m for a, b in pairs for m in (nn.Linear(a, b, bias=bias), nn.Tanh())][:-1])
     loss = losses_on(widths[-1], 1, likelihood, "mean")
     names = [str(2 * i) for i in range(len(pairs))]
