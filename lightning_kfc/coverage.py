@@ -200,16 +200,17 @@ def coverage_of(model: nn.Module, found: Found, inverse: type[Inverse]) -> Cover
             kind, reason = found.plain[id(parameter)]
             row = CoverageRow(name, module, kind, "plain", reason, {}, 0, parameter.numel())
         rows.append(row)
-    return Coverage(tuple(rows), tuple(_lines(found.layers.values())))
+    return Coverage(tuple(rows), tuple(_lines(found.layers.values(), inverse)))
 
 
-def _lines(layers: Iterable[Layer]) -> Iterator[_Line]:
+def _lines(layers: Iterable[Layer], inverse: type[Inverse]) -> Iterator[_Line]:
     for layer in layers:
         adapter = layer.adapter
         if adapter.own_parameters():
             factors = _sides(adapter.factor_shapes())
             numel = prod(adapter.matrix_shape())
-            yield _Line(layer.name, adapter.kind, adapter.treatment, factors, numel, layer.nbytes())
+            held = layer.nbytes(inverse)
+            yield _Line(layer.name, adapter.kind, adapter.treatment, factors, numel, held)
 
 
 def _shapes(layers: Sequence[Layer]) -> dict[str, tuple[int, ...]]:
