@@ -27,7 +27,7 @@ class Curve:
     Attributes:
         iterations: Steps made, growing from 0.
         seconds: What these steps took, evaluation not counted.
-        losses: The loss on the whole training set after them.
+        losses: The training loss after them.
     """
 
     iterations: list[int] = field(default_factory=list)

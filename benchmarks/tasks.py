@@ -61,15 +61,13 @@ class Task:
 
     @torch.no_grad()
     def training_loss(self, model: nn.Module) -> float:
-        """The loss on the whole training set, in evaluation mode."""
+        """The loss on the first 1,024 training examples (the split has shuffled them), in evaluation mode."""
         inputs, targets = self.data()
         mode = model.training
         model.eval()
-        total = 0.0
-        for x, y in zip(inputs.split(1024), targets.split(1024), strict=True):
-            total += float(self.loss(model(x), y)) * len(x)
+        loss = float(self.loss(model(inputs[:1024]), targets[:1024]))
         model.train(mode)
-        return total / len(inputs)
+        return loss
 
     def shortened(self, budget: int) -> Task:
         """The same task with another budget."""
@@ -90,18 +88,18 @@ def mnist_split() -> Split:
 
 
 def conv_net() -> nn.Sequential:
-    """Two 5x5 convolutions with pooling, then two linear layers; 215,370 parameters; the net of ``make demo``."""
+    """Two 5x5 convolutions with pooling, then two linear layers; 54,314 parameters; the net of ``make demo``."""
     return nn.Sequential(
-        nn.Conv2d(1, 16, 5, padding=2),
+        nn.Conv2d(1, 8, 5, padding=2),
         nn.ReLU(),
         nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 5, padding=2),
+        nn.Conv2d(8, 16, 5, padding=2),
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),
-        nn.Linear(32 * 7 * 7, 128),
+        nn.Linear(16 * 7 * 7, 64),
         nn.ReLU(),
-        nn.Linear(128, 10),
+        nn.Linear(64, 10),
     )
 
 
@@ -140,7 +138,7 @@ TASKS = {
             loss=F.cross_entropy,
             data=_digits,
             targets=(0.3, 0.1, 0.03),
-            budget=160,
+            budget=200,
         ),
         Task(
             name="autoencoder",
@@ -149,7 +147,7 @@ TASKS = {
             loss=summed_cross_entropy,
             data=_flat_digits,
             targets=(160.0, 120.0, 100.0),
-            budget=400,
+            budget=300,
         ),
     )
 }
