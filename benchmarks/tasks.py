@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -11,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-#: Widths of the deep autoencoder's hidden layers (Hinton & Salakhutdinov 2006).
-AUTOENCODER_WIDTHS = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
+from benchmarks.networks import conv_net, deep_autoencoder
 
 
 @dataclass(frozen=True)
@@ -85,32 +83,6 @@ def mnist_split() -> Split:
     train_x, test_x = (torch.tensor(part, dtype=torch.float32).reshape(-1, 1, 28, 28) / 255 for part in parts[:2])
     train_y, test_y = (torch.tensor(part, dtype=torch.long) for part in parts[2:])
     return Split(train_x, train_y, test_x, test_y)
-
-
-def conv_net() -> nn.Sequential:
-    """Two 5x5 convolutions with pooling, then two linear layers; 54,314 parameters; the net of ``make demo``."""
-    return nn.Sequential(
-        nn.Conv2d(1, 8, 5, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(8, 16, 5, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(16 * 7 * 7, 64),
-        nn.ReLU(),
-        nn.Linear(64, 10),
-    )
-
-
-def deep_autoencoder() -> nn.Sequential:
-    """784-1000-500-250-30-250-500-1000-784 with ReLU between, and a linear code; PyTorch's own initialisation."""
-    layers: list[nn.Module] = []
-    for position, (d_in, d_out) in enumerate(itertools.pairwise(AUTOENCODER_WIDTHS)):
-        layers.append(nn.Linear(d_in, d_out))
-        if position not in (3, 7):  # the code, and the logits
-            layers.append(nn.ReLU())
-    return nn.Sequential(*layers)
 
 
 def summed_cross_entropy(logits: Tensor, pixels: Tensor) -> Tensor:
