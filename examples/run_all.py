@@ -1,7 +1,8 @@
 """Runs every example in small, each in a process of its own, and fails if one fails: ``make examples``.
 
-A new example needs nothing here if ``--quick`` makes it short; else its arguments go into ``ARGUMENTS``.
-Files whose names begin with an underscore are parts of examples.
+A new example needs nothing here if ``--quick`` makes it short, or if it is a LightningCLI program with its
+configuration beside it (``name.py`` and ``name.yaml``), which is fitted for one epoch. Other arguments go into
+``ARGUMENTS``. Files whose names begin with an underscore are parts of examples.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-#: The arguments that make an example short, where it is not ``--quick``; ``{examples}`` is this folder. An example
+#: The arguments that make an example short, where neither rule does; ``{examples}`` is this folder. An example
 #: that is run in several ways has several lists.
 ARGUMENTS: Mapping[str, Sequence[Sequence[str]]] = {}
-QUICK: Sequence[Sequence[str]] = (("--quick",),)
 TIMEOUT_SECONDS = 300
 
 
@@ -35,8 +35,13 @@ def commands(folder: Path) -> list[list[str]]:
     return [
         [sys.executable, str(path), *(argument.format(examples=folder) for argument in arguments)]
         for path in examples
-        for arguments in ARGUMENTS.get(path.name, QUICK)
+        for arguments in ARGUMENTS.get(path.name) or [_quick(path)]
     ]
+
+
+def _quick(example: Path) -> Sequence[str]:
+    config = example.with_suffix(".yaml")
+    return ("fit", "--config", str(config), "--trainer.max_epochs=1") if config.exists() else ("--quick",)
 
 
 def run(command: Sequence[str]) -> bool:
