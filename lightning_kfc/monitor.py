@@ -13,6 +13,8 @@ class Events:
         nonfinite_statistics: Steps whose statistics held a NaN or an infinity, and entered no average.
         nonfinite_gradients: Steps whose gradient held a NaN or an infinity, and was left as it was.
         nonfinite_updates: Layers, summed over steps, that kept their plain gradient since the update was not finite.
+        missing_second_moments: Layers, summed over steps, that kept their eigenvalues, since ``inverse="ekfac"`` had no
+            usable gradients of single examples.
         failed_factorisations: Factorisations that failed at every damping; the last good inverse was kept.
         restarted_layers: Layers whose averages started anew, since their trainable parameters changed.
     """
@@ -20,6 +22,7 @@ class Events:
     nonfinite_statistics: int = 0
     nonfinite_gradients: int = 0
     nonfinite_updates: int = 0
+    missing_second_moments: int = 0
     failed_factorisations: int = 0
     restarted_layers: int = 0
 
