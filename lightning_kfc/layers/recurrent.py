@@ -118,8 +118,6 @@ def _part_names(module: nn.Module) -> list[str]:
 
 
 def _run(watch: Watch, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
     with _ShownRecurrence(watch):
         return forward(*args, **kwargs)
 
