@@ -388,3 +388,22 @@ def test_nothing_of_ours_is_cast_when_a_plain_loop_calls_us_under_autocast(kind:
         found.append([kfc.layers["0"].G, model[0].weight.grad])
     for inside_value, outside_value in zip(*found, strict=True):
         assert torch.equal(inside_value, outside_value)
+
+
+def test_a_layer_that_a_steps_loss_does_not_reach_keeps_its_eigenvalues() -> None:
+    model = double(nn.Linear(3, 2), nn.Linear(3, 2))
+    kfc = engine(model, inverse="ekfac", inverse_every_n_steps=4, warmup_steps=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = data(5, 3), classes(5, count=2)
+
+    def loss(share: float) -> Tensor:
+        other = F.cross_entropy(model[1](x), y)
+        return F.cross_entropy(model[0](x), y) + (share * other if share else 0)
+
+    train_step(kfc, optimizer, lambda: loss(1.0))
+    before = [inverse_of(kfc, name) for name in ("0", "1")]
+    train_step(kfc, optimizer, lambda: loss(0.0))
+    after = [inverse_of(kfc, name) for name in ("0", "1")]
+    assert after[0].weight > before[0].weight
+    assert after[1].weight == before[1].weight
+    assert torch.equal(after[1].values, before[1].values)
