@@ -122,7 +122,9 @@ class Recorder:
         output: Tensor,
         direction: Callable[[Tensor], Tensor] | None,
     ) -> None:
-        if self.paused or not torch.is_grad_enabled() or not output.requires_grad:
+        # A toggled optimizer freezes the other optimizers' parameters for a while.
+        frozen = not adapter.own_parameters()
+        if self.paused or frozen or not torch.is_grad_enabled() or not output.requires_grad:
             return
         # Autocast would form the statistics in half precision.
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):

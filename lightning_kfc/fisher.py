@@ -137,6 +137,15 @@ def _derivatives(seeds: Seeds, inputs: Sequence[GradientEdge], scale: float) -> 
     return list(torch.autograd.grad(outputs, inputs, values, retain_graph=True, allow_unused=True))
 
 
+def reaches(loss: Tensor, calls: Sequence[Call]) -> bool:
+    """Whether a loss depends on the output of any recorded call."""
+    if not calls or not loss.requires_grad:
+        return False
+    edges = [call.edge for call in calls]
+    found = torch.autograd.grad([loss_edge(loss)], edges, [torch.ones_like(loss)], retain_graph=True, allow_unused=True)
+    return any(gradient is not None for gradient in found)
+
+
 def back_propagate(
     passes: Iterator[Seeds], calls: Sequence[Call], scale: float, test: SelfTest | None = None
 ) -> dict[int, Statistics]:
@@ -155,6 +164,8 @@ def back_propagate(
     reached: dict[int, Statistics] = {}
     for number, seeds in enumerate(passes):
         extra = [get_gradient_edge(p) for p in test.parameters] if test is not None and number == 0 else []
+        if not edges and not extra:
+            break
         found = _derivatives(seeds, [*edges, *extra], scale)
         gradients = found[: len(edges)]
         if test is not None and number == 0:

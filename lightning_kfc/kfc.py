@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ from lightning_kfc import distributed
 from lightning_kfc.capture import Recorder
 from lightning_kfc.coverage import Coverage, coverage_of, discover
 from lightning_kfc.discovery import LossRecorder, LossTerm, named_output_hook
+from lightning_kfc.due import Due
 from lightning_kfc.factors.inverse import INVERSES, FactorisationError
 from lightning_kfc.factors.statistics import Statistics
 from lightning_kfc.fisher import (
     back_propagate,
     empirical_statistics_of_loss,
+    reaches,
     seed_passes,
     seed_scale,
     weighted_terms,
@@ -132,7 +135,12 @@ class KFC:
         self._recorder: Recorder | None = None
         self._losses: LossRecorder | None = None
         self._self_test: SelfTest | None = None
-        self._self_test_done = False
+        self._tested: set[str] = set()
+        self._due = Due(settings.schedule)
+        self._recorded: list[str] = []
+        # Layers whose .grad holds a part of which no statistics were taken: what is taken then would not belong to it.
+        self._unseen: set[str] = set()
+        self._unreached: set[str] = set()
         self._stepped = False
         self._micro_batch = 0
         self.step = 0
@@ -145,6 +153,11 @@ class KFC:
     def layers(self) -> Mapping[str, Layer]:
         """The preconditioned layers by module name."""
         return {name: layer for name, layer in self._found.layers.items() if name not in self._dropped}
+
+    @property
+    def recorded(self) -> tuple[str, ...]:
+        """The layers whose statistics are taken at this step."""
+        return tuple(self._recorded)
 
     def coverage(self) -> Coverage:
         """Every parameter with how it is treated and why; prints as a table."""
@@ -168,16 +181,17 @@ class KFC:
         Compute the loss inside. Compiled code runs eagerly there, and only there.
         """
         self._begin_step_if_over()
-        if not self.settings.schedule.factors_due(self.step):
-            self._recorder = self._losses = None
+        self._recorded = self._due.recorded_at(self.step, self.layers)
+        if not self._recorded:
+            self.release()
             yield
             return
         self._recorder, self._losses = Recorder(), LossRecorder()
-        direction = self._prepare_self_test()
+        directions = self._prepare_self_test()
         handles = []
         try:
-            for name, layer in self.layers.items():
-                self._recorder.attach(name, layer.adapters, direction(name) if direction else None)
+            for name in self._recorded:
+                self._recorder.attach(name, self._found.layers[name].adapters, directions.get(name))
             handles += self._attach_named_output(self._losses.terms)
             with _eager_compiled_code(), self._losses:
                 yield
@@ -209,6 +223,7 @@ class KFC:
 
     def back_propagate(self, loss: Tensor, *, loss_scale: float = 1.0, loss_fraction: float = 1.0) -> None:
         """The first half of :meth:`update`: send the seeds to the layers while the loss's graph lives."""
+        self._follow_gradients()
         if self._recorder is None or self._losses is None:
             return
         self.pause()
@@ -219,8 +234,52 @@ class KFC:
             self.resume()
         # Finite or not is for all ranks to know together: refresh() looks at the sum over ranks.
         for name, entry in statistics.items():
-            self._found.layers[name].add(entry)
+            if name not in self._unseen:
+                self._found.layers[name].add(entry)
         self._micro_batch += 1
+
+    def forget(self, layers: Iterable[str]) -> None:
+        """Take no statistics of layers until their next step: their gradient gets a part that was not seen here."""
+        for name in layers:
+            self._found.layers[name].pending = None
+            self._unseen.add(name)
+
+    def skip(self, optimizer: Optimizer) -> None:
+        """Count a step that an optimizer made without :meth:`precondition`; its layers' statistics are forgotten."""
+        for name in self.learning_rates(optimizer):
+            self._found.layers[name].pending = None
+            self._unseen.discard(name)
+        self._stepped = True
+
+    def release(self) -> None:
+        """Let go of what was recorded of the last forward and its graph."""
+        self._recorder = self._losses = None
+
+    def _follow_gradients(self) -> None:
+        """Let statistics live and die with the gradient they belong to.
+
+        Where a loss passes through a network that another optimizer trains (a generator's loss through the
+        discriminator), that gradient is zeroed before it is ever used, and its statistics must not stay either.
+        """
+        for name, layer in self._found.layers.items():
+            if (layer.pending is not None or name in self._unseen) and layer.gradient_is_zero():
+                layer.pending = None
+                self._unseen.discard(name)
+        recorded = set(self._recorded) if self._recorder is not None else set()
+        self.forget(name for name in self._found.layers if name not in recorded)
+
+    def learning_rates(self, optimizer: Optimizer) -> dict[str, float]:
+        """The learning rate of each layer all of whose trainable parameters belong to an optimizer.
+
+        Where they are spread over its groups, that of the weight's group.
+        """
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        rates = {}
+        for name, layer in self.layers.items():
+            own = [groups.get(id(parameter)) for parameter in layer.adapter.own_parameters().values()]
+            if own and own[0] is not None and all(group is not None for group in own):
+                rates[name] = float(own[0]["lr"])
+        return rates
 
     def refresh(self, optimizer: Optimizer | None = None) -> None:
         """The second half of :meth:`update`: fold statistics into the factors, and refresh the inverses, where due.
@@ -228,14 +287,7 @@ class KFC:
         Args:
             optimizer: Only for the layers whose parameters this optimizer steps; None for all.
         """
-        if not self.settings.schedule.factors_due(self.step) and not self.settings.schedule.inverses_due(self.step):
-            return
-        layers = [
-            layer for layer in self.layers.values() if optimizer is None or _learning_rate(layer, optimizer) is not None
-        ]
-        self._fold_pending(layers)
-        if self.settings.schedule.inverses_due(self.step):
-            self._refresh_inverses([layer for layer in layers if layer.factorised_at != self.step])
+        self._refresh(self.layers if optimizer is None else self.learning_rates(optimizer))
 
     def precondition(self, lr: float | None = None, *, optimizer: Optimizer | None = None) -> None:
         """Replace the gradients of the covered parameters by their updates.
@@ -252,24 +304,55 @@ class KFC:
             raise ValueError(
                 "precondition() takes either lr=... or optimizer=..., to know the step that the KL clip bounds."
             )
-        self.refresh(optimizer)
+        rates = dict.fromkeys(self.layers, float(lr)) if lr is not None else {}
+        if optimizer is not None:
+            rates = self.learning_rates(optimizer)
+        self._refresh(rates)
         ready: list[tuple[Layer, Tensor, float]] = []
         finite = True
-        for layer in self.layers.values():
-            rate = lr if optimizer is None else _learning_rate(layer, optimizer)
+        for name, rate in rates.items():
+            layer = self._found.layers[name]
             gradients = layer.gradients()
-            if rate is None or gradients is None or layer.inverse is None:
+            if gradients is None:
+                continue
+            self._note_trained(layer)
+            if layer.inverse is None:
                 continue
             matrix = layer.adapter.matrix(gradients)
             ready.append((layer, matrix.to(torch.promote_types(matrix.dtype, torch.float32)), rate))
         with torch.no_grad():
-            if self.settings.schedule.factors_due(self.step):
+            if self._recorded:
                 finite = all(bool(torch.isfinite(matrix).all()) for _, matrix, _ in ready)
             if finite:
                 self._replace_gradients(ready)
             else:
                 self.events.nonfinite_gradients += 1
         self._stepped = True
+
+    def _refresh(self, names: Iterable[str]) -> None:
+        layers = [self._found.layers[name] for name in names]
+        self._fold_pending(layers)
+        self._refresh_inverses(layers)
+
+    def _note_trained(self, layer: Layer) -> None:
+        unseen = layer.name in self._unseen
+        self._unseen.discard(layer.name)
+        if layer.name not in self._recorded:
+            if layer.name not in self._unreached:
+                self._due.trained_unrecorded(layer.name, self.step)
+            return
+        self._due.give_up(layer.name)
+        if self._due.has_statistics(layer.name):
+            self._unreached.discard(layer.name)
+        elif not unseen and layer.name not in self._unreached and not layer.gradient_is_zero():
+            self._unreached.add(layer.name)
+            if distributed.rank() == 0:
+                warnings.warn(
+                    f"KFC trains {layer.name!r} with its plain gradient: no term that was recognised in the loss "
+                    "depends on it. Name the likelihood of the loss that trains it, or add it to `exclude` to silence "
+                    "this.",
+                    stacklevel=2,
+                )
 
     def pause(self) -> None:
         """Record nothing until :meth:`resume`: a backward re-runs checkpointed forwards, which are none of ours."""
@@ -291,13 +374,15 @@ class KFC:
             self._stepped = False
             self._micro_batch = 0
 
-    def _prepare_self_test(self) -> Callable[[str], Callable[[Tensor], Tensor]] | None:
+    def _prepare_self_test(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """The test's direction for each layer that was not tested yet: the first time that its statistics are taken."""
         self._self_test = None
-        if self._self_test_done:
-            return None
-        test = SelfTest(self.layers, self._generator(torch.device("cpu"), stream=1))
+        untested = {name: self._found.layers[name] for name in self._recorded if name not in self._tested}
+        if not untested:
+            return {}
+        test = SelfTest(untested, self._generator(torch.device("cpu"), stream=1))
         self._self_test = test
-        return lambda name: lambda like: test.direction(name, like)
+        return {name: partial(test.direction, name) for name in untested}
 
     def _attach_named_output(self, terms: list[LossTerm]) -> list[Any]:
         likelihood = self.settings.likelihood
@@ -321,14 +406,18 @@ class KFC:
         if kept:
             if not all(bool(torch.isfinite(w.term.logits).all() and torch.isfinite(w.weights).all()) for w in kept):
                 self.events.nonfinite_statistics += 1
+                self.forget(self._recorded)
                 return {}
             generator = self._generator(kept[0].term.logits.device)
             scale = 1.0 if self.settings.fisher == "empirical" else seed_scale(kept)
             found = back_propagate(seed_passes(kept, self.settings.fisher, generator), calls, scale, test)
         elif self.settings.fisher == "empirical":
             found = empirical_statistics_of_loss(loss, calls, loss_scale=loss_scale, test=test)
-        else:
+        elif reaches(loss, calls):
             raise LossNotRecognisedError(self._unrecognised(terms))
+        else:
+            # A loss that trains other parameters than ours.
+            return {}
         # What this loss did not reach may belong to a later loss of the same training step.
         self._losses.terms[:] = [term for term in terms if all(term is not w.term for w in kept)]
         self._recorder.calls[:] = [call for i, call in enumerate(calls) if i not in found]
@@ -341,8 +430,8 @@ class KFC:
         return {name: entry for name, entry in statistics.items() if name not in self._dropped}
 
     def _finish_self_test(self, test: SelfTest) -> None:
-        self._self_test, self._self_test_done = None, True
-        for name in test.never_called:
+        self._tested |= test.tested
+        for name in set(test.never_called) - set(self._dropped):
             self._drop(name, "its weight is used without calling the module")
 
     def _wanted(self, terms: list[LossTerm]) -> list[LossTerm]:
@@ -381,14 +470,19 @@ class KFC:
         for name, statistics in distributed.reduce_statistics(pending).items():
             if not statistics.is_finite():
                 self.events.nonfinite_statistics += 1
-            elif not self._found.layers[name].fold(statistics, self.settings.ema_decay):
+                self._unseen.add(name)
+                continue
+            if not self._found.layers[name].fold(statistics, self.settings.ema_decay):
                 self.events.restarted_layers += 1
+                self._due.forget(name)
+            self._due.folded(name, self.step)
 
     def _refresh_inverses(self, layers: Sequence[Layer]) -> None:
         damping = value_at(self.settings.damping, self.step)
         for layer in layers:
-            if not layer.averages:
+            if not layer.averages or not self._due.inverse(layer.name, self.step, damping):
                 continue
+            self._due.factorised(layer.name, self.step, damping)
             try:
                 layer.factorise(INVERSES[self.settings.inverse], damping, self.step)
             except FactorisationError as error:
@@ -408,14 +502,21 @@ class KFC:
 
     # State.
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs, in plain tensors, numbers, strings, dicts and lists."""
+    def state_dict(self, *, factors: bool = True) -> dict[str, Any]:
+        """Everything that a resumed run needs, in plain tensors, numbers, strings, dicts and lists.
+
+        Args:
+            factors: Whether factors and inverses are in it. Without them a few numbers are left, and a resumed run
+                estimates curvature anew.
+        """
+        layers = {name: layer.state_dict() for name, layer in self._found.layers.items()} if factors else None
         return {
             "version": STATE_VERSION,
             "step": self.step + int(self._stepped),
-            "layers": {name: layer.state_dict() for name, layer in self._found.layers.items()},
+            "layers": layers,
+            "due": self._due.state_dict(),
             "dropped": dict(self._dropped),
-            "self_test_done": self._self_test_done,
+            "tested": sorted(self._tested),
             "events": self.events.state_dict(),
         }
 
@@ -436,8 +537,12 @@ class KFC:
         self.step = int(state["step"])
         self._stepped = False
         self._dropped = {name: why for name, why in state["dropped"].items() if name in self._found.layers}
-        self._self_test_done = bool(state["self_test_done"])
+        self._tested = set(state["tested"])
+        self._due.load_state_dict(state["due"])
         self.events.load_state_dict(state["events"])
+        if state["layers"] is None:
+            self._due.restart(self.step)
+            return ["the state holds no factors: curvature is estimated anew, beginning with a warm-up"]
         problems = [
             f"layer {name!r} of the checkpoint is not in the model"
             for name in state["layers"]
@@ -446,23 +551,18 @@ class KFC:
         for name, layer in self._found.layers.items():
             if name not in state["layers"]:
                 problems.append(f"layer {name!r} is not in the checkpoint and starts anew")
+                self._due.forget(name)
                 continue
             if not layer.adapter.own_parameters():
                 continue
             reason = layer.load_state_dict(state["layers"][name], INVERSES[self.settings.inverse])
             if reason is not None:
+                layer.averages, layer.inverse = {}, None
+                self._due.forget(name)
                 problems.append(f"layer {name!r} starts anew: {reason}")
+        if not any(layer.averages for layer in self._found.layers.values()):
+            self._due.restart(self.step)
         return problems
-
-
-def _learning_rate(layer: Layer, optimizer: Optimizer) -> float | None:
-    """The learning rate of the group that holds all of a layer's parameters, or None where none does.
-
-    Where they are spread over groups, that of the weight's group.
-    """
-    rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
-    own = [rates.get(id(parameter)) for parameter in layer.adapter.own_parameters().values()]
-    return None if any(rate is None for rate in own) or not own else own[0]
 
 
 @contextlib.contextmanager

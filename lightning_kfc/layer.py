@@ -102,6 +102,12 @@ class Layer:
             return None
         return {name: gradient for name, gradient in found.items() if gradient is not None}
 
+    def gradient_is_zero(self) -> bool:
+        """Whether the layer's parameters have no gradient, or one that is zero in every element."""
+        gradients = [parameter.grad for parameter in self.module.parameters()]
+        # A rank's part of a sharded gradient says nothing about the other ranks' parts.
+        return all(g is None or (type(g) is Tensor and not bool(g.any())) for g in gradients)
+
     def write(self, matrix: Tensor) -> None:
         """Replace the gradients by a matrix ``(groups, d_out, d_in)``."""
         for name, value in self.adapter.tensors(matrix).items():

@@ -42,6 +42,20 @@ class RefreshSchedule:
             return step <= 3 or step % 2 == 1
         return step == self.warmup_steps or step % self.inverse_every_n_steps == 0
 
+    def last_factors_due(self, step: int) -> int:
+        """The latest step, up to this one, at which statistics are taken."""
+        return self._last(self.factors_due, step, self.factor_every_n_steps)
+
+    def last_inverses_due(self, step: int) -> int:
+        """The latest step, up to this one, at which inverses are refreshed."""
+        return self._last(self.inverses_due, step, self.inverse_every_n_steps)
+
+    def _last(self, due: Callable[[int], bool], step: int, period: int) -> int:
+        if step > self.warmup_steps:
+            return max(step - step % period, self._last(due, self.warmup_steps, period))
+        # Step 0 is a date of both kinds, so that this ends.
+        return next(past for past in range(step, -1, -1) if due(past))
+
 
 @dataclass(frozen=True)
 class ExponentialSchedule:
@@ -99,5 +113,13 @@ Schedule = ExponentialSchedule | LinearSchedule
 
 
 def value_at(value: float | Schedule | Callable[[int], float], step: int) -> float:
-    """A constant, or a schedule's value at a step."""
-    return float(value(step)) if callable(value) else float(value)
+    """A constant, or a schedule's value at a step.
+
+    Raises:
+        ValueError: If a schedule's value is not positive and finite.
+    """
+    if not callable(value):
+        return float(value)
+    result = float(value(step))
+    check_positive(f"damping at step {step}", result)
+    return result
