@@ -205,7 +205,7 @@ class KFCHooks:
         lines = [f"KFC preconditions these layers:\n{coverage}"]
         if self._save_factors:
             size = sum(row.bytes for row in coverage) / 1e6
-            lines.append(f"Each checkpoint holds the factors and inverses, {size:.1f} MB (save_factors=False: none).")
+            lines.append(f"Each checkpoint holds the factors and inverses, {size:.3f} MB (save_factors=False: none).")
         else:
             lines.append("Checkpoints hold no factors (save_factors=False): a resumed run warms up again.")
         return "\n".join(lines)

@@ -6,7 +6,6 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_kfc import distributed
-from lightning_kfc.capture import Recorder
-from lightning_kfc.coverage import Coverage, coverage_of, discover
+from lightning_kfc.capture import Recorder, parameter_call
+from lightning_kfc.coverage import Coverage, coverage_of
 from lightning_kfc.discovery import LossRecorder, LossTerm, named_output_hook
 from lightning_kfc.due import Due
 from lightning_kfc.factors.inverse import INVERSES, FactorisationError
 from lightning_kfc.factors.statistics import Statistics
+from lightning_kfc.find_layers import find_layers
 from lightning_kfc.fisher import (
     back_propagate,
     empirical_statistics_of_loss,
@@ -130,7 +130,7 @@ class KFC:
     def _start(self, model: nn.Module, settings: Settings) -> None:
         self.settings = settings
         self._model = model
-        self._found = discover(model, settings.include, settings.exclude, settings.weight_sharing)
+        self._found = find_layers(model, settings.include, settings.exclude, settings.weight_sharing)
         self._dropped: dict[str, str] = {}
         self._recorder: Recorder | None = None
         self._losses: LossRecorder | None = None
@@ -152,7 +152,7 @@ class KFC:
     @property
     def layers(self) -> Mapping[str, Layer]:
         """The preconditioned layers by module name."""
-        return {name: layer for name, layer in self._found.layers.items() if name not in self._dropped}
+        return self._found.layers
 
     @property
     def recorded(self) -> tuple[str, ...]:
@@ -161,14 +161,15 @@ class KFC:
 
     def coverage(self) -> Coverage:
         """Every parameter with how it is treated and why; prints as a table."""
-        return coverage_of(self._model, self._found, self._dropped, inverse_bytes=1.0)
+        return coverage_of(self._model, self._found)
 
     def _drop(self, layer: str, reason: str) -> None:
         self._dropped[layer] = reason
+        self._found.replace_by_parameters(layer, self._model, reason)
         if distributed.rank() == 0:
             warnings.warn(
-                f"KFC does not precondition {layer!r}: {reason}. It is trained with its plain gradient; add it to "
-                "`exclude` to silence this.",
+                f"KFC has no Kronecker factors for {layer!r}: {reason}. Its parameters get a diagonal curvature; "
+                "add it to `exclude` to give them their plain gradient and to silence this.",
                 stacklevel=2,
             )
 
@@ -190,8 +191,8 @@ class KFC:
         directions = self._prepare_self_test()
         handles = []
         try:
-            for name in self._recorded:
-                self._recorder.attach(name, self._found.layers[name].adapters, directions.get(name))
+            for name, layer in self._layers_with_rows(self._recorded).items():
+                self._recorder.attach(name, layer.adapters, directions.get(name))
             handles += self._attach_named_output(self._losses.terms)
             with _eager_compiled_code(), self._losses:
                 yield
@@ -241,8 +242,9 @@ class KFC:
     def forget(self, layers: Iterable[str]) -> None:
         """Take no statistics of layers until their next step: their gradient gets a part that was not seen here."""
         for name in layers:
-            self._found.layers[name].pending = None
             self._unseen.add(name)
+            if name in self._found.layers:
+                self._found.layers[name].pending = None
 
     def skip(self, optimizer: Optimizer) -> None:
         """Count a step that an optimizer made without :meth:`precondition`; its layers' statistics are forgotten."""
@@ -368,21 +370,25 @@ class KFC:
 
     # The parts of a step.
 
+    def _layers_with_rows(self, names: Iterable[str]) -> dict[str, Layer]:
+        layers = {name: self.layers[name] for name in names}
+        return {name: layer for name, layer in layers.items() if layer.adapter.has_rows}
+
     def _begin_step_if_over(self) -> None:
         if self._stepped:
             self.step += 1
             self._stepped = False
             self._micro_batch = 0
 
-    def _prepare_self_test(self) -> dict[str, Callable[[Tensor], Tensor]]:
+    def _prepare_self_test(self) -> dict[str, Tensor]:
         """The test's direction for each layer that was not tested yet: the first time that its statistics are taken."""
         self._self_test = None
-        untested = {name: self._found.layers[name] for name in self._recorded if name not in self._tested}
+        untested = self._layers_with_rows(name for name in self._recorded if name not in self._tested)
         if not untested:
             return {}
         test = SelfTest(untested, self._generator(torch.device("cpu"), stream=1))
         self._self_test = test
-        return {name: partial(test.direction, name) for name in untested}
+        return {name: test.direction(name) for name, layer in untested.items() if layer.adapter.own_parameters()}
 
     def _attach_named_output(self, terms: list[LossTerm]) -> list[Any]:
         likelihood = self.settings.likelihood
@@ -400,7 +406,12 @@ class KFC:
     def _statistics(self, loss: Tensor, loss_scale: float, loss_fraction: float) -> dict[str, Statistics]:
         assert self._recorder is not None
         assert self._losses is not None
-        terms, calls = list(self._losses.terms), list(self._recorder.calls)
+        terms, recorded = list(self._losses.terms), list(self._recorder.calls)
+        calls = recorded + [
+            parameter_call(name, layer.adapter)
+            for name, layer in self.layers.items()
+            if name in self._recorded and not layer.adapter.has_rows and layer.adapter.own_parameters()
+        ]
         kept = weighted_terms(loss, self._wanted(terms), loss_scale=loss_scale, loss_fraction=loss_fraction)
         test = self._self_test
         if kept:
@@ -420,14 +431,14 @@ class KFC:
             return {}
         # What this loss did not reach may belong to a later loss of the same training step.
         self._losses.terms[:] = [term for term in terms if all(term is not w.term for w in kept)]
-        self._recorder.calls[:] = [call for i, call in enumerate(calls) if i not in found]
+        self._recorder.calls[:] = [call for i, call in enumerate(recorded) if i not in found]
         if test is not None:
             self._finish_self_test(test)
         statistics: dict[str, Statistics] = {}
         for index, entry in found.items():
             name = calls[index].layer
             statistics[name] = statistics[name] + entry if name in statistics else entry
-        return {name: entry for name, entry in statistics.items() if name not in self._dropped}
+        return {name: entry for name, entry in statistics.items() if name in self.layers}
 
     def _finish_self_test(self, test: SelfTest) -> None:
         self._tested |= test.tested
@@ -536,7 +547,10 @@ class KFC:
             raise ValueError(f"KFC cannot read a state of version {state.get('version')!r}, only {STATE_VERSION}.")
         self.step = int(state["step"])
         self._stepped = False
-        self._dropped = {name: why for name, why in state["dropped"].items() if name in self._found.layers}
+        for name, reason in state["dropped"].items():
+            if name in self._found.layers:
+                self._dropped[name] = reason
+                self._found.replace_by_parameters(name, self._model, reason)
         self._tested = set(state["tested"])
         self._due.load_state_dict(state["due"])
         self.events.load_state_dict(state["events"])
@@ -580,7 +594,7 @@ def _eager_compiled_code() -> Iterator[None]:
 def _norm_statistics_kept(model: nn.Module) -> Iterator[None]:
     """Put batch norm's running statistics back: under activation checkpointing a backward runs forwards again."""
     kept = [
-        (buffer, buffer.clone())
+        (buffer, buffer._version, buffer.clone())
         for module in model.modules()
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.training
         for buffer in module.buffers(recurse=False)
@@ -588,5 +602,7 @@ def _norm_statistics_kept(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for buffer, value in kept:
-            buffer.copy_(value)
+        for buffer, version, value in kept:
+            # Autograd holds these buffers too, and objects to a write that changes nothing.
+            if buffer._version != version:
+                buffer.copy_(value)
