@@ -27,6 +27,8 @@ class Layer:
         self.adapters = list(adapters)
         self.averages: dict[str, RunningAverage] = {}
         self.inverse: Inverse | None = None
+        #: The last inverse that gave a usable update, until the present one has given one.
+        self.previous_inverse: Inverse | None = None
         self.pending: Statistics | None = None
         self.factorised_at = -1
 
@@ -82,7 +84,7 @@ class Layer:
             name not in self.averages or self.averages[name].value.shape == f.shape for name, f in factors.items()
         )
         if not kept:
-            self.averages, self.inverse = {}, None
+            self.averages, self.inverse, self.previous_inverse = {}, None, None
         for name, value in factors.items():
             if name in self.averages:
                 self.averages[name] = self.averages[name].updated(value, decay)
@@ -93,7 +95,9 @@ class Layer:
     def factorise(self, inverse: type[Inverse], damping: float, step: int) -> None:
         """Refresh the inverse from the running factors; see :meth:`Inverse.factorise` for what it raises."""
         self.factorised_at = step
-        self.inverse = inverse.factorise(self.factors, damping)
+        fresh = inverse.factorise(self.factors, damping)
+        self.previous_inverse = self.previous_inverse or self.inverse
+        self.inverse = fresh
 
     def gradients(self) -> dict[str, Tensor] | None:
         """The gradients of the layer's parameters, or None where one of them has none."""
@@ -102,12 +106,21 @@ class Layer:
             return None
         return {name: gradient for name, gradient in found.items() if gradient is not None}
 
-    def write(self, matrix: Tensor) -> None:
-        """Replace the gradients by a matrix ``(groups, d_out, d_in)``."""
+    def write(self, matrix: Tensor) -> bool:
+        """Replace the gradients by a matrix ``(groups, d_out, d_in)``.
+
+        Returns:
+            False where the gradients' own precision cannot hold it (float16), and they were left as they were.
+        """
+        own = self.adapter.own_parameters()
+        half = any(parameter.dtype == torch.float16 for parameter in own.values())
+        if half and float(matrix.abs().max()) > torch.finfo(torch.float16).max:
+            return False
         for name, value in self.adapter.tensors(matrix).items():
-            gradient = self.adapter.own_parameters()[name].grad
+            gradient = own[name].grad
             assert gradient is not None
             gradient.copy_(value)
+        return True
 
     def nbytes(self) -> int:
         """Bytes held by factors and inverse."""
@@ -141,7 +154,7 @@ class Layer:
             for name, entry in state["factors"].items()
         }
         saved = dict(state.get("inverse", {}))
-        self.inverse = None
+        self.inverse = self.previous_inverse = None
         if saved.pop("kind", None) == inverse.name:
             self.inverse = inverse(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in saved.items()})
         return None
