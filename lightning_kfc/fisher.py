@@ -41,6 +41,30 @@ class WeightedTerm:
     weights: Tensor
     derivative: Tensor
 
+    def is_finite(self) -> bool:
+        """Whether logits and weights are finite, so that targets can be drawn and seeds made."""
+        return bool(torch.isfinite(self.term.logits).all() and torch.isfinite(self.weights).all())
+
+
+def refuse_reentrant_checkpointing(loss: Tensor) -> None:
+    """Look for reentrant activation checkpointing in a loss's graph.
+
+    Raises:
+        RuntimeError: If there is any: such a region has no graph before backward, so its layers are not seen.
+    """
+    pending, seen = [loss_edge(loss).node], set()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise RuntimeError(
+                "KFC does not work with torch.utils.checkpoint(..., use_reentrant=True): the region has no graph "
+                "before backward, so its layers cannot be seen. Pass use_reentrant=False: the gradients are the same."
+            )
+        pending += [below for below, _ in node.next_functions if below is not None]
+
 
 def weighted_terms(
     loss: Tensor, terms: Sequence[LossTerm], *, loss_scale: float = 1.0, loss_fraction: float = 1.0
@@ -103,6 +127,11 @@ def seed_passes(terms: Sequence[WeightedTerm], fisher: str, generator: torch.Gen
             seed = weighted.term.likelihood.sampled_seed(weighted.term.logits, weighted.weights, generator)
             together += _to_edges(weighted.term, seed)
     yield together
+
+
+def unusable_seeds(terms: Sequence[WeightedTerm]) -> Iterator[Seeds]:
+    """One pass of NaN seeds, for logits or weights that are not finite: every layer's statistics say so, too."""
+    yield [pair for w in terms for pair in _to_edges(w.term, torch.full_like(w.term.logits, math.nan))]
 
 
 def _empirical_seed(weighted: WeightedTerm, generator: torch.Generator) -> Seeds:

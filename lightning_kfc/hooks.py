@@ -222,8 +222,10 @@ class KFCHooks:
                 )
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Detach."""
+        """Detach, and tell what went other than planned."""
         self._end()
+        if events := str(self.kfc.events):
+            rank_zero_info(f"KFC counted events: {events}.")
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Detach."""
@@ -239,6 +241,7 @@ class KFCHooks:
             self._attachment.detach()
             self._attachment = None
         if self._kfc is not None:
+            self._kfc.resume()
             self._kfc.release()
 
     # A training step.
@@ -252,17 +255,17 @@ class KFCHooks:
             self._attachment.backward_begins()
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
-        """Fold a complete step's statistics into the factors and refresh inverses, the graph's memory being free."""
+        """Record again; whether the step's statistics may be used is not known before gradients are unscaled."""
         self._backwards += 1
         if self._attachment is not None:
             self._attachment.backward_ends()
         self.kfc.resume()
-        # In manual optimization the step of each optimizer says when its own layers' statistics are complete.
-        if pl_module.automatic_optimization and not trainer.fit_loop._should_accumulate():
-            self.kfc.refresh()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
-        """Replace the gradients of this optimizer's parameters."""
+        """Fold the step's statistics into the factors, refresh inverses, and replace this optimizer's gradients.
+
+        Only here a step is known to be complete, with all micro-batches, and its gradients to be finite.
+        """
         if self._attachment is not None:
             self._attachment.step_begins(optimizer)
         if self._preconditioned_at.get(id(optimizer), 0) == self._backwards:
@@ -272,8 +275,21 @@ class KFCHooks:
                 self.kfc.skip(optimizer)
             return
         self._preconditioned_at[id(optimizer)] = self._backwards
-        self.kfc.precondition(optimizer=optimizer)
-        self._log(trainer)
+        if self.kfc.precondition(optimizer=optimizer, loss_scale=self._gradient_scale(trainer, optimizer)):
+            self._log(trainer)
+        elif self._scaler(trainer) is None:
+            # A gradient scaler skips such a step by itself; no optimizer steps a parameter without a gradient.
+            self._warn_skipped()
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+
+    def _warn_skipped(self) -> None:
+        if self.kfc.events.nonfinite_gradients == 1:
+            rank_zero_warn(
+                "KFCCallback: the gradients of this optimizer step are not finite; the step is skipped, since it would "
+                "spoil the weights. Further skipped steps are only counted, in `callback.kfc.events`."
+            )
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Let go of the graph of what was recorded and not used."""
@@ -299,9 +315,17 @@ class KFCHooks:
             self._said.add(message)
             rank_zero_warn(message)
 
-    def _loss_scale(self, trainer: Any) -> float:
+    def _scaler(self, trainer: Any) -> Any:
         scaler = getattr(trainer.precision_plugin, "scaler", None)
+        return scaler if scaler is not None and scaler.is_enabled() else None
+
+    def _loss_scale(self, trainer: Any) -> float:
+        scaler = self._scaler(trainer)
         return float(scaler.get_scale()) if scaler is not None else 1.0
+
+    def _gradient_scale(self, trainer: Any, optimizer: Optimizer) -> float:
+        """What gradients are multiplied by in on_before_optimizer_step: fused optimizers unscale in their step."""
+        return self._loss_scale(trainer) if getattr(optimizer, "_step_supports_amp_scaling", False) else 1.0
 
     def _log(self, trainer: Any) -> None:
         loop = trainer.fit_loop.epoch_loop

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -24,10 +23,13 @@ from lightning_kfc.fisher import (
     back_propagate,
     empirical_statistics_of_loss,
     reaches,
+    refuse_reentrant_checkpointing,
     seed_passes,
     seed_scale,
+    unusable_seeds,
     weighted_terms,
 )
+from lightning_kfc.isolation import eager_compiled_code, model_state_kept
 from lightning_kfc.layer import Layer
 from lightning_kfc.likelihood import Likelihood
 from lightning_kfc.monitor import Events, StepNumbers
@@ -136,6 +138,7 @@ class KFC:
         self._losses: LossRecorder | None = None
         self._self_test: SelfTest | None = None
         self._tested: set[str] = set()
+        self._graph_checked = False
         self._due = Due(settings.schedule)
         self._recorded: list[str] = []
         # Layers whose .grad holds a part of which no statistics were taken: what is taken then would not belong to it.
@@ -143,6 +146,7 @@ class KFC:
         self._unreached: set[str] = set()
         self._stepped = False
         self._micro_batch = 0
+        self._backward = contextlib.ExitStack()
         self.step = 0
         self.events = Events()
         self.last_step: StepNumbers | None = None
@@ -194,8 +198,11 @@ class KFC:
             for name, layer in self._layers_with_rows(self._recorded).items():
                 self._recorder.attach(name, layer.adapters, directions.get(name))
             handles += self._attach_named_output(self._losses.terms)
-            with _eager_compiled_code(), self._losses:
-                yield
+            with eager_compiled_code(), self._losses:
+                try:
+                    yield
+                finally:
+                    self.resume()
         finally:
             self._recorder.detach()
             for handle in handles:
@@ -229,7 +236,7 @@ class KFC:
             return
         self.pause()
         try:
-            with _norm_statistics_kept(self._model):
+            with model_state_kept(self._model):
                 statistics = self._statistics(loss, loss_scale, loss_fraction)
         finally:
             self.resume()
@@ -291,16 +298,26 @@ class KFC:
         """
         self._refresh(self.layers if optimizer is None else self.learning_rates(optimizer))
 
-    def precondition(self, lr: float | None = None, *, optimizer: Optimizer | None = None) -> None:
+    def precondition(
+        self, lr: float | None = None, *, optimizer: Optimizer | None = None, loss_scale: float = 1.0
+    ) -> bool:
         """Replace the gradients of the covered parameters by their updates.
+
+        A step whose gradients are not all finite is left alone: its statistics enter no average where they still
+        wait (:meth:`update` with ``accumulate=True``), its gradients stay as they are, and it is not counted as a step.
 
         Args:
             lr: The learning rate of this step, for the KL clip.
             optimizer: Instead of ``lr``: the optimizer, each of whose parameter groups has a learning rate; only
                 its own parameters' gradients are replaced.
+            loss_scale: The factor by which the gradients are still multiplied, where a gradient scaler leaves
+                unscaling to a fused optimizer. They are multiplied by it afterwards, too.
+
+        Returns:
+            Whether the gradients were finite. Where they were not, skip the step: it would spoil the weights.
 
         Raises:
-            ValueError: If neither is given, or both are.
+            ValueError: If neither ``lr`` nor ``optimizer`` is given, or both are.
         """
         if (lr is None) == (optimizer is None):
             raise ValueError(
@@ -309,27 +326,28 @@ class KFC:
         rates = dict.fromkeys(self.layers, float(lr)) if lr is not None else {}
         if optimizer is not None:
             rates = self.learning_rates(optimizer)
+        if not distributed.all_finite(self._gradients(optimizer)):
+            for name in rates:
+                self.layers[name].pending = None
+            self.events.count("nonfinite_gradients")
+            return False
         self._refresh(rates)
         ready: list[tuple[Layer, Tensor, float]] = []
-        finite = True
-        for name, rate in rates.items():
-            layer = self._found.layers[name]
-            gradients = layer.gradients()
-            if gradients is None:
-                continue
-            self._note_trained(layer)
-            if layer.inverse is None:
-                continue
-            matrix = layer.adapter.matrix(gradients)
-            ready.append((layer, matrix.to(torch.promote_types(matrix.dtype, torch.float32)), rate))
         with torch.no_grad():
-            if self._recorded:
-                finite = all(bool(torch.isfinite(matrix).all()) for _, matrix, _ in ready)
-            if finite:
-                self._replace_gradients(ready)
-            else:
-                self.events.nonfinite_gradients += 1
+            for name, rate in rates.items():
+                layer = self.layers[name]
+                gradients = layer.gradients()
+                if gradients is None:
+                    continue
+                self._note_trained(layer)
+                if layer.inverse is None:
+                    continue
+                matrix = layer.adapter.matrix(gradients)
+                matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+                ready.append((layer, matrix if loss_scale == 1 else matrix / loss_scale, rate))
+            self._replace_gradients(ready, loss_scale)
         self._stepped = True
+        return True
 
     def _refresh(self, names: Iterable[str]) -> None:
         layers = [self._found.layers[name] for name in names]
@@ -357,22 +375,33 @@ class KFC:
                 )
 
     def pause(self) -> None:
-        """Record nothing until :meth:`resume`: a backward re-runs checkpointed forwards, which are none of ours."""
-        self._set_paused(True)
+        """Record nothing until :meth:`resume`: a backward re-runs checkpointed forwards, which are none of ours.
+
+        What a due step's forward ran eagerly, its backward must run again eagerly.
+        """
+        if self._recorder is not None and self._losses is not None:
+            self._recorder.paused = self._losses.paused = True
+            self._backward.enter_context(eager_compiled_code())
 
     def resume(self) -> None:
-        """Record again, if the capture is still open."""
-        self._set_paused(False)
-
-    def _set_paused(self, paused: bool) -> None:
+        """Record again, if the capture is still open; also to be called where a backward has raised."""
+        self._backward.close()
         if self._recorder is not None and self._losses is not None:
-            self._recorder.paused = self._losses.paused = paused
+            self._recorder.paused = self._losses.paused = False
 
     # The parts of a step.
 
     def _layers_with_rows(self, names: Iterable[str]) -> dict[str, Layer]:
         layers = {name: self.layers[name] for name in names}
         return {name: layer for name, layer in layers.items() if layer.adapter.has_rows}
+
+    def _gradients(self, optimizer: Optimizer | None) -> list[Tensor]:
+        """Every gradient of a step, also those of parameters that are not preconditioned."""
+        if optimizer is None:
+            parameters = list(self._model.parameters())
+        else:
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
     def _begin_step_if_over(self) -> None:
         if self._stepped:
@@ -414,11 +443,15 @@ class KFC:
         ]
         kept = weighted_terms(loss, self._wanted(terms), loss_scale=loss_scale, loss_fraction=loss_fraction)
         test = self._self_test
-        if kept:
-            if not all(bool(torch.isfinite(w.term.logits).all() and torch.isfinite(w.weights).all()) for w in kept):
-                self.events.nonfinite_statistics += 1
-                self.forget(self._recorded)
-                return {}
+        if not self._graph_checked:
+            refuse_reentrant_checkpointing(loss)
+            self._graph_checked = True
+        if kept and not any(bool((w.weights > 0).any()) for w in kept):
+            test = None  # Nothing flows back that could be tested.
+        if kept and not all(w.is_finite() for w in kept):
+            # Every rank must bring statistics of the same layers, so that all of them drop the step together.
+            found, test = back_propagate(unusable_seeds(kept), calls, 1.0), None
+        elif kept:
             generator = self._generator(kept[0].term.logits.device)
             scale = 1.0 if self.settings.fisher == "empirical" else seed_scale(kept)
             found = back_propagate(seed_passes(kept, self.settings.fisher, generator), calls, scale, test)
@@ -432,7 +465,7 @@ class KFC:
         # What this loss did not reach may belong to a later loss of the same training step.
         self._losses.terms[:] = [term for term in terms if all(term is not w.term for w in kept)]
         self._recorder.calls[:] = [call for i, call in enumerate(recorded) if i not in found]
-        if test is not None:
+        if test is not None and all(entry.is_finite() for entry in found.values()):
             self._finish_self_test(test)
         statistics: dict[str, Statistics] = {}
         for index, entry in found.items():
@@ -478,15 +511,33 @@ class KFC:
         pending = {layer.name: layer.pending for layer in layers if layer.pending is not None}
         for layer in layers:
             layer.pending = None
+        unusable: list[str] = []
+        empty = False
         for name, statistics in distributed.reduce_statistics(pending).items():
             if not statistics.is_finite():
-                self.events.nonfinite_statistics += 1
+                unusable.append(name)
                 self._unseen.add(name)
-                continue
-            if not self._found.layers[name].fold(statistics, self.settings.ema_decay):
-                self.events.restarted_layers += 1
-                self._due.forget(name)
-            self._due.folded(name, self.step)
+            elif statistics.means and statistics.rows == 0:
+                empty = True
+                self._unseen.add(name)
+            else:
+                if not self._found.layers[name].fold(statistics, self.settings.ema_decay):
+                    self.events.count("restarted_layers")
+                    self._due.forget(name)
+                self._due.folded(name, self.step)
+        if unusable:
+            self._report(
+                "nonfinite_statistics", f"the statistics of {_listed(unusable)} are not finite and are dropped"
+            )
+        if empty:
+            self._report("empty_statistics", "a batch without examples is left out of the statistics")
+
+    def _report(self, event: str, what: str) -> None:
+        """Count an event; warn of the first one of its kind."""
+        if self.events.count(event) == 1 and distributed.rank() == 0:
+            warnings.warn(
+                f"KFC at step {self.step}: {what}. More of this is only counted, in `kfc.events`.", stacklevel=2
+            )
 
     def _refresh_inverses(self, layers: Sequence[Layer]) -> None:
         damping = value_at(self.settings.damping, self.step)
@@ -497,17 +548,36 @@ class KFC:
             try:
                 layer.factorise(INVERSES[self.settings.inverse], damping, self.step)
             except FactorisationError as error:
-                self.events.failed_factorisations += 1
+                self.events.count("failed_factorisations")
                 kept = "the last good inverse is kept" if layer.inverse is not None else "its plain gradient is used"
                 if distributed.rank() == 0:
                     warnings.warn(f"KFC at step {self.step}, layer {layer.name!r}: {error}; {kept}.", stacklevel=2)
 
-    def _replace_gradients(self, ready: Sequence[tuple[Layer, Tensor, float]]) -> None:
-        inverses = [layer.inverse for layer, _, _ in ready if layer.inverse is not None]
-        result = natural_step([g for _, g, _ in ready], inverses, [rate for _, _, rate in ready], self.settings.kl_clip)
-        self.events.nonfinite_updates += len(result.failed)
-        for (layer, _, _), update in zip(ready, result.updates, strict=True):
-            layer.write(update)
+    def _replace_gradients(self, ready: Sequence[tuple[Layer, Tensor, float]], loss_scale: float) -> None:
+        result = natural_step(
+            [gradient for _, gradient, _ in ready],
+            [layer.inverse for layer, _, _ in ready if layer.inverse is not None],
+            [rate for _, _, rate in ready],
+            self.settings.kl_clip,
+            fallbacks=[layer.previous_inverse for layer, _, _ in ready],
+        )
+        plain = []
+        for position, ((layer, _, _), update) in enumerate(zip(ready, result.updates, strict=True)):
+            if position in result.restored:
+                layer.inverse = layer.previous_inverse
+            if position in result.failed or not layer.write(update if loss_scale == 1 else update * loss_scale):
+                plain.append(layer.name)
+            else:
+                layer.previous_inverse = None
+        if result.restored:
+            names = _listed(ready[position][0].name for position in result.restored)
+            self._report(
+                "restored_inverses", f"the new inverse of {names} gives no usable update; the last one is kept"
+            )
+        if plain:
+            self._report(
+                "nonfinite_updates", f"no inverse gives {_listed(plain)} a usable update; the gradient is used"
+            )
         damping = value_at(self.settings.damping, self.step)
         self.last_step = StepNumbers(self.step, damping, result.clip, result.quadratic / 2)
 
@@ -579,30 +649,6 @@ class KFC:
         return problems
 
 
-@contextlib.contextmanager
-def _eager_compiled_code() -> Iterator[None]:
-    """Run compiled code eagerly, so that hooks fire and the loss is seen; what is compiled stays compiled."""
-    if "torch._dynamo" not in sys.modules:
-        # Nothing can have been compiled, and importing the compiler would cost seconds.
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
-@contextlib.contextmanager
-def _norm_statistics_kept(model: nn.Module) -> Iterator[None]:
-    """Put batch norm's running statistics back: under activation checkpointing a backward runs forwards again."""
-    kept = [
-        (buffer, buffer._version, buffer.clone())
-        for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.training
-        for buffer in module.buffers(recurse=False)
-    ]
-    try:
-        yield
-    finally:
-        for buffer, version, value in kept:
-            # Autograd holds these buffers too, and objects to a write that changes nothing.
-            if buffer._version != version:
-                buffer.copy_(value)
+def _listed(names: Iterable[str], most: int = 5) -> str:
+    quoted = [repr(name) for name in names]
+    return ", ".join(quoted[:most]) + (f" and {len(quoted) - most} more" if len(quoted) > most else "")

@@ -30,6 +30,8 @@ class Layer:
         self.adapters = list(adapters)
         self.averages: dict[str, RunningAverage] = {}
         self.inverse: Inverse | None = None
+        #: The last inverse that gave a usable update, until the present one has given one.
+        self.previous_inverse: Inverse | None = None
         self.pending: Statistics | None = None
         self.factorised_at = -1
 
@@ -89,7 +91,7 @@ class Layer:
             name not in self.averages or self.averages[name].value.shape == f.shape for name, f in factors.items()
         )
         if not kept:
-            self.averages, self.inverse = {}, None
+            self.averages, self.inverse, self.previous_inverse = {}, None, None
         for name, value in factors.items():
             if name in self.averages:
                 self.averages[name] = self.averages[name].updated(value, decay)
@@ -100,7 +102,9 @@ class Layer:
     def factorise(self, inverse: type[Inverse], damping: float, step: int) -> None:
         """Refresh the inverse from the running factors; see :meth:`Inverse.factorise` for what it raises."""
         self.factorised_at = step
-        self.inverse = self.adapter.inverse_type(inverse).factorise(self.factors, damping)
+        fresh = self.adapter.inverse_type(inverse).factorise(self.factors, damping)
+        self.previous_inverse = self.previous_inverse or self.inverse
+        self.inverse = fresh
 
     def gradients(self) -> dict[str, Tensor] | None:
         """The gradients of the layer's parameters, or None where one of them has none."""
@@ -115,11 +119,19 @@ class Layer:
         # A rank's part of a sharded gradient says nothing about the other ranks' parts.
         return all(g is None or (type(g) is Tensor and not bool(g.any())) for g in gradients)
 
-    def write(self, matrix: Tensor) -> None:
-        """Replace the gradients by a matrix ``(groups, d_out, d_in)``."""
+    def write(self, matrix: Tensor) -> bool:
+        """Replace the gradients by a matrix ``(groups, d_out, d_in)``.
+
+        Returns:
+            False where the gradients' own precision cannot hold it (float16), and they were left as they were.
+        """
         gradients = self.gradients()
         assert gradients is not None
+        half = any(gradient.dtype == torch.float16 for gradient in gradients.values())
+        if half and float(matrix.abs().max()) > torch.finfo(torch.float16).max:
+            return False
         self.adapter.write(matrix, gradients)
+        return True
 
     def nbytes(self) -> int:
         """Bytes that factors and inverse hold, or will hold once there are some."""
@@ -155,7 +167,7 @@ class Layer:
             for name, entry in state["factors"].items()
         }
         saved = dict(state.get("inverse", {}))
-        self.inverse = None
+        self.inverse = self.previous_inverse = None
         if saved.pop("kind", None) == inverse.name:
             self.inverse = inverse(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in saved.items()})
         return None

@@ -95,7 +95,7 @@ def homogeneous(inputs: Tensor) -> Tensor:
 
 
 def regression_factors(logits: Tensor, inputs: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    r"""A and G of softmax regression: the mean of :math:`xx^\top`, and :math:`\sum_i c_i(\mathrm{diag}\,p - pp^\top)`."""
+    r"""A (E1) and G, :math:`\sum_i c_i(\mathrm{diag}\,p_i - p_i p_i^\top)`, of softmax regression."""
     rows = homogeneous(inputs)
     p = logits.softmax(1)
     return rows.T @ rows / len(rows), torch.diag((weights[:, None] * p).sum(0)) - (weights[:, None] * p).T @ p
