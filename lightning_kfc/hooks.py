@@ -137,6 +137,10 @@ class KFCHooks:
             raise RuntimeError("KFCCallback has no preconditioner before trainer.fit() starts.")
         return self._kfc
 
+    def checkpoint_bytes(self) -> int:
+        """How many bytes of factors and inverses a checkpoint of this training holds; known once it has started."""
+        return sum(row.bytes for row in self.kfc.coverage()) if self._save_factors else 0
+
     @property
     def state_key(self) -> str:
         """Two callbacks in one trainer need different keys; what they include is what tells them apart."""
@@ -204,8 +208,8 @@ class KFCHooks:
         coverage = self.kfc.coverage()
         lines = [f"KFC preconditions these layers:\n{coverage}"]
         if self._save_factors:
-            size = sum(row.bytes for row in coverage) / 1e6
-            lines.append(f"Each checkpoint holds the factors and inverses, {size:.3f} MB (save_factors=False: none).")
+            size = f"{self.checkpoint_bytes() / 1e6:.3f} MB"
+            lines.append(f"Each checkpoint holds the factors and inverses, {size} (save_factors=False: none).")
         else:
             lines.append("Checkpoints hold no factors (save_factors=False): a resumed run warms up again.")
         return "\n".join(lines)
