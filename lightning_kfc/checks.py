@@ -41,6 +41,11 @@ def check_patterns(name: str, value: Any) -> tuple[str, ...] | None:
     """Glob patterns as a tuple; a single string is one pattern."""
     if value is None:
         return None
+    if not isinstance(value, Iterable):
+        raise TypeError(
+            f"{name} takes glob patterns over module names, such as 'encoder.*'; "
+            f"got {value!r} of type {type(value).__name__}."
+        )
     patterns = (value,) if isinstance(value, str) else tuple(value)
     for pattern in patterns:
         if not isinstance(pattern, str):

@@ -489,6 +489,13 @@ class KFC:
         return [term for term in terms if term.likelihood.name == likelihood]
 
     def _unrecognised(self, terms: list[LossTerm]) -> str:
+        likelihood = self.settings.likelihood
+        if isinstance(likelihood, Likelihood) and likelihood.output_of is not None:
+            return (
+                f"KFC found no logits: the module {likelihood.output_of!r}, which likelihood={likelihood!r} names, was "
+                "not called while this loss was computed, or its output has no gradient. Name the module whose output "
+                "the loss is computed from."
+            )
         seen = ", ".join(sorted({term.function for term in terms})) or "none"
         return (
             "KFC recognised no term of the loss "

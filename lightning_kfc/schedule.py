@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -58,7 +59,35 @@ class RefreshSchedule:
 
 
 @dataclass(frozen=True)
-class ExponentialSchedule:
+class Schedule(ABC):
+    """A value that moves from ``start`` to ``end``, then stays.
+
+    An abstract class, not a plain dataclass: jsonargparse drops the ``class_path`` of the latter, and two
+    schedules of the same fields would be one in YAML.
+
+    Attributes:
+        start: The value at step 0; positive.
+        end: The value from step ``steps`` on; positive.
+        steps: Length in optimizer steps.
+    """
+
+    start: float
+    end: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        """Check the three numbers."""
+        check_positive("start", self.start)
+        check_positive("end", self.end)
+        check_integer("steps", self.steps, minimum=1)
+
+    @abstractmethod
+    def __call__(self, step: int) -> float:
+        """The value at a step."""
+
+
+@dataclass(frozen=True)
+class ExponentialSchedule(Schedule):
     """A value that moves from ``start`` to ``end`` by a constant factor a step, then stays.
 
     Attributes:
@@ -67,16 +96,6 @@ class ExponentialSchedule:
         steps: Length in optimizer steps.
     """
 
-    start: float
-    end: float
-    steps: int
-
-    def __post_init__(self) -> None:
-        """Check the three numbers."""
-        check_positive("start", self.start)
-        check_positive("end", self.end)
-        check_integer("steps", self.steps, minimum=1)
-
     def __call__(self, step: int) -> float:
         """The value at a step."""
         done = min(step / self.steps, 1.0)
@@ -84,7 +103,7 @@ class ExponentialSchedule:
 
 
 @dataclass(frozen=True)
-class LinearSchedule:
+class LinearSchedule(Schedule):
     """A value that moves from ``start`` to ``end`` by a constant difference a step, then stays.
 
     Attributes:
@@ -93,26 +112,13 @@ class LinearSchedule:
         steps: Length in optimizer steps.
     """
 
-    start: float
-    end: float
-    steps: int
-
-    def __post_init__(self) -> None:
-        """Check the three numbers."""
-        check_positive("start", self.start)
-        check_positive("end", self.end)
-        check_integer("steps", self.steps, minimum=1)
-
     def __call__(self, step: int) -> float:
         """The value at a step."""
         done = min(step / self.steps, 1.0)
         return float(self.start * (1.0 - done) + self.end * done)
 
 
-Schedule = ExponentialSchedule | LinearSchedule
-
-
-def value_at(value: float | Schedule | Callable[[int], float], step: int) -> float:
+def value_at(value: float | Callable[[int], float], step: int) -> float:
     """A constant, or a schedule's value at a step.
 
     Raises:
