@@ -207,7 +207,10 @@ def _squared_difference(
         return None
     prediction = sides[0][0]
     logits = _values(prediction)
-    own = logits.new_ones(()) if weight is None else weight.detach()
+    own = logits.new_ones(()) if weight is None else weight.detach().to(logits.dtype)
+    if weight is not None and reduction == "mean":
+        # torch divides a weighted mean by the weights' sum, not by their number.
+        own, reduction = own / own.sum(), "sum"
     edges = tuple((get_gradient_edge(side), sign) for side, sign in sides)
     return _elementwise_term(Gaussian(), function, value, logits, edges, own, result, reduction)
 

@@ -61,14 +61,15 @@ class Due:
         """Wait no longer for a layer whose record brought nothing."""
         self._waiting.pop(layer, None)
 
+    def new_inverse(self, layer: str, step: int) -> bool:
+        """Whether a layer's inverse will be refreshed at a step that takes its statistics."""
+        return layer not in self._factorised or self._factorised[layer][0] < self._last_dates(step)[1]
+
     def inverse(self, layer: str, step: int, damping: float) -> bool:
         """Whether a layer's inverse is due, and would not come out as it is."""
-        if layer not in self._factorised:
-            return True
-        at, used = self._factorised[layer]
-        _, date = self._last_dates(step)
-        if at >= date:
+        if not self.new_inverse(layer, step):
             return False
+        at, used = self._factorised.get(layer, (-1, None))
         return self._folded.get(layer, -1) > at or damping != used
 
     def factorised(self, layer: str, step: int, damping: float) -> None:

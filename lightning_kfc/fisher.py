@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from lightning_kfc.capture import Call
 from lightning_kfc.discovery import LossTerm
 from lightning_kfc.factors.statistics import Statistics
+from lightning_kfc.per_example import ExampleGradients
 from lightning_kfc.selftest import SelfTest
 
 Seeds = list[tuple[GradientEdge, Tensor]]
@@ -176,7 +177,13 @@ def reaches(loss: Tensor, calls: Sequence[Call]) -> bool:
 
 
 def back_propagate(
-    passes: Iterator[Seeds], calls: Sequence[Call], scale: float, test: SelfTest | None = None
+    passes: Iterator[Seeds],
+    calls: Sequence[Call],
+    scale: float,
+    test: SelfTest | None = None,
+    examples: Mapping[str, ExampleGradients] | None = None,
+    *,
+    mean_fraction: float | None = None,
 ) -> dict[int, Statistics]:
     """The statistics of every call that the seeds reach.
 
@@ -185,6 +192,9 @@ def back_propagate(
         calls: What was recorded in the forward.
         scale: From :func:`seed_scale`; undone here.
         test: The self-test to make on the first pass, or None.
+        examples: By layer, what takes the gradients of single examples.
+        mean_fraction: Where the seed is that of a whole loss, a mean over examples: the loss's fraction of the
+            optimizer step; None for seeds of terms.
 
     Returns:
         Statistics by the position of the call.
@@ -199,33 +209,49 @@ def back_propagate(
         gradients = found[: len(edges)]
         if test is not None and number == 0:
             test.check(calls, gradients, found[len(edges) :])
+        jointly: dict[str, list[tuple[Call, Tensor]]] = {}
         for index, (call, gradient) in enumerate(zip(calls, gradients, strict=True)):
             if gradient is None:
                 continue
+            arrived = call.output_gradient(gradient)
+            factor = _factor(call, scale, mean_fraction)
             with torch.no_grad():
-                one = call.adapter.statistics(call.record, call.output_gradient(gradient))
-                one = Statistics(one.means, {name: total / scale**2 for name, total in one.sums.items()}, one.rows)
+                one = call.adapter.statistics(call.record, arrived)
+                sums = {name: total * factor for name, total in one.sums.items()}
                 if index in reached:
-                    sums = {name: total + one.sums[name] for name, total in reached[index].sums.items()}
-                    one = Statistics(one.means, sums, one.rows)
-                reached[index] = one
+                    sums = {name: total + reached[index].sums[name] for name, total in sums.items()}
+                reached[index] = Statistics(one.means, sums, one.rows)
+            if examples and call.layer in examples:
+                jointly.setdefault(call.layer, []).append((call, arrived))
             gradients[index] = None
+        with torch.no_grad():
+            for layer, parts in jointly.items():
+                assert examples is not None
+                examples[layer].add(parts, _factor(parts[0][0], scale, mean_fraction))
     return dict(sorted(reached.items()))
 
 
+def _factor(call: Call, scale: float, mean_fraction: float | None) -> float:
+    """What products of two derivatives at a call's output are to be multiplied by."""
+    if mean_fraction is None:
+        return 1.0 / scale**2
+    shape_only = torch.empty(call.output_shape, device="meta")
+    return call.adapter.output_rows(shape_only).shape[0] / mean_fraction / scale**2
+
+
 def empirical_statistics_of_loss(
-    loss: Tensor, calls: Sequence[Call], *, loss_scale: float, test: SelfTest | None
+    loss: Tensor,
+    calls: Sequence[Call],
+    *,
+    loss_scale: float,
+    loss_fraction: float,
+    test: SelfTest | None,
+    examples: Mapping[str, ExampleGradients] | None = None,
 ) -> dict[int, Statistics]:
     r"""The empirical Fisher of a loss whose terms are not recognised, taken to be a mean over examples.
 
-    With :math:`h = \frac1N\sum_i h_i`, the rows of h itself are :math:`1/N` of those of the examples, so
-    that :math:`G = N\sum_r g_r g_r^\top`, N the size of each layer's first axis.
+    With :math:`h = \frac{f}{N}\sum_i h_i`, f the loss's fraction of the optimizer step, the rows of h itself are
+    :math:`f/N` of those of the examples, so that :math:`G = (N/f)\sum_r g_r g_r^\top`, N the examples of each call.
     """
     seeds: Seeds = [(loss_edge(loss), torch.full_like(loss, 1.0 / loss_scale))]
-    found = back_propagate(iter([seeds]), calls, 1.0, test)
-    result = {}
-    for index, entry in found.items():
-        shape = calls[index].output_shape
-        examples = shape[0] if shape else 1
-        result[index] = Statistics(entry.means, {k: v * examples for k, v in entry.sums.items()}, entry.rows)
-    return result
+    return back_propagate(iter([seeds]), calls, 1.0, test, examples, mean_fraction=loss_fraction)

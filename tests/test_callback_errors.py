@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_kfc import Categorical, KFCCallback, LinearSchedule, LossNotRecognisedError
-from tests.lightning_nets import CLASSES, FEATURES, QUIET, ConvNet, Regression, images, loader, trainer, vectors
+from tests.lightning_nets import FEATURES, QUIET, ConvNet, Regression, images, loader, trainer, vectors
 
 pytestmark = QUIET
 
@@ -44,20 +44,6 @@ def test_the_ways_out_of_an_unknown_loss_work():
 def test_a_likelihood_that_no_term_of_the_loss_has():
     said = ["likelihood='gaussian'", "loss functions seen in this step: cross_entropy"]
     refused(LossNotRecognisedError, said, KFCCallback(likelihood="gaussian"), Regression())
-
-
-class NoLayer(Regression):
-    def __init__(self):
-        super().__init__()
-        self.head = None
-        self.norm = nn.BatchNorm1d(CLASSES, dtype=torch.float64)
-
-    def forward(self, inputs):
-        return self.norm(inputs[:, :CLASSES])
-
-
-def test_a_model_without_a_layer_to_precondition():
-    refused(ValueError, ["found no layer to precondition", "norm", "BatchNorm1d"], KFCCallback(), NoLayer())
 
 
 def test_a_model_all_of_whose_layers_are_frozen():
