@@ -78,24 +78,35 @@ def test_nothing_is_left_attached_after_ctrl_c():
     assert leftovers(fitted, module) == []
 
 
-@pytest.mark.parametrize(
-    "hook", ["on_train_start", "on_before_backward", "on_after_backward", "on_before_optimizer_step"]
-)
-def test_nothing_is_left_attached_after_an_exception_in_a_hook(hook):
-    module = ConvNet()
+HOOKS = ["setup", "on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_before_zero_grad"]
+HOOKS += ["on_before_backward", "backward", "on_after_backward", "on_before_optimizer_step", "optimizer_step"]
+HOOKS += ["configure_gradient_clipping", "on_train_batch_end", "on_train_epoch_end", "on_train_end"]
 
-    def raising(*args):
-        raise ZeroDivisionError("mine")
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_after_an_exception_in_any_hook_nothing_is_left_and_another_fit_goes_on(hook):
+    module, callback = ConvNet(), KFCCallback()
+    original = getattr(module, hook)
+
+    def raising(*args, **kwargs):
+        if not hook.startswith(("on_train_batch", "on_before", "on_after", "backward", "optimizer", "configure")):
+            raise ZeroDivisionError("mine")
+        if module.global_step >= 1:
+            raise ZeroDivisionError("mine")
+        return original(*args, **kwargs)
 
     setattr(module, hook, raising)
-    fitted = trainer(KFCCallback())
+    fitted = trainer(callback)
     with pytest.raises(ZeroDivisionError, match="mine"):
         fitted.fit(module, loader(images()))
     assert leftovers(fitted, module) == []
     del module.__dict__[hook]
-    again = trainer(KFCCallback())
+    done = 0 if hook in HOOKS[:3] else callback.state_dict()["step"]
+    again = trainer(callback)
     again.fit(module, loader(images()))
-    assert again.callbacks[0].kfc.step == 1  # the second of two steps is not over before a third begins
+    assert leftovers(again, module) == []
+    assert callback.kfc.last_step.step == done + 1
+    assert all(layer.inverse is not None for layer in callback.kfc.layers.values())
 
 
 def test_an_existing_context_of_the_plugin_is_put_back():

@@ -57,16 +57,21 @@ def test_a_run_resumed_at_any_step_is_the_uninterrupted_one_bit_for_bit(tmp_path
     assert tried == steps
 
 
-def test_a_run_that_was_killed_is_resumed_bit_for_bit(tmp_path):
+def test_a_run_that_was_killed_in_any_hook_is_resumed_bit_for_bit(tmp_path):
+    hooks = ["on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward"]
+    hooks += ["on_before_optimizer_step", "on_train_batch_end", "on_save_checkpoint", "on_train_epoch_end"]
     root = Path(__file__).parents[1]
-    command = [sys.executable, "-W", "ignore", "-m", "tests.resumed_run", str(tmp_path / "killed"), "9"]
-    killed = subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    last = max((tmp_path / "killed").glob("*.ckpt"), key=lambda path: int(re.findall(r"\d+", path.stem)[0]))
-    assert last.stem == "step=8"
+    command = [sys.executable, "-W", "ignore", "-m", "tests.resumed_run", str(tmp_path), *hooks]
+    done = subprocess.run(
+        command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split("\n") == [*(f"{hook} {int(signal.SIGKILL)}" for hook in hooks), ""], done.stderr
     module, callback, _ = run(str(tmp_path / "whole"))
-    again, resumed, _ = run(str(tmp_path / "resumed"), ckpt_path=str(last))
-    assert_same(again, resumed, module, callback)
+    for hook in hooks:
+        steps = {int(re.findall(r"\d+", path.stem)[0]): path for path in (tmp_path / hook).glob("*.ckpt")}
+        assert 8 <= max(steps) <= 14, hook
+        again, resumed, _ = run(str(tmp_path / f"{hook}-resumed"), ckpt_path=str(steps[max(steps)]))
+        assert_same(again, resumed, module, callback)
 
 
 class Recorded(Callback):
