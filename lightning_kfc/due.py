@@ -30,12 +30,16 @@ class Due:
         self._waiting: dict[str, int] = {}
         self._dates: tuple[int, int, int] | None = None
 
+    def date(self, step: int) -> bool:
+        """Whether a step is one at which all layers' statistics are taken."""
+        return self._schedule.factors_due(step - self.started_at)
+
     def recorded_at(self, step: int, layers: Iterable[str]) -> list[str]:
         """The layers whose statistics are taken at a step: all at a date, else those that wait for theirs.
 
         A layer waits for no longer than one period: it may not be trained any more.
         """
-        if self._schedule.factors_due(step - self.started_at):
+        if self.date(step):
             return list(layers)
         if not self._waiting:
             return []

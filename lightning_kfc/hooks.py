@@ -257,6 +257,7 @@ class KFCHooks:
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         """Take the statistics of this loss, while its graph lives."""
         fraction = 1.0 / trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1.0
+        self.kfc.follow_gradients()
         self.kfc.back_propagate(loss, loss_scale=self._loss_scale(trainer), loss_fraction=fraction)
         self.kfc.pause()
         if self._attachment is not None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -145,16 +146,16 @@ class KFC:
             model, settings.include, settings.exclude, settings.weight_sharing, settings.max_factor_dim
         )
         self._dropped: dict[str, str] = {}
+        self._said: set[str] = set()
         self._recorder: Recorder | None = None
         self._losses: LossRecorder | None = None
         self._self_test: SelfTest | None = None
-        self._tested: set[str] = set()
+        self._self_test_done = False
         self._graph_checked = False
         self._due = Due(settings.schedule)
         self._recorded: list[str] = []
         # Layers whose .grad holds a part of which no statistics were taken: what is taken then would not belong to it.
         self._unseen: set[str] = set()
-        self._unreached: set[str] = set()
         self._stepped = False
         self._micro_batch = 0
         self._backward = contextlib.ExitStack()
@@ -203,17 +204,15 @@ class KFC:
             yield
             return
         self._recorder, self._losses = Recorder(), LossRecorder()
-        directions = self._prepare_self_test()
+        test = self._prepare_self_test()
+        waiting = set(test.waiting) if test is not None else set()
         handles = []
         try:
             for name, layer in self._layers_with_rows(self._recorded).items():
-                self._recorder.attach(
-                    name,
-                    layer.adapters,
-                    directions.get(name),
-                    keep_inputs=layer.inverse_type(INVERSES[self.settings.inverse]).wants_examples,
-                )
-            handles += self._attach_named_output(self._losses.terms)
+                wanted = functools.partial(test.direction, name) if test is not None and name in waiting else None
+                keep_inputs = layer.inverse_type(INVERSES[self.settings.inverse]).wants_examples
+                self._recorder.attach(name, layer.adapters, wanted, keep_inputs=keep_inputs)
+            handles += self._attach_named_output(self._losses)
             with eager_compiled_code(), self._losses:
                 try:
                     yield
@@ -240,14 +239,19 @@ class KFC:
         Raises:
             LossNotRecognisedError: If the loss holds no recognised term.
             SelfTestError: If the first step shows that the rows of a layer do not explain its gradient.
+            RuntimeError: If the step is due but its loss was not computed inside :meth:`capture`, or if its
+                backward has been run.
         """
+        if self._recorder is None and self._due.date(self.step):
+            raise RuntimeError(
+                f"KFC has recorded nothing at step {self.step}: compute the loss inside `with kfc.capture():`."
+            )
         self.back_propagate(loss, loss_scale=loss_scale, loss_fraction=loss_fraction)
         if not accumulate:
             self.refresh()
 
     def back_propagate(self, loss: Tensor, *, loss_scale: float = 1.0, loss_fraction: float = 1.0) -> None:
         """The first half of :meth:`update`: send the seeds to the layers while the loss's graph lives."""
-        self._follow_gradients()
         if self._recorder is None or self._losses is None:
             return
         self.pause()
@@ -266,29 +270,39 @@ class KFC:
         """Take no statistics of layers until their next step: their gradient gets a part that was not seen here."""
         for name in layers:
             self._unseen.add(name)
-            if name in self._found.layers:
-                self._found.layers[name].drop_pending()
+            self._drop_pending(name)
 
     def skip(self, optimizer: Optimizer) -> None:
         """Count a step that an optimizer made without :meth:`precondition`; its layers' statistics are forgotten."""
         for name in self.learning_rates(optimizer):
-            self._found.layers[name].drop_pending()
+            self._drop_pending(name)
             self._unseen.discard(name)
         self._stepped = True
+
+    def _drop_pending(self, name: str) -> None:
+        if name in self.layers:
+            self.layers[name].drop_pending()
+        self._count_again({name})
+
+    def _count_again(self, layers: Set[str]) -> None:
+        """Have the next loss count the input rows of calls again, whose statistics are no longer pending."""
+        if self._recorder is not None:
+            calls, counted = self._recorder.calls, self._recorder.counted
+            counted.difference_update([i for i in counted if calls[i].layer in layers])
 
     def release(self) -> None:
         """Let go of what was recorded of the last forward and its graph."""
         self._recorder = self._losses = None
 
-    def _follow_gradients(self) -> None:
-        """Let statistics live and die with the gradient they belong to.
+    def follow_gradients(self) -> None:
+        """Let statistics live and die with the gradient they belong to; call it just before each backward.
 
         Where a loss passes through a network that another optimizer trains (a generator's loss through the
         discriminator), that gradient is zeroed before it is ever used, and its statistics must not stay either.
         """
         for name, layer in self._found.layers.items():
             if (layer.pending is not None or name in self._unseen) and layer.gradient_is_zero():
-                layer.drop_pending()
+                self._drop_pending(name)
                 self._unseen.discard(name)
         recorded = set(self._recorded) if self._recorder is not None else set()
         self.forget(name for name in self._found.layers if name not in recorded)
@@ -344,23 +358,26 @@ class KFC:
             rates = self.learning_rates(optimizer)
         if not distributed.all_finite(self._gradients(optimizer)):
             for name in rates:
-                self.layers[name].drop_pending()
+                self._drop_pending(name)
             self.events.count("nonfinite_gradients")
             return False
         self._refresh(rates)
         ready: list[tuple[Layer, Tensor, float]] = []
+        unexplained: list[str] = []
         with torch.no_grad():
             for name, rate in rates.items():
                 layer = self.layers[name]
                 gradients = layer.gradients()
                 if gradients is None:
                     continue
-                self._note_trained(layer)
-                if layer.inverse is None:
+                if self._note_trained(layer):
+                    unexplained.append(name)
+                if layer.inverse is None or tuple(gradients) != layer.roles:
                     continue
                 matrix = layer.adapter.matrix(gradients)
                 matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
                 ready.append((layer, matrix if loss_scale == 1 else matrix / loss_scale, rate))
+            self._say_unexplained(unexplained)
             self._replace_gradients(ready, loss_scale)
         self._stepped = True
         return True
@@ -372,25 +389,32 @@ class KFC:
             self._refresh_inverses(layers)
             self._fold_second_moments(layers)
 
-    def _note_trained(self, layer: Layer) -> None:
+    def _note_trained(self, layer: Layer) -> bool:
+        """Whether a layer that was recorded has a gradient of which no statistics were ever taken."""
         unseen = layer.name in self._unseen
         self._unseen.discard(layer.name)
+        known = self._due.has_statistics(layer.name)
         if layer.name not in self._recorded:
-            if layer.name not in self._unreached:
+            if known or layer.name not in self._said:
                 self._due.trained_unrecorded(layer.name, self.step)
-            return
+            return False
         self._due.give_up(layer.name)
-        if self._due.has_statistics(layer.name):
-            self._unreached.discard(layer.name)
-        elif not unseen and layer.name not in self._unreached and not layer.gradient_is_zero():
-            self._unreached.add(layer.name)
-            if distributed.rank() == 0:
-                warnings.warn(
-                    f"KFC trains {layer.name!r} with its plain gradient: no term that was recognised in the loss "
-                    "depends on it. Name the likelihood of the loss that trains it, or add it to `exclude` to silence "
-                    "this.",
-                    stacklevel=2,
-                )
+        return not (unseen or known or layer.gradient_is_zero())
+
+    def _say_unexplained(self, names: Sequence[str]) -> None:
+        """Warn once of each layer that has a gradient, but no curvature although a step was due."""
+        new = [name for name in names if name not in self._said]
+        if not new:
+            return
+        self._said.update(new)
+        if distributed.rank() == 0:
+            warnings.warn(
+                f"KFC has no curvature for {', '.join(map(repr, new))}: their gradients come from no recorded loss "
+                "term through a recorded forward, and stay as they are. Likely causes: a part of the loss that is not "
+                "recognised (name its likelihood), or activation checkpointing with use_reentrant=True (pass "
+                "use_reentrant=False). Add them to `exclude` to silence this.",
+                stacklevel=3,
+            )
 
     def pause(self) -> None:
         """Record nothing until :meth:`resume`: a backward re-runs checkpointed forwards, which are none of ours.
@@ -427,17 +451,15 @@ class KFC:
             self._stepped = False
             self._micro_batch = 0
 
-    def _prepare_self_test(self) -> dict[str, Tensor]:
-        """The test's direction for each layer that was not tested yet: the first time that its statistics are taken."""
-        self._self_test = None
-        untested = self._layers_with_rows(name for name in self._recorded if name not in self._tested)
-        if not untested:
-            return {}
-        test = SelfTest(untested, self._generator(torch.device("cpu"), stream=1))
-        self._self_test = test
-        return {name: test.direction(name) for name, layer in untested.items() if layer.adapter.own_parameters()}
+    def _prepare_self_test(self) -> SelfTest | None:
+        if self._self_test is None and not self._self_test_done:
+            layers = self._layers_with_rows(self.layers)
+            self._self_test = SelfTest(layers, self._generator(torch.device("cpu"), stream=1))
+        if self._self_test is not None:
+            self._self_test.recorded = set(self._recorded)
+        return self._self_test
 
-    def _attach_named_output(self, terms: list[LossTerm]) -> list[Any]:
+    def _attach_named_output(self, losses: LossRecorder) -> list[Any]:
         likelihood = self.settings.likelihood
         if not isinstance(likelihood, Likelihood) or likelihood.output_of is None:
             return []
@@ -447,7 +469,7 @@ class KFC:
                 f"likelihood names the logits as the output of {likelihood.output_of!r}, but the model has no such "
                 f"module. Its modules are: {', '.join(name for name in modules if name)}."
             )
-        hook = named_output_hook(likelihood, terms)
+        hook = named_output_hook(likelihood, losses)
         return [modules[likelihood.output_of].register_forward_hook(hook)]
 
     def _statistics(self, loss: Tensor, loss_scale: float, loss_fraction: float) -> dict[str, Statistics]:
@@ -483,14 +505,18 @@ class KFC:
         else:
             # A loss that trains other parameters than ours.
             return {}
-        # What this loss did not reach may belong to a later loss of the same training step.
+        # A term that this loss does not hold may belong to a later loss of the same training step.
         self._losses.terms[:] = [term for term in terms if all(term is not w.term for w in kept)]
-        self._recorder.calls[:] = [call for i, call in enumerate(recorded) if i not in found]
-        if test is not None and all(entry.is_finite() for entry in found.values()):
-            self._finish_self_test(test)
+        counted = self._recorder.counted
+        if test is not None:
+            self._conclude_self_test(test)
         statistics: dict[str, Statistics] = {}
         for index, entry in found.items():
             name = calls[index].layer
+            if index < len(recorded):
+                # A later loss through the same call adds to G alone: the call's input rows are in A already.
+                entry = entry.without_means() if index in counted else entry
+                counted.add(index)
             statistics[name] = statistics[name] + entry if name in statistics else entry
         return {name: entry for name, entry in statistics.items() if name in self.layers}
 
@@ -501,12 +527,14 @@ class KFC:
             if name in self.layers and name not in self._unseen
         }
 
-    def _finish_self_test(self, test: SelfTest) -> None:
-        self._tested |= test.tested
-        for name in set(test.never_called) - set(self._dropped):
-            if name not in self.layers:
-                continue  # given up together with another part of its module
-            self._drop(name, "its weight is used without calling the module")
+    def _conclude_self_test(self, test: SelfTest) -> None:
+        for name in test.never_called:
+            if name in self.layers:  # else another part of its module took it along
+                self._drop(name, "its weight is used without calling the module")
+        test.never_called.clear()
+        test.waiting[:] = [name for name in test.waiting if name in self.layers]
+        if not test.waiting:
+            self._self_test, self._self_test_done = None, True
 
     def _wanted(self, terms: list[LossTerm]) -> list[LossTerm]:
         likelihood = self.settings.likelihood
@@ -548,6 +576,7 @@ class KFC:
         pending = {layer.name: layer.pending for layer in layers if layer.pending is not None}
         for layer in layers:
             layer.pending = None
+        self._count_again(pending.keys())
         unusable: list[str] = []
         empty = False
         for name, statistics in distributed.reduce_statistics(pending).items():
@@ -654,7 +683,7 @@ class KFC:
             "layers": layers,
             "due": self._due.state_dict(),
             "dropped": dict(self._dropped),
-            "tested": sorted(self._tested),
+            "self_test_done": self._self_test_done,
             "events": self.events.state_dict(),
         }
 
@@ -678,7 +707,7 @@ class KFC:
             if name in self._found.layers:
                 self._dropped[name] = reason
                 self._found.replace_by_parameters(name, self._model, reason)
-        self._tested = set(state["tested"])
+        self._self_test, self._self_test_done = None, bool(state["self_test_done"])
         self._due.load_state_dict(state["due"])
         self.events.load_state_dict(state["events"])
         if state["layers"] is None:

@@ -37,6 +37,9 @@ class Layer:
         self.pending: Statistics | None = None
         self.examples: ExampleGradients | None = None
         self.factorised_at = -1
+        #: The roles of the parameters that factors and inverse are for; others may be frozen or unfrozen since.
+        self.roles: tuple[str, ...] = ()
+        self._pending_roles: tuple[str, ...] = ()
 
     @property
     def adapter(self) -> Adapter:
@@ -81,6 +84,7 @@ class Layer:
     def add(self, statistics: Statistics) -> None:
         """Add the statistics of one more micro-batch of the step."""
         self.pending = statistics if self.pending is None else self.pending + statistics
+        self._pending_roles = tuple(self.adapter.own_parameters())
 
     def drop_pending(self) -> None:
         """Forget what the micro-batches of the step have brought."""
@@ -90,15 +94,16 @@ class Layer:
         """Fold a step's statistics into the running averages.
 
         Returns:
-            False where the averages had to start anew, since the factors' shapes changed (parameters were
-            frozen or unfrozen).
+            False where the averages had to start anew, since parameters were frozen or unfrozen.
         """
         factors = statistics.factors()
-        kept = all(
-            name not in self.averages or self.averages[name].value.shape == f.shape for name, f in factors.items()
+        kept = not self.averages or (
+            self.roles == self._pending_roles
+            and all(self.averages[name].value.shape == f.shape for name, f in factors.items())
         )
         if not kept:
             self.averages, self.inverse, self.previous_inverse = {}, None, None
+        self.roles = self._pending_roles
         for name, value in factors.items():
             if name in self.averages:
                 self.averages[name] = self.averages[name].updated(value, decay)
@@ -209,6 +214,7 @@ class Layer:
             name: RunningAverage(entry["value"].to(device), float(entry["weight"]))
             for name, entry in state["factors"].items()
         }
+        self.roles = tuple(self.adapter.own_parameters())
         saved = dict(state.get("inverse", {}))
         self.inverse = self.previous_inverse = None
         if saved.pop("kind", None) == inverse.name:

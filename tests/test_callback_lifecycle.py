@@ -78,7 +78,14 @@ def test_nothing_is_left_attached_after_ctrl_c():
     assert leftovers(fitted, module) == []
 
 
-HOOKS = ["setup", "on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_before_zero_grad"]
+HOOKS = [
+    "setup",
+    "on_fit_start",
+    "on_train_start",
+    "on_train_epoch_start",
+    "on_train_batch_start",
+    "on_before_zero_grad",
+]
 HOOKS += ["on_before_backward", "backward", "on_after_backward", "on_before_optimizer_step", "optimizer_step"]
 HOOKS += ["configure_gradient_clipping", "on_train_batch_end", "on_train_epoch_end", "on_train_end"]
 
