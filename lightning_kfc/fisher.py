@@ -61,7 +61,7 @@ def refuse_reentrant_checkpointing(loss: Tensor) -> None:
         if node.name() == "CheckpointFunctionBackward":
             raise RuntimeError(
                 "KFC does not work with torch.utils.checkpoint(..., use_reentrant=True): the region has no graph "
-                "before backward, so its layers cannot be seen. Pass use_reentrant=False, which gives the same gradients."
+                "before backward, so its layers cannot be seen. Pass use_reentrant=False: the gradients are the same."
             )
         pending += [below for below, _ in node.next_functions if below is not None]
 
