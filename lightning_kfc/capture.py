@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from lightning_kfc.factors.statistics import InputStatistic
 from lightning_kfc.layers import Adapter, Forward
 
 
@@ -22,7 +21,7 @@ class Call:
     Attributes:
         layer: The layer's name.
         adapter: The adapter of the module that was called.
-        inputs: What the call adds to A.
+        record: What the adapter recorded in the forward.
         edge: Where the derivative at the module's own output arrives.
         output_shape: The shape of that output.
         probe: Input rows times the self-test's direction, or None when no self-test is due.
@@ -30,7 +29,7 @@ class Call:
 
     layer: str
     adapter: Adapter
-    inputs: InputStatistic
+    record: Any
     edge: GradientEdge
     output_shape: torch.Size
     probe: Tensor | None
@@ -59,6 +58,12 @@ def output_edge(output: Tensor) -> GradientEdge:
     return get_gradient_edge(output)
 
 
+def parameter_call(layer: str, adapter: Adapter) -> Call:
+    """A parameter that no forward call explains, as if it were one: the derivative arrives at the parameter itself."""
+    (parameter,) = adapter.own_parameters().values()
+    return Call(layer, adapter, None, get_gradient_edge(parameter), parameter.shape, None)
+
+
 class _ForwardHook:
     """A forward hook that a copied or pickled module carries as one that does nothing."""
 
@@ -67,7 +72,7 @@ class _ForwardHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._record is not None and isinstance(output, Tensor):
-            self._record(Forward(args, kwargs), output)
+            self._record(Forward(args, kwargs, output), output)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _ForwardHook:
         return _ForwardHook(None)
@@ -89,13 +94,13 @@ class Recorder:
     paused: bool = False
     _handles: list[RemovableHandle] = field(default_factory=list)
 
-    def attach(self, layer: str, adapters: Sequence[Adapter], direction: Callable[[Tensor], Tensor] | None) -> None:
+    def attach(self, layer: str, adapters: Sequence[Adapter], direction: Tensor | None) -> None:
         """Record the calls of a layer's modules.
 
         Args:
             layer: The layer's name.
             adapters: Its modules' adapters.
-            direction: Gives the self-test's direction for an input's device and precision, or None for no test.
+            direction: The self-test's direction, or None for no test.
         """
         for adapter in adapters:
             if not adapter.own_parameters():
@@ -104,9 +109,7 @@ class Recorder:
             def record(forward: Forward, output: Tensor, adapter: Adapter = adapter) -> None:
                 self._record(layer, adapter, forward, output, direction)
 
-            # Ahead of the user's own hooks: the layer's own output is wanted, before any of them changes it.
-            handle = adapter.module.register_forward_hook(_ForwardHook(record), prepend=True, with_kwargs=True)
-            self._handles.append(handle)
+            self._handles.append(adapter.attach(_ForwardHook(record)))
 
     def detach(self) -> None:
         """Remove every hook; calls already recorded stay."""
@@ -120,12 +123,12 @@ class Recorder:
         adapter: Adapter,
         forward: Forward,
         output: Tensor,
-        direction: Callable[[Tensor], Tensor] | None,
+        direction: Tensor | None,
     ) -> None:
         if self.paused or not torch.is_grad_enabled() or not output.requires_grad:
             return
         # Autocast would form the statistics in half precision.
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
-            inputs = adapter.input_statistic(forward)
-            probe = None if direction is None else adapter.project(forward, direction(inputs.total))
-        self.calls.append(Call(layer, adapter, inputs, output_edge(output), output.shape, probe))
+            recorded = adapter.record(forward)
+            probe = None if direction is None else adapter.project(forward, direction)
+        self.calls.append(Call(layer, adapter, recorded, output_edge(output), output.shape, probe))

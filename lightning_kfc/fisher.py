@@ -192,7 +192,7 @@ def back_propagate(
             if gradient is None:
                 continue
             with torch.no_grad():
-                one = call.adapter.statistics(call.inputs, call.output_gradient(gradient))
+                one = call.adapter.statistics(call.record, call.output_gradient(gradient))
                 one = Statistics(one.means, {name: total / scale**2 for name, total in one.sums.items()}, one.rows)
                 if index in reached:
                     sums = {name: total + one.sums[name] for name, total in reached[index].sums.items()}

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_kfc import distributed
-from lightning_kfc.capture import Recorder
-from lightning_kfc.coverage import Coverage, coverage_of, discover
+from lightning_kfc.capture import Recorder, parameter_call
+from lightning_kfc.coverage import Coverage, coverage_of
 from lightning_kfc.discovery import LossRecorder, LossTerm, named_output_hook
 from lightning_kfc.factors.inverse import INVERSES, FactorisationError
 from lightning_kfc.factors.statistics import Statistics
+from lightning_kfc.find_layers import find_layers
 from lightning_kfc.fisher import (
     back_propagate,
     empirical_statistics_of_loss,
@@ -129,7 +130,7 @@ class KFC:
     def _start(self, model: nn.Module, settings: Settings) -> None:
         self.settings = settings
         self._model = model
-        self._found = discover(model, settings.include, settings.exclude, settings.weight_sharing)
+        self._found = find_layers(model, settings.include, settings.exclude, settings.weight_sharing)
         self._dropped: dict[str, str] = {}
         self._recorder: Recorder | None = None
         self._losses: LossRecorder | None = None
@@ -148,18 +149,19 @@ class KFC:
     @property
     def layers(self) -> Mapping[str, Layer]:
         """The preconditioned layers by module name."""
-        return {name: layer for name, layer in self._found.layers.items() if name not in self._dropped}
+        return self._found.layers
 
     def coverage(self) -> Coverage:
         """Every parameter with how it is treated and why; prints as a table."""
-        return coverage_of(self._model, self._found, self._dropped, inverse_bytes=1.0)
+        return coverage_of(self._model, self._found)
 
     def _drop(self, layer: str, reason: str) -> None:
         self._dropped[layer] = reason
+        self._found.replace_by_parameters(layer, self._model, reason)
         if distributed.rank() == 0:
             warnings.warn(
-                f"KFC does not precondition {layer!r}: {reason}. It is trained with its plain gradient; add it to "
-                "`exclude` to silence this.",
+                f"KFC has no Kronecker factors for {layer!r}: {reason}. Its parameters get a diagonal curvature; "
+                "add it to `exclude` to give them their plain gradient and to silence this.",
                 stacklevel=2,
             )
 
@@ -180,7 +182,7 @@ class KFC:
         direction = self._prepare_self_test()
         handles = []
         try:
-            for name, layer in self.layers.items():
+            for name, layer in self._layers_with_rows().items():
                 self._recorder.attach(name, layer.adapters, direction(name) if direction else None)
             handles += self._attach_named_output(self._losses.terms)
             with eager_compiled_code(), self._losses:
@@ -273,10 +275,11 @@ class KFC:
             self.events.count("nonfinite_gradients")
             return False
         self.refresh(optimizer)
+        rates = None if optimizer is None else _learning_rates(optimizer)
         ready: list[tuple[Layer, Tensor, float]] = []
         with torch.no_grad():
             for layer in self.layers.values():
-                rate = lr if optimizer is None else _learning_rate(layer, optimizer)
+                rate = lr if rates is None else _rate_of(layer, rates)
                 gradients = layer.gradients()
                 if rate is None or gradients is None or layer.inverse is None:
                     continue
@@ -306,8 +309,8 @@ class KFC:
 
     def _layers_of(self, optimizer: Optimizer | None) -> list[Layer]:
         """The layers whose parameters an optimizer steps; all of them without one."""
-        layers = self.layers.values()
-        return [layer for layer in layers if optimizer is None or _learning_rate(layer, optimizer) is not None]
+        rates = None if optimizer is None else _learning_rates(optimizer)
+        return [layer for layer in self.layers.values() if rates is None or _rate_of(layer, rates) is not None]
 
     def _gradients(self, optimizer: Optimizer | None) -> list[Tensor]:
         """Every gradient of a step, also those of parameters that are not preconditioned."""
@@ -317,19 +320,22 @@ class KFC:
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
+    def _layers_with_rows(self) -> dict[str, Layer]:
+        return {name: layer for name, layer in self.layers.items() if layer.adapter.has_rows}
+
     def _begin_step_if_over(self) -> None:
         if self._stepped:
             self.step += 1
             self._stepped = False
             self._micro_batch = 0
 
-    def _prepare_self_test(self) -> Callable[[str], Callable[[Tensor], Tensor]] | None:
+    def _prepare_self_test(self) -> Callable[[str], Tensor] | None:
         self._self_test = None
         if self._self_test_done:
             return None
-        test = SelfTest(self.layers, self._generator(torch.device("cpu"), stream=1))
+        test = SelfTest(self._layers_with_rows(), self._generator(torch.device("cpu"), stream=1))
         self._self_test = test
-        return lambda name: lambda like: test.direction(name, like)
+        return test.direction
 
     def _attach_named_output(self, terms: list[LossTerm]) -> list[Any]:
         likelihood = self.settings.likelihood
@@ -347,7 +353,12 @@ class KFC:
     def _statistics(self, loss: Tensor, loss_scale: float, loss_fraction: float) -> dict[str, Statistics]:
         assert self._recorder is not None
         assert self._losses is not None
-        terms, calls = list(self._losses.terms), list(self._recorder.calls)
+        terms, recorded = list(self._losses.terms), list(self._recorder.calls)
+        calls = recorded + [
+            parameter_call(name, layer.adapter)
+            for name, layer in self.layers.items()
+            if not layer.adapter.has_rows and layer.adapter.own_parameters()
+        ]
         kept = weighted_terms(loss, self._wanted(terms), loss_scale=loss_scale, loss_fraction=loss_fraction)
         test = self._self_test
         if not self._graph_checked:
@@ -368,14 +379,14 @@ class KFC:
             raise LossNotRecognisedError(self._unrecognised(terms))
         # What this loss did not reach may belong to a later loss of the same training step.
         self._losses.terms[:] = [term for term in terms if all(term is not w.term for w in kept)]
-        self._recorder.calls[:] = [call for i, call in enumerate(calls) if i not in found]
+        self._recorder.calls[:] = [call for i, call in enumerate(recorded) if i not in found]
         if test is not None and all(entry.is_finite() for entry in found.values()):
             self._finish_self_test(test)
         statistics: dict[str, Statistics] = {}
         for index, entry in found.items():
             name = calls[index].layer
             statistics[name] = statistics[name] + entry if name in statistics else entry
-        return {name: entry for name, entry in statistics.items() if name not in self._dropped}
+        return {name: entry for name, entry in statistics.items() if name in self.layers}
 
     def _finish_self_test(self, test: SelfTest) -> None:
         self._self_test, self._self_test_done = None, True
@@ -420,7 +431,7 @@ class KFC:
         for name, statistics in distributed.reduce_statistics(pending).items():
             if not statistics.is_finite():
                 unusable.append(name)
-            elif statistics.rows == 0:
+            elif statistics.means and statistics.rows == 0:
                 empty = True
             elif not self._found.layers[name].fold(statistics, self.settings.ema_decay):
                 self.events.count("restarted_layers")
@@ -508,7 +519,10 @@ class KFC:
             raise ValueError(f"KFC cannot read a state of version {state.get('version')!r}, only {STATE_VERSION}.")
         self.step = int(state["step"])
         self._stepped = False
-        self._dropped = {name: why for name, why in state["dropped"].items() if name in self._found.layers}
+        for name, reason in state["dropped"].items():
+            if name in self._found.layers:
+                self._dropped[name] = reason
+                self._found.replace_by_parameters(name, self._model, reason)
         self._self_test_done = bool(state["self_test_done"])
         self.events.load_state_dict(state["events"])
         problems = [
@@ -528,14 +542,18 @@ class KFC:
         return problems
 
 
-def _learning_rate(layer: Layer, optimizer: Optimizer) -> float | None:
-    """The learning rate of the group that holds all of a layer's parameters, or None where none does.
+def _learning_rates(optimizer: Optimizer) -> dict[int, float]:
+    """The learning rate of each parameter's group, by ``id``."""
+    return {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
 
-    Where they are spread over groups, that of the weight's group.
+
+def _rate_of(layer: Layer, rates: Mapping[int, float]) -> float | None:
+    """A layer's learning rate, or None where the optimizer does not step all of it.
+
+    Where its parameters are spread over groups, that of the weight's group.
     """
-    rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
     own = [rates.get(id(parameter)) for parameter in layer.adapter.own_parameters().values()]
-    return None if any(rate is None for rate in own) or not own else own[0]
+    return None if not own or any(rate is None for rate in own) else own[0]
 
 
 def _listed(names: Iterable[str], most: int = 5) -> str:

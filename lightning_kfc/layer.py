@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_kfc.factors.inverse import Inverse
 from lightning_kfc.factors.running import RunningAverage
-from lightning_kfc.factors.statistics import Statistics
+from lightning_kfc.factors.statistics import Statistics, factor_dtype
 from lightning_kfc.layers import Adapter
 
 
@@ -20,10 +21,12 @@ class Layer:
     Args:
         name: The name of its (first) module in the model.
         adapters: The adapters of all modules that share the layer's parameters, the first one's first.
+        reason: Why the layer has no Kronecker factors; empty where it has.
     """
 
-    def __init__(self, name: str, adapters: Sequence[Adapter]) -> None:
+    def __init__(self, name: str, adapters: Sequence[Adapter], reason: str = "") -> None:
         self.name = name
+        self.reason = reason
         self.adapters = list(adapters)
         self.averages: dict[str, RunningAverage] = {}
         self.inverse: Inverse | None = None
@@ -41,6 +44,10 @@ class Layer:
     def module(self) -> nn.Module:
         """The layer's (first) module."""
         return self.adapter.module
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The layer's parameters, trainable or not."""
+        return list(self.adapter.parameters().values())
 
     def factor(self, name: str) -> Tensor:
         """A running factor, without the groups axis where there is one group.
@@ -95,7 +102,7 @@ class Layer:
     def factorise(self, inverse: type[Inverse], damping: float, step: int) -> None:
         """Refresh the inverse from the running factors; see :meth:`Inverse.factorise` for what it raises."""
         self.factorised_at = step
-        fresh = inverse.factorise(self.factors, damping)
+        fresh = self.adapter.inverse_type(inverse).factorise(self.factors, damping)
         self.previous_inverse = self.previous_inverse or self.inverse
         self.inverse = fresh
 
@@ -112,20 +119,21 @@ class Layer:
         Returns:
             False where the gradients' own precision cannot hold it (float16), and they were left as they were.
         """
-        own = self.adapter.own_parameters()
-        half = any(parameter.dtype == torch.float16 for parameter in own.values())
+        gradients = self.gradients()
+        assert gradients is not None
+        half = any(gradient.dtype == torch.float16 for gradient in gradients.values())
         if half and float(matrix.abs().max()) > torch.finfo(torch.float16).max:
             return False
-        for name, value in self.adapter.tensors(matrix).items():
-            gradient = own[name].grad
-            assert gradient is not None
-            gradient.copy_(value)
+        self.adapter.write(matrix, gradients)
         return True
 
     def nbytes(self) -> int:
-        """Bytes held by factors and inverse."""
-        held = sum(average.value.nbytes for average in self.averages.values())
-        return held + (self.inverse.nbytes() if self.inverse is not None else 0)
+        """Bytes that factors and inverse hold, or will hold once there are some."""
+        if not self.averages or self.inverse is None:
+            dtype = factor_dtype(next(iter(self.adapter.parameters().values())).dtype)
+            # Each inverse is about as large as what it inverts.
+            return 2 * sum(math.prod(shape) for shape in self.adapter.factor_shapes().values()) * dtype.itemsize
+        return sum(average.value.nbytes for average in self.averages.values()) + self.inverse.nbytes()
 
     def state_dict(self) -> dict[str, Any]:
         """Factors and inverse in plain tensors and numbers."""
@@ -142,13 +150,12 @@ class Layer:
         Returns:
             Why the state does not fit this layer, or None where it was taken over.
         """
-        groups, d_out, d_in = self.adapter.matrix_shape()
-        device = next(iter(self.adapter.own_parameters().values())).device
-        values = {name: entry["value"] for name, entry in state["factors"].items()}
-        expected = {"A": d_in, "G": d_out}
-        for name, value in values.items():
-            if name in expected and (value.shape[0], value.shape[-1]) != (groups, expected[name]):
-                return f"factor {name} has shape {tuple(value.shape)}, the layer needs size {expected[name]}"
+        device = next(iter(self.adapter.parameters().values())).device
+        inverse = self.adapter.inverse_type(inverse)
+        expected = self.adapter.factor_shapes()
+        found = {name: tuple(entry["value"].shape) for name, entry in state["factors"].items()}
+        if found and found != expected:
+            return f"its factors have shapes {found} in the checkpoint, {expected} now"
         self.averages = {
             name: RunningAverage(entry["value"].to(device), float(entry["weight"]))
             for name, entry in state["factors"].items()

@@ -49,12 +49,12 @@ class SelfTest:
         """The parameters whose derivatives the check needs."""
         return [parameter for _, _, parameter in self._owners]
 
-    def direction(self, layer: str, like: Tensor) -> Tensor:
+    def direction(self, layer: str) -> Tensor:
         """The layer's direction u, shape ``(groups, d_in)``, made when it is first asked for."""
         if layer not in self._directions:
-            shape = (like.shape[0], like.shape[-1])
-            self._directions[layer] = torch.randn(shape, generator=self._generator, dtype=torch.float64)
-        return self._directions[layer].to(like)
+            groups, _, d_in = self._layers[layer].adapter.matrix_shape()
+            self._directions[layer] = torch.randn((groups, d_in), generator=self._generator, dtype=torch.float64)
+        return self._directions[layer]
 
     def check(
         self, calls: Sequence[Call], gradients: Sequence[Tensor | None], of_parameters: Sequence[Tensor | None]
@@ -86,8 +86,8 @@ class SelfTest:
     def _check_layer(self, layer: str, arrived: Sequence[tuple[Call, Tensor]], own: Mapping[str, Tensor]) -> None:
         expected_matrix = self._layers[layer].adapter.matrix(own)
         dtype = factor_dtype(expected_matrix.dtype)
-        direction = self.direction(layer, expected_matrix.to(dtype))
-        expected = torch.einsum("goi,gi->go", expected_matrix.to(dtype), direction)
+        expected_matrix = expected_matrix.to(dtype)
+        expected = torch.einsum("goi,gi->go", expected_matrix, self.direction(layer).to(expected_matrix))
         rebuilt, spread = torch.zeros_like(expected), torch.zeros_like(expected)
         for call, gradient in arrived:
             assert call.probe is not None

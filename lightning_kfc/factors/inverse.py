@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_kfc.factors.damping import split_damping
+from lightning_kfc.factors.damping import add_diagonal, split_damping
 
 Factors = Mapping[str, Tensor]
 
@@ -108,6 +108,57 @@ def _sandwich(left: Tensor, middle: Tensor, right: Tensor) -> Tensor:
         return (left[0] @ middle[0] @ right[0]).unsqueeze(0)
     half = left @ middle if left.ndim == 3 else left.unsqueeze(-1) * middle
     return half @ right if right.ndim == 3 else half * right.unsqueeze(-2)
+
+
+@dataclass(frozen=True)
+class BlockInverse(Inverse):
+    r"""The damped inverse of small dense blocks, one a group: :math:`(F + \lambda I)^{-1}`.
+
+    Attributes:
+        F_inverse: Shape ``(groups, d, d)`` with d = d_out * d_in.
+    """
+
+    F_inverse: Tensor
+    name: ClassVar[str] = "block"
+
+    @classmethod
+    def factorise(cls, factors: Factors, damping: float) -> Self:
+        """Invert every block; see :class:`Inverse`."""
+        F = factors["F"]
+        for in_double, growth in RETRIES:
+            block = F.double() if in_double else F
+            inverse = _inverse_by_cholesky(add_diagonal(block, block.new_full(block.shape[:1], damping * growth)))
+            if inverse is not None:
+                return cls(inverse.to(F.dtype))
+        raise FactorisationError(f"no Cholesky factorisation at damping {damping:g} to {damping * RETRIES[-1][1]:g}")
+
+    def solve(self, gradient: Tensor) -> Tensor:
+        """See :class:`Inverse`."""
+        return (self.F_inverse @ gradient.flatten(1).unsqueeze(-1)).reshape(gradient.shape)
+
+
+@dataclass(frozen=True)
+class DiagonalInverse(Inverse):
+    r"""The damped inverse of a diagonal: :math:`1 / (f + \lambda)`.
+
+    Attributes:
+        F_inverse: Shape ``(groups, d)`` with d = d_out * d_in.
+    """
+
+    F_inverse: Tensor
+    name: ClassVar[str] = "diagonal"
+
+    @classmethod
+    def factorise(cls, factors: Factors, damping: float) -> Self:
+        """Take reciprocals; see :class:`Inverse`."""
+        inverse = (factors["F"] + damping).reciprocal()
+        if not bool(torch.isfinite(inverse).all()):
+            raise FactorisationError("the diagonal holds a value that is not finite")
+        return cls(inverse)
+
+    def solve(self, gradient: Tensor) -> Tensor:
+        """See :class:`Inverse`."""
+        return (self.F_inverse * gradient.flatten(1)).reshape(gradient.shape)
 
 
 #: The inverses a user can name.

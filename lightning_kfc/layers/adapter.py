@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from lightning_kfc.factors.inverse import Inverse
 from lightning_kfc.factors.statistics import (
     InputStatistic,
     Statistics,
@@ -19,13 +21,17 @@ from lightning_kfc.factors.statistics import (
     share_by_reduction,
 )
 
+#: Called as ``hook(module, args, kwargs, output)``.
+ForwardHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
+
 
 @dataclass(frozen=True)
 class Forward:
-    """The inputs of one call of a module's forward."""
+    """The inputs of one call of a module's forward, and its output."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    output: Any = None
 
     def first(self, name: str = "input") -> Tensor:
         """The first input, given by position or by ``name``."""
@@ -43,7 +49,8 @@ class Adapter(ABC):
 
     A subclass for a module with parameters ``weight`` and ``bias`` states :meth:`weight_input_rows` and
     :meth:`output_rows`; the rest follows. Where the weight's layout is not ``(groups * d_out, ...)`` it
-    also states :meth:`weight_matrix` and :meth:`weight_tensor`.
+    also states :meth:`weight_matrix` and :meth:`weight_tensor`. Other forms of curvature than a pair of Kronecker
+    factors state :meth:`record`, :meth:`statistics`, :meth:`factor_shapes` and :meth:`inverse_type`.
 
     Args:
         module: The module.
@@ -52,6 +59,10 @@ class Adapter(ABC):
 
     #: What the coverage report calls this kind of layer.
     kind: ClassVar[str] = ""
+    #: How the coverage report calls what is done with its parameters.
+    treatment: ClassVar[str] = "kfc"
+    #: Whether there are rows at all, which a forward must be watched for.
+    has_rows: ClassVar[bool] = True
 
     def __init__(self, module: nn.Module, weight_sharing: str = "expand") -> None:
         self.module = module
@@ -64,35 +75,54 @@ class Adapter(ABC):
         """The reason why a module of this kind cannot be covered, or None where it can."""
         return None
 
+    @classmethod
+    def parts(cls, module: nn.Module, weight_sharing: str) -> dict[str, Adapter]:
+        """The adapters of a module, by a suffix of its name: more than one where its weights serve several ends."""
+        return {"": cls(module, weight_sharing)}
+
+    def attach(self, hook: ForwardHook) -> RemovableHandle:
+        """Have a hook called with each forward of the module that the rows are read from.
+
+        Ahead of the user's own hooks: the layer's own output is wanted, before any of them changes it.
+        """
+        return self.module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+
     @property
     def groups(self) -> int:
         """The number of groups, each with its own pair of factors."""
         return 1
 
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The module's parameters that the rows explain, by role."""
+        named = {role: self.module._parameters.get(role) for role in ("weight", "bias")}
+        return {role: parameter for role, parameter in named.items() if parameter is not None}
+
     def own_parameters(self) -> dict[str, nn.Parameter]:
-        """The module's trainable parameters that the rows explain, by name; empty when all are frozen."""
-        own = {name: getattr(self.module, name, None) for name in ("weight", "bias")}
-        return {name: p for name, p in own.items() if isinstance(p, nn.Parameter) and p.requires_grad}
+        """Those of :meth:`parameters` that are trainable now; empty when all are frozen."""
+        return {role: parameter for role, parameter in self.parameters().items() if parameter.requires_grad}
+
+    def select(self, role: str, tensor: Tensor) -> Tensor:
+        """The part of a parameter, or of a tensor of its shape, that this adapter serves; a view."""
+        return tensor
 
     def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """One matrix ``(groups, d_out, d_in)`` from tensors shaped as :meth:`own_parameters`."""
+        """One matrix ``(groups, d_out, d_in)`` from tensors with the shapes of the parameters, by role."""
         parts = []
         if "weight" in tensors:
-            parts.append(self.weight_matrix(tensors["weight"]))
+            parts.append(self.weight_matrix(self.select("weight", tensors["weight"])))
         if "bias" in tensors:
-            parts.append(tensors["bias"].reshape(self.groups, -1, 1))
+            parts.append(self.select("bias", tensors["bias"]).reshape(self.groups, -1, 1))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
-    def tensors(self, matrix: Tensor) -> dict[str, Tensor]:
-        """The inverse of :meth:`matrix`."""
-        own = self.own_parameters()
-        result = {}
-        if "bias" in own:
-            result["bias"] = matrix[..., -1].reshape(own["bias"].shape)
-        if "weight" in own:
-            columns = matrix[..., :-1] if "bias" in own else matrix
-            result["weight"] = self.weight_tensor(columns, own["weight"].shape)
-        return result
+    def write(self, matrix: Tensor, into: Mapping[str, Tensor]) -> None:
+        """The inverse of :meth:`matrix`: fill tensors with the shapes of the parameters."""
+        if "bias" in into:
+            bias = self.select("bias", into["bias"])
+            bias.copy_(matrix[..., -1].reshape(bias.shape))
+        if "weight" in into:
+            weight = self.select("weight", into["weight"])
+            columns = matrix[..., :-1] if "bias" in into else matrix
+            weight.copy_(self.weight_tensor(columns, weight.shape))
 
     def weight_matrix(self, weight: Tensor) -> Tensor:
         """The weight, or its gradient, as ``(groups, d_out, columns)``."""
@@ -103,11 +133,20 @@ class Adapter(ABC):
         return matrix.reshape(shape)
 
     def matrix_shape(self) -> tuple[int, int, int]:
-        """``(groups, d_out, d_in)``."""
+        """``(groups, d_out, d_in)`` for the parameters that are trainable now, or for all where none is."""
         with torch.no_grad():
-            own = {name: p.to("meta") for name, p in self.own_parameters().items()}
-            groups, d_out, d_in = self.matrix(own).shape
+            own = self.own_parameters() or self.parameters()
+            groups, d_out, d_in = self.matrix({role: p.detach().to("meta") for role, p in own.items()}).shape
         return groups, d_out, d_in
+
+    def factor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the layer's factors, by name, with the groups axis first; two axes say diagonal."""
+        groups, d_out, d_in = self.matrix_shape()
+        return {"A": (groups, d_in, d_in), "G": (groups, d_out, d_out)}
+
+    def inverse_type(self, chosen: type[Inverse]) -> type[Inverse]:
+        """The kind of inverse that suits these factors, given the one that the user chose for Kronecker factors."""
+        return chosen
 
     # Rows.
 
@@ -130,7 +169,8 @@ class Adapter(ABC):
 
     def project(self, forward: Forward, direction: Tensor) -> Tensor:
         """Input rows times one direction ``(groups, d_in)``: shape ``(examples, positions, groups)``."""
-        return torch.einsum("ntgi,gi->ntg", self.input_rows(forward), direction)
+        rows = self.input_rows(forward)
+        return torch.einsum("ntgi,gi->ntg", rows, direction.to(rows))
 
     # Statistics.
 
@@ -141,9 +181,17 @@ class Adapter(ABC):
             rows = share_by_reduction(rows, average=True)
         return InputStatistic(second_moment_total(rows), rows.shape[0] * rows.shape[1])
 
-    def statistics(self, inputs: InputStatistic, output_gradient: Tensor) -> Statistics:
-        """The statistics of one call: A's part from the forward, G's from the derivative at the output."""
+    def record(self, forward: Forward) -> Any:
+        """What :meth:`statistics` will need of one forward call; made inside that forward.
+
+        By default the statistic of A, so that no activation is kept for it.
+        """
+        return self.input_statistic(forward)
+
+    def statistics(self, record: Any, output_gradient: Tensor) -> Statistics:
+        """The statistics of one call, from what was recorded in the forward and the derivative at the output."""
+        assert isinstance(record, InputStatistic)
         rows = self.output_rows(output_gradient.to(factor_dtype(output_gradient.dtype)))
         if self.weight_sharing == "reduce":
             rows = share_by_reduction(rows, average=False)
-        return Statistics({"A": inputs.total}, {"G": second_moment_total(rows)}, inputs.rows)
+        return Statistics({"A": record.total}, {"G": second_moment_total(rows)}, record.rows)

@@ -59,7 +59,7 @@ class ConvAdapter(Adapter):
             return super().project(forward, direction)
         chunks = patch_chunks(self._images(forward), self.geometry())
         rows = (append_ones(chunk) if "bias" in own else chunk for chunk in chunks)
-        return torch.cat([torch.einsum("ntgi,gi->ntg", chunk, direction) for chunk in rows])
+        return torch.cat([torch.einsum("ntgi,gi->ntg", chunk, direction.to(chunk)) for chunk in rows])
 
     def input_statistic(self, forward: Forward) -> InputStatistic:
         """The patches' second moment, a chunk of patches at a time."""
