@@ -27,7 +27,7 @@ from lightning_kfc.fisher import (
     unusable_seeds,
     weighted_terms,
 )
-from lightning_kfc.isolation import eager_compiled_code, model_state_kept
+from lightning_kfc.isolation import eager_compiled_code, leaving_no_trace
 from lightning_kfc.layer import Layer
 from lightning_kfc.likelihood import Likelihood
 from lightning_kfc.monitor import Events, StepNumbers
@@ -222,7 +222,7 @@ class KFC:
             return
         self.pause()
         try:
-            with model_state_kept(self._model):
+            with leaving_no_trace(self._model):
                 statistics = self._statistics(loss, loss_scale, loss_fraction)
         finally:
             self.resume()
