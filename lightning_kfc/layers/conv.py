@@ -50,7 +50,7 @@ class ConvAdapter(Adapter):
         gradient = self._batched(output_gradient)
         examples, channels = gradient.shape[:2]
         by_location = gradient.flatten(2).transpose(1, 2)
-        return by_location.reshape(examples, -1, self.groups, channels // self.groups)
+        return by_location.reshape(examples, by_location.shape[1], self.groups, channels // self.groups)
 
     def project(self, forward: Forward, direction: Tensor) -> Tensor:
         """Patches times one direction, a chunk of patches at a time."""
