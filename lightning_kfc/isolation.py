@@ -22,6 +22,11 @@ def eager_compiled_code() -> Iterator[None]:
         yield
 
 
+def full_precision(model: nn.Module) -> torch.autocast:
+    """A plain loop may call us under autocast, which would form factors and updates in half precision."""
+    return torch.autocast(next(model.parameters()).device.type, enabled=False)
+
+
 @contextlib.contextmanager
 def leaving_no_trace(model: nn.Module) -> Iterator[None]:
     """Around an extra back-propagation: the user's buffers, random streams and hooks on parameters do not notice it.
