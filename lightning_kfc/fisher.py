@@ -68,8 +68,14 @@ class WeightedTerm:
     derivative: Tensor
 
     def is_finite(self) -> bool:
-        """Whether logits and weights are finite, so that targets can be drawn and seeds made."""
-        return bool(torch.isfinite(self.term.logits).all() and torch.isfinite(self.weights).all())
+        """Whether logits and weights are finite, so that targets can be drawn and seeds made.
+
+        Minus infinity rules a class out, which is no fault while another one is left.
+        """
+        logits = self.term.logits
+        if self.term.likelihood.vector_valued and logits.numel():
+            logits = logits.amax(-1)
+        return bool(torch.isfinite(logits).all() and torch.isfinite(self.weights).all())
 
 
 def refuse_reentrant_checkpointing(loss: Tensor) -> None:

@@ -22,12 +22,24 @@ def eager_compiled_code() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def model_state_kept(model: nn.Module) -> Iterator[None]:
-    """Put buffers (batch norm's running statistics) and random streams back as they were.
+def full_precision(model: nn.Module) -> torch.autocast:
+    """A plain loop may call us under autocast, which would form factors and updates in half precision."""
+    return torch.autocast(next(model.parameters()).device.type, enabled=False)
 
-    Under activation checkpointing a back-propagation runs forwards again, which update and draw once more.
+
+@contextlib.contextmanager
+def leaving_no_trace(model: nn.Module) -> Iterator[None]:
+    """Around an extra back-propagation: the user's buffers, random streams and hooks on parameters do not notice it.
+
+    Under activation checkpointing it runs forwards again, which update buffers and draw random numbers once more.
     """
+    with _buffers_kept(model), _random_streams_kept(model), _parameter_hooks_set_aside(model):
+        yield
+
+
+@contextlib.contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put the buffers (batch norm's running statistics) of modules in training mode back as they were."""
     kept = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
@@ -36,8 +48,7 @@ def model_state_kept(model: nn.Module) -> Iterator[None]:
         if buffer is not None
     ]
     try:
-        with _random_streams_kept(model):
-            yield
+        yield
     finally:
         for module, name, buffer, value in kept:
             # Through .data: the graph may hold the buffer, and its backward must not take it for changed.
@@ -60,3 +71,16 @@ def _random_streams_kept(model: nn.Module) -> Iterator[None]:
         random.setstate(python_state)
         if numpy_random is not None:
             numpy_random.set_state(numpy_state)
+
+
+@contextlib.contextmanager
+def _parameter_hooks_set_aside(model: nn.Module) -> Iterator[None]:
+    """Keep hooks on parameters from seeing, and from changing, derivatives that are not the loss's gradient."""
+    kept = [(parameter, parameter._backward_hooks) for parameter in model.parameters() if parameter._backward_hooks]
+    for parameter, _ in kept:
+        parameter._backward_hooks = None
+    try:
+        yield
+    finally:
+        for parameter, hooks in kept:
+            parameter._backward_hooks = hooks

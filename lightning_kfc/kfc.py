@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_kfc import distributed
 from lightning_kfc.capture import Recorder, parameter_call
 from lightning_kfc.coverage import Coverage, coverage_of
-from lightning_kfc.discovery import LossRecorder, LossTerm, named_output_hook
+from lightning_kfc.discovery import LossRecorder, LossTerm, NamedOutputHook
 from lightning_kfc.due import Due
 from lightning_kfc.factors.inverse import INVERSES, FactorisationError
 from lightning_kfc.factors.statistics import Statistics
@@ -30,7 +30,7 @@ from lightning_kfc.fisher import (
     unusable_seeds,
     weighted_terms,
 )
-from lightning_kfc.isolation import eager_compiled_code, model_state_kept
+from lightning_kfc.isolation import eager_compiled_code, full_precision, leaving_no_trace
 from lightning_kfc.layer import Layer
 from lightning_kfc.likelihood import Likelihood
 from lightning_kfc.monitor import Events, StepNumbers
@@ -256,7 +256,7 @@ class KFC:
             return
         self.pause()
         try:
-            with _full_precision(self._model), model_state_kept(self._model):
+            with full_precision(self._model), leaving_no_trace(self._model):
                 statistics = self._statistics(loss, loss_scale, loss_fraction)
         finally:
             self.resume()
@@ -384,7 +384,7 @@ class KFC:
 
     def _refresh(self, names: Iterable[str]) -> None:
         layers = [self._found.layers[name] for name in names]
-        with _full_precision(self._model):
+        with full_precision(self._model):
             self._fold_pending(layers)
             self._refresh_inverses(layers)
             self._fold_second_moments(layers)
@@ -410,9 +410,8 @@ class KFC:
         if distributed.rank() == 0:
             warnings.warn(
                 f"KFC has no curvature for {', '.join(map(repr, new))}: their gradients come from no recorded loss "
-                "term through a recorded forward, and stay as they are. Likely causes: a part of the loss that is not "
-                "recognised (name its likelihood), or activation checkpointing with use_reentrant=True (pass "
-                "use_reentrant=False). Add them to `exclude` to silence this.",
+                "term through a recorded forward, and stay as they are. The likely cause is a part of the loss that is "
+                "not recognised: name its likelihood. Add them to `exclude` to silence this.",
                 stacklevel=3,
             )
 
@@ -469,7 +468,7 @@ class KFC:
                 f"likelihood names the logits as the output of {likelihood.output_of!r}, but the model has no such "
                 f"module. Its modules are: {', '.join(name for name in modules if name)}."
             )
-        hook = named_output_hook(likelihood, losses)
+        hook = NamedOutputHook(likelihood, losses)
         return [modules[likelihood.output_of].register_forward_hook(hook)]
 
     def _statistics(self, loss: Tensor, loss_scale: float, loss_fraction: float) -> dict[str, Statistics]:
@@ -483,15 +482,13 @@ class KFC:
         ]
         kept = weighted_terms(loss, self._wanted(terms), loss_scale=loss_scale, loss_fraction=loss_fraction)
         test = self._self_test
+        examples = self._example_gradients({call.layer for call in recorded if call.inputs is not None})
         if not self._graph_checked:
             refuse_reentrant_checkpointing(loss)
             self._graph_checked = True
-        if kept and not any(bool((w.weights > 0).any()) for w in kept):
-            test = None  # Nothing flows back that could be tested.
-        examples = self._example_gradients({call.layer for call in recorded if call.inputs is not None})
         if kept and not all(w.is_finite() for w in kept):
             # Every rank must bring statistics of the same layers, so that all of them drop the step together.
-            found, test = back_propagate(unusable_seeds(kept), calls, 1.0), None
+            found = back_propagate(unusable_seeds(kept), calls, 1.0, None, examples)
         elif kept:
             generator = self._generator(kept[0].term.logits.device)
             scale = 1.0 if self.settings.fisher == "empirical" else seed_scale(kept)
@@ -631,23 +628,25 @@ class KFC:
                 )
             moments[layer.name] = layer.take_second_moment()
         statistics = {name: Statistics({}, {"S": S}, 0) for name, S in moments.items() if S is not None}
+        unusable = []
         for name, entry in distributed.reduce_statistics(statistics).items():
             if entry.is_finite():
                 self._found.layers[name].fold_second_moment(entry.sums["S"], self.settings.ema_decay)
             else:
-                self.events.count("nonfinite_statistics")
+                unusable.append(name)
+        if unusable:
+            self._report(
+                "nonfinite_statistics", f"second moments of {_listed(unusable)} are not finite and are dropped"
+            )
 
     def _replace_gradients(self, ready: Sequence[tuple[Layer, Tensor, float]], loss_scale: float) -> None:
         damping = value_at(self.settings.damping, self.step)
+        inverses = [layer.inverse.at_damping(damping) for layer, _, _ in ready if layer.inverse is not None]
         previous = [layer.previous_inverse for layer, _, _ in ready]
-        with _full_precision(self._model):
-            result = natural_step(
-                [gradient for _, gradient, _ in ready],
-                [layer.inverse.at_damping(damping) for layer, _, _ in ready if layer.inverse is not None],
-                [rate for _, _, rate in ready],
-                self.settings.kl_clip,
-                fallbacks=[inverse and inverse.at_damping(damping) for inverse in previous],
-            )
+        fallbacks = [inverse and inverse.at_damping(damping) for inverse in previous]
+        gradients, rates = [g for _, g, _ in ready], [rate for _, _, rate in ready]
+        with full_precision(self._model):
+            result = natural_step(gradients, inverses, rates, self.settings.kl_clip, fallbacks)
         plain = []
         for position, ((layer, _, _), update) in enumerate(zip(ready, result.updates, strict=True)):
             if position in result.restored:
@@ -738,8 +737,3 @@ class KFC:
 def _listed(names: Iterable[str], most: int = 5) -> str:
     quoted = [repr(name) for name in names]
     return ", ".join(quoted[:most]) + (f" and {len(quoted) - most} more" if len(quoted) > most else "")
-
-
-def _full_precision(model: nn.Module) -> torch.autocast:
-    """A plain loop may call us under autocast, which would form factors and updates in half precision."""
-    return torch.autocast(next(model.parameters()).device.type, enabled=False)

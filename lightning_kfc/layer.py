@@ -162,9 +162,8 @@ class Layer:
 
     def gradient_is_zero(self) -> bool:
         """Whether the layer's parameters have no gradient, or one that is zero in every element."""
-        gradients = [parameter.grad for parameter in self.parameters()]
         # A rank's part of a sharded gradient says nothing about the other ranks' parts.
-        return all(g is None or (type(g) is Tensor and not bool(g.any())) for g in gradients)
+        return all(g is None or (type(g) is Tensor and _is_zero(g)) for g in (p.grad for p in self.parameters()))
 
     def write(self, matrix: Tensor) -> bool:
         """Replace the gradients by a matrix ``(groups, d_out, d_in)``.
@@ -220,3 +219,7 @@ class Layer:
         if saved.pop("kind", None) == inverse.name:
             self.inverse = inverse(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in saved.items()})
         return None
+
+
+def _is_zero(gradient: Tensor) -> bool:
+    return not bool((gradient._values() if gradient.is_sparse else gradient).any())

@@ -15,8 +15,18 @@ from torch.nn import functional as F
 
 import lightning_kfc
 import lightning_kfc.pytorch_lightning
-from lightning_kfc import KFCCallback
-from tests.lightning_nets import QUIET, ConvNet, Regression, images, loader, trainer, vectors
+from lightning_kfc import Categorical, KFCCallback
+from tests.lightning_nets import (
+    QUIET,
+    ConvNet,
+    Regression,
+    images,
+    loader,
+    regression_factors,
+    relative_error,
+    trainer,
+    vectors,
+)
 
 pytestmark = QUIET
 
@@ -164,19 +174,23 @@ class Copying(Regression):
     """Copies and pickles itself in the middle of a due step, as weight averaging might."""
 
     def training_step(self, batch, batch_idx):
-        loss = super().training_step(batch, batch_idx)
+        self.logits = self.head(batch[0])
+        loss = F.cross_entropy(self.logits, batch[1])
+        self.logits = self.logits.detach()
         self.copies = [copy.deepcopy(self.head), pickle.loads(pickle.dumps(self.head))]
         for head in self.copies:
             F.cross_entropy(head(batch[0]), batch[1]).backward()
         return loss
 
 
-def test_copies_of_the_module_made_in_a_due_step_record_nothing():
-    module, callback = Copying(), KFCCallback(fisher="exact")
+@pytest.mark.parametrize("likelihood", ["auto", Categorical(output_of="head")])
+def test_copies_of_the_module_made_in_a_due_step_record_nothing(likelihood):
+    module, callback = Copying(), KFCCallback(fisher="exact", likelihood=likelihood)
     trainer(callback).fit(module, loader(vectors(), batch_size=8))
-    inputs = torch.cat([vectors().tensors[0], torch.ones(8, 1, dtype=torch.float64)], 1)
-    # The copies' forwards would have doubled the rows, and their pass after ours is not ours.
-    assert torch.allclose(callback.kfc.layers["head"].A, inputs.T @ inputs / 8, rtol=1e-12)
+    A, G = regression_factors(module.logits, vectors().tensors[0], torch.full((8,), 1 / 8, dtype=torch.float64))
+    # The copies' forwards would have trebled the terms, and their backwards are not ours.
+    assert relative_error(callback.kfc.layers["head"].A, A) < 1e-12
+    assert relative_error(callback.kfc.layers["head"].G, G) < 1e-12
     step = callback.kfc.step
     for head in module.copies:
         F.cross_entropy(head(vectors().tensors[0]), vectors().tensors[1]).backward()
