@@ -11,6 +11,7 @@ import lightning.pytorch
 import pytest
 import pytorch_lightning
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch.nn import functional as F
 
 import lightning_kfc
@@ -180,6 +181,9 @@ class Copying(Regression):
         self.copies = [copy.deepcopy(self.head), pickle.loads(pickle.dumps(self.head))]
         for head in self.copies:
             F.cross_entropy(head(batch[0]), batch[1]).backward()
+        kfc = self.trainer.callbacks[0].kfc
+        self.calls = len(kfc._recorder.calls)
+        self.named = sum(term.value_edge is None for term in kfc._losses.terms)
         return loss
 
 
@@ -188,6 +192,7 @@ def test_copies_of_the_module_made_in_a_due_step_record_nothing(likelihood):
     module, callback = Copying(), KFCCallback(fisher="exact", likelihood=likelihood)
     trainer(callback).fit(module, loader(vectors(), batch_size=8))
     A, G = regression_factors(module.logits, vectors().tensors[0], torch.full((8,), 1 / 8, dtype=torch.float64))
+    assert (module.calls, module.named) == (1, 0 if likelihood == "auto" else 1)
     # The copies' forwards would have trebled the terms, and their backwards are not ours.
     assert relative_error(callback.kfc.layers["head"].A, A) < 1e-12
     assert relative_error(callback.kfc.layers["head"].G, G) < 1e-12
@@ -299,3 +304,24 @@ def test_sanity_check_and_validation_with_gradients_record_nothing():
         fitted.fit(module, loader(images()), loader(images(seed=7)))
         factors.append(callback.kfc.layers["head"].A)
     assert torch.equal(*factors)
+
+
+def test_a_training_step_that_runs_while_the_callback_is_taken_out_is_not_recorded():
+    class Noting(Regression):
+        def training_step(self, batch, batch_idx):
+            hooks.append(len(self.head._forward_hooks))
+            return super().training_step(batch, batch_idx)
+
+    class WithoutOthers(Callback):
+        """Runs training steps as Lightning's finders do in the middle of a training: without other callbacks."""
+
+        def on_train_start(self, trainer, pl_module):
+            kept, trainer.callbacks = trainer.callbacks, [self]
+            trainer.strategy.training_step(vectors().tensors, 0).backward()
+            trainer.optimizers[0].step()
+            trainer.optimizers[0].zero_grad()
+            trainer.callbacks = kept
+
+    hooks: list[int] = []
+    trainer(KFCCallback(), WithoutOthers()).fit(Noting(), loader(vectors()))
+    assert hooks == [0, 1, 1]
