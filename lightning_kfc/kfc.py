@@ -628,16 +628,11 @@ class KFC:
                 )
             moments[layer.name] = layer.take_second_moment()
         statistics = {name: Statistics({}, {"S": S}, 0) for name, S in moments.items() if S is not None}
-        unusable = []
         for name, entry in distributed.reduce_statistics(statistics).items():
             if entry.is_finite():
                 self._found.layers[name].fold_second_moment(entry.sums["S"], self.settings.ema_decay)
             else:
-                unusable.append(name)
-        if unusable:
-            self._report(
-                "nonfinite_statistics", f"second moments of {_listed(unusable)} are not finite and are dropped"
-            )
+                self.events.count("nonfinite_statistics")
 
     def _replace_gradients(self, ready: Sequence[tuple[Layer, Tensor, float]], loss_scale: float) -> None:
         damping = value_at(self.settings.damping, self.step)
