@@ -453,6 +453,8 @@ class KFC:
         for layer in layers:
             layer.pending = None
         for name, statistics in distributed.reduce_statistics(pending).items():
+            if statistics.means and not statistics.rows:
+                continue  # an empty batch, which knows nothing of A
             if not statistics.is_finite():
                 self.events.nonfinite_statistics += 1
             elif not self._found.layers[name].fold(statistics, self.settings.ema_decay):

@@ -551,6 +551,19 @@ def test_statistics_that_are_not_finite_enter_no_average(where: str) -> None:
     assert kfc.events.nonfinite_statistics > 0
 
 
+def test_an_empty_batch_changes_no_average() -> None:
+    model, x, y = two_linear_layers()
+    kfc = observe(model, lambda: F.mse_loss(model(x), y))
+    kfc.precondition(lr=0.1)
+    before = {name: (layer.A.clone(), layer.G.clone()) for name, layer in kfc.layers.items()}
+    with kfc.capture():
+        loss = F.mse_loss(model(x[:0]), y[:0], reduction="sum")
+    kfc.update(loss)
+    for name, layer in kfc.layers.items():
+        assert torch.equal(layer.A, before[name][0])
+        assert torch.equal(layer.G, before[name][1])
+
+
 def test_a_gradient_that_is_not_finite_is_left_as_it_is_for_the_scaler_to_see() -> None:
     model, x, y = two_linear_layers()
     kfc = observe(model, lambda: F.mse_loss(model(x), y))
