@@ -217,6 +217,22 @@ def test_losses_with_a_backward_each_in_one_forward_add_up_on_the_layers_that_th
         oracles.assert_equal(kfc.layers[name].G, together[name].G, what=f"G of {name}")
 
 
+def test_a_call_that_two_losses_reach_counts_once_in_the_input_factor() -> None:
+    model, x, other, y = double(nn.Linear(3, 2)), data(4, 3), data(2, 3, seed=6), data(6, 2, seed=4)
+    kfc = engine(model)
+    with kfc.capture():
+        one, two = model(x), model(other)
+        first = F.mse_loss(one, y[:4])
+        second = F.mse_loss(torch.cat([one, two]), y)
+    kfc.update(first, accumulate=True)
+    first.backward(retain_graph=True)
+    kfc.update(second)
+    rows = oracles.linear_rows(torch.cat([x, other]), bias=True)
+    oracles.assert_equal(kfc.layers["0"].A, rows.T @ rows / 6, what="A")
+    # 4 rows with c = 1/8, and 6 with c = 1/12, at 2c each.
+    oracles.assert_equal(kfc.layers["0"].G, torch.eye(2).double() * (4 * 2 / 8 + 6 * 2 / 12), what="G")
+
+
 # What is attached, and when.
 
 
