@@ -174,6 +174,7 @@ def test_an_unrecognised_loss_accumulated_in_parts_has_the_empirical_fisher_of_t
         with kfc.capture():
             loss = F.huber_loss(model(x[2 * part : 2 * part + 2]), y[2 * part : 2 * part + 2]) / 3
         kfc.update(loss, accumulate=part < 2, loss_fraction=1 / 3)
+        loss.backward()
     oracles.assert_equal(kfc.layers["0"].A, whole.A, what="A")
     oracles.assert_equal(kfc.layers["0"].G, whole.G, what="G")
 
