@@ -123,6 +123,33 @@ def test_empirical_terms_of_one_example_add_up_without_their_products() -> None:
     assert spread < 3 * float(expected.norm())
 
 
+def test_exact_terms_that_share_an_example_along_the_first_axis_add_up_without_their_products() -> None:
+    # Language models flatten (N, S, K) logits to (N * S, K): random signs cancel the products in expectation.
+    class Flattened(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk, self.head = nn.Linear(3, 4), nn.Linear(4, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.trunk(x).tanh()).reshape(2 * len(x), 3)
+
+    model, x, target = Flattened().double(), data(2, 3), classes(4, count=3)
+    hessian = oracles.logits_hessian(lambda z: F.cross_entropy(z, target), model(x))
+    hidden = model.trunk(x).detach()
+    J = oracles.jacobian(lambda h: model.head(h.tanh()), hidden)
+    # The Hessian is block diagonal over terms; each example's own block of the product is its rows' second moment.
+    expected = torch.einsum("ncnd->cd", (J.T @ hessian @ J).reshape(2, 4, 2, 4))
+
+    def loss() -> Tensor:
+        return F.cross_entropy(model(x), target)
+
+    draws = torch.stack([observe(model, loss, seed=seed).layers["trunk"].G for seed in range(200)])
+    spread = float((draws - expected).square().sum((1, 2)).mean().sqrt())
+    error = float((draws.mean(0) - expected).norm())
+    assert 0 < spread < 3 * float(expected.norm())
+    assert error < 3 * spread / math.sqrt(200), f"error {error:.3g}, spread {spread:.3g}"
+
+
 @pytest.mark.parametrize("unbatched", [False, True])
 def test_an_unrecognised_loss_has_an_empirical_fisher_as_a_mean_over_examples(unbatched: bool) -> None:
     model = double(nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Flatten(0 if unbatched else 1), nn.Linear(12, 2))
@@ -147,6 +174,7 @@ def test_an_unrecognised_loss_accumulated_in_parts_has_the_empirical_fisher_of_t
         with kfc.capture():
             loss = F.huber_loss(model(x[2 * part : 2 * part + 2]), y[2 * part : 2 * part + 2]) / 3
         kfc.update(loss, accumulate=part < 2, loss_fraction=1 / 3)
+        loss.backward()
     oracles.assert_equal(kfc.layers["0"].A, whole.A, what="A")
     oracles.assert_equal(kfc.layers["0"].G, whole.G, what="G")
 

@@ -159,6 +159,7 @@ def test_accumulated_micro_batches_of_any_sizes_equal_the_whole_batch(parts: lis
         with kfc.capture():
             loss = F.cross_entropy(model(x[part]), target[part], reduction="sum") / total
         kfc.update(loss, accumulate=i < len(parts) - 1)
+        loss.backward()
         if i < len(parts) - 1:
             assert not kfc.layers["0"].averages, "factors must wait for the last micro-batch"
     for name in ("0", "2", "5"):
@@ -178,6 +179,7 @@ def test_accumulated_parts_with_logits_named_by_the_user_equal_the_whole_batch()
         with kfc.capture():
             loss = by_hand(slice(2 * i, 2 * i + 2)) / 3
         kfc.update(loss, accumulate=i < 2, loss_fraction=1 / 3)
+        loss.backward()
     for name in ("0", "2"):
         oracles.assert_equal(kfc.layers[name].G, whole[name].G, what=f"G of {name}")
 
@@ -191,6 +193,7 @@ def test_micro_batches_of_one_step_draw_different_targets() -> None:
             with kfc.capture():
                 loss = F.cross_entropy(model(x), target) / parts
             kfc.update(loss, accumulate=i < parts - 1)
+            loss.backward()
         return kfc.layers["0"].G
 
     # The same draws twice, halved, would give the same matrix again.
@@ -215,6 +218,22 @@ def test_losses_with_a_backward_each_in_one_forward_add_up_on_the_layers_that_th
     for name in ("trunk", "left", "right"):
         oracles.assert_equal(kfc.layers[name].A, together[name].A, what=f"A of {name}")
         oracles.assert_equal(kfc.layers[name].G, together[name].G, what=f"G of {name}")
+
+
+def test_a_call_that_two_losses_reach_counts_once_in_the_input_factor() -> None:
+    model, x, other, y = double(nn.Linear(3, 2)), data(4, 3), data(2, 3, seed=6), data(6, 2, seed=4)
+    kfc = engine(model)
+    with kfc.capture():
+        one, two = model(x), model(other)
+        first = F.mse_loss(one, y[:4])
+        second = F.mse_loss(torch.cat([one, two]), y)
+    kfc.update(first, accumulate=True)
+    first.backward(retain_graph=True)
+    kfc.update(second)
+    rows = oracles.linear_rows(torch.cat([x, other]), bias=True)
+    oracles.assert_equal(kfc.layers["0"].A, rows.T @ rows / 6, what="A")
+    # 4 rows with c = 1/8, and 6 with c = 1/12, at 2c each.
+    oracles.assert_equal(kfc.layers["0"].G, torch.eye(2).double() * (4 * 2 / 8 + 6 * 2 / 12), what="G")
 
 
 # What is attached, and when.
@@ -266,12 +285,12 @@ def test_a_copy_made_while_recording_records_nothing(copied: Callable[[nn.Module
     kfc = engine(model)
     with kfc.capture():
         twin = copied(model)
-        twin(3 * data(4, 2, 6, 6, seed=8))
-        loss = F.cross_entropy(model(x), target)
+        loss = F.cross_entropy(model(x), target) + F.cross_entropy(twin(3 * data(2, 2, 6, 6, seed=8)), target)
     kfc.update(loss)
     expected = observe(model, lambda: F.cross_entropy(model(x), target)).layers
     for name in expected:
         oracles.assert_equal(kfc.layers[name].A, expected[name].A, what=f"A of {name}")
+        oracles.assert_equal(kfc.layers[name].G, expected[name].G, what=f"G of {name}")
     with torch.no_grad():
         assert torch.equal(twin(x), model(x))
 
@@ -353,39 +372,48 @@ def test_an_update_after_the_backward_is_an_error_that_tells_the_order() -> None
             kfc.update(loss)
 
 
-def test_reentrant_checkpointing_between_layers_is_an_error_that_tells_the_way_out() -> None:
+@pytest.mark.parametrize("first", [0, 1])
+def test_reentrant_checkpointing_of_any_layer_is_an_error_that_tells_the_way_out(first: int) -> None:
     model, x, y = two_linear_layers()
     kfc = engine(model)
+
+    def run(layer: int, value: Tensor) -> Tensor:
+        # Where the input has no gradient, torch asks for one.
+        value = value if value.requires_grad else value.clone().requires_grad_()
+        return checkpoint(model[layer], value, use_reentrant=True) if layer == first else model[layer](value)
+
     with kfc.capture():
-        loss = F.mse_loss(checkpoint(model[1], model[0](x), use_reentrant=True), y)
+        loss = F.mse_loss(run(1, run(0, x)), y)
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         kfc.update(loss)
 
 
-def reentrant(model: nn.Sequential, x: Tensor, y: Tensor) -> Tensor:
-    # Where the input has no gradient, torch asks for one; the derivative then stops above the first layer.
-    return F.mse_loss(model[1](checkpoint(model[0], x.requires_grad_(), use_reentrant=True)), y)
+def test_reentrant_checkpointing_above_the_first_layer_is_an_error_too() -> None:
+    # Where the input has no gradient, torch asks for one; no derivative of ours would pass through the region.
+    model, x, y = two_linear_layers()
+    kfc = engine(model)
+    with kfc.capture():
+        loss = F.mse_loss(model[1](checkpoint(model[0], x.requires_grad_(), use_reentrant=True)), y)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        kfc.update(loss)
 
 
 def unrecognised_part(model: nn.Sequential, x: Tensor, y: Tensor) -> Tensor:
     return F.mse_loss(model[1](model[0](x).detach()), y) + model[0](x).square().mean()
 
 
-@pytest.mark.parametrize("loss_of", [reentrant, unrecognised_part])
-def test_a_layer_whose_gradient_comes_from_elsewhere_keeps_it_and_is_named_once(
-    loss_of: Callable[[nn.Sequential, Tensor, Tensor], Tensor],
-) -> None:
+def test_a_layer_whose_gradient_comes_from_elsewhere_keeps_it_and_is_named_once() -> None:
     model, x, y = two_linear_layers()
     kfc = engine(model)
     for step in range(2):
         model.zero_grad()
         with kfc.capture():
-            loss = loss_of(model, x, y)
+            loss = unrecognised_part(model, x, y)
         kfc.update(loss)
         loss.backward()
         plain = model[0].weight.grad.clone()
         if step == 0:
-            with pytest.warns(UserWarning, match="no curvature for '0'.*use_reentrant=False"):
+            with pytest.warns(UserWarning, match="no curvature for '0'.*name its likelihood"):
                 kfc.precondition(lr=0.1)
         else:
             kfc.precondition(lr=0.1)
@@ -519,6 +547,7 @@ def test_a_network_frozen_for_a_while_inside_the_step_keeps_its_averages() -> No
     with kfc.capture():
         loss = F.binary_cross_entropy_with_logits(model["critic"](x), ones)
         kfc.update(loss, accumulate=True)
+        loss.backward()
         model["critic"].requires_grad_(False)
         loss = F.binary_cross_entropy_with_logits(model["critic"](model["generator"](x)), ones)
         kfc.update(loss)
@@ -542,13 +571,28 @@ def test_statistics_that_are_not_finite_enter_no_average(where: str) -> None:
     bad[0, 0] = float("nan") if where == "logits" else 1e200
     with kfc.capture():
         loss = F.mse_loss(model(bad), y)
-    kfc.update(loss)
+    with pytest.warns(UserWarning, match=r"step 1: the statistics of '0'.* are not finite and are dropped"):
+        kfc.update(loss)
     for name, layer in kfc.layers.items():
         assert bool(torch.isfinite(layer.A).all())
         if where == "logits" or name == "0":
             assert torch.equal(layer.A, before[name][0])
             assert torch.equal(layer.G, before[name][1])
     assert kfc.events.nonfinite_statistics > 0
+
+
+def test_an_empty_batch_changes_no_average() -> None:
+    model, x, y = two_linear_layers()
+    kfc = observe(model, lambda: F.mse_loss(model(x), y))
+    kfc.precondition(lr=0.1)
+    before = {name: (layer.A.clone(), layer.G.clone()) for name, layer in kfc.layers.items()}
+    with kfc.capture():
+        loss = F.mse_loss(model(x[:0]), y[:0], reduction="sum")
+    with pytest.warns(UserWarning, match="a batch without examples is left out"):
+        kfc.update(loss)
+    for name, layer in kfc.layers.items():
+        assert torch.equal(layer.A, before[name][0])
+        assert torch.equal(layer.G, before[name][1])
 
 
 def test_a_gradient_that_is_not_finite_is_left_as_it_is_for_the_scaler_to_see() -> None:

@@ -191,6 +191,7 @@ def test_a_layer_that_only_a_later_loss_of_the_step_reaches_is_tested_too() -> N
         first = F.cross_entropy(model["main"](x), TARGET)
         second = F.cross_entropy(model["other"](x), TARGET)
     kfc.update(first, accumulate=True)
+    first.backward()
     with pytest.raises(SelfTestError, match="'other'"):
         kfc.update(second)
 
@@ -339,7 +340,6 @@ def test_a_layer_is_tested_once() -> None:
     # A misuse that begins later passes: testing every step would cost each of them the weights' derivatives.
     model = double(nn.Linear(3, 3))
     kfc = fine(model, lambda: F.cross_entropy(model(data(4, 3)), TARGET))
-    assert kfc.state_dict()["self_test_done"] is True
     with kfc.capture():
         loss = F.cross_entropy(model(data(4, 3)) + F.linear(data(4, 3), model[0].weight), TARGET)
     kfc.update(loss)
