@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_kfc.factors.patches import (
     Geometry,
-    patch_chunks,
+    image_chunks,
     patch_rows,
     patch_second_moment,
     patch_second_moment_diagonal,
@@ -78,7 +78,8 @@ class ConvAdapter(Adapter):
         own = self.own_parameters()
         if "weight" not in own:
             return super().project(forward, direction)
-        chunks = patch_chunks(self._images(forward), self.geometry(forward))
+        geometry = self.geometry(forward)
+        chunks = (patch_rows(images, geometry) for images in image_chunks(self._images(forward), geometry))
         rows = (append_ones(chunk) if "bias" in own else chunk for chunk in chunks)
         return torch.cat([torch.einsum("ntgi,gi->ntg", chunk, direction.to(chunk)) for chunk in rows])
 
