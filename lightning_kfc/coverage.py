@@ -10,6 +10,7 @@ from math import prod
 
 from torch import nn
 
+from lightning_kfc.factors.inverse import Inverse
 from lightning_kfc.find_layers import Found
 from lightning_kfc.layer import Layer
 
@@ -26,7 +27,8 @@ class CoverageRow:
         kind: The kind of layer; the module's class where it has none.
         treatment: ``"kfc"`` (Kronecker factors), ``"block"`` or ``"diagonal"`` (smaller forms of curvature),
             ``"plain"`` (its own gradient) or ``"frozen"``.
-        reason: Why it has not the form of curvature that its kind of layer has; empty where it has.
+        reason: Why it has not the form of curvature that its kind of layer has, or which factor is a diagonal since it
+            would be too large; empty where it has.
         factor_shapes: The shapes of its layer's factors, by name; a leading axis of groups where there are several.
         bytes: The memory of its layer's factors and inverse, on the layer's first trainable parameter only.
         numel: The number of its elements.
@@ -167,12 +169,13 @@ def _shorten(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + more
 
 
-def coverage_of(model: nn.Module, found: Found) -> Coverage:
+def coverage_of(model: nn.Module, found: Found, inverse: type[Inverse]) -> Coverage:
     """Make the coverage of a model from what was found in it.
 
     Args:
         model: The model.
         found: What :func:`~lightning_kfc.find_layers.find_layers` returned.
+        inverse: The user's kind of inverse.
     """
     owners: dict[int, list[Layer]] = {}
     for layer in found.layers.values():
@@ -188,7 +191,7 @@ def coverage_of(model: nn.Module, found: Found) -> Coverage:
             row = CoverageRow(name, module, kind, "frozen", "requires_grad is False", {}, 0, parameter.numel())
         elif layers:
             adapter = layers[0].adapter
-            held = sum(layer.nbytes() for layer in layers if layer.name not in counted)
+            held = sum(layer.nbytes(inverse) for layer in layers if layer.name not in counted)
             counted |= {layer.name for layer in layers}
             why = layers[0].reason or adapter.approximation()
             shapes = _shapes(layers)
@@ -197,16 +200,16 @@ def coverage_of(model: nn.Module, found: Found) -> Coverage:
             kind, reason = found.plain[id(parameter)]
             row = CoverageRow(name, module, kind, "plain", reason, {}, 0, parameter.numel())
         rows.append(row)
-    return Coverage(tuple(rows), tuple(_lines(found.layers.values())))
+    return Coverage(tuple(rows), tuple(_lines(found.layers.values(), inverse)))
 
 
-def _lines(layers: Iterable[Layer]) -> Iterator[_Line]:
+def _lines(layers: Iterable[Layer], inverse: type[Inverse]) -> Iterator[_Line]:
     for layer in layers:
         adapter = layer.adapter
         if adapter.own_parameters():
             factors = _sides(adapter.factor_shapes())
             numel = prod(adapter.matrix_shape())
-            yield _Line(layer.name, adapter.kind, adapter.treatment, factors, numel, layer.nbytes())
+            yield _Line(layer.name, adapter.kind, adapter.treatment, factors, numel, layer.nbytes(inverse))
 
 
 def _shapes(layers: Sequence[Layer]) -> dict[str, tuple[int, ...]]:

@@ -160,7 +160,7 @@ class KFC:
 
     def coverage(self) -> Coverage:
         """Every parameter with how it is treated and why; prints as a table."""
-        return coverage_of(self._model, self._found)
+        return coverage_of(self._model, self._found, INVERSES[self.settings.inverse])
 
     def _drop(self, layer: str, reason: str) -> None:
         self._dropped[layer] = reason

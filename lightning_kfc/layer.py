@@ -153,12 +153,13 @@ class Layer:
         assert gradients is not None
         self.adapter.write(matrix, gradients)
 
-    def nbytes(self) -> int:
-        """Bytes that factors and inverse hold, or will hold once there are some."""
+    def nbytes(self, inverse: type[Inverse]) -> int:
+        """Bytes that factors and inverse hold, or will hold once there are some, given the user's kind of inverse."""
         if not self.averages or self.inverse is None:
             dtype = factor_dtype(next(iter(self.adapter.parameters().values())).dtype)
-            # Each inverse is about as large as what it inverts.
-            return 2 * sum(math.prod(shape) for shape in self.adapter.factor_shapes().values()) * dtype.itemsize
+            shapes = self.adapter.factor_shapes()
+            numel = sum(map(math.prod, shapes.values())) + self.inverse_type(inverse).numel(shapes)
+            return numel * dtype.itemsize
         return sum(average.value.nbytes for average in self.averages.values()) + self.inverse.nbytes()
 
     def state_dict(self) -> dict[str, Any]:

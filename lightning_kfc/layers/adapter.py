@@ -184,16 +184,15 @@ class Adapter(ABC):
         """The rows' second-moment total ``(groups, d, d)``, or its diagonal ``(groups, d)`` where d is too large."""
         return second_moment_diagonal(rows) if self.too_large(rows.shape[-1]) else second_moment_total(rows)
 
+    def large_sides(self) -> dict[str, int]:
+        """The dimensions of the factors, by name, that :attr:`max_factor_dim` turns into diagonals."""
+        _, d_out, d_in = self.matrix_shape()
+        return {name: d for name, d in (("A", d_in), ("G", d_out)) if self.too_large(d)}
+
     def approximation(self) -> str:
         """What :attr:`max_factor_dim` made cheaper, and the memory that saves; empty where nothing."""
-        if self.max_factor_dim is None:
-            return ""
-        groups, d_out, d_in = self.matrix_shape()
-        large = {
-            name: d
-            for name, d in (("A", d_in), ("G", d_out))
-            if self.too_large(d) and self.factor_shapes().get(name) == (groups, d)
-        }
+        groups, _, _ = self.matrix_shape()
+        large = self.large_sides()
         itemsize = factor_dtype(next(iter(self.parameters().values())).dtype).itemsize
         # The factor, and an inverse of the same size.
         saved = sum(2 * groups * d * (d - 1) * itemsize for d in large.values())

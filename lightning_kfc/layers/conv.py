@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_kfc.factors.geometry import Geometry
 from lightning_kfc.factors.patches import (
-    Geometry,
     image_chunks,
     patch_rows,
     patch_second_moment,
@@ -18,8 +18,6 @@ from lightning_kfc.factors.patches import (
 from lightning_kfc.factors.statistics import InputStatistic, append_ones, factor_dtype
 from lightning_kfc.layers.adapter import Adapter, Forward
 from lightning_kfc.layers.registry import register_adapter
-
-_TESTS = "tests/layers/test_conv.py"
 
 
 @register_adapter(nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -89,9 +87,6 @@ class ConvAdapter(Adapter):
         if "weight" not in own:
             return super().input_statistic(forward)
         images, geometry, homogeneous = self._images(forward), self.geometry(forward), "bias" in own
-        if not self.too_large(self.matrix_shape()[2]):
-            reduce = self.weight_sharing == "reduce"
-            return InputStatistic(*patch_second_moment(images, geometry, homogeneous=homogeneous, reduce=reduce))
-        if self.weight_sharing == "reduce":
-            return super().input_statistic(forward)
-        return InputStatistic(*patch_second_moment_diagonal(images, geometry, homogeneous=homogeneous))
+        form = patch_second_moment_diagonal if "A" in self.large_sides() else patch_second_moment
+        reduce = self.weight_sharing == "reduce"
+        return InputStatistic(*form(images, geometry, homogeneous=homogeneous, reduce=reduce))

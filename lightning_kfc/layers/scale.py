@@ -77,6 +77,10 @@ class ScaleShiftAdapter(Adapter):
         units, _, d = self.matrix_shape()
         return {"F": (units, d, d)}
 
+    def large_sides(self) -> dict[str, int]:
+        """Blocks are small."""
+        return {}
+
     def inverse_type(self, chosen: type[Inverse]) -> type[Inverse]:
         """Small blocks are inverted in one way."""
         return BlockInverse

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import fields
@@ -57,6 +58,11 @@ class Inverse(ABC):
     def state(self) -> dict[str, Tensor | float]:
         """The fields, for a checkpoint."""
         return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+
+    @classmethod
+    def numel(cls, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """The number of elements that an inverse of factors of the given shapes will hold."""
+        return sum(math.prod(shape) for shape in shapes.values())
 
     def nbytes(self) -> int:
         """Bytes held by the tensors."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -74,6 +75,12 @@ class EighInverse(Inverse):
         check_damping(damping)
         basis, values = _decompose_pair(factors)
         return cls(basis.A_vectors, basis.G_vectors, values, damping)
+
+    @classmethod
+    def numel(cls, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """See :class:`Inverse`; there is an eigenvalue for every element of the gradient."""
+        groups, d_out = shapes["G"][:2]
+        return super().numel(shapes) + groups * d_out * shapes["A"][1]
 
     def solve(self, gradient: Tensor) -> Tensor:
         """E6; see :class:`Inverse`."""
