@@ -108,7 +108,13 @@ class Coverage:
 
 
 _WRAP = textwrap.TextWrapper(80, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
-_LABELS = {"kfc": "Cheaper", "block": "Block", "diagonal": "Diagonal", "plain": "Plain gradient", "frozen": "Frozen"}
+_LABELS = {
+    "kfc": "Cheaper factors",
+    "block": "Block",
+    "diagonal": "Diagonal",
+    "plain": "Plain gradient",
+    "frozen": "Frozen",
+}
 
 
 def _merged(lines: Sequence[_Line]) -> list[_Line]:

@@ -21,7 +21,6 @@ from lightning_kfc.factors.statistics import (
     second_moment_total,
     share_by_reduction,
 )
-from lightning_kfc.layers.cases import Case
 
 #: Called as ``hook(module, args, kwargs, output)``.
 ForwardHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
@@ -77,8 +76,6 @@ class Adapter(ABC):
     kind: ClassVar[str] = ""
     #: How the coverage report calls what is done with its parameters.
     treatment: ClassVar[str] = "kfc"
-    #: What the documentation's table of layers says.
-    cases: ClassVar[tuple[Case, ...]] = ()
     #: Whether there are rows at all, which a forward must be watched for.
     has_rows: ClassVar[bool] = True
     #: The axis of the examples in inputs with several leading dimensions, set by what the model says of itself.
