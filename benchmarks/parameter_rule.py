@@ -73,12 +73,19 @@ class Transformer(nn.Module):
         return self.head(F.layer_norm(x[:, 0], x.shape[-1:]))
 
 
+class _OwnLSTM(nn.LSTM):
+    """Of no class that an adapter serves: a class with a forward of its own never is."""
+
+    def forward(self, input: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        return super().forward(input)
+
+
 class LSTM(nn.Module):
-    """The eight rows of an image, one after the other."""
+    """The eight rows of an image, one after the other; its weights count as parameters that no rows explain."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.lstm = nn.LSTM(8, 32, batch_first=True)
+        self.lstm = _OwnLSTM(8, 32, batch_first=True)
         self.head = nn.Linear(32, 10)
 
     def forward(self, images: Tensor) -> Tensor:
