@@ -215,7 +215,8 @@ def _lines(layers: Iterable[Layer], inverse: type[Inverse]) -> Iterator[_Line]:
         if adapter.own_parameters():
             factors = _sides(adapter.factor_shapes())
             numel = prod(adapter.matrix_shape())
-            yield _Line(layer.name, adapter.kind, adapter.treatment, factors, numel, layer.nbytes(inverse))
+            held = layer.nbytes(inverse)
+            yield _Line(layer.name, adapter.kind, adapter.treatment, factors, numel, held)
 
 
 def _shapes(layers: Sequence[Layer]) -> dict[str, tuple[int, ...]]:
