@@ -31,6 +31,7 @@ _DIAGONAL_SIDE = Case(
 
 _CONV, _NORM, _LINEAR = "layers/test_conv.py", "layers/test_norm.py", "layers/test_linear.py"
 _ATTENTION, _EMBEDDING = "layers/test_attention.py", "layers/test_embedding.py"
+_RECURRENT, _PARAMETER, _SHARING = "layers/test_recurrent.py", "layers/test_parameter.py", "test_sharing.py"
 _SCALE_LAW = "every_group_before_linear_maps_per_location_has_the_dense_fisher_of_squared_error"
 _REDUCE_LAW = "every_group_before_a_sum_over_space_has_the_dense_fisher_of_squared_error_with_reduce"
 _NORM_LAWS = ("rows_of_a_norm_layer_rebuild_its_gradient", "each_unit_s_block_is_that_of_the_dense_fisher")
@@ -287,6 +288,54 @@ CASES: dict[str, list[Case]] = {
             "approximate",
             "diagonal: each feature comes from another token",
             _in(_EMBEDDING, "one_bag_of_one_token_is_exact_and_a_maximum_is_listed"),
+        ),
+    ],
+    "GateAdapter": [
+        Case(
+            "any options, packed or padded sequences; cells called in a loop",
+            "exact",
+            "the products of all gates with the input, and with the state, each a Linear with a row for each step",
+            _in(
+                _RECURRENT,
+                "rows_of_every_product_rebuild_its_gradient",
+                "rows_of_a_cell_called_in_a_loop_rebuild_its_gradient",
+                "one_step_of_one_example_is_exact",
+                "the_recurrence_of_a_due_step_agrees_with_the_fused_one_and_draws_the_same_random_numbers",
+            ),
+        ),
+        Case(
+            "re-parametrised weights",
+            "approximate",
+            "diagonal",
+            _in(_RECURRENT, "a_re_parametrised_recurrent_weight_is_listed"),
+        ),
+    ],
+    "ParameterAdapter": [
+        Case(
+            "raw parameters: gates, position embeddings; layers without an adapter",
+            "approximate",
+            "diagonal, from the derivative of one sample of all targets; the tensor's mean counts as one sample more",
+            _in(
+                _PARAMETER,
+                "the_diagonal_is_that_of_the_dense_fisher_on_average_over_samples",
+                "the_tensor_s_mean_counts_as_one_sample_more",
+            ),
+        ),
+        Case(
+            "tied between modules of different kinds; re-parametrised (`weight_norm`, `spectral_norm`, `parametrize`)",
+            "approximate",
+            "diagonal, as above",
+            _in(
+                _SHARING,
+                "a_tied_embedding_and_head_have_the_exact_diagonal_of_both_uses",
+                "a_re_parametrised_weight_is_listed_with_the_exact_diagonal_and_trains",
+            ),
+        ),
+        Case(
+            "in `exclude`, or not in `include`",
+            "plain",
+            "as asked for",
+            _in("test_coverage.py", "every_row_names_its_kind_treatment_and_factor_shapes"),
         ),
     ],
 }

@@ -196,6 +196,15 @@ class Adapter(ABC):
         sides = [f"{name} diagonal: {d:,} > max_factor_dim" for name, d in large.items()]
         return f"{', '.join(sides)} (saves {saved / 1e9:,.2f} GB)" if large else ""
 
+    def estimate(self, factors: Mapping[str, Tensor], draws: float) -> Mapping[str, Tensor]:
+        """What is inverted, given the running factors; by default they themselves.
+
+        Args:
+            factors: The running factors by name.
+            draws: How many independent steps' statistics are behind them.
+        """
+        return factors
+
     def inverse_type(self, chosen: type[Inverse]) -> type[Inverse]:
         """The kind of inverse that suits these factors, given the one that the user chose for Kronecker factors."""
         return chosen

@@ -18,6 +18,17 @@ class ParameterAdapter(Adapter):
     Sampled seeds of different terms are independent and of mean 0, so that the expected square of the summed
     derivative is the diagonal of :math:`\sum_i c_i J_i^\top H_i J_i` itself: no example's own derivative is needed.
 
+    One step is a single such square for each coordinate, though, with one degree of freedom: a coordinate whose draws
+    were small looks flat, and would take a step far too large. So the tensor's mean counts as one draw more:
+    :math:`(\bar f + n f)/(1 + n)` is inverted, n the draws behind the running average f, 1 at first and 39 in the
+    end at its default decay. A single number has no such neighbours; it has the damping and the KL clip.
+
+    Measured (``benchmarks/parameter_rule.py``; steps to a training loss on real digits, median and worst of five
+    seeds, for a transformer with raw position embeddings, scales and gates, an LSTM, a perceptron with functional
+    weights, and a net with a raw scale on its logits):
+
+    MEASURED
+
     Args:
         module: The module that owns the parameter.
         name: The parameter's name in the module.
@@ -51,6 +62,11 @@ class ParameterAdapter(Adapter):
     def large_sides(self) -> dict[str, int]:
         """A diagonal is no larger than the parameter."""
         return {}
+
+    def estimate(self, factors: Mapping[str, Tensor], draws: float) -> Mapping[str, Tensor]:
+        """The diagonal, with the tensor's mean as one draw more."""
+        diagonal = factors["F"]
+        return {"F": (diagonal.mean() + draws * diagonal) / (1 + draws)}
 
     def inverse_type(self, chosen: type[Inverse]) -> type[Inverse]:
         """A diagonal is inverted in one way."""
