@@ -148,26 +148,31 @@ class Recorder:
     Attributes:
         calls: The calls recorded so far, in forward order.
         paused: Whether calls pass unrecorded. A backward re-runs checkpointed forwards, which are none of ours.
+        counted: The positions of the calls whose input rows have entered a statistic.
     """
 
     calls: list[Call] = field(default_factory=list)
     paused: bool = False
+    counted: set[int] = field(default_factory=set)
     _handles: list[RemovableHandle] = field(default_factory=list)
 
     def attach(
-        self, layer: str, adapters: Sequence[Adapter], direction: Tensor | None, *, keep_inputs: bool = False
+        self,
+        layer: str,
+        adapters: Sequence[Adapter],
+        direction: Callable[[], Tensor] | None,
+        *,
+        keep_inputs: bool = False,
     ) -> None:
         """Record the calls of a layer's modules.
 
         Args:
             layer: The layer's name.
             adapters: Its modules' adapters.
-            direction: The self-test's direction, or None for no test.
+            direction: Gives the self-test's direction, or None for no test.
             keep_inputs: Whether the inputs themselves are wanted later.
         """
         for adapter in adapters:
-            if not adapter.own_parameters():
-                continue
 
             def record(forward: Forward, output: Tensor, adapter: Adapter = adapter) -> None:
                 self._record(layer, adapter, forward, output, direction, keep_inputs)
@@ -186,14 +191,17 @@ class Recorder:
         adapter: Adapter,
         forward: Forward,
         output: Tensor,
-        direction: Tensor | None,
+        direction: Callable[[], Tensor] | None,
         keep_inputs: bool,
     ) -> None:
         if self.paused or not torch.is_grad_enabled() or not output.requires_grad:
+            return
+        # Asked at each call: a training step may freeze a network for a while, as that of a GAN does.
+        if not adapter.own_parameters():
             return
         inputs = KeptInputs.of(forward) if keep_inputs else None
         # Autocast would form the statistics in half precision.
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
             recorded = adapter.record(forward)
-            probe = None if direction is None else adapter.project(forward, direction)
+            probe = None if direction is None else adapter.project(forward, direction())
         self.calls.append(Call(layer, adapter, recorded, output_edge(output), output.shape, probe, inputs))

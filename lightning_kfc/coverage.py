@@ -108,7 +108,13 @@ class Coverage:
 
 
 _WRAP = textwrap.TextWrapper(80, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
-_LABELS = {"kfc": "Cheaper", "block": "Block", "diagonal": "Diagonal", "plain": "Plain gradient", "frozen": "Frozen"}
+_LABELS = {
+    "kfc": "Cheaper factors",
+    "block": "Block",
+    "diagonal": "Diagonal",
+    "plain": "Plain gradient",
+    "frozen": "Frozen",
+}
 
 
 def _merged(lines: Sequence[_Line]) -> list[_Line]:
@@ -200,16 +206,17 @@ def coverage_of(model: nn.Module, found: Found, inverse: type[Inverse]) -> Cover
             kind, reason = found.plain[id(parameter)]
             row = CoverageRow(name, module, kind, "plain", reason, {}, 0, parameter.numel())
         rows.append(row)
-    return Coverage(tuple(rows), tuple(_lines(found.layers.values())))
+    return Coverage(tuple(rows), tuple(_lines(found.layers.values(), inverse)))
 
 
-def _lines(layers: Iterable[Layer]) -> Iterator[_Line]:
+def _lines(layers: Iterable[Layer], inverse: type[Inverse]) -> Iterator[_Line]:
     for layer in layers:
         adapter = layer.adapter
         if adapter.own_parameters():
             factors = _sides(adapter.factor_shapes())
             numel = prod(adapter.matrix_shape())
-            yield _Line(layer.name, adapter.kind, adapter.treatment, factors, numel, layer.nbytes())
+            held = layer.nbytes(inverse)
+            yield _Line(layer.name, adapter.kind, adapter.treatment, factors, numel, held)
 
 
 def _shapes(layers: Sequence[Layer]) -> dict[str, tuple[int, ...]]:

@@ -200,6 +200,8 @@ def _left_out(name: str, include: Sequence[str] | None, exclude: Sequence[str] |
 
 def _refusal(module: nn.Module) -> str | None:
     kind = adapter_for(module)
+    if isinstance(module, nn.utils.parametrize.ParametrizationList):
+        return "a weight that is re-parametrised is computed from it"
     if kind is None:
         return f"no adapter for {type(module).__name__}"
     if "weight" not in module._parameters and getattr(module, "weight", None) is not None:

@@ -19,6 +19,31 @@ from lightning_kfc.selftest import SelfTest
 Seeds = list[tuple[GradientEdge, Tensor]]
 
 
+#: What torch says where the graph cannot be differentiated once more, and the way out.
+UNDIFFERENTIABLE = {
+    "backward through the graph a second time": (
+        "KFC needs the graph of the loss, which a backward has freed: call update(loss) before loss.backward()."
+    ),
+    "use_reentrant": (
+        "KFC cannot differentiate through activation checkpointing of the reentrant kind: "
+        "pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
+    ),
+}
+
+
+def _grad(
+    outputs: Sequence[GradientEdge], inputs: Sequence[GradientEdge], values: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Derivatives of outputs, weighted by values, with respect to inputs; None where there is none."""
+    try:
+        return list(torch.autograd.grad(outputs, inputs, values, retain_graph=True, allow_unused=True))
+    except RuntimeError as error:
+        for said, way_out in UNDIFFERENTIABLE.items():
+            if said in str(error):
+                raise RuntimeError(way_out) from error
+        raise
+
+
 def loss_edge(loss: Tensor) -> GradientEdge:
     """The gradient edge of a loss, below the sink that DistributedDataParallel puts on top of a static graph.
 
@@ -61,7 +86,7 @@ def weighted_terms(
     derivatives: Iterator[Tensor | None] = iter(())
     if edges:
         start = torch.full_like(loss, 1.0 / loss_scale)
-        derivatives = iter(torch.autograd.grad([loss_edge(loss)], edges, [start], retain_graph=True, allow_unused=True))
+        derivatives = iter(_grad([loss_edge(loss)], edges, [start]))
     kept = []
     for term in terms:
         derivative = term.logits.new_tensor(loss_fraction) if term.value_edge is None else next(derivatives)
@@ -135,7 +160,7 @@ def _derivatives(seeds: Seeds, inputs: Sequence[GradientEdge], scale: float) -> 
     for edge, seed in seeds:
         metadata = edge.node._input_metadata[edge.output_nr]
         values.append((seed * scale).to(metadata.dtype).reshape(metadata.shape))
-    return list(torch.autograd.grad(outputs, inputs, values, retain_graph=True, allow_unused=True))
+    return _grad(outputs, inputs, values)
 
 
 def back_propagate(
@@ -153,7 +178,7 @@ def back_propagate(
         passes: From :func:`seed_passes`.
         calls: What was recorded in the forward.
         scale: From :func:`seed_scale`; undone here.
-        test: The self-test to make on the first pass, or None.
+        test: The self-test of the layers that wait for it, or None.
         examples: By layer, what takes the gradients of single examples.
         mean_fraction: Where the seed is that of a whole loss, a mean over examples: the loss's fraction of the
             optimizer step; None for seeds of terms.
@@ -162,19 +187,20 @@ def back_propagate(
         Statistics by the position of the call.
     """
     edges = [call.edge for call in calls]
+    factors = _factors(calls, scale, mean_fraction)
     reached: dict[int, Statistics] = {}
-    for number, seeds in enumerate(passes):
-        extra = [get_gradient_edge(p) for p in test.parameters] if test is not None and number == 0 else []
+    for seeds in passes:
+        extra = [get_gradient_edge(p) for p in test.parameters()] if test is not None else []
         found = _derivatives(seeds, [*edges, *extra], scale)
         gradients = found[: len(edges)]
-        if test is not None and number == 0:
+        if test is not None:
             test.check(calls, gradients, found[len(edges) :])
-        jointly: dict[str, list[tuple[Call, Tensor]]] = {}
+        jointly: dict[str, list[tuple[int, Call, Tensor]]] = {}
         for index, (call, gradient) in enumerate(zip(calls, gradients, strict=True)):
             if gradient is None:
                 continue
             arrived = call.output_gradient(gradient)
-            factor = _factor(call, scale, mean_fraction)
+            factor = factors[index]
             with torch.no_grad():
                 one = call.adapter.statistics(call.record, arrived)
                 sums = {name: total * factor for name, total in one.sums.items()}
@@ -182,21 +208,28 @@ def back_propagate(
                     sums = {name: total + reached[index].sums[name] for name, total in sums.items()}
                 reached[index] = Statistics(one.means, sums, one.rows)
             if examples and call.layer in examples:
-                jointly.setdefault(call.layer, []).append((call, arrived))
+                jointly.setdefault(call.layer, []).append((index, call, arrived))
             gradients[index] = None
         with torch.no_grad():
             for layer, parts in jointly.items():
                 assert examples is not None
-                examples[layer].add(parts, _factor(parts[0][0], scale, mean_fraction))
+                examples[layer].add([(call, arrived) for _, call, arrived in parts], factors[parts[0][0]])
     return dict(sorted(reached.items()))
 
 
-def _factor(call: Call, scale: float, mean_fraction: float | None) -> float:
-    """What products of two derivatives at a call's output are to be multiplied by."""
+def _factors(calls: Sequence[Call], scale: float, mean_fraction: float | None) -> list[float]:
+    """What products of two derivatives at each call's output are to be multiplied by."""
     if mean_fraction is None:
-        return 1.0 / scale**2
-    shape_only = torch.empty(call.output_shape, device="meta")
-    return call.adapter.output_rows(shape_only).shape[0] / mean_fraction / scale**2
+        return [1.0 / scale**2] * len(calls)
+    sizes = {index: _examples(call) for index, call in enumerate(calls) if call.adapter.has_rows}
+    # A parameter that no call explains has no batch of its own.
+    batch = max(sizes.values(), default=1)
+    return [sizes.get(index, batch) / mean_fraction / scale**2 for index in range(len(calls))]
+
+
+def _examples(call: Call) -> int:
+    """The number of examples of a call, which its adapter alone can tell from positions and channels."""
+    return call.adapter.output_rows(torch.empty(call.output_shape, device="meta")).shape[0]
 
 
 def empirical_statistics_of_loss(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -141,6 +142,7 @@ class KFC:
             model, settings.include, settings.exclude, settings.weight_sharing, settings.max_factor_dim
         )
         self._dropped: dict[str, str] = {}
+        self._said: set[str] = set()
         self._recorder: Recorder | None = None
         self._losses: LossRecorder | None = None
         self._self_test: SelfTest | None = None
@@ -164,7 +166,10 @@ class KFC:
 
     def _drop(self, layer: str, reason: str) -> None:
         self._dropped[layer] = reason
+        before = set(self.layers)
         self._found.replace_by_parameters(layer, self._model, reason)
+        # Their curvature begins with the next due step, which is no surprise.
+        self._said |= set(self.layers) - before
         if distributed.rank() == 0:
             warnings.warn(
                 f"KFC has no Kronecker factors for {layer!r}: {reason}. Its parameters get a diagonal curvature; "
@@ -186,17 +191,15 @@ class KFC:
             yield
             return
         self._recorder, self._losses = Recorder(), LossRecorder()
-        direction = self._prepare_self_test()
+        test = self._prepare_self_test()
+        waiting = set(test.waiting) if test is not None else set()
         handles = []
         try:
             for name, layer in self._layers_with_rows().items():
-                self._recorder.attach(
-                    name,
-                    layer.adapters,
-                    direction(name) if direction else None,
-                    keep_inputs=layer.inverse_type(INVERSES[self.settings.inverse]).wants_examples,
-                )
-            handles += self._attach_named_output(self._losses.terms)
+                wanted = functools.partial(test.direction, name) if test is not None and name in waiting else None
+                keep_inputs = layer.inverse_type(INVERSES[self.settings.inverse]).wants_examples
+                self._recorder.attach(name, layer.adapters, wanted, keep_inputs=keep_inputs)
+            handles += self._attach_named_output(self._losses)
             with _eager_compiled_code(), self._losses:
                 yield
         finally:
@@ -220,7 +223,13 @@ class KFC:
         Raises:
             LossNotRecognisedError: If the loss holds no recognised term.
             SelfTestError: If the first step shows that the rows of a layer do not explain its gradient.
+            RuntimeError: If the step is due but its loss was not computed inside :meth:`capture`, or if its
+                backward has been run.
         """
+        if self._recorder is None and self.settings.schedule.factors_due(self.step):
+            raise RuntimeError(
+                f"KFC has recorded nothing at step {self.step}: compute the loss inside `with kfc.capture():`."
+            )
         self.back_propagate(loss, loss_scale=loss_scale, loss_fraction=loss_fraction)
         if not accumulate:
             self.refresh()
@@ -274,22 +283,43 @@ class KFC:
         self.refresh(optimizer)
         rates = None if optimizer is None else _learning_rates(optimizer)
         ready: list[tuple[Layer, Tensor, float]] = []
+        unexplained: list[str] = []
         finite = True
         for layer in self.layers.values():
             rate = lr if rates is None else _rate_of(layer, rates)
             gradients = layer.gradients()
-            if rate is None or gradients is None or layer.inverse is None:
+            if rate is None or gradients is None:
+                continue
+            if not layer.averages:
+                unexplained.append(layer.name)
+            if layer.inverse is None or tuple(gradients) != layer.roles:
                 continue
             matrix = layer.adapter.matrix(gradients)
             ready.append((layer, matrix.to(torch.promote_types(matrix.dtype, torch.float32)), rate))
         with torch.no_grad():
             if self.settings.schedule.factors_due(self.step):
                 finite = all(bool(torch.isfinite(matrix).all()) for _, matrix, _ in ready)
+                self._say_unexplained(unexplained)
             if finite:
                 self._replace_gradients(ready)
             else:
                 self.events.nonfinite_gradients += 1
         self._stepped = True
+
+    def _say_unexplained(self, names: Sequence[str]) -> None:
+        """Warn once of each layer that has a gradient, but no curvature although a step was due."""
+        new = [name for name in names if name not in self._said]
+        if not new or self.events.nonfinite_statistics:
+            return
+        self._said.update(new)
+        if distributed.rank() == 0:
+            warnings.warn(
+                f"KFC has no curvature for {', '.join(map(repr, new))}: their gradients come from no recorded loss "
+                "term through a recorded forward, and stay as they are. Likely causes: a part of the loss that is not "
+                "recognised (name its likelihood), or activation checkpointing with use_reentrant=True (pass "
+                "use_reentrant=False). Add them to `exclude` to silence this.",
+                stacklevel=3,
+            )
 
     def pause(self) -> None:
         """Record nothing until :meth:`resume`: a backward re-runs checkpointed forwards, which are none of ours."""
@@ -314,15 +344,12 @@ class KFC:
             self._stepped = False
             self._micro_batch = 0
 
-    def _prepare_self_test(self) -> Callable[[str], Tensor] | None:
-        self._self_test = None
-        if self._self_test_done:
-            return None
-        test = SelfTest(self._layers_with_rows(), self._generator(torch.device("cpu"), stream=1))
-        self._self_test = test
-        return test.direction
+    def _prepare_self_test(self) -> SelfTest | None:
+        if self._self_test is None and not self._self_test_done:
+            self._self_test = SelfTest(self._layers_with_rows(), self._generator(torch.device("cpu"), stream=1))
+        return self._self_test
 
-    def _attach_named_output(self, terms: list[LossTerm]) -> list[Any]:
+    def _attach_named_output(self, losses: LossRecorder) -> list[Any]:
         likelihood = self.settings.likelihood
         if not isinstance(likelihood, Likelihood) or likelihood.output_of is None:
             return []
@@ -332,7 +359,7 @@ class KFC:
                 f"likelihood names the logits as the output of {likelihood.output_of!r}, but the model has no such "
                 f"module. Its modules are: {', '.join(name for name in modules if name)}."
             )
-        hook = named_output_hook(likelihood, terms)
+        hook = named_output_hook(likelihood, losses)
         return [modules[likelihood.output_of].register_forward_hook(hook)]
 
     def _statistics(self, loss: Tensor, loss_scale: float, loss_fraction: float) -> dict[str, Statistics]:
@@ -360,14 +387,18 @@ class KFC:
             )
         else:
             raise LossNotRecognisedError(self._unrecognised(terms))
-        # What this loss did not reach may belong to a later loss of the same training step.
+        # A term that this loss does not hold may belong to a later loss of the same training step.
         self._losses.terms[:] = [term for term in terms if all(term is not w.term for w in kept)]
-        self._recorder.calls[:] = [call for i, call in enumerate(recorded) if i not in found]
+        counted = self._recorder.counted
         if test is not None:
-            self._finish_self_test(test)
+            self._conclude_self_test(test)
         statistics: dict[str, Statistics] = {}
         for index, entry in found.items():
             name = calls[index].layer
+            if index < len(recorded):
+                # A later loss through the same call adds to G alone: the call's input rows are in A already.
+                entry = entry.without_means() if index in counted else entry
+                counted.add(index)
             statistics[name] = statistics[name] + entry if name in statistics else entry
         return {name: entry for name, entry in statistics.items() if name in self.layers}
 
@@ -379,12 +410,14 @@ class KFC:
             if name in layers
         }
 
-    def _finish_self_test(self, test: SelfTest) -> None:
-        self._self_test, self._self_test_done = None, True
+    def _conclude_self_test(self, test: SelfTest) -> None:
         for name in test.never_called:
-            if name not in self.layers:
-                continue  # given up together with another part of its module
-            self._drop(name, "its weight is used without calling the module")
+            if name in self.layers:  # else another part of its module took it along
+                self._drop(name, "its weight is used without calling the module")
+        test.never_called.clear()
+        test.waiting[:] = [name for name in test.waiting if name in self.layers]
+        if not test.waiting:
+            self._self_test, self._self_test_done = None, True
 
     def _wanted(self, terms: list[LossTerm]) -> list[LossTerm]:
         likelihood = self.settings.likelihood
@@ -500,7 +533,7 @@ class KFC:
             if name in self._found.layers:
                 self._dropped[name] = reason
                 self._found.replace_by_parameters(name, self._model, reason)
-        self._self_test_done = bool(state["self_test_done"])
+        self._self_test, self._self_test_done = None, bool(state["self_test_done"])
         self.events.load_state_dict(state["events"])
         problems = [
             f"layer {name!r} of the checkpoint is not in the model"
@@ -553,7 +586,7 @@ def _eager_compiled_code() -> Iterator[None]:
 def _norm_statistics_kept(model: nn.Module) -> Iterator[None]:
     """Put batch norm's running statistics back: under activation checkpointing a backward runs forwards again."""
     kept = [
-        (buffer, buffer._version, buffer.clone())
+        (buffer, buffer.clone())
         for module in model.modules()
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.training
         for buffer in module.buffers(recurse=False)
@@ -561,7 +594,7 @@ def _norm_statistics_kept(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for buffer, version, value in kept:
-            # Autograd holds these buffers too, and objects to a write that changes nothing.
-            if buffer._version != version:
-                buffer.copy_(value)
+        for buffer, value in kept:
+            # Through .data: autograd holds these buffers too, and objects to a write that it counts. Batch norm's own
+            # writes are not counted, so that a changed buffer cannot be told by its version.
+            buffer.data.copy_(value)

@@ -35,6 +35,9 @@ class Layer:
         self.pending: Statistics | None = None
         self.examples: ExampleGradients | None = None
         self.factorised_at = -1
+        #: The roles of the parameters that factors and inverse are for; others may be frozen or unfrozen since.
+        self.roles: tuple[str, ...] = ()
+        self._pending_roles: tuple[str, ...] = ()
 
     @property
     def adapter(self) -> Adapter:
@@ -79,20 +82,22 @@ class Layer:
     def add(self, statistics: Statistics) -> None:
         """Add the statistics of one more micro-batch of the step."""
         self.pending = statistics if self.pending is None else self.pending + statistics
+        self._pending_roles = tuple(self.adapter.own_parameters())
 
     def fold(self, statistics: Statistics, decay: float) -> bool:
         """Fold a step's statistics into the running averages.
 
         Returns:
-            False where the averages had to start anew, since the factors' shapes changed (parameters were
-            frozen or unfrozen).
+            False where the averages had to start anew, since parameters were frozen or unfrozen.
         """
         factors = statistics.factors()
-        kept = all(
-            name not in self.averages or self.averages[name].value.shape == f.shape for name, f in factors.items()
+        kept = not self.averages or (
+            self.roles == self._pending_roles
+            and all(self.averages[name].value.shape == f.shape for name, f in factors.items())
         )
         if not kept:
             self.averages, self.inverse = {}, None
+        self.roles = self._pending_roles
         for name, value in factors.items():
             if name in self.averages:
                 self.averages[name] = self.averages[name].updated(value, decay)
@@ -187,6 +192,7 @@ class Layer:
             name: RunningAverage(entry["value"].to(device), float(entry["weight"]))
             for name, entry in state["factors"].items()
         }
+        self.roles = tuple(self.adapter.own_parameters())
         saved = dict(state.get("inverse", {}))
         self.inverse = None
         if saved.pop("kind", None) == inverse.name:

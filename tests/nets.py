@@ -50,6 +50,11 @@ def engine(model: nn.Module, **settings: Any) -> KFC:
     return KFC(model, **{**defaults, **settings})
 
 
+def kronecker_layers(kfc: KFC) -> list[str]:
+    """The names of the layers that have Kronecker factors."""
+    return [name for name, layer in kfc.layers.items() if {"A", "G"} == set(layer.adapter.factor_shapes())]
+
+
 def observe(model: nn.Module, loss: Callable[[], Tensor], **settings: Any) -> KFC:
     """A KFC that has seen one loss."""
     kfc = engine(model, **settings)

@@ -65,10 +65,9 @@ def test_every_row_names_its_kind_treatment_and_factor_shapes() -> None:
     assert found["head.bias"][2] == "frozen"
     assert found["left_out.bias"][1:] == ("Linear", "plain", {})
     assert found["attention.in_proj_bias"][3]["k.A"] == (9, 9)
-    reasons = {name: rows[name].reason for name in ("gate", "recurrent.bias_hh_l0", "left_out.weight", "head.bias")}
+    reasons = {name: rows[name].reason for name in ("gate", "left_out.weight", "head.bias")}
     assert reasons == {
         "gate": "no adapter for Everything",
-        "recurrent.bias_hh_l0": "no adapter for GRU",
         "left_out.weight": "in exclude",
         "head.bias": "requires_grad is False",
     }

@@ -282,6 +282,11 @@ COMPOSITIONS: dict[str, tuple[Loss, int]] = {
         9,
     ),
     "changed in place": (in_place_sum, 6),
+    "arguments by keyword": (lambda z: F.cross_entropy(target=TARGET, input=z, reduction="sum"), 3),
+    "focal loss, whose factor depends on the logits but is held fixed": (
+        lambda z: (F.cross_entropy(z, TARGET, reduction="none") * (1 - z.softmax(1)[:, 0]).detach() ** 2).mean(),
+        3,
+    ),
     "one loss per example": (
         lambda z: torch.stack([F.cross_entropy(row, t) for row, t in zip(z, TARGET, strict=True)]).mean(),
         3,

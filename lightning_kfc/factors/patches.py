@@ -157,9 +157,9 @@ def patch_second_moment(
     Returns:
         The total, shape ``(groups, d, d)``, and R.
     """
-    if _lags_serve(images, geometry):
+    if not reduce and _lags_serve(images, geometry):
         return _second_moment_by_lags(images, geometry, homogeneous=homogeneous)
-    return _second_moment_by_patches(images, geometry, homogeneous=homogeneous)
+    return _second_moment_by_patches(images, geometry, homogeneous=homogeneous, reduce=reduce)
 
 
 def _lags_serve(images: Tensor, geometry: Geometry) -> bool:
@@ -169,7 +169,8 @@ def _lags_serve(images: Tensor, geometry: Geometry) -> bool:
     """
     return (
         len(geometry.kernel_size) <= 2
-        and set(geometry.stride) == {1}
+        and set(geometry.stride) == set(geometry.upsampling) == {1}
+        and min(min(pair) for pair in geometry.padding) >= 0
         and geometry.groups == 1
         and images.shape[1] > 1
         and max(geometry.kernel_size) > 1
@@ -187,13 +188,15 @@ def _second_moment_by_lags(images: Tensor, geometry: Geometry, *, homogeneous: b
     total, rows = lagged_second_moment(images, kernel_size, dilation, padding)
     total = total.unsqueeze(0)
     if homogeneous:
-        plane = Geometry(kernel_size, (1, 1), padding, dilation, "zeros", 1)
+        plane = Geometry(kernel_size, (1, 1), padding, dilation, "zeros", 1, (1, 1))
         row_sum = patch_rows(images.sum(0, keepdim=True), plane).sum((0, 1))
         total = homogeneous_total(total, row_sum, rows)
     return total, rows
 
 
-def _second_moment_by_patches(images: Tensor, geometry: Geometry, *, homogeneous: bool) -> tuple[Tensor, int]:
+def _second_moment_by_patches(
+    images: Tensor, geometry: Geometry, *, homogeneous: bool, reduce: bool
+) -> tuple[Tensor, int]:
     total: Tensor | None = None
     row_sum: Tensor | None = None
     rows = 0

@@ -120,6 +120,10 @@ class Statistics:
             self.rows + other.rows,
         )
 
+    def without_means(self) -> Statistics:
+        """The same sums, with the rows behind the means left out."""
+        return Statistics({name: torch.zeros_like(total) for name, total in self.means.items()}, self.sums, 0)
+
     def factors(self) -> dict[str, Tensor]:
         """The factors of these rows: A by E1 (a mean over rows), G by E2 (a sum over rows)."""
         rows = max(self.rows, 1)

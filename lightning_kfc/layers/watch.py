@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from lightning_kfc.layers.adapter import ForwardHook
@@ -39,6 +40,12 @@ class Watch:
         handle = _Handle(self._hooks, self.module)
         self._hooks[handle.id] = (part, hook)
         return handle
+
+    def linear(self, part: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """A product with a part's weight, shown."""
+        output = F.linear(input, weight, bias)
+        self.show(part, input, output)
+        return output
 
     def show(self, part: str, input: Tensor, output: Tensor) -> None:
         """Call the hooks of a part.

@@ -38,10 +38,10 @@ def test_cholesky_solve_equals_the_dense_solve_of_the_damped_product(
 
 
 def test_a_singular_factor_in_float32_is_inverted_in_double_precision() -> None:
-    # Rank 2 of 40, damped below float32's resolution of its largest entries: rounding makes it indefinite there.
-    rows = 100 * data(1, 40, 2)
+    # Rank 2 of 40, whole numbers, so that A itself is exact; damped below float32's resolution of its entries.
+    rows = (100 * data(1, 40, 2)).round()
     A, G = (rows @ rows.transpose(1, 2)).float(), psd(1, 3, 2).float()
-    gradient, damping = data(1, 3, 40, seed=3).float(), 1e-8
+    gradient, damping = data(1, 3, 40, seed=3).float(), 1e-12
     A_damped, G_damped = oracles.pi_damped(A[0].double(), G[0].double(), damping)
     _, fails = torch.linalg.cholesky_ex(A_damped.float())
     assert bool(fails), "the case must fail in float32, or it shows nothing"

@@ -75,6 +75,16 @@ def test_a_zero_gradient_or_a_zero_rate_is_not_clipped(rate: float) -> None:
     assert step.quadratic == 0
 
 
+def test_a_step_that_climbs_is_not_clipped() -> None:
+    # Only an indefinite inverse gives a negative product; a root of it must not be taken.
+    gradients, _, _ = layers(1)
+    inverse = INVERSES["cholesky"](-torch.eye(3).double().unsqueeze(0), torch.eye(2).double().unsqueeze(0))
+    step = natural_step(gradients, [inverse], [1.0], 1e-9)
+    assert step.quadratic < 0
+    assert step.clip == 1
+    assert torch.equal(step.updates[0], -gradients[0])
+
+
 def test_no_layers_make_no_updates() -> None:
     step = natural_step([], [], [], 0.01)
     assert step.updates == ()
