@@ -8,7 +8,6 @@ The layers are those of the registry, so that a new adapter shows at once; ``lay
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from lightning_kfc.layers import Adapter, ParameterAdapter
@@ -16,7 +15,7 @@ from lightning_kfc.layers.registry import registered_adapters
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-from layer_cases import CASES, Case  # noqa: E402 (it lies beside this file)
+from layer_cases import CASES  # noqa: E402 (it lies beside this file)
 
 HEAD = """\
 <!-- Made by generate_layer_table.py; do not edit. -->
@@ -30,7 +29,7 @@ parameter.
 - **approximate**: the curvature is a rougher one, as said. *Diagonal*: the Fisher's diagonal alone.
 - **plain**: no curvature; the gradient stays as it is.
 
-Each line names the tests that show it, in `tests/`.
+The numbers in the last column are those of the tests that show it, which are listed below the table.
 
 | Layer | Options | | How | Tests |
 |---|---|---|---|---|
@@ -98,29 +97,36 @@ the earlier one, also of the built-in ones.
 '''
 
 
-def lines() -> Iterator[str]:
-    """The lines of the table, kind by kind in alphabetical order, then what has no adapter."""
-    for adapter, classes in sorted(registered_adapters().items(), key=lambda item: item[1][0].rpartition(".")[2]):
-        if adapter.__module__.startswith("lightning_kfc."):
-            yield from _lines_of(adapter, ", ".join(f"`{name.rpartition('.')[2]}`" for name in sorted(classes)))
-    yield from _lines_of(ParameterAdapter, "anything else")
+class Table:
+    """The lines of the table, and the tests that they name, numbered in the order in which they come up."""
+
+    def __init__(self) -> None:
+        self.tests: dict[str, int] = {}
+        self.lines: list[str] = []
+        for adapter, classes in sorted(registered_adapters().items(), key=lambda item: _short(item[1][0])):
+            if adapter.__module__.startswith("lightning_kfc."):
+                self._add(adapter, ", ".join(f"`{name}`" for name in sorted(map(_short, classes))))
+        self._add(ParameterAdapter, "anything else")
+
+    def _add(self, adapter: type[Adapter], layer: str) -> None:
+        if adapter.__name__ not in CASES:
+            raise SystemExit(f"docs/layer_cases.py says nothing of {adapter.__name__}.")
+        for case in CASES[adapter.__name__]:
+            numbers = sorted({self.tests.setdefault(test, len(self.tests) + 1) for test in case.tests})
+            cells = (layer, case.options, case.verdict, case.how, ", ".join(map(str, numbers)))
+            self.lines.append(f"| {' | '.join(cells)} |\n")
+            layer = ""
 
 
-def _lines_of(adapter: type[Adapter], layer: str) -> Iterator[str]:
-    if adapter.__name__ not in CASES:
-        raise SystemExit(f"docs/layer_cases.py says nothing of {adapter.__name__}.")
-    for number, case in enumerate(CASES[adapter.__name__]):
-        yield _line("" if number else layer, case)
-
-
-def _line(layer: str, case: Case) -> str:
-    tests = "; ".join(f"`{test}`" for test in case.tests)
-    return f"| {layer} | {case.options} | {case.verdict} | {case.how} | {tests} |\n"
+def _short(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def page() -> str:
     """The whole page."""
-    return HEAD + "".join(lines()) + TAIL
+    table = Table()
+    tests = "".join(f"{number}. `{test}`\n" for test, number in table.tests.items())
+    return f"{HEAD}{''.join(table.lines)}{TAIL}\n## The tests of the table\n\nAll are in `tests/`.\n\n{tests}"
 
 
 if __name__ == "__main__":

@@ -121,6 +121,14 @@ CASES: dict[str, list[Case]] = {
     "RMSNormAdapter": [
         Case("any `normalized_shape` and `eps`", "exact", "a 1 x 1 block for each scale", _in(_NORM, *_NORM_LAWS)),
     ],
+    "LanguageModelNormAdapter": [
+        Case(
+            "as built by the model's configuration",
+            "exact",
+            "a 1 x 1 block for each scale",
+            _in(_NORM, "each_unit_of_a_language_model_s_norm_has_the_dense_fisher"),
+        ),
+    ],
     "GroupNormAdapter": [
         Case("any number of groups", "exact", "a 2 x 2 block for each channel", _in(_NORM, *_NORM_LAWS)),
     ],
