@@ -72,28 +72,25 @@ def find_layers(
     owners = {name: module for name, module in model.named_modules() if module._parameters}
     _check_patterns_match("include", include, owners)
     _check_patterns_match("exclude", exclude, owners)
-    found = Found()
-    uses = _Uses()
+    left_out = {name: _left_out(name, include, exclude) for name in owners}
     held = _held_by_parents(owners)
+    found, uses = Found(), _Uses()
     for name, module in owners.items():
-        if name in held:
-            continue
-        holders = {name: module, **{child: owners[child] for child, parent in held.items() if parent == name}}
-        left_out = {holder: _left_out(holder, include, exclude) for holder in holders}
-        parts = _parts(name, module, weight_sharing) if _refusal(module) is None else {}
-        parts = {
-            part: adapter for part, adapter in parts.items() if left_out[part if part in holders else name] is None
-        }
-        for adapter in parts.values():
-            adapter.batch_axis = _batch_axis(name, model)
-        uses.add(parts)
-        served = {identity for adapter in parts.values() for identity in _identities(adapter.parameters())}
-        for holder, module_held in holders.items():
-            others = set(_identities(module_held._parameters)) - served
-            out = left_out[holder]
-            uses.add_other(holder, others, out or _why_not(module, module_held))
-            if out is not None:
-                found.plain |= {identity: (type(module_held).__name__, out) for identity in others}
+        reason = left_out[name]
+        if reason is not None:
+            found.plain |= dict.fromkeys(_identities(module._parameters), (type(module).__name__, reason))
+        if name not in held:
+            parts = _parts(name, module, weight_sharing)
+            parts = {
+                part: adapter for part, adapter in parts.items() if left_out[part if part in held else name] is None
+            }
+            for adapter in parts.values():
+                adapter.batch_axis = _batch_axis(name, model)
+            uses.add(parts)
+            served = {identity for adapter in parts.values() for identity in _identities(adapter.parameters())}
+            for holder in (name, *(child for child, parent in held.items() if parent == name)):
+                others = [i for i in _identities(owners[holder]._parameters) if i not in served]
+                uses.add_other(holder, others, left_out[holder] or _why_not(module, owners[holder]))
     for use in uses.explained():
         for name, adapters in use.items():
             for adapter in adapters:
@@ -152,7 +149,8 @@ class _Uses:
 def _parts(name: str, module: nn.Module, weight_sharing: str) -> dict[str, Adapter]:
     """The adapters of a module, by layer name."""
     kind = adapter_for(module)
-    assert kind is not None
+    if kind is None or _refusal(module) is not None:
+        return {}
     return {f"{name}.{suffix}".strip("."): part for suffix, part in kind.parts(module, weight_sharing).items()}
 
 

@@ -21,7 +21,6 @@ from lightning_kfc.factors.statistics import (
     second_moment_total,
     share_by_reduction,
 )
-from lightning_kfc.layers.cases import Case
 
 #: Called as ``hook(module, args, kwargs, output)``.
 ForwardHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
@@ -77,8 +76,6 @@ class Adapter(ABC):
     kind: ClassVar[str] = ""
     #: How the coverage report calls what is done with its parameters.
     treatment: ClassVar[str] = "kfc"
-    #: What the documentation's table of layers says.
-    cases: ClassVar[tuple[Case, ...]] = ()
     #: Whether there are rows at all, which a forward must be watched for.
     has_rows: ClassVar[bool] = True
     #: The axis of the examples in inputs with several leading dimensions, set by what the model says of itself.
@@ -198,6 +195,15 @@ class Adapter(ABC):
         saved = sum(2 * groups * d * (d - 1) * itemsize for d in large.values())
         sides = [f"{name} diagonal: {d:,} > max_factor_dim" for name, d in large.items()]
         return f"{', '.join(sides)} (saves {saved / 1e9:,.2f} GB)" if large else ""
+
+    def estimate(self, factors: Mapping[str, Tensor], draws: float) -> Mapping[str, Tensor]:
+        """What is inverted, given the running factors; by default they themselves.
+
+        Args:
+            factors: The running factors by name.
+            draws: How many independent steps' statistics are behind them.
+        """
+        return factors
 
     def inverse_type(self, chosen: type[Inverse]) -> type[Inverse]:
         """The kind of inverse that suits these factors, given the one that the user chose for Kronecker factors."""

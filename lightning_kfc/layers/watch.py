@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
@@ -88,6 +89,8 @@ class _WatchedForward:
         self._forward = watch.module.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled() or not any(p.requires_grad for p in self._watch.module.parameters()):
+            return self._forward(*args, **kwargs)  # nothing to see, and perhaps a faster path
         return self._run(self._watch, self._forward, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

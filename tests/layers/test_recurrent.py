@@ -177,3 +177,24 @@ def test_a_re_parametrised_recurrent_weight_is_listed() -> None:
         train_step(kfc, optimizer, lambda: F.cross_entropy(model["head"](model["rnn"](x)[0][-1]), y))
     rows = [row for row in kfc.coverage() if "rnn" in row.parameter]
     assert {row.treatment for row in rows} == {"diagonal"}
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_an_unrecognised_loss_has_the_empirical_fisher_of_its_examples_not_of_its_steps(batch_first: bool) -> None:
+    rnn = nn.RNN(FEATURES, HIDDEN, batch_first=batch_first).double()
+    x = data(3, 5, FEATURES) if batch_first else data(5, 3, FEATURES)  # three examples
+    kfc = observe(rnn, lambda: rnn(x)[1].pow(4).sum(-1).mean(), fisher="empirical")
+    for part in ("ih_l0", "hh_l0"):
+        g = []
+        for example in range(3):
+            own = x[example] if batch_first else x[:, example]
+            parameters = list(rnn.parameters())
+            before = [p.detach().clone() for p in parameters]
+            # The derivative at the gates of each step, by a bias of its own for every step.
+            shifts = torch.zeros(5, HIDDEN).double().requires_grad_(True)
+            h = torch.zeros(HIDDEN).double()
+            for step, shift in zip(own, shifts, strict=True):
+                h = (before[0] @ step + before[2] + before[1] @ h + before[3] + shift).tanh()
+            g.append(torch.autograd.grad(h.pow(4).sum(), shifts)[0])
+        rows = torch.cat(g)
+        oracles.assert_equal(kfc.layers[part].G, rows.T @ rows / 3, what=f"G of {part}")
