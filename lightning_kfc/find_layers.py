@@ -39,11 +39,12 @@ class Found:
         self._add_parameters(model, dict.fromkeys(given_up, reason))
 
     def _add_parameters(self, model: nn.Module, reasons: Mapping[int, str]) -> None:
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        for identity, reason in reasons.items():
-            module, _, own = names[identity].rpartition(".")
-            adapter = ParameterAdapter(model.get_submodule(module), own)
-            self.layers[names[identity]] = Layer(names[identity], [adapter], reason)
+        # In the model's order: the ranks of a process group must come to the same order, which that of ids is not.
+        for name, parameter in model.named_parameters():
+            if id(parameter) in reasons:
+                module, _, own = name.rpartition(".")
+                adapter = ParameterAdapter(model.get_submodule(module), own)
+                self.layers[name] = Layer(name, [adapter], reasons[id(parameter)])
 
 
 def find_layers(
@@ -51,6 +52,7 @@ def find_layers(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     weight_sharing: str = "expand",
+    max_factor_dim: int | None = None,
 ) -> Found:
     """Find the layers of a model.
 
@@ -62,6 +64,7 @@ def find_layers(
         include: Glob patterns over module names: only these are preconditioned.
         exclude: Glob patterns over module names: these are not.
         weight_sharing: ``"expand"`` or ``"reduce"``.
+        max_factor_dim: Above this many dimensions a factor is held as its diagonal.
 
     Raises:
         ValueError: If a pattern matches no module that has parameters of its own, or no layer with an adapter is left.
@@ -89,7 +92,10 @@ def find_layers(
                 others = [i for i in _identities(owners[holder]._parameters) if i not in served]
                 uses.add_other(holder, others, left_out[holder] or _why_not(module, owners[holder]))
     for use in uses.explained():
-        found.layers |= {name: Layer(name, adapters) for name, adapters in use.items()}
+        for name, adapters in use.items():
+            for adapter in adapters:
+                adapter.max_factor_dim = max_factor_dim
+            found.layers[name] = Layer(name, adapters)
     if not any(layer.adapter.own_parameters() for layer in found.layers.values()):
         _raise_no_layer(owners, include, exclude, held)
     found._add_parameters(model, {i: why for i, why in uses.unexplained().items() if i not in found.plain})

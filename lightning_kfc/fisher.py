@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from lightning_kfc.capture import Call
 from lightning_kfc.discovery import LossTerm
 from lightning_kfc.factors.statistics import Statistics
+from lightning_kfc.per_example import ExampleGradients
 from lightning_kfc.selftest import SelfTest
 
 Seeds = list[tuple[GradientEdge, Tensor]]
@@ -163,7 +164,13 @@ def _derivatives(seeds: Seeds, inputs: Sequence[GradientEdge], scale: float) -> 
 
 
 def back_propagate(
-    passes: Iterator[Seeds], calls: Sequence[Call], scale: float, test: SelfTest | None = None
+    passes: Iterator[Seeds],
+    calls: Sequence[Call],
+    scale: float,
+    test: SelfTest | None = None,
+    examples: Mapping[str, ExampleGradients] | None = None,
+    *,
+    mean_fraction: float | None = None,
 ) -> dict[int, Statistics]:
     """The statistics of every call that the seeds reach.
 
@@ -172,11 +179,15 @@ def back_propagate(
         calls: What was recorded in the forward.
         scale: From :func:`seed_scale`; undone here.
         test: The self-test of the layers that wait for it, or None.
+        examples: By layer, what takes the gradients of single examples.
+        mean_fraction: Where the seed is that of a whole loss, a mean over examples: the loss's fraction of the
+            optimizer step; None for seeds of terms.
 
     Returns:
         Statistics by the position of the call.
     """
     edges = [call.edge for call in calls]
+    factors = _factors(calls, scale, mean_fraction)
     reached: dict[int, Statistics] = {}
     for seeds in passes:
         extra = [get_gradient_edge(p) for p in test.parameters()] if test is not None else []
@@ -184,22 +195,51 @@ def back_propagate(
         gradients = found[: len(edges)]
         if test is not None:
             test.check(calls, gradients, found[len(edges) :])
+        jointly: dict[str, list[tuple[int, Call, Tensor]]] = {}
         for index, (call, gradient) in enumerate(zip(calls, gradients, strict=True)):
             if gradient is None:
                 continue
+            arrived = call.output_gradient(gradient)
+            factor = factors[index]
             with torch.no_grad():
-                one = call.adapter.statistics(call.record, call.output_gradient(gradient))
-                one = Statistics(one.means, {name: total / scale**2 for name, total in one.sums.items()}, one.rows)
+                one = call.adapter.statistics(call.record, arrived)
+                sums = {name: total * factor for name, total in one.sums.items()}
                 if index in reached:
-                    sums = {name: total + one.sums[name] for name, total in reached[index].sums.items()}
-                    one = Statistics(one.means, sums, one.rows)
-                reached[index] = one
+                    sums = {name: total + reached[index].sums[name] for name, total in sums.items()}
+                reached[index] = Statistics(one.means, sums, one.rows)
+            if examples and call.layer in examples:
+                jointly.setdefault(call.layer, []).append((index, call, arrived))
             gradients[index] = None
+        with torch.no_grad():
+            for layer, parts in jointly.items():
+                assert examples is not None
+                examples[layer].add([(call, arrived) for _, call, arrived in parts], factors[parts[0][0]])
     return dict(sorted(reached.items()))
 
 
+def _factors(calls: Sequence[Call], scale: float, mean_fraction: float | None) -> list[float]:
+    """What products of two derivatives at each call's output are to be multiplied by."""
+    if mean_fraction is None:
+        return [1.0 / scale**2] * len(calls)
+    sizes = {index: _examples(call) for index, call in enumerate(calls) if call.adapter.has_rows}
+    # A parameter that no call explains has no batch of its own.
+    batch = max(sizes.values(), default=1)
+    return [sizes.get(index, batch) / mean_fraction / scale**2 for index in range(len(calls))]
+
+
+def _examples(call: Call) -> int:
+    """The number of examples of a call, which its adapter alone can tell from positions and channels."""
+    return call.adapter.output_rows(torch.empty(call.output_shape, device="meta")).shape[0]
+
+
 def empirical_statistics_of_loss(
-    loss: Tensor, calls: Sequence[Call], *, loss_scale: float, loss_fraction: float, test: SelfTest | None
+    loss: Tensor,
+    calls: Sequence[Call],
+    *,
+    loss_scale: float,
+    loss_fraction: float,
+    test: SelfTest | None,
+    examples: Mapping[str, ExampleGradients] | None = None,
 ) -> dict[int, Statistics]:
     r"""The empirical Fisher of a loss whose terms are not recognised, taken to be a mean over examples.
 
@@ -207,16 +247,4 @@ def empirical_statistics_of_loss(
     :math:`f/N` of those of the examples, so that :math:`G = (N/f)\sum_r g_r g_r^\top`, N the examples of each call.
     """
     seeds: Seeds = [(loss_edge(loss), torch.full_like(loss, 1.0 / loss_scale))]
-    found = back_propagate(iter([seeds]), calls, 1.0, test)
-    examples = {index: _examples(calls[index]) for index in found if calls[index].adapter.has_rows}
-    result = {}
-    for index, entry in found.items():
-        # A parameter that no call explains has no batch of its own.
-        factor = examples.get(index, max(examples.values(), default=1)) / loss_fraction
-        result[index] = Statistics(entry.means, {k: v * factor for k, v in entry.sums.items()}, entry.rows)
-    return result
-
-
-def _examples(call: Call) -> int:
-    """The number of examples of a call, which its adapter alone can tell from positions and channels."""
-    return call.adapter.output_rows(torch.empty(call.output_shape, device="meta")).shape[0]
+    return back_propagate(iter([seeds]), calls, 1.0, test, examples, mean_fraction=loss_fraction)

@@ -103,6 +103,11 @@ class SelfTest:
             assert call.probe is not None
             rows = call.adapter.output_rows(call.output_gradient(gradient).to(dtype))
             probe = call.probe.to(dtype)
+            if rows.shape[:-1] != probe.shape or rows.shape[-1] != expected.shape[-1]:
+                raise SelfTestError(
+                    f"{type(call.adapter).__name__}.output_rows() made rows of shape {tuple(rows.shape)} "
+                    f"for {layer!r}; its input rows and its gradient ask for {(*probe.shape, expected.shape[-1])}."
+                )
             rebuilt += torch.einsum("ntgo,ntg->go", rows, probe)
             spread += torch.einsum("ntgo,ntg->go", rows.square(), probe.square())
         # Rounding grows with the terms of the sum, which may all but cancel in it.

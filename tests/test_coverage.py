@@ -1,115 +1,143 @@
-"""Every parameter is listed with how it is treated and why; include and exclude choose among them."""
+"""coverage(): every parameter once, what is held, and a table that can be read."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.nets import classes, data, engine, kronecker_layers
+from lightning_kfc import KFC
+from tests.nets import classes, engine, observe
 
 
-class Net(nn.Module):
+class Everything(nn.Module):
+    """Most kinds of layers, a raw parameter, a frozen one and one that is left out."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 3, bias=False))
+        self.embed = nn.Embedding(7, 8)
+        self.gate = nn.Parameter(torch.ones(()))
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.norm = nn.LayerNorm(8)
+        self.conv = nn.Conv1d(8, 8, 3, padding=1, groups=4)
+        self.recurrent = nn.GRU(8, 8, batch_first=True)
+        self.left_out = nn.Linear(8, 8)
         self.head = nn.Linear(8, 3)
-        self.scale = nn.Parameter(torch.ones(()))
+        self.head.bias.requires_grad_(False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.scale * self.head(self.encoder(x).flatten(1))
-
-
-@pytest.mark.parametrize(
-    ("include", "exclude", "covered"),
-    [
-        (None, None, ["encoder.0", "encoder.2", "head"]),
-        (["encoder.*"], None, ["encoder.0", "encoder.2"]),
-        ("head", None, ["head"]),
-        (None, ["encoder.2", "head"], ["encoder.0"]),
-        (["encoder.*"], ["*.0"], ["encoder.2"]),
-        (["encoder.[02]", "h?ad"], None, ["encoder.0", "encoder.2", "head"]),
-    ],
-)
-def test_patterns_choose_modules_by_name(
-    include: list[str] | None, exclude: list[str] | None, covered: list[str]
-) -> None:
-    kfc = engine(Net().double(), include=include, exclude=exclude)
-    assert kronecker_layers(kfc) == covered
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        x = self.norm(x + self.gate * self.attention(x, x, x, need_weights=False)[0])
+        x, _ = self.recurrent(self.conv(x.transpose(1, 2)).transpose(1, 2))
+        return self.head(self.left_out(x).mean(1))
 
 
-def test_gradients_of_what_is_left_out_stay_as_they_are_bit_for_bit() -> None:
-    model = Net().double()
-    x, target = data(4, 2, 6, 6), classes(4, count=3)
-    kfc = engine(model, include=["head"])
-    with kfc.capture():
-        loss = F.cross_entropy(model(x), target)
-    kfc.update(loss)
-    loss.backward()
-    before = {name: p.grad.clone() for name, p in model.named_parameters()}
-    kfc.precondition(lr=0.1)
-    changed = [name for name, p in model.named_parameters() if not torch.equal(p.grad, before[name])]
-    assert changed == ["head.weight", "head.bias"]
+def loss_of(model: nn.Module) -> Tensor:
+    return F.cross_entropy(model(classes(4, 5, count=7)), classes(4, count=3))
 
 
-def test_every_parameter_is_listed_once_with_treatment_reason_and_factor_shapes() -> None:
-    model = Net()
-    model.head.bias.requires_grad_(False)
-    coverage = engine(model, exclude=["encoder.2"]).coverage()
-    rows = {row.parameter: row for row in coverage}
-    assert list(rows) == [name for name, _ in model.named_parameters()]
-    assert len(coverage) == len(rows)
-    assert rows["encoder.0.weight"].treatment == rows["encoder.0.bias"].treatment == "kfc"
-    assert rows["encoder.0.weight"].factor_shapes == {"A": (19, 19), "G": (3, 3)}
-    assert rows["head.weight"].factor_shapes == {"A": (8, 8), "G": (3, 3)}
-    assert rows["head.bias"].treatment == "frozen"
-    assert (rows["encoder.2.weight"].treatment, rows["encoder.2.weight"].reason) == ("plain", "in exclude")
-    assert rows["scale"].treatment != "kfc"
-    assert rows["scale"].reason
-    assert sum(row.numel for row in coverage) == sum(p.numel() for p in model.parameters())
-    # Two factors and two inverses of 19x19 and 3x3, four bytes a number.
-    assert rows["encoder.0.weight"].bytes == 2 * (19**2 + 3**2) * 4
-    table = str(coverage)
-    for text in ("encoder.0", "A 19x19, G 3x3", "in exclude", "encoder.2.weight", "trainable parameters"):
-        assert text in table
+def everything() -> tuple[nn.Module, KFC]:
+    model = Everything()
+    return model, observe(model, lambda: loss_of(model), fisher="mc", exclude="left_out")
 
 
-def test_the_memory_listed_is_what_factors_and_inverses_then_hold() -> None:
-    model = Net()
-    kfc = engine(model)
-    before = sum(row.bytes for row in kfc.coverage())
-    with kfc.capture():
-        loss = F.cross_entropy(model(data(4, 2, 6, 6).float()), classes(4, count=3))
-    kfc.update(loss)
-    held = 0
-    for layer in kfc.layers.values():
-        held += sum(value.nbytes for value in layer.factors.values())
-        assert layer.inverse is not None
-        held += sum(value.nbytes for value in layer.inverse.state().values() if isinstance(value, torch.Tensor))
-    assert sum(row.bytes for row in kfc.coverage()) == held
-    assert before == held
+def test_rows_are_all_parameters_in_the_model_s_order_and_add_up() -> None:
+    model, kfc = everything()
+    rows = kfc.coverage()
+    assert [(row.parameter, row.numel) for row in rows] == [(n, p.numel()) for n, p in model.named_parameters()]
+    assert [row.treatment != "frozen" for row in rows] == [p.requires_grad for p in model.parameters()]
+    assert len(rows) == len(list(rows)) == len(list(model.parameters()))
+    covered = sum(row.numel for row in rows if row.treatment not in ("plain", "frozen"))
+    served = sum(torch.Size(layer.adapter.matrix_shape()).numel() for layer in kfc.layers.values())
+    assert covered == served
 
 
-@pytest.mark.parametrize("option", ["include", "exclude"])
-def test_a_pattern_that_matches_no_module_is_an_error_listing_the_modules(option: str) -> None:
-    with pytest.raises(ValueError, match=rf"{option} pattern 'decoder\.\*' matches no module.*encoder\.0.*head"):
-        engine(Net(), **{option: ["head", "decoder.*"]})
+def test_every_row_names_its_kind_treatment_and_factor_shapes() -> None:
+    _, kfc = everything()
+    rows = {row.parameter: row for row in kfc.coverage()}
+    found = {name: (row.module, row.kind, row.treatment, row.factor_shapes) for name, row in rows.items()}
+    assert found["embed.weight"] == ("embed", "Embedding", "kfc", {"A": (7,), "G": (8, 8)})
+    assert found["conv.bias"] == ("conv", "Conv", "kfc", {"A": (4, 7, 7), "G": (4, 2, 2)})
+    assert found["norm.weight"] == ("norm", "LayerNorm", "block", {"F": (8, 2, 2)})
+    assert found["gate"] == ("", "Parameter", "diagonal", {"F": (1,)})
+    assert found["head.weight"] == ("head", "Linear", "kfc", {"A": (8, 8), "G": (3, 3)})
+    assert found["head.bias"][2] == "frozen"
+    assert found["left_out.bias"][1:] == ("Linear", "plain", {})
+    assert found["attention.in_proj_bias"][3]["k.A"] == (9, 9)
+    reasons = {name: rows[name].reason for name in ("gate", "left_out.weight", "head.bias")}
+    assert reasons == {
+        "gate": "no adapter for Everything",
+        "left_out.weight": "in exclude",
+        "head.bias": "requires_grad is False",
+    }
+    assert all(row.reason == "" for row in rows.values() if row.treatment in ("kfc", "block"))
 
 
-@pytest.mark.parametrize("settings", [{"exclude": ["encoder.*", "head", ""]}, {"exclude": ["*"]}])
-def test_a_model_with_all_layers_left_out_is_an_error_with_the_reason_for_each(settings: dict[str, list[str]]) -> None:
-    with pytest.raises(
-        ValueError, match=r"no layer to precondition(.|\n)*encoder\.0.*in exclude(.|\n)*head.*in exclude"
-    ):
-        engine(Net(), **settings)
+def test_bytes_are_those_that_factors_and_inverses_hold_before_and_after_they_exist() -> None:
+    model, kfc = everything()
+    held = sum(
+        tensor.nbytes
+        for layer in kfc.layers.values()
+        for tensor in (*layer.factors.values(), *layer.inverse.state().values())
+    )
+    before = engine(model, exclude="left_out").coverage()
+    assert sum(row.bytes for row in kfc.coverage()) == held == sum(row.bytes for row in before)
 
 
-def test_a_model_that_is_all_frozen_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"no layer to precondition(.|\n)*frozen"):
-        engine(Net().requires_grad_(False))
+def test_a_tied_weight_and_a_dropped_layer_are_counted_once() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "raw": nn.Linear(4, 2)})
+    model["b"].weight, model["b"].bias = model["a"].weight, model["a"].bias
+
+    def loss() -> Tensor:
+        h = model["b"](model["a"](torch.randn(3, 4)).tanh())
+        return F.cross_entropy(F.linear(h, model["raw"].weight, model["raw"].bias), classes(3, count=2))
+
+    with pytest.warns(UserWarning, match="without calling the module"):
+        kfc = observe(model, loss, fisher="mc")
+    rows = kfc.coverage()
+    assert [(row.parameter, row.treatment) for row in rows] == [
+        ("a.weight", "kfc"),
+        ("a.bias", "kfc"),
+        ("raw.weight", "diagonal"),
+        ("raw.bias", "diagonal"),
+    ]
+    assert sum(row.numel for row in rows) == sum(p.numel() for p in model.parameters())
 
 
-def test_a_model_without_parameters_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no layer to precondition"):
-        engine(nn.Sequential(nn.ReLU()))
+def test_the_table_names_every_layer_and_reason_and_the_share_that_is_preconditioned() -> None:
+    model, kfc = everything()
+    table = str(kfc.coverage())
+    lines = table.splitlines()
+    assert any(line.split() == ["conv", "Conv", "56", "4", "x", "(A", "7,", "G", "2)", "1.7", "kB"] for line in lines)
+    assert any(line.startswith("norm ") and "8 x F 2" in line for line in lines)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert f"{trainable - 72:,} of {trainable:,} trainable parameters" in table
+    assert "Diagonal (no adapter for Everything): gate" in lines
+    assert "Plain gradient (in exclude): left_out.weight, left_out.bias" in lines
+    assert "Frozen (requires_grad is False): head.bias" in lines
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+
+
+def test_the_table_of_a_deep_residual_net_fits_a_terminal() -> None:
+    model = nn.ModuleDict({f"layer{i}": nn.Sequential(*[Block(2**i) for _ in range(12)]) for i in range(1, 4)})
+    model["fc"] = nn.Linear(16, 10)
+    lines = str(engine(model).coverage()).splitlines()
+    assert len(lines) < 15
+    assert max(map(len, lines)) <= 80
+    assert any(line.startswith("layer2.[0-11].conv[1-2]  Conv ") for line in lines)
+
+
+def test_layers_share_a_line_only_where_their_numbers_make_up_a_grid_and_nothing_else_differs() -> None:
+    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("a0_b0", "a1_b1", "c0", "c2", "d0", "d1")})
+    model["d1"] = nn.Linear(4, 5)
+    names = [line.split()[0] for line in str(engine(model).coverage()).splitlines()[3:]]
+    assert names[:5] == ["a0_b0", "a1_b1", "c[0,2]", "d0", "d1"]

@@ -40,6 +40,13 @@ def second_moment_total(rows: Tensor) -> Tensor:
     return by_group.transpose(1, 2) @ by_group
 
 
+def second_moment_diagonal(rows: Tensor) -> Tensor:
+    """The diagonal of :func:`second_moment_total`, shape ``(groups, d)``, without the matrix."""
+    # The norm, since it reads the rows in one pass and makes no array of their squares.
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=(0, 1))
+    return norms.square()
+
+
 def homogeneous_total(total: Tensor, row_sum: Tensor, rows: int) -> Tensor:
     r"""The second-moment total of rows with a trailing 1, from that of the rows without.
 

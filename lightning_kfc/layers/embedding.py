@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_kfc.factors.statistics import InputStatistic, Statistics, factor_dtype, second_moment_total
+from lightning_kfc.factors.statistics import InputStatistic, Statistics, factor_dtype
 from lightning_kfc.layers.adapter import Adapter, Forward, dense, overwrite
 from lightning_kfc.layers.registry import register_adapter
 
@@ -30,6 +30,8 @@ class _Tokens:
 class _TableAdapter(Adapter):
     """A weight ``(tokens, d_out)`` whose columns of the gradient matrix belong to one token each."""
 
+    #: An example's rows would be a matrix as large as the table. Under "ekfac" the eigenvalues are the factors' own.
+    pairs_rows: ClassVar[bool] = False
     module: nn.Embedding | nn.EmbeddingBag
 
     @classmethod
@@ -49,9 +51,12 @@ class _TableAdapter(Adapter):
         overwrite(into["weight"], matrix[0].T)
 
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """A is a diagonal."""
-        _, d_out, tokens = self.matrix_shape()
-        return {"A": (1, tokens), "G": (1, d_out, d_out)}
+        """A is a diagonal, however many tokens there are."""
+        return {**super().factor_shapes(), "A": (1, self.matrix_shape()[2])}
+
+    def large_sides(self) -> dict[str, int]:
+        """See :class:`Adapter`; A would be diagonal anyway."""
+        return {name: d for name, d in super().large_sides().items() if name != "A"}
 
     def _kept(self, tokens: Tensor) -> Tensor:
         padding = self.module.padding_idx
@@ -61,7 +66,7 @@ class _TableAdapter(Adapter):
         """A from the tokens, G from the rows that reach the weight."""
         assert isinstance(record, _Tokens)
         rows = self.output_rows(output_gradient.to(factor_dtype(output_gradient.dtype)))
-        total = second_moment_total(rows * record.kept[..., None, None])
+        total = self.second_moment(rows * record.kept[..., None, None])
         return Statistics({"A": record.A.total}, {"G": total}, record.A.rows)
 
 

@@ -48,6 +48,10 @@ class ParameterAdapter(Adapter):
         """The diagonal."""
         return {"F": (1, self.matrix_shape()[2])}
 
+    def large_sides(self) -> dict[str, int]:
+        """A diagonal is no larger than the parameter."""
+        return {}
+
     def inverse_type(self, chosen: type[Inverse]) -> type[Inverse]:
         """A diagonal is inverted in one way."""
         return DiagonalInverse

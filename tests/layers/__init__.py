@@ -1,1 +1,1 @@
-"""Tests of lightning_kfc.factors."""
+"""Tests of the adapters, a file a kind."""

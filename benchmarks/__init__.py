@@ -1,0 +1,1 @@
+"""Measurements: which optimizer reaches a loss first, and what a step costs."""

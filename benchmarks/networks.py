@@ -1,0 +1,72 @@
+"""Networks of the benchmarks that torch does not ship."""
+
+from __future__ import annotations
+
+import itertools
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+#: Widths of the deep autoencoder (Hinton & Salakhutdinov 2006).
+AUTOENCODER_WIDTHS = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
+
+
+def conv_net() -> nn.Sequential:
+    """Two 5x5 convolutions with pooling, then two linear layers; 54,314 parameters; the net of ``make demo``."""
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 16, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16 * 7 * 7, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    )
+
+
+def deep_autoencoder() -> nn.Sequential:
+    """784-1000-500-250-30-250-500-1000-784 with ReLU between, and a linear code; PyTorch's own initialisation."""
+    layers: list[nn.Module] = []
+    for position, (d_in, d_out) in enumerate(itertools.pairwise(AUTOENCODER_WIDTHS)):
+        layers.append(nn.Linear(d_in, d_out))
+        if position not in (3, 7):  # the code, and the logits
+            layers.append(nn.ReLU())
+    return nn.Sequential(*layers)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with batch norm and a shortcut (He et al. 2016, fig. 2).
+
+    The shortcut of a block that halves the image and widens the channels takes every second pixel and pads
+    channels with zeros (option A): it has no parameters.
+    """
+
+    def __init__(self, c_in: int, c_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride=stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(c_out)
+        self.stride, self.widening = stride, c_out - c_in
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape ``(N, c_in, H, W)`` to ``(N, c_out, H / stride, W / stride)``."""
+        residual = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        shortcut = x[:, :, :: self.stride, :: self.stride]
+        if self.widening:
+            shortcut = F.pad(shortcut, (0, 0, 0, 0, 0, self.widening))
+        return F.relu(residual + shortcut)
+
+
+def resnet20(classes: int = 10) -> nn.Sequential:
+    """ResNet-20 for 3x32x32 images (He et al. 2016, sec. 4.2): 0.27 million parameters."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    channels = 16
+    for width in (16, 32, 64):
+        for position in range(3):
+            layers.append(BasicBlock(channels, width, stride=2 if position == 0 and width > 16 else 1))
+            channels = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))

@@ -1,0 +1,72 @@
+"""Plots of measurements; ``python -m benchmarks.plots`` draws them again from the saved results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+from benchmarks.curves import Curve
+from benchmarks.report import Results
+
+#: Colours that colour-blind readers tell apart (Okabe & Ito), by contestant; others follow in this order.
+COLOURS = {"sgd": "#0072B2", "adam": "#E69F00", "kfc": "#D55E00"}
+OTHER_COLOURS = ("#009E73", "#CC79A7", "#56B4E9", "#000000")
+
+#: Text stays text and ids stay the same from run to run: small files, small diffs.
+STYLE = {"svg.fonttype": "none", "svg.hashsalt": "lightning-kfc", "font.size": 10, "axes.grid": True, "grid.alpha": 0.3}
+
+
+def median_curve(curves: Sequence[Curve]) -> Curve:
+    """The medians over seeds, at the iterations that all of them evaluated."""
+    shared = set.intersection(*(set(curve.iterations) for curve in curves))
+    result = Curve()
+    for iteration in sorted(shared):
+        places = [curve.iterations.index(iteration) for curve in curves]
+        result.append(
+            iteration,
+            median(curve.seconds[i] for curve, i in zip(curves, places, strict=True)),
+            median(curve.losses[i] for curve, i in zip(curves, places, strict=True)),
+        )
+    return result
+
+
+def plot_convergence(results: Results, path: Path) -> None:
+    """Training loss against iterations and against CPU seconds: each seed faint, the median bold."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    others = iter(OTHER_COLOURS)
+    with mpl.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+        for name, curves in results.curves.items():
+            colour = COLOURS.get(name) or next(others)
+            tuned = " (tuned)" if len(results.grids[name]) > 1 else ""
+            middle = median_curve(curves)
+            for axis, unit in zip(axes, ("iterations", "seconds"), strict=True):
+                for curve in curves:
+                    axis.plot(getattr(curve, unit), curve.losses, color=colour, alpha=0.2, linewidth=0.8)
+                axis.plot(getattr(middle, unit), middle.losses, color=colour, label=results.titles[name] + tuned)
+        axes[0].set(yscale="log", ylabel="training loss", xlabel=f"iterations (batch {results.batch_size})")
+        axes[1].set(xlabel="CPU seconds (one thread)")
+        axes[0].set_ylim(top=_sensible_top(results))
+        axes[0].legend()
+        figure.suptitle(f"{results.title}: {results.budget} iterations, {len(results.seeds)} seeds and their median")
+        figure.savefig(path, metadata={"Date": None, "Creator": None})
+        plt.close(figure)
+
+
+def _sensible_top(results: Results) -> float:
+    """A little above the highest start, so that a run that blows up does not flatten the others."""
+    starts = [curve.losses[0] for curves in results.curves.values() for curve in curves]
+    return 2 * max(start for start in starts if math.isfinite(start))
+
+
+if __name__ == "__main__":
+    root = Path(__file__).parent.parent
+    for source in sorted((root / "benchmarks" / "results").glob("convergence_*.json")):
+        plot_convergence(Results.load(source), root / "docs" / "_static" / f"{source.stem}.svg")

