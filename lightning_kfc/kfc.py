@@ -527,7 +527,7 @@ class KFC:
     def _conclude_self_test(self, test: SelfTest) -> None:
         for name in test.never_called:
             if name in self.layers:  # else another part of its module took it along
-                self._drop(name, "its weight is used without calling the module")
+                self._drop(name, self.layers[name].adapter.unseen)
         test.never_called.clear()
         test.waiting[:] = [name for name in test.waiting if name in self.layers]
         if not test.waiting:

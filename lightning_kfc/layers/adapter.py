@@ -85,6 +85,9 @@ class Adapter(ABC):
     #: Above this many dimensions a factor is held as its diagonal; None for no bound.
     max_factor_dim: int | None = None
 
+    #: The likely reason why the parameters get a derivative although no forward of the module was seen.
+    unseen: ClassVar[str] = "its weight is used without calling the module"
+
     def __init__(self, module: nn.Module, weight_sharing: str = "expand") -> None:
         self.module = module
         self.weight_sharing = weight_sharing
