@@ -617,22 +617,20 @@ class KFC:
                     warnings.warn(f"KFC at step {self.step}, layer {layer.name!r}: {error}; {kept}.", stacklevel=2)
 
     def _fold_second_moments(self, layers: Sequence[Layer]) -> None:
-        moments = {}
-        for layer in layers:
-            if layer.examples is not None and layer.examples.incomplete:
-                warnings.warn(
-                    f"KFC layer {layer.name!r}: its input was changed in place after its forward, so that "
-                    "inverse='ekfac' has no gradients of single examples there and goes on with the "
-                    "eigenvalues it has. Make that operation out of place, or use inverse='eigh'.",
-                    stacklevel=2,
-                )
-            moments[layer.name] = layer.take_second_moment()
+        moments = {layer.name: layer.take_second_moment() for layer in layers}
         statistics = {name: Statistics({}, {"S": S}, 0) for name, S in moments.items() if S is not None}
         for name, entry in distributed.reduce_statistics(statistics).items():
             if entry.is_finite():
                 self._found.layers[name].fold_second_moment(entry.sums["S"], self.settings.ema_decay)
-            else:
-                self.events.count("nonfinite_statistics")
+                continue
+            self.events.count("missing_second_moments")
+            if distributed.rank() == 0:
+                warnings.warn(
+                    f"KFC layer {name!r}: inverse='ekfac' has no gradients of single examples and goes on with the "
+                    "eigenvalues it has: they are not finite, or the layer's input was changed in place after its "
+                    "forward. Make that operation out of place, or use inverse='eigh'.",
+                    stacklevel=2,
+                )
 
     def _replace_gradients(self, ready: Sequence[tuple[Layer, Tensor, float]], loss_scale: float) -> None:
         damping = value_at(self.settings.damping, self.step)

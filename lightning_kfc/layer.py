@@ -146,7 +146,7 @@ class Layer:
         It holds NaN where it could not be formed.
         """
         examples, self.examples = self.examples, None
-        if examples is None or not isinstance(self.inverse, EkfacInverse):
+        if examples is None or not examples.reached or not isinstance(self.inverse, EkfacInverse):
             return None
         return examples.second_moment(self.inverse.basis)
 

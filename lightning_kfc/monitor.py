@@ -14,6 +14,8 @@ class Events:
             was preconditioned, and the callback had the optimizer skip the step.
         nonfinite_statistics: Steps in which a layer's statistics held a NaN or an infinity, and entered no average.
         empty_statistics: Steps in which a layer saw no examples, which entered no average.
+        missing_second_moments: Layers, summed over steps, that kept their eigenvalues, since ``inverse="ekfac"`` had no
+            usable gradients of single examples.
         failed_factorisations: Factorisations that failed at every damping; the last good inverse was kept.
         restored_inverses: Steps in which a layer went back to its last good inverse, since the update by
             its new one was not finite, or not a descent direction.
@@ -24,6 +26,7 @@ class Events:
     nonfinite_gradients: int = 0
     nonfinite_statistics: int = 0
     empty_statistics: int = 0
+    missing_second_moments: int = 0
     failed_factorisations: int = 0
     restored_inverses: int = 0
     nonfinite_updates: int = 0

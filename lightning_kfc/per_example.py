@@ -75,8 +75,9 @@ class ExampleGradients:
         self._total: Tensor | None = None
         self._rows: list[_Rows] = []
         self._gradients: list[tuple[Tensor, float]] = []
-        #: Whether something is missing, so that no second moment can be given.
-        self.incomplete = False
+        self._incomplete = False
+        #: Whether any derivative has arrived.
+        self.reached = False
 
     def add(self, arrived: Sequence[tuple[Call, Tensor]], factor: float) -> None:
         """Take the derivatives of one back-propagation at the outputs of the layer's calls.
@@ -85,6 +86,7 @@ class ExampleGradients:
             arrived: Calls, and the derivative at the output of each.
             factor: What the squares are to be multiplied by.
         """
+        self.reached = True
         by_size: dict[int, list[tuple[Call, Tensor]]] = {}
         for call, gradient in arrived:
             rows = call.adapter.output_rows(gradient.to(factor_dtype(gradient.dtype)))
@@ -92,21 +94,21 @@ class ExampleGradients:
         for calls in by_size.values():
             inputs = tuple((call.adapter, call.inputs) for call, _ in calls if call.inputs is not None)
             if len(inputs) < len(calls):
-                self.incomplete = True
+                self._incomplete = True
                 return
             self._take(_Rows(inputs, tuple(rows for _, rows in calls), factor))
 
     def second_moment(self, basis: Eigenbasis) -> Tensor:
         """The sum over examples of the squared projections, ``(groups, d_out, d_in)``; NaN where it is not known."""
         if self._basis is not None and not self._basis.same_as(basis):
-            self.incomplete = True
+            self._incomplete = True
         total = self._zeros(basis) if self._total is None else self._total
         for rows in self._rows:
             total = total + self._project(rows, basis)
         for gradients, factor in self._gradients:
             for chunk in torch.split(gradients, max(1, CHUNK_BYTES // max(1, gradients[:1].nbytes))):
                 total = total + moments_of_gradients(chunk, basis) * factor
-        return torch.full_like(total, torch.nan) if self.incomplete else total
+        return torch.full_like(total, torch.nan) if self._incomplete else total
 
     def _take(self, rows: _Rows) -> None:
         if self._basis is not None:
@@ -117,7 +119,7 @@ class ExampleGradients:
         else:
             chunks = rows.chunks(self._shape[2])
             if chunks is None:
-                self.incomplete = True
+                self._incomplete = True
                 return
             gradients = torch.cat([per_example_gradients(a, g) for a, g in chunks])
             self._gradients.append((gradients, rows.factor))
@@ -126,7 +128,7 @@ class ExampleGradients:
         total = self._zeros(basis)
         chunks = rows.chunks(self._shape[2])
         if chunks is None:
-            self.incomplete = True
+            self._incomplete = True
             return total
         for a, g in chunks:
             total += moments_of_rows(a, g, basis)

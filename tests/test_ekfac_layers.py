@@ -116,3 +116,18 @@ def test_tables_and_norm_layers_keep_their_own_curvature_under_ekfac() -> None:
     curvature = oracles.kron(torch.diag(layer.A), layer.G) + 0.1 * torch.eye(28).double()
     expected = torch.linalg.solve(curvature, gradient.reshape(-1))
     oracles.assert_equal(layer.inverse.solve(gradient).reshape(-1), expected, what="V")
+
+
+def test_the_gates_of_a_recurrent_layer_get_exact_damping_under_ekfac() -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cells, self.head = nn.LSTM(3, 2, batch_first=True), nn.Linear(2, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.cells(x)[0][:, -1])
+
+    model, x = Last().double(), data(3, 4, 3)
+    kfc = observe(model, lambda: F.cross_entropy(model(x), classes(3, count=4)), inverse="ekfac")
+    kinds = {name: type(layer.inverse) for name, layer in kfc.layers.items()}
+    assert kinds == {"cells.ih_l0": EighInverse, "cells.hh_l0": EighInverse, "head": EkfacInverse}

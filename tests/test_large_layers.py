@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import large_layers
 from lightning_kfc import KFC, KFCCallback
 from tests import oracles
 from tests.nets import classes, data, double, engine, observe, train_step
@@ -143,3 +145,12 @@ def test_a_bound_that_is_no_positive_whole_number_is_an_error(value: Any, error:
     for make in (lambda: KFC(nn.Linear(2, 2), max_factor_dim=value), lambda: KFCCallback(max_factor_dim=value)):
         with pytest.raises(error, match="max_factor_dim"):
             make()
+
+
+def test_the_measurement_behind_the_default_runs_in_small(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--dims", "8", "--rows", "4", "--words", "50", "--hidden", "4", "--repeats", "1"]
+    large_layers.main(small)
+    printed = capsys.readouterr().out
+    # A factor of 10,000 dimensions and its inverse: 2 * 4 bytes * 10,000 squared.
+    assert re.search(r"10,000 +0\.800 GB", printed)
+    assert re.search(r"A head of 50 words .* would hold 0\.0 GB", printed)

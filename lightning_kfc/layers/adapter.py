@@ -197,7 +197,8 @@ class Adapter(ABC):
         # The factor, and an inverse of the same size.
         saved = sum(2 * groups * d * (d - 1) * itemsize for d in large.values())
         sides = [f"{name} diagonal: {d:,} > max_factor_dim" for name, d in large.items()]
-        return f"{', '.join(sides)} (saves {saved / 1e9:,.2f} GB)" if large else ""
+        size = f"{saved / 1e9:,.2f} GB" if saved >= 1e8 else f"{saved / 1e6:.1f} MB"
+        return f"{', '.join(sides)} (saves {size})" if large else ""
 
     def estimate(self, factors: Mapping[str, Tensor], draws: float) -> Mapping[str, Tensor]:
         """What is inverted, given the running factors; by default they themselves.

@@ -185,6 +185,15 @@ def test_rank_deficient_float32_factors_of_any_scale_are_solved_as_in_double_pre
     assert error <= max(allowed, 1e-5), f"relative error {error:.3g}, allowed {allowed:.3g}"
 
 
+@pytest.mark.parametrize("kind", ["eigh", "ekfac"])
+def test_rounding_of_a_singular_factor_makes_no_direction_of_negative_curvature(kind: str) -> None:
+    A, G = (1e4 * psd(1, 40, 1, rank=2)).float(), psd(1, 3, 2).float()
+    assert float(torch.linalg.eigvalsh(A).min()) < -1e-4, "the case must be indefinite, or it shows nothing"
+    inverse = INVERSES[kind].factorise({"A": A, "G": G}, 1e-6)
+    gradient = data(1, 3, 40, seed=3).float()
+    assert float((inverse.solve(gradient) * gradient).sum()) > 0
+
+
 @pytest.mark.parametrize("kind", list(INVERSES))
 def test_zero_factors_give_the_gradient_over_the_damping(kind: str) -> None:
     factors = {"A": torch.zeros(1, 3, 3), "G": torch.zeros(1, 2, 2)}

@@ -25,9 +25,9 @@ def _decompose(factor: Tensor) -> tuple[Tensor, Tensor]:
         if bool(torch.isfinite(factor).all()):
             return torch.ones_like(factor), factor.clamp(min=0)
     else:
-        for precise in (factor, factor.double()):
+        for dtype in (factor.dtype, torch.float64):
             try:
-                values, vectors = torch.linalg.eigh(precise)
+                values, vectors = torch.linalg.eigh(factor.to(dtype))
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
                 continue
             values, vectors = values.to(factor.dtype), vectors.to(factor.dtype)
