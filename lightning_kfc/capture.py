@@ -12,6 +12,64 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from lightning_kfc.layers import Adapter, Forward
+from lightning_kfc.layers.adapter import dense
+
+
+@dataclass(frozen=True)
+class KeptInputs:
+    """What a module read, by reference: autograd keeps it anyway, for the weight's gradient.
+
+    Attributes:
+        forward: The inputs, detached, and an output that has a shape only.
+        versions: The versions of their tensors when they were read.
+    """
+
+    forward: Forward
+    versions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, forward: Forward) -> KeptInputs:
+        """Keep the inputs of a forward that runs now.
+
+        Where autocast will cast a tensor, autograd keeps the cast one and lets the original be changed in place:
+        a copy is kept.
+        """
+
+        def keep(value: Any) -> Any:
+            return _detached(value) if isinstance(value, Tensor) else value
+
+        args, kwargs = tuple(map(keep, forward.args)), {name: keep(value) for name, value in forward.kwargs.items()}
+        # A transposed convolution's output may be of several sizes.
+        size = torch.empty_like(forward.output, device="meta") if isinstance(forward.output, Tensor) else None
+        kept = Forward(args, kwargs, size)
+        return cls(kept, _versions(kept))
+
+    def read(self) -> Forward | None:
+        """The inputs, or None where one was changed in place since."""
+        return self.forward if _versions(self.forward) == self.versions else None
+
+    def numel(self) -> int:
+        """The number of elements."""
+        return sum(tensor.numel() for tensor in _tensors(self.forward))
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    device = tensor.device.type
+    cast = (
+        tensor.is_floating_point()
+        and torch.is_autocast_enabled(device)
+        and tensor.dtype != torch.get_autocast_dtype(device)
+    )
+    return tensor.detach().clone() if cast else tensor.detach()
+
+
+def _tensors(forward: Forward) -> list[Tensor]:
+    return [value for value in (*forward.args, *forward.kwargs.values()) if isinstance(value, Tensor)]
+
+
+def _versions(forward: Forward) -> tuple[int, ...]:
+    # A tensor made under inference mode has no version, and cannot be changed outside it.
+    return tuple(0 if tensor.is_inference() else tensor._version for tensor in _tensors(forward))
 
 
 @dataclass(frozen=True)
@@ -25,6 +83,7 @@ class Call:
         edge: Where the derivative at the module's own output arrives.
         output_shape: The shape of that output.
         probe: Input rows times the self-test's direction, or None when no self-test is due.
+        inputs: What the module read, where the gradients of single examples are wanted.
     """
 
     layer: str
@@ -33,10 +92,11 @@ class Call:
     edge: GradientEdge
     output_shape: torch.Size
     probe: Tensor | None
+    inputs: KeptInputs | None = None
 
     def output_gradient(self, gradient: Tensor) -> Tensor:
         """The derivative that arrived at the edge, in the output's shape."""
-        return gradient.reshape(self.output_shape)
+        return dense(gradient).reshape(self.output_shape)
 
 
 def output_edge(output: Tensor) -> GradientEdge:
@@ -88,26 +148,34 @@ class Recorder:
     Attributes:
         calls: The calls recorded so far, in forward order.
         paused: Whether calls pass unrecorded. A backward re-runs checkpointed forwards, which are none of ours.
+        counted: The positions of the calls whose input rows have entered a statistic.
     """
 
     calls: list[Call] = field(default_factory=list)
     paused: bool = False
+    counted: set[int] = field(default_factory=set)
     _handles: list[RemovableHandle] = field(default_factory=list)
 
-    def attach(self, layer: str, adapters: Sequence[Adapter], direction: Tensor | None) -> None:
+    def attach(
+        self,
+        layer: str,
+        adapters: Sequence[Adapter],
+        direction: Callable[[], Tensor] | None,
+        *,
+        keep_inputs: bool = False,
+    ) -> None:
         """Record the calls of a layer's modules.
 
         Args:
             layer: The layer's name.
             adapters: Its modules' adapters.
-            direction: The self-test's direction, or None for no test.
+            direction: Gives the self-test's direction, or None for no test.
+            keep_inputs: Whether the inputs themselves are wanted later.
         """
         for adapter in adapters:
-            if not adapter.own_parameters():
-                continue
 
             def record(forward: Forward, output: Tensor, adapter: Adapter = adapter) -> None:
-                self._record(layer, adapter, forward, output, direction)
+                self._record(layer, adapter, forward, output, direction, keep_inputs)
 
             self._handles.append(adapter.attach(_ForwardHook(record)))
 
@@ -123,12 +191,17 @@ class Recorder:
         adapter: Adapter,
         forward: Forward,
         output: Tensor,
-        direction: Tensor | None,
+        direction: Callable[[], Tensor] | None,
+        keep_inputs: bool,
     ) -> None:
         if self.paused or not torch.is_grad_enabled() or not output.requires_grad:
             return
+        # Asked at each call: a training step may freeze a network for a while, as that of a GAN does.
+        if not adapter.own_parameters():
+            return
+        inputs = KeptInputs.of(forward) if keep_inputs else None
         # Autocast would form the statistics in half precision.
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
             recorded = adapter.record(forward)
-            probe = None if direction is None else adapter.project(forward, direction)
-        self.calls.append(Call(layer, adapter, recorded, output_edge(output), output.shape, probe))
+            probe = None if direction is None else adapter.project(forward, direction())
+        self.calls.append(Call(layer, adapter, recorded, output_edge(output), output.shape, probe, inputs))

@@ -22,26 +22,32 @@ def check_fraction(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be at least 0 and below 1, got {value!r}.")
 
 
-def check_integer(name: str, value: Any, *, minimum: int) -> None:
-    """Require a whole number of at least ``minimum``."""
+def check_integer(name: str, value: Any, *, minimum: int | None = None) -> None:
+    """Require a whole number, of at least ``minimum`` where one is given."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be a whole number, got {value!r} of type {type(value).__name__}.")
-    if value < minimum:
+    if minimum is not None and value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value!r}.")
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """Require one of the named choices."""
     choices = tuple(choices)
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def check_module_name(name: str, value: Any) -> None:
+    """Require a string; whether a module has that name is only known with the model."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be the name of a module, got {value!r} of type {type(value).__name__}.")
 
 
 def check_patterns(name: str, value: Any) -> tuple[str, ...] | None:
     """Glob patterns as a tuple; a single string is one pattern."""
     if value is None:
         return None
-    patterns = (value,) if isinstance(value, str) else tuple(value)
+    patterns = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(

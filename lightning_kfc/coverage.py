@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from torch import nn
 
+from lightning_kfc.factors.inverse import Inverse
 from lightning_kfc.find_layers import Found
 from lightning_kfc.layer import Layer
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -18,12 +24,13 @@ class CoverageRow:
     Attributes:
         parameter: Its name in the model.
         module: The name of the module that owns it.
-        kind: The kind of layer.
-        treatment: ``"kfc"`` (Kronecker factors), another form of curvature (``"diagonal"``), ``"plain"`` (its own
-            gradient) or ``"frozen"``.
-        reason: Why it has no Kronecker factors; empty where it has.
-        factor_shapes: The shapes of its layer's factors, by name.
-        bytes: The memory of its layer's factors and inverse, on the layer's first parameter only.
+        kind: The kind of layer; the module's class where it has none.
+        treatment: ``"kfc"`` (Kronecker factors), ``"block"`` or ``"diagonal"`` (smaller forms of curvature),
+            ``"plain"`` (its own gradient) or ``"frozen"``.
+        reason: Why it has not the form of curvature that its kind of layer has, or which factor is a diagonal since it
+            would be too large; empty where it has.
+        factor_shapes: The shapes of its layer's factors, by name; a leading axis of groups where there are several.
+        bytes: The memory of its layer's factors and inverse, on the layer's first trainable parameter only.
         numel: The number of its elements.
     """
 
@@ -38,10 +45,31 @@ class CoverageRow:
 
 
 @dataclass(frozen=True)
+class _Line:
+    """One preconditioned layer, or several that differ in the numbers of their names only."""
+
+    name: str
+    kind: str
+    treatment: str
+    factors: str
+    numel: int
+    bytes: int
+
+    def cells(self) -> tuple[str, ...]:
+        return self.name, self.kind, f"{self.numel:,}", self.factors, _size(self.bytes)
+
+
+@dataclass(frozen=True)
 class Coverage:
-    """All parameters of a model, a row each; prints as a table."""
+    """All parameters of a model, a row each; prints as a table of layers.
+
+    The table gives the number of dimensions of each factor: ``A 577, G 64`` is a pair of Kronecker factors,
+    ``96 x (A 10, G 1)`` one such pair a group, ``64 x F 2`` a dense block for each of 64 units; ``diag`` marks a
+    diagonal. Layers whose names differ in numbers only, and in nothing else, share a line: ``layers.[0-11].fc``.
+    """
 
     rows: tuple[CoverageRow, ...]
+    _lines: tuple[_Line, ...]
 
     def __getitem__(self, index: int) -> CoverageRow:
         """One row."""
@@ -56,35 +84,76 @@ class Coverage:
         return iter(self.rows)
 
     def __str__(self) -> str:
-        """A table of layers, then the parameters that are not preconditioned with the reasons."""
+        """A table of layers, then what has another form of curvature or none, with the reasons."""
         trainable = [row for row in self.rows if row.treatment != "frozen"]
         covered = [row for row in trainable if row.treatment != "plain"]
-        layers: dict[str, list[CoverageRow]] = {}
-        for row in covered:
-            layers.setdefault(row.parameter if row.treatment == "diagonal" else row.module, []).append(row)
         lines = []
-        if layers:
-            header = ("Layer", "Kind", "Treatment", "Parameters", "Factors", "Memory")
-            lines += _table(header, [_layer_line(name, rows) for name, rows in layers.items()])
+        if self._lines:
+            header = ("Layer", "Kind", "Params", "Factors", "Memory")
+            lines += _table(header, [line.cells() for line in _merged(self._lines)])
         done, total = (sum(row.numel for row in part) for part in (covered, trainable))
         share = f" ({100 * done / total:.1f}%)" if total else ""
-        lines.append(
-            f"Preconditioned: {done:,} of {total:,} trainable parameters{share}, "
-            f"{_size(sum(row.bytes for row in covered))} of factors and inverses."
+        held = _size(sum(row.bytes for row in covered))
+        lines += _WRAP.wrap(
+            f"Preconditioned: {done:,} of {total:,} trainable parameters{share}, {held} of factors and inverses."
         )
-        for treatment, label in (("diagonal", "Diagonal"), ("plain", "Plain gradient"), ("frozen", "Frozen")):
+        for treatment, label in _LABELS.items():
             reasons: dict[str, list[str]] = {}
             for row in self.rows:
-                if row.treatment == treatment:
+                if row.treatment == treatment and row.reason:
                     reasons.setdefault(row.reason, []).append(row.parameter)
-            lines += [f"{label} ({reason}): {_shorten(names)}" for reason, names in reasons.items()]
+            for reason, names in reasons.items():
+                lines += _WRAP.wrap(f"{label} ({reason}): {_shorten(names)}")
         return "\n".join(lines)
 
 
-def _layer_line(name: str, rows: Sequence[CoverageRow]) -> tuple[str, ...]:
-    shapes = ", ".join(f"{k} {'x'.join(map(str, s))}" for k, s in rows[0].factor_shapes.items())
-    numel, held = sum(row.numel for row in rows), sum(row.bytes for row in rows)
-    return name, rows[0].kind, rows[0].treatment, f"{numel:,}", shapes, _size(held)
+_WRAP = textwrap.TextWrapper(80, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+_LABELS = {
+    "kfc": "Cheaper factors",
+    "block": "Block",
+    "diagonal": "Diagonal",
+    "plain": "Plain gradient",
+    "frozen": "Frozen",
+}
+
+
+def _merged(lines: Sequence[_Line]) -> list[_Line]:
+    """Lines that differ in the numbers of their names only become one, where those numbers make up a full grid."""
+    alike: dict[tuple[object, ...], list[_Line]] = {}
+    for line in lines:
+        key = (re.sub(r"\d+", "#", line.name), line.kind, line.treatment, line.factors, line.numel)
+        alike.setdefault(key, []).append(line)
+    merged: list[_Line] = []
+    for (pattern, *_), group in alike.items():
+        values = [sorted(set(column)) for column in zip(*(_numbers(line.name) for line in group), strict=True)]
+        if len(group) == 1 or prod(map(len, values)) != len(group):
+            merged += group
+            continue
+        parts = str(pattern).split("#")
+        name = parts[0] + "".join(_range(v) + part for v, part in zip(values, parts[1:], strict=True))
+        numel, held = sum(line.numel for line in group), sum(line.bytes for line in group)
+        merged.append(_Line(name, group[0].kind, group[0].treatment, group[0].factors, numel, held))
+    return merged
+
+
+def _numbers(name: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", name)]
+
+
+def _range(values: Sequence[int]) -> str:
+    if len(values) == 1:
+        return str(values[0])
+    whole = values[-1] - values[0] + 1 == len(values)
+    return f"[{values[0]}-{values[-1]}]" if whole else f"[{','.join(map(str, values))}]"
+
+
+def _sides(shapes: Shapes) -> str:
+    """The factors in short, from their shapes with the groups axis."""
+    groups = next(iter(shapes.values()))[0]
+    sides = ", ".join(f"{name} {shape[1]:,}{' diag' if len(shape) == 2 else ''}" for name, shape in shapes.items())
+    if groups == 1:
+        return sides
+    return f"{groups:,} x ({sides})" if len(shapes) > 1 else f"{groups:,} x {sides}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -106,12 +175,13 @@ def _shorten(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + more
 
 
-def coverage_of(model: nn.Module, found: Found) -> Coverage:
+def coverage_of(model: nn.Module, found: Found, inverse: type[Inverse]) -> Coverage:
     """Make the coverage of a model from what was found in it.
 
     Args:
         model: The model.
         found: What :func:`~lightning_kfc.find_layers.find_layers` returned.
+        inverse: The user's kind of inverse.
     """
     owners: dict[int, list[Layer]] = {}
     for layer in found.layers.values():
@@ -123,25 +193,36 @@ def coverage_of(model: nn.Module, found: Found) -> Coverage:
         module, _, _ = name.rpartition(".")
         layers = owners.get(id(parameter), [])
         if not parameter.requires_grad:
-            row = CoverageRow(name, module, "", "frozen", "requires_grad is False", {}, 0, parameter.numel())
+            kind = layers[0].adapter.kind if layers else type(model.get_submodule(module)).__name__
+            row = CoverageRow(name, module, kind, "frozen", "requires_grad is False", {}, 0, parameter.numel())
         elif layers:
             adapter = layers[0].adapter
-            shapes = {
-                _label(layer, layers, key): shape[1:] if shape[0] == 1 else shape
-                for layer in layers
-                for key, shape in layer.adapter.factor_shapes().items()
-            }
-            held = sum(layer.nbytes() for layer in layers if layer.name not in counted)
+            held = sum(layer.nbytes(inverse) for layer in layers if layer.name not in counted)
             counted |= {layer.name for layer in layers}
-            why = layers[0].reason
+            why = layers[0].reason or adapter.approximation()
+            shapes = _shapes(layers)
             row = CoverageRow(name, module, adapter.kind, adapter.treatment, why, shapes, held, parameter.numel())
         else:
             kind, reason = found.plain[id(parameter)]
             row = CoverageRow(name, module, kind, "plain", reason, {}, 0, parameter.numel())
         rows.append(row)
-    return Coverage(tuple(rows))
+    return Coverage(tuple(rows), tuple(_lines(found.layers.values(), inverse)))
 
 
-def _label(layer: Layer, layers: Sequence[Layer], factor: str) -> str:
-    """A factor's name, with the part it belongs to where a parameter serves several."""
-    return factor if len(layers) == 1 else f"{layer.name.rpartition('.')[2]}.{factor}"
+def _lines(layers: Iterable[Layer], inverse: type[Inverse]) -> Iterator[_Line]:
+    for layer in layers:
+        adapter = layer.adapter
+        if adapter.own_parameters():
+            factors = _sides(adapter.factor_shapes())
+            numel = prod(adapter.matrix_shape())
+            held = layer.nbytes(inverse)
+            yield _Line(layer.name, adapter.kind, adapter.treatment, factors, numel, held)
+
+
+def _shapes(layers: Sequence[Layer]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a parameter's factors; with the part's name where it serves several parts of a module."""
+    return {
+        name if len(layers) == 1 else f"{layer.name.rpartition('.')[2]}.{name}": shape[1:] if shape[0] == 1 else shape
+        for layer in layers
+        for name, shape in layer.adapter.factor_shapes().items()
+    }

@@ -207,7 +207,10 @@ def _squared_difference(
         return None
     prediction = sides[0][0]
     logits = _values(prediction)
-    own = logits.new_ones(()) if weight is None else weight.detach()
+    own = logits.new_ones(()) if weight is None else weight.detach().to(logits.dtype)
+    if weight is not None and reduction == "mean":
+        # torch divides a weighted mean by the weights' sum, not by their number.
+        own, reduction = own / own.sum(), "sum"
     edges = tuple((get_gradient_edge(side), sign) for side, sign in sides)
     return _elementwise_term(Gaussian(), function, value, logits, edges, own, result, reduction)
 
@@ -248,12 +251,14 @@ class LossRecorder(TorchFunctionMode):
         return result
 
 
-def named_output_hook(likelihood: Likelihood, terms: list[LossTerm]) -> Callable[..., None]:
+def named_output_hook(likelihood: Likelihood, losses: LossRecorder) -> Callable[..., None]:
     """A forward hook that makes a module's output the logits of a likelihood that the user named."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.requires_grad and torch.is_grad_enabled():
-            terms.append(_named_output_term(likelihood, output))
+        if losses.paused or not torch.is_grad_enabled():
+            return
+        if isinstance(output, Tensor) and output.requires_grad:
+            losses.terms.append(_named_output_term(likelihood, output))
 
     return hook
 

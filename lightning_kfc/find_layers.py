@@ -39,11 +39,12 @@ class Found:
         self._add_parameters(model, dict.fromkeys(given_up, reason))
 
     def _add_parameters(self, model: nn.Module, reasons: Mapping[int, str]) -> None:
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        for identity, reason in reasons.items():
-            module, _, own = names[identity].rpartition(".")
-            adapter = ParameterAdapter(model.get_submodule(module), own)
-            self.layers[names[identity]] = Layer(names[identity], [adapter], reason)
+        # In the model's order: the ranks of a process group must come to the same order, which that of ids is not.
+        for name, parameter in model.named_parameters():
+            if id(parameter) in reasons:
+                module, _, own = name.rpartition(".")
+                adapter = ParameterAdapter(model.get_submodule(module), own)
+                self.layers[name] = Layer(name, [adapter], reasons[id(parameter)])
 
 
 def find_layers(
@@ -51,6 +52,7 @@ def find_layers(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     weight_sharing: str = "expand",
+    max_factor_dim: int | None = None,
 ) -> Found:
     """Find the layers of a model.
 
@@ -62,6 +64,7 @@ def find_layers(
         include: Glob patterns over module names: only these are preconditioned.
         exclude: Glob patterns over module names: these are not.
         weight_sharing: ``"expand"`` or ``"reduce"``.
+        max_factor_dim: Above this many dimensions a factor is held as its diagonal.
 
     Raises:
         ValueError: If a pattern matches no module that has parameters of its own, or no layer with an adapter is left.
@@ -71,22 +74,30 @@ def find_layers(
     _check_patterns_match("exclude", exclude, owners)
     found = Found()
     uses = _Uses()
-    held = _held_by_parents(model)
+    held = _held_by_parents(owners)
     for name, module in owners.items():
-        left_out = _left_out(name, include, exclude)
-        if left_out is not None:
-            for parameter in filter(None, module._parameters.values()):
-                found.plain[id(parameter)] = (type(module).__name__, left_out)
-            uses.add_other(name, module, left_out)
+        if name in held:
             continue
-        reason = held.get(name) or _refusal(module)
-        if reason is not None:
-            uses.add_other(name, module, reason)
-        else:
-            uses.add(name, module)
+        holders = {name: module, **{child: owners[child] for child, parent in held.items() if parent == name}}
+        left_out = {holder: _left_out(holder, include, exclude) for holder in holders}
+        parts = _parts(name, module, weight_sharing) if _refusal(module) is None else {}
+        parts = {
+            part: adapter for part, adapter in parts.items() if left_out[part if part in holders else name] is None
+        }
+        for adapter in parts.values():
+            adapter.batch_axis = _batch_axis(name, model)
+        uses.add(parts)
+        served = {identity for adapter in parts.values() for identity in _identities(adapter.parameters())}
+        for holder, module_held in holders.items():
+            others = set(_identities(module_held._parameters)) - served
+            out = left_out[holder]
+            uses.add_other(holder, others, out or _why_not(module, module_held))
+            if out is not None:
+                found.plain |= {identity: (type(module_held).__name__, out) for identity in others}
     for use in uses.explained():
-        for suffix, adapters in use.adapters(weight_sharing).items():
-            name = f"{use.name}.{suffix}".strip(".")
+        for name, adapters in use.items():
+            for adapter in adapters:
+                adapter.max_factor_dim = max_factor_dim
             found.layers[name] = Layer(name, adapters)
     if not any(layer.adapter.own_parameters() for layer in found.layers.values()):
         _raise_no_layer(owners, include, exclude, held)
@@ -94,68 +105,89 @@ def find_layers(
     return found
 
 
-@dataclass
-class _Use:
-    """The modules of one kind that share all their parameters."""
-
-    kind: type[Adapter]
-    modules: dict[str, nn.Module]
-
-    @property
-    def name(self) -> str:
-        return next(iter(self.modules))
-
-    def adapters(self, weight_sharing: str) -> dict[str, list[Adapter]]:
-        """The adapters of all modules, by part."""
-        parts: dict[str, list[Adapter]] = {}
-        for module in self.modules.values():
-            for suffix, adapter in self.kind.parts(module, weight_sharing).items():
-                parts.setdefault(suffix, []).append(adapter)
-        return parts
-
-
 class _Uses:
-    """Which modules use which parameters."""
+    """Which adapters use which parameters."""
 
     def __init__(self) -> None:
-        self._uses: dict[tuple[type[Adapter], tuple[int, ...]], _Use] = {}
+        self._uses: dict[object, dict[str, list[Adapter]]] = {}
         self._by_parameter: dict[int, set[object]] = {}
         self._reasons: dict[int, str] = {}
 
-    def add(self, name: str, module: nn.Module) -> None:
-        """A module whose adapter explains its parameters."""
-        kind = adapter_for(module)
-        assert kind is not None
-        identities = _identities(module)
-        key = (kind, identities)
-        self._uses.setdefault(key, _Use(kind, {})).modules[name] = module
-        for identity in identities:
-            self._by_parameter.setdefault(identity, set()).add(key)
+    def add(self, parts: Mapping[str, Adapter]) -> None:
+        """The adapters of one module, by layer name; modules that share all their parameters share their layers."""
+        for connected in _connected(parts):
+            key = tuple((type(adapter), _identities(adapter.parameters())) for adapter in connected.values())
+            layers = self._uses.setdefault(key, {name: [] for name in connected})
+            for adapters, adapter in zip(layers.values(), connected.values(), strict=True):
+                adapters.append(adapter)
+                for identity in _identities(adapter.parameters()):
+                    self._by_parameter.setdefault(identity, set()).add(key)
 
-    def add_other(self, name: str, module: nn.Module, reason: str) -> None:
-        """A module whose parameters nobody explains."""
-        for identity in _identities(module):
+    def add_other(self, name: str, identities: Iterable[int], reason: str) -> None:
+        """Parameters of a module that no adapter explains."""
+        for identity in identities:
             self._by_parameter.setdefault(identity, set()).add(name)
             self._reasons[identity] = reason
 
-    def explained(self) -> list[_Use]:
-        """The uses whose parameters are used in no other way."""
-        return [use for key, use in self._uses.items() if all(self._by_parameter[i] == {key} for i in key[1])]
+    def _is_explained(self, key: object) -> bool:
+        adapters = [adapter for adapters in self._uses[key].values() for adapter in adapters]
+        return all(self._by_parameter[i] == {key} for a in adapters for i in _identities(a.parameters()))
+
+    def explained(self) -> list[dict[str, list[Adapter]]]:
+        """The layers whose parameters are used in no other way, by name."""
+        return [layers for key, layers in self._uses.items() if self._is_explained(key)]
 
     def unexplained(self) -> dict[int, str]:
         """All other parameters, with the reason."""
-        done = {i for key in self._uses for i in key[1] if all(self._by_parameter[j] == {key} for j in key[1])}
+        done = {key for key in self._uses if self._is_explained(key)}
         reasons = {}
         for identity, users in self._by_parameter.items():
-            if identity not in done:
+            if not users <= done:
                 tied = "shared with a module that uses it otherwise"
                 beside = "its module's other parameters are shared"
                 reasons[identity] = tied if len(users) > 1 else self._reasons.get(identity, beside)
         return reasons
 
 
-def _identities(module: nn.Module) -> tuple[int, ...]:
-    return tuple(id(parameter) for parameter in module._parameters.values() if parameter is not None)
+def _parts(name: str, module: nn.Module, weight_sharing: str) -> dict[str, Adapter]:
+    """The adapters of a module, by layer name."""
+    kind = adapter_for(module)
+    assert kind is not None
+    return {f"{name}.{suffix}".strip("."): part for suffix, part in kind.parts(module, weight_sharing).items()}
+
+
+def _connected(parts: Mapping[str, Adapter]) -> list[dict[str, Adapter]]:
+    """The parts in groups that have no parameter in common."""
+    groups: list[dict[str, Adapter]] = []
+    for name, adapter in parts.items():
+        own = set(_identities(adapter.parameters()))
+        group = {name: adapter}
+        apart = []
+        for other in groups:
+            if own & {i for a in other.values() for i in _identities(a.parameters())}:
+                group = {**other, **group}
+            else:
+                apart.append(other)
+        groups = [*apart, group]
+    return groups
+
+
+def _batch_axis(name: str, model: nn.Module) -> int:
+    """The axis of the examples by the ``batch_first`` of the nearest module around that has one; else the first."""
+    path: str | None = name
+    while path is not None:
+        module = model.get_submodule(path)
+        # The layers of a Transformer leave it to their attention modules.
+        for at in (module, getattr(module, "self_attn", None)):
+            batch_first = getattr(at, "batch_first", None)
+            if isinstance(batch_first, bool):
+                return 0 if batch_first else 1
+        path = path.rpartition(".")[0] if path else None
+    return 0
+
+
+def _identities(parameters: Mapping[str, nn.Parameter | None]) -> tuple[int, ...]:
+    return tuple(id(parameter) for parameter in parameters.values() if parameter is not None)
 
 
 def _left_out(name: str, include: Sequence[str] | None, exclude: Sequence[str] | None) -> str | None:
@@ -168,6 +200,8 @@ def _left_out(name: str, include: Sequence[str] | None, exclude: Sequence[str] |
 
 def _refusal(module: nn.Module) -> str | None:
     kind = adapter_for(module)
+    if isinstance(module, nn.utils.parametrize.ParametrizationList):
+        return "a weight that is re-parametrised is computed from it"
     if kind is None:
         return f"no adapter for {type(module).__name__}"
     if "weight" not in module._parameters and getattr(module, "weight", None) is not None:
@@ -175,13 +209,20 @@ def _refusal(module: nn.Module) -> str | None:
     return kind.refusal(module)
 
 
-def _held_by_parents(model: nn.Module) -> dict[str, str]:
-    """Modules that only hold weights for their parent, which never calls them, with the reason."""
-    return {
-        f"{name}.out_proj".lstrip("."): "MultiheadAttention uses the weight without calling the module"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.MultiheadAttention)
-    }
+def _why_not(module: nn.Module, holder: nn.Module) -> str:
+    """Why no part of a module serves a parameter that it, or a module it holds, owns."""
+    return _refusal(module) or _refusal(holder) or f"not a weight of {type(module).__name__}'s layers"
+
+
+def _held_by_parents(owners: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Modules that only hold parameters for another one, which never calls them; with that one's name."""
+    held = {}
+    for name, module in owners.items():
+        kind = adapter_for(module)
+        for child in () if kind is None else kind.held(module):
+            if f"{name}.{child}".lstrip(".") in owners:
+                held[f"{name}.{child}".lstrip(".")] = name
+    return held
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -205,7 +246,7 @@ def _raise_no_layer(
 ) -> None:
     lines = [
         f"  {name} ({type(module).__name__}): "
-        f"{_left_out(name, include, exclude) or held.get(name) or _refusal(module) or 'frozen, or shared'}"
+        f"{_left_out(name, include, exclude) or _refusal(owners[held.get(name, name)]) or 'frozen, or shared'}"
         for name, module in owners.items()
     ]
     raise ValueError(

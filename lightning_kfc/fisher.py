@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +13,35 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from lightning_kfc.capture import Call
 from lightning_kfc.discovery import LossTerm
 from lightning_kfc.factors.statistics import Statistics
+from lightning_kfc.per_example import ExampleGradients
 from lightning_kfc.selftest import SelfTest
 
 Seeds = list[tuple[GradientEdge, Tensor]]
+
+
+#: What torch says where the graph cannot be differentiated once more, and the way out.
+UNDIFFERENTIABLE = {
+    "backward through the graph a second time": (
+        "KFC needs the graph of the loss, which a backward has freed: call update(loss) before loss.backward()."
+    ),
+    "use_reentrant": (
+        "KFC cannot differentiate through activation checkpointing of the reentrant kind: "
+        "pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
+    ),
+}
+
+
+def _grad(
+    outputs: Sequence[GradientEdge], inputs: Sequence[GradientEdge], values: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Derivatives of outputs, weighted by values, with respect to inputs; None where there is none."""
+    try:
+        return list(torch.autograd.grad(outputs, inputs, values, retain_graph=True, allow_unused=True))
+    except RuntimeError as error:
+        for said, way_out in UNDIFFERENTIABLE.items():
+            if said in str(error):
+                raise RuntimeError(way_out) from error
+        raise
 
 
 def loss_edge(loss: Tensor) -> GradientEdge:
@@ -60,7 +86,7 @@ def weighted_terms(
     derivatives: Iterator[Tensor | None] = iter(())
     if edges:
         start = torch.full_like(loss, 1.0 / loss_scale)
-        derivatives = iter(torch.autograd.grad([loss_edge(loss)], edges, [start], retain_graph=True, allow_unused=True))
+        derivatives = iter(_grad([loss_edge(loss)], edges, [start]))
     kept = []
     for term in terms:
         derivative = term.logits.new_tensor(loss_fraction) if term.value_edge is None else next(derivatives)
@@ -134,11 +160,17 @@ def _derivatives(seeds: Seeds, inputs: Sequence[GradientEdge], scale: float) -> 
     for edge, seed in seeds:
         metadata = edge.node._input_metadata[edge.output_nr]
         values.append((seed * scale).to(metadata.dtype).reshape(metadata.shape))
-    return list(torch.autograd.grad(outputs, inputs, values, retain_graph=True, allow_unused=True))
+    return _grad(outputs, inputs, values)
 
 
 def back_propagate(
-    passes: Iterator[Seeds], calls: Sequence[Call], scale: float, test: SelfTest | None = None
+    passes: Iterator[Seeds],
+    calls: Sequence[Call],
+    scale: float,
+    test: SelfTest | None = None,
+    examples: Mapping[str, ExampleGradients] | None = None,
+    *,
+    mean_fraction: float | None = None,
 ) -> dict[int, Statistics]:
     """The statistics of every call that the seeds reach.
 
@@ -146,46 +178,73 @@ def back_propagate(
         passes: From :func:`seed_passes`.
         calls: What was recorded in the forward.
         scale: From :func:`seed_scale`; undone here.
-        test: The self-test to make on the first pass, or None.
+        test: The self-test of the layers that wait for it, or None.
+        examples: By layer, what takes the gradients of single examples.
+        mean_fraction: Where the seed is that of a whole loss, a mean over examples: the loss's fraction of the
+            optimizer step; None for seeds of terms.
 
     Returns:
         Statistics by the position of the call.
     """
     edges = [call.edge for call in calls]
+    factors = _factors(calls, scale, mean_fraction)
     reached: dict[int, Statistics] = {}
-    for number, seeds in enumerate(passes):
-        extra = [get_gradient_edge(p) for p in test.parameters] if test is not None and number == 0 else []
+    for seeds in passes:
+        extra = [get_gradient_edge(p) for p in test.parameters()] if test is not None else []
         found = _derivatives(seeds, [*edges, *extra], scale)
         gradients = found[: len(edges)]
-        if test is not None and number == 0:
+        if test is not None:
             test.check(calls, gradients, found[len(edges) :])
+        jointly: dict[str, list[tuple[int, Call, Tensor]]] = {}
         for index, (call, gradient) in enumerate(zip(calls, gradients, strict=True)):
             if gradient is None:
                 continue
+            arrived = call.output_gradient(gradient)
+            factor = factors[index]
             with torch.no_grad():
-                one = call.adapter.statistics(call.record, call.output_gradient(gradient))
-                one = Statistics(one.means, {name: total / scale**2 for name, total in one.sums.items()}, one.rows)
+                one = call.adapter.statistics(call.record, arrived)
+                sums = {name: total * factor for name, total in one.sums.items()}
                 if index in reached:
-                    sums = {name: total + one.sums[name] for name, total in reached[index].sums.items()}
-                    one = Statistics(one.means, sums, one.rows)
-                reached[index] = one
+                    sums = {name: total + reached[index].sums[name] for name, total in sums.items()}
+                reached[index] = Statistics(one.means, sums, one.rows)
+            if examples and call.layer in examples:
+                jointly.setdefault(call.layer, []).append((index, call, arrived))
             gradients[index] = None
+        with torch.no_grad():
+            for layer, parts in jointly.items():
+                assert examples is not None
+                examples[layer].add([(call, arrived) for _, call, arrived in parts], factors[parts[0][0]])
     return dict(sorted(reached.items()))
 
 
+def _factors(calls: Sequence[Call], scale: float, mean_fraction: float | None) -> list[float]:
+    """What products of two derivatives at each call's output are to be multiplied by."""
+    if mean_fraction is None:
+        return [1.0 / scale**2] * len(calls)
+    sizes = {index: _examples(call) for index, call in enumerate(calls) if call.adapter.has_rows}
+    # A parameter that no call explains has no batch of its own.
+    batch = max(sizes.values(), default=1)
+    return [sizes.get(index, batch) / mean_fraction / scale**2 for index in range(len(calls))]
+
+
+def _examples(call: Call) -> int:
+    """The number of examples of a call, which its adapter alone can tell from positions and channels."""
+    return call.adapter.output_rows(torch.empty(call.output_shape, device="meta")).shape[0]
+
+
 def empirical_statistics_of_loss(
-    loss: Tensor, calls: Sequence[Call], *, loss_scale: float, test: SelfTest | None
+    loss: Tensor,
+    calls: Sequence[Call],
+    *,
+    loss_scale: float,
+    loss_fraction: float,
+    test: SelfTest | None,
+    examples: Mapping[str, ExampleGradients] | None = None,
 ) -> dict[int, Statistics]:
     r"""The empirical Fisher of a loss whose terms are not recognised, taken to be a mean over examples.
 
-    With :math:`h = \frac1N\sum_i h_i`, the rows of h itself are :math:`1/N` of those of the examples, so
-    that :math:`G = N\sum_r g_r g_r^\top`, N the size of each layer's first axis.
+    With :math:`h = \frac{f}{N}\sum_i h_i`, f the loss's fraction of the optimizer step, the rows of h itself are
+    :math:`f/N` of those of the examples, so that :math:`G = (N/f)\sum_r g_r g_r^\top`, N the examples of each call.
     """
     seeds: Seeds = [(loss_edge(loss), torch.full_like(loss, 1.0 / loss_scale))]
-    found = back_propagate(iter([seeds]), calls, 1.0, test)
-    result = {}
-    for index, entry in found.items():
-        shape = calls[index].output_shape
-        examples = shape[0] if shape else 1
-        result[index] = Statistics(entry.means, {k: v * examples for k, v in entry.sums.items()}, entry.rows)
-    return result
+    return back_propagate(iter([seeds]), calls, 1.0, test, examples, mean_fraction=loss_fraction)

@@ -44,9 +44,11 @@ class KFCHooks:
         warmup_steps: During the first so many optimizer steps, statistics are taken at every step.
         ema_decay: Decay of the running averages of the statistics, at least 0 and below 1.
         kl_clip: Bound on the size of a step, measured in how much it changes the model's predictions; null for none.
-        inverse: How the damped curvature is inverted.
+        inverse: How the damped curvature is inverted. "cholesky": damping split over both factors, the cheapest;
+            "eigh": damping applied exactly; "ekfac": also with the second moments of single examples' gradients.
         rule: How gradients and inverses make an update. "natural": the paper's.
         weight_sharing: "expand": each use of a weight counts by itself; "reduce": the uses by an example count as one.
+        max_factor_dim: A layer's factor with more dimensions than this is kept as its diagonal; null for no bound.
         include: Glob patterns over module names, such as "encoder.*": only these modules are preconditioned.
         exclude: Glob patterns over module names that are not preconditioned.
         seed: Seed of the sampled targets. The global random stream is never touched.
@@ -69,9 +71,10 @@ class KFCHooks:
         warmup_steps: int = 10,
         ema_decay: float = 0.95,
         kl_clip: float | None = 0.03,
-        inverse: Literal["cholesky"] = "cholesky",
+        inverse: Literal["cholesky", "eigh", "ekfac"] = "cholesky",
         rule: Literal["natural"] = "natural",
         weight_sharing: Literal["expand", "reduce"] = "expand",
+        max_factor_dim: int | None = 10_000,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         seed: int = 0,
@@ -89,6 +92,7 @@ class KFCHooks:
             inverse=inverse,
             rule=rule,
             weight_sharing=weight_sharing,
+            max_factor_dim=max_factor_dim,
             include=include,
             exclude=exclude,
             seed=seed,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from lightning_kfc.fisher import (
 from lightning_kfc.layer import Layer
 from lightning_kfc.likelihood import Likelihood
 from lightning_kfc.monitor import Events, StepNumbers
+from lightning_kfc.per_example import ExampleGradients
 from lightning_kfc.rules.natural import natural_step
 from lightning_kfc.schedule import value_at
 from lightning_kfc.selftest import SelfTest
@@ -69,9 +71,15 @@ class KFC:
         warmup_steps: During the first so many optimizer steps statistics are taken at every step.
         ema_decay: :math:`\rho`, the decay of the factors' zero-debiased running averages, at least 0, below 1.
         kl_clip: :math:`\kappa` of E7, the bound on the squared norm of a step in the Fisher metric; None for none.
-        inverse: How damped factors are inverted: ``"cholesky"`` (E4, E5).
+        inverse: How damped factors are inverted: ``"cholesky"`` (E4, E5: damping split over both factors);
+            ``"eigh"`` (E6: exact damping, that of the present step); ``"ekfac"``: E6 with the running second moments of
+            the examples' gradients as eigenvalues (George et al. 2018). That one keeps what the layers read, and the
+            derivatives at their outputs, through the backward of the steps that refresh inverses.
         rule: How gradients and inverses make an update: ``"natural"``, the paper's KFC-pre.
         weight_sharing: ``"expand"``: each use of a weight is a row; ``"reduce"``: each example is one.
+        max_factor_dim: A factor of more dimensions is held as its diagonal, which :meth:`coverage` shows; None for no
+            bound. The default admits every layer of the usual convolutional nets and transformers (d_in 4,609 in a
+            ResNet-50, 9,217 in the widest ResNets), and no vocabulary; a factor with its inverse takes 0.8 GB there.
         include: Glob patterns over module names; only these are preconditioned. None for all.
         exclude: Glob patterns over module names that are not preconditioned.
         seed: Seed of the sampling of targets; the global random stream is never touched.
@@ -96,6 +104,7 @@ class KFC:
         inverse: str = "cholesky",
         rule: str = "natural",
         weight_sharing: str = "expand",
+        max_factor_dim: int | None = 10_000,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         seed: int = 0,
@@ -112,6 +121,7 @@ class KFC:
             inverse=inverse,
             rule=rule,
             weight_sharing=weight_sharing,
+            max_factor_dim=max_factor_dim,
             include=include,
             exclude=exclude,
             seed=seed,
@@ -128,8 +138,11 @@ class KFC:
     def _start(self, model: nn.Module, settings: Settings) -> None:
         self.settings = settings
         self._model = model
-        self._found = find_layers(model, settings.include, settings.exclude, settings.weight_sharing)
+        self._found = find_layers(
+            model, settings.include, settings.exclude, settings.weight_sharing, settings.max_factor_dim
+        )
         self._dropped: dict[str, str] = {}
+        self._said: set[str] = set()
         self._recorder: Recorder | None = None
         self._losses: LossRecorder | None = None
         self._self_test: SelfTest | None = None
@@ -149,11 +162,14 @@ class KFC:
 
     def coverage(self) -> Coverage:
         """Every parameter with how it is treated and why; prints as a table."""
-        return coverage_of(self._model, self._found)
+        return coverage_of(self._model, self._found, INVERSES[self.settings.inverse])
 
     def _drop(self, layer: str, reason: str) -> None:
         self._dropped[layer] = reason
+        before = set(self.layers)
         self._found.replace_by_parameters(layer, self._model, reason)
+        # Their curvature begins with the next due step, which is no surprise.
+        self._said |= set(self.layers) - before
         if distributed.rank() == 0:
             warnings.warn(
                 f"KFC has no Kronecker factors for {layer!r}: {reason}. Its parameters get a diagonal curvature; "
@@ -175,12 +191,15 @@ class KFC:
             yield
             return
         self._recorder, self._losses = Recorder(), LossRecorder()
-        direction = self._prepare_self_test()
+        test = self._prepare_self_test()
+        waiting = set(test.waiting) if test is not None else set()
         handles = []
         try:
             for name, layer in self._layers_with_rows().items():
-                self._recorder.attach(name, layer.adapters, direction(name) if direction else None)
-            handles += self._attach_named_output(self._losses.terms)
+                wanted = functools.partial(test.direction, name) if test is not None and name in waiting else None
+                keep_inputs = layer.inverse_type(INVERSES[self.settings.inverse]).wants_examples
+                self._recorder.attach(name, layer.adapters, wanted, keep_inputs=keep_inputs)
+            handles += self._attach_named_output(self._losses)
             with _eager_compiled_code(), self._losses:
                 yield
         finally:
@@ -199,12 +218,18 @@ class KFC:
                 wait for the last of them.
             loss_scale: The factor that a gradient scaler has multiplied ``loss`` by.
             loss_fraction: The share of ``loss`` in the optimizer step, where the logits were named by
-                ``output_of``: 1/k when k micro-batches are accumulated.
+                ``output_of`` or no term is recognised: 1/k when k micro-batches are accumulated.
 
         Raises:
             LossNotRecognisedError: If the loss holds no recognised term.
             SelfTestError: If the first step shows that the rows of a layer do not explain its gradient.
+            RuntimeError: If the step is due but its loss was not computed inside :meth:`capture`, or if its
+                backward has been run.
         """
+        if self._recorder is None and self.settings.schedule.factors_due(self.step):
+            raise RuntimeError(
+                f"KFC has recorded nothing at step {self.step}: compute the loss inside `with kfc.capture():`."
+            )
         self.back_propagate(loss, loss_scale=loss_scale, loss_fraction=loss_fraction)
         if not accumulate:
             self.refresh()
@@ -215,7 +240,7 @@ class KFC:
             return
         self.pause()
         try:
-            with _norm_statistics_kept(self._model):
+            with _full_precision(self._model), _norm_statistics_kept(self._model):
                 statistics = self._statistics(loss, loss_scale, loss_fraction)
         finally:
             self.resume()
@@ -234,9 +259,11 @@ class KFC:
             return
         rates = None if optimizer is None else _learning_rates(optimizer)
         layers = [layer for layer in self.layers.values() if rates is None or _rate_of(layer, rates) is not None]
-        self._fold_pending(layers)
-        if self.settings.schedule.inverses_due(self.step):
-            self._refresh_inverses([layer for layer in layers if layer.factorised_at != self.step])
+        with _full_precision(self._model):
+            self._fold_pending(layers)
+            if self.settings.schedule.inverses_due(self.step):
+                self._refresh_inverses([layer for layer in layers if layer.factorised_at != self.step])
+            self._fold_second_moments(layers)
 
     def precondition(self, lr: float | None = None, *, optimizer: Optimizer | None = None) -> None:
         """Replace the gradients of the covered parameters by their updates.
@@ -256,22 +283,43 @@ class KFC:
         self.refresh(optimizer)
         rates = None if optimizer is None else _learning_rates(optimizer)
         ready: list[tuple[Layer, Tensor, float]] = []
+        unexplained: list[str] = []
         finite = True
         for layer in self.layers.values():
             rate = lr if rates is None else _rate_of(layer, rates)
             gradients = layer.gradients()
-            if rate is None or gradients is None or layer.inverse is None:
+            if rate is None or gradients is None:
+                continue
+            if not layer.averages:
+                unexplained.append(layer.name)
+            if layer.inverse is None or tuple(gradients) != layer.roles:
                 continue
             matrix = layer.adapter.matrix(gradients)
             ready.append((layer, matrix.to(torch.promote_types(matrix.dtype, torch.float32)), rate))
         with torch.no_grad():
             if self.settings.schedule.factors_due(self.step):
                 finite = all(bool(torch.isfinite(matrix).all()) for _, matrix, _ in ready)
+                self._say_unexplained(unexplained)
             if finite:
                 self._replace_gradients(ready)
             else:
                 self.events.nonfinite_gradients += 1
         self._stepped = True
+
+    def _say_unexplained(self, names: Sequence[str]) -> None:
+        """Warn once of each layer that has a gradient, but no curvature although a step was due."""
+        new = [name for name in names if name not in self._said]
+        if not new or self.events.nonfinite_statistics:
+            return
+        self._said.update(new)
+        if distributed.rank() == 0:
+            warnings.warn(
+                f"KFC has no curvature for {', '.join(map(repr, new))}: their gradients come from no recorded loss "
+                "term through a recorded forward, and stay as they are. Likely causes: a part of the loss that is not "
+                "recognised (name its likelihood), or activation checkpointing with use_reentrant=True (pass "
+                "use_reentrant=False). Add them to `exclude` to silence this.",
+                stacklevel=3,
+            )
 
     def pause(self) -> None:
         """Record nothing until :meth:`resume`: a backward re-runs checkpointed forwards, which are none of ours."""
@@ -296,15 +344,12 @@ class KFC:
             self._stepped = False
             self._micro_batch = 0
 
-    def _prepare_self_test(self) -> Callable[[str], Tensor] | None:
-        self._self_test = None
-        if self._self_test_done:
-            return None
-        test = SelfTest(self._layers_with_rows(), self._generator(torch.device("cpu"), stream=1))
-        self._self_test = test
-        return test.direction
+    def _prepare_self_test(self) -> SelfTest | None:
+        if self._self_test is None and not self._self_test_done:
+            self._self_test = SelfTest(self._layers_with_rows(), self._generator(torch.device("cpu"), stream=1))
+        return self._self_test
 
-    def _attach_named_output(self, terms: list[LossTerm]) -> list[Any]:
+    def _attach_named_output(self, losses: LossRecorder) -> list[Any]:
         likelihood = self.settings.likelihood
         if not isinstance(likelihood, Likelihood) or likelihood.output_of is None:
             return []
@@ -314,7 +359,7 @@ class KFC:
                 f"likelihood names the logits as the output of {likelihood.output_of!r}, but the model has no such "
                 f"module. Its modules are: {', '.join(name for name in modules if name)}."
             )
-        hook = named_output_hook(likelihood, terms)
+        hook = named_output_hook(likelihood, losses)
         return [modules[likelihood.output_of].register_forward_hook(hook)]
 
     def _statistics(self, loss: Tensor, loss_scale: float, loss_fraction: float) -> dict[str, Statistics]:
@@ -328,32 +373,51 @@ class KFC:
         ]
         kept = weighted_terms(loss, self._wanted(terms), loss_scale=loss_scale, loss_fraction=loss_fraction)
         test = self._self_test
+        examples = self._example_gradients({call.layer for call in recorded if call.inputs is not None})
         if kept:
             if not all(bool(torch.isfinite(w.term.logits).all() and torch.isfinite(w.weights).all()) for w in kept):
                 self.events.nonfinite_statistics += 1
                 return {}
             generator = self._generator(kept[0].term.logits.device)
             scale = 1.0 if self.settings.fisher == "empirical" else seed_scale(kept)
-            found = back_propagate(seed_passes(kept, self.settings.fisher, generator), calls, scale, test)
+            found = back_propagate(seed_passes(kept, self.settings.fisher, generator), calls, scale, test, examples)
         elif self.settings.fisher == "empirical":
-            found = empirical_statistics_of_loss(loss, calls, loss_scale=loss_scale, test=test)
+            found = empirical_statistics_of_loss(
+                loss, calls, loss_scale=loss_scale, loss_fraction=loss_fraction, test=test, examples=examples
+            )
         else:
             raise LossNotRecognisedError(self._unrecognised(terms))
-        # What this loss did not reach may belong to a later loss of the same training step.
+        # A term that this loss does not hold may belong to a later loss of the same training step.
         self._losses.terms[:] = [term for term in terms if all(term is not w.term for w in kept)]
-        self._recorder.calls[:] = [call for i, call in enumerate(recorded) if i not in found]
+        counted = self._recorder.counted
         if test is not None:
-            self._finish_self_test(test)
+            self._conclude_self_test(test)
         statistics: dict[str, Statistics] = {}
         for index, entry in found.items():
             name = calls[index].layer
+            if index < len(recorded):
+                # A later loss through the same call adds to G alone: the call's input rows are in A already.
+                entry = entry.without_means() if index in counted else entry
+                counted.add(index)
             statistics[name] = statistics[name] + entry if name in statistics else entry
         return {name: entry for name, entry in statistics.items() if name in self.layers}
 
-    def _finish_self_test(self, test: SelfTest) -> None:
-        self._self_test, self._self_test_done = None, True
+    def _example_gradients(self, layers: Iterable[str]) -> dict[str, ExampleGradients]:
+        due = self.settings.schedule.inverses_due(self.step)
+        return {
+            name: layer.collect_examples(basis_changes=due and layer.factorised_at != self.step)
+            for name, layer in self.layers.items()
+            if name in layers
+        }
+
+    def _conclude_self_test(self, test: SelfTest) -> None:
         for name in test.never_called:
-            self._drop(name, "its weight is used without calling the module")
+            if name in self.layers:  # else another part of its module took it along
+                self._drop(name, "its weight is used without calling the module")
+        test.never_called.clear()
+        test.waiting[:] = [name for name in test.waiting if name in self.layers]
+        if not test.waiting:
+            self._self_test, self._self_test_done = None, True
 
     def _wanted(self, terms: list[LossTerm]) -> list[LossTerm]:
         likelihood = self.settings.likelihood
@@ -407,13 +471,33 @@ class KFC:
                 if distributed.rank() == 0:
                     warnings.warn(f"KFC at step {self.step}, layer {layer.name!r}: {error}; {kept}.", stacklevel=2)
 
+    def _fold_second_moments(self, layers: Sequence[Layer]) -> None:
+        moments = {}
+        for layer in layers:
+            if layer.examples is not None and layer.examples.incomplete:
+                warnings.warn(
+                    f"KFC layer {layer.name!r}: its input was changed in place after its forward, so that "
+                    "inverse='ekfac' has no gradients of single examples there and goes on with the "
+                    "eigenvalues it has. Make that operation out of place, or use inverse='eigh'.",
+                    stacklevel=2,
+                )
+            moments[layer.name] = layer.take_second_moment()
+        statistics = {name: Statistics({}, {"S": S}, 0) for name, S in moments.items() if S is not None}
+        for name, entry in distributed.reduce_statistics(statistics).items():
+            if entry.is_finite():
+                self._found.layers[name].fold_second_moment(entry.sums["S"], self.settings.ema_decay)
+            else:
+                self.events.nonfinite_statistics += 1
+
     def _replace_gradients(self, ready: Sequence[tuple[Layer, Tensor, float]]) -> None:
-        inverses = [layer.inverse for layer, _, _ in ready if layer.inverse is not None]
-        result = natural_step([g for _, g, _ in ready], inverses, [rate for _, _, rate in ready], self.settings.kl_clip)
+        damping = value_at(self.settings.damping, self.step)
+        inverses = [layer.inverse.at_damping(damping) for layer, _, _ in ready if layer.inverse is not None]
+        gradients, rates = [g for _, g, _ in ready], [rate for _, _, rate in ready]
+        with _full_precision(self._model):
+            result = natural_step(gradients, inverses, rates, self.settings.kl_clip)
         self.events.nonfinite_updates += len(result.failed)
         for (layer, _, _), update in zip(ready, result.updates, strict=True):
             layer.write(update)
-        damping = value_at(self.settings.damping, self.step)
         self.last_step = StepNumbers(self.step, damping, result.clip, result.quadratic / 2)
 
     # State.
@@ -449,7 +533,7 @@ class KFC:
             if name in self._found.layers:
                 self._dropped[name] = reason
                 self._found.replace_by_parameters(name, self._model, reason)
-        self._self_test_done = bool(state["self_test_done"])
+        self._self_test, self._self_test_done = None, bool(state["self_test_done"])
         self.events.load_state_dict(state["events"])
         problems = [
             f"layer {name!r} of the checkpoint is not in the model"
@@ -482,6 +566,11 @@ def _rate_of(layer: Layer, rates: Mapping[int, float]) -> float | None:
     return None if not own or any(rate is None for rate in own) else own[0]
 
 
+def _full_precision(model: nn.Module) -> torch.autocast:
+    """A plain loop may call us under autocast, which would form factors and updates in half precision."""
+    return torch.autocast(next(model.parameters()).device.type, enabled=False)
+
+
 @contextlib.contextmanager
 def _eager_compiled_code() -> Iterator[None]:
     """Run compiled code eagerly, so that hooks fire and the loss is seen; what is compiled stays compiled."""
@@ -497,7 +586,7 @@ def _eager_compiled_code() -> Iterator[None]:
 def _norm_statistics_kept(model: nn.Module) -> Iterator[None]:
     """Put batch norm's running statistics back: under activation checkpointing a backward runs forwards again."""
     kept = [
-        (buffer, buffer._version, buffer.clone())
+        (buffer, buffer.clone())
         for module in model.modules()
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.training
         for buffer in module.buffers(recurse=False)
@@ -505,7 +594,7 @@ def _norm_statistics_kept(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for buffer, version, value in kept:
-            # Autograd holds these buffers too, and objects to a write that changes nothing.
-            if buffer._version != version:
-                buffer.copy_(value)
+        for buffer, value in kept:
+            # Through .data: autograd holds these buffers too, and objects to a write that it counts. Batch norm's own
+            # writes are not counted, so that a changed buffer cannot be told by its version.
+            buffer.data.copy_(value)

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_kfc.factors.inverse import Inverse
+from lightning_kfc.factors.eigenbasis import Eigenbasis
+from lightning_kfc.factors.inverse import EighInverse, EkfacInverse, Inverse
 from lightning_kfc.factors.running import RunningAverage
 from lightning_kfc.factors.statistics import Statistics, factor_dtype
 from lightning_kfc.layers import Adapter
+from lightning_kfc.per_example import ExampleGradients
 
 
 class Layer:
@@ -31,7 +33,11 @@ class Layer:
         self.averages: dict[str, RunningAverage] = {}
         self.inverse: Inverse | None = None
         self.pending: Statistics | None = None
+        self.examples: ExampleGradients | None = None
         self.factorised_at = -1
+        #: The roles of the parameters that factors and inverse are for; others may be frozen or unfrozen since.
+        self.roles: tuple[str, ...] = ()
+        self._pending_roles: tuple[str, ...] = ()
 
     @property
     def adapter(self) -> Adapter:
@@ -76,20 +82,22 @@ class Layer:
     def add(self, statistics: Statistics) -> None:
         """Add the statistics of one more micro-batch of the step."""
         self.pending = statistics if self.pending is None else self.pending + statistics
+        self._pending_roles = tuple(self.adapter.own_parameters())
 
     def fold(self, statistics: Statistics, decay: float) -> bool:
         """Fold a step's statistics into the running averages.
 
         Returns:
-            False where the averages had to start anew, since the factors' shapes changed (parameters were
-            frozen or unfrozen).
+            False where the averages had to start anew, since parameters were frozen or unfrozen.
         """
         factors = statistics.factors()
-        kept = all(
-            name not in self.averages or self.averages[name].value.shape == f.shape for name, f in factors.items()
+        kept = not self.averages or (
+            self.roles == self._pending_roles
+            and all(self.averages[name].value.shape == f.shape for name, f in factors.items())
         )
         if not kept:
             self.averages, self.inverse = {}, None
+        self.roles = self._pending_roles
         for name, value in factors.items():
             if name in self.averages:
                 self.averages[name] = self.averages[name].updated(value, decay)
@@ -97,10 +105,45 @@ class Layer:
                 self.averages[name] = RunningAverage.start(value, decay)
         return kept
 
+    def inverse_type(self, chosen: type[Inverse]) -> type[Inverse]:
+        """The kind of inverse of this layer, given the one that the user chose."""
+        own = self.adapter.inverse_type(chosen)
+        # Without rows of single examples there is only the product of the factors' own eigenvalues.
+        return EighInverse if own is EkfacInverse and not self.adapter.pairs_rows else own
+
     def factorise(self, inverse: type[Inverse], damping: float, step: int) -> None:
         """Refresh the inverse from the running factors; see :meth:`Inverse.factorise` for what it raises."""
         self.factorised_at = step
-        self.inverse = self.adapter.inverse_type(inverse).factorise(self.factors, damping)
+        self.inverse = self.inverse_type(inverse).factorise(self.factors, damping).succeeding(self.inverse)
+
+    def collect_examples(self, *, basis_changes: bool) -> ExampleGradients:
+        """What takes the gradients of single examples in this step.
+
+        Args:
+            basis_changes: Whether the step ends with a new basis, for which they must be kept.
+        """
+        if self.examples is None:
+            shape = self.adapter.matrix_shape()
+            basis: Eigenbasis | None = None
+            if isinstance(self.inverse, EkfacInverse) and not basis_changes and self.inverse.basis.shape == shape:
+                basis = self.inverse.basis
+            self.examples = ExampleGradients(basis, shape)
+        return self.examples
+
+    def take_second_moment(self) -> Tensor | None:
+        """The second moment of the step's examples in the present basis; None where there are no examples or no basis.
+
+        It holds NaN where it could not be formed.
+        """
+        examples, self.examples = self.examples, None
+        if examples is None or not isinstance(self.inverse, EkfacInverse):
+            return None
+        return examples.second_moment(self.inverse.basis)
+
+    def fold_second_moment(self, moment: Tensor, decay: float) -> None:
+        """Fold a step's second moment into the corrected eigenvalues."""
+        assert isinstance(self.inverse, EkfacInverse)
+        self.inverse = self.inverse.updated(moment, decay)
 
     def gradients(self) -> dict[str, Tensor] | None:
         """The gradients of the layer's parameters, or None where one of them has none."""
@@ -115,12 +158,13 @@ class Layer:
         assert gradients is not None
         self.adapter.write(matrix, gradients)
 
-    def nbytes(self) -> int:
-        """Bytes that factors and inverse hold, or will hold once there are some."""
+    def nbytes(self, inverse: type[Inverse]) -> int:
+        """Bytes that factors and inverse hold, or will hold once there are some, given the user's kind of inverse."""
         if not self.averages or self.inverse is None:
             dtype = factor_dtype(next(iter(self.adapter.parameters().values())).dtype)
-            # Each inverse is about as large as what it inverts.
-            return 2 * sum(math.prod(shape) for shape in self.adapter.factor_shapes().values()) * dtype.itemsize
+            shapes = self.adapter.factor_shapes()
+            numel = sum(map(math.prod, shapes.values())) + self.inverse_type(inverse).numel(shapes)
+            return numel * dtype.itemsize
         return sum(average.value.nbytes for average in self.averages.values()) + self.inverse.nbytes()
 
     def state_dict(self) -> dict[str, Any]:
@@ -139,7 +183,7 @@ class Layer:
             Why the state does not fit this layer, or None where it was taken over.
         """
         device = next(iter(self.adapter.parameters().values())).device
-        inverse = self.adapter.inverse_type(inverse)
+        inverse = self.inverse_type(inverse)
         expected = self.adapter.factor_shapes()
         found = {name: tuple(entry["value"].shape) for name, entry in state["factors"].items()}
         if found and found != expected:
@@ -148,6 +192,7 @@ class Layer:
             name: RunningAverage(entry["value"].to(device), float(entry["weight"]))
             for name, entry in state["factors"].items()
         }
+        self.roles = tuple(self.adapter.own_parameters())
         saved = dict(state.get("inverse", {}))
         self.inverse = None
         if saved.pop("kind", None) == inverse.name:

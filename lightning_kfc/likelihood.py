@@ -17,6 +17,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lightning_kfc.checks import check_choice, check_integer, check_module_name
+
 
 @dataclass(frozen=True)
 class Likelihood(ABC):
@@ -34,6 +36,12 @@ class Likelihood(ABC):
     name: ClassVar[str]
     #: Whether one term owns a whole vector of outputs (categorical), or each output is a term of its own.
     vector_valued: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if self.output_of is not None:
+            check_module_name("output_of", self.output_of)
+        check_choice("reduction", self.reduction, ("mean", "sum"))
 
     @abstractmethod
     def sampled_seed(self, logits: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
@@ -93,6 +101,11 @@ class Categorical(Likelihood):
 
     name: ClassVar[str] = "categorical"
     vector_valued: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        check_integer("class_dim", self.class_dim)
 
     def sampled_seed(self, logits: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
         """See :class:`Likelihood`."""

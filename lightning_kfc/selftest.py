@@ -25,7 +25,7 @@ class SelfTestError(RuntimeError):
 
 
 class SelfTest:
-    """One check of all layers.
+    """One check of every layer, made when seeds first bring it a derivative that is not zero.
 
     Args:
         layers: The layers by name.
@@ -36,23 +36,25 @@ class SelfTest:
         self._layers = layers
         self._generator = generator
         self._directions: dict[str, Tensor] = {}
-        self._owners: list[tuple[str, str, nn.Parameter]] = [
-            (layer.name, name, parameter)
-            for layer in layers.values()
-            for name, parameter in layer.adapter.own_parameters().items()
-        ]
+        self._owners: list[tuple[str, str, nn.Parameter]] = []
+        #: The layers that have not been checked yet.
+        self.waiting: list[str] = list(layers)
         #: Layers whose parameters get a derivative although their modules were never called.
         self.never_called: list[str] = []
 
-    @property
     def parameters(self) -> list[nn.Parameter]:
-        """The parameters whose derivatives the check needs."""
+        """The parameters whose derivatives the next check needs."""
+        self._owners = [
+            (layer, role, parameter)
+            for layer in self.waiting
+            for role, parameter in self._layers[layer].adapter.own_parameters().items()
+        ]
         return [parameter for _, _, parameter in self._owners]
 
     def direction(self, layer: str) -> Tensor:
-        """The layer's direction u, shape ``(groups, d_in)``, made when it is first asked for."""
-        if layer not in self._directions:
-            groups, _, d_in = self._layers[layer].adapter.matrix_shape()
+        """The layer's direction u, shape ``(groups, d_in)`` for the parameters that are trainable now."""
+        groups, _, d_in = self._layers[layer].adapter.matrix_shape()
+        if layer not in self._directions or self._directions[layer].shape != (groups, d_in):
             self._directions[layer] = torch.randn((groups, d_in), generator=self._generator, dtype=torch.float64)
         return self._directions[layer]
 
@@ -61,29 +63,37 @@ class SelfTest:
     ) -> None:
         """Compare the gradients rebuilt from rows with autograd's own.
 
+        Args:
+            calls: What was recorded in the forward.
+            gradients: The derivatives that arrived at the calls; None where none did.
+            of_parameters: Those that arrived at :meth:`parameters`.
+
         Raises:
             SelfTestError: If they differ for a layer.
         """
         own: dict[str, dict[str, Tensor]] = {}
-        for (layer, name, parameter), gradient in zip(self._owners, of_parameters, strict=True):
-            own.setdefault(layer, {})[name] = torch.zeros_like(parameter) if gradient is None else gradient
-        reached = {
-            layer for (layer, _, _), gradient in zip(self._owners, of_parameters, strict=True) if gradient is not None
-        }
+        reached: set[str] = set()
+        for (layer, role, parameter), gradient in zip(self._owners, of_parameters, strict=True):
+            own.setdefault(layer, {})[role] = torch.zeros_like(parameter) if gradient is None else gradient
+            if gradient is not None:
+                reached.add(layer)
         by_layer: dict[str, list[tuple[Call, Tensor]]] = {}
         for call, gradient in zip(calls, gradients, strict=True):
-            if gradient is not None:
+            if gradient is not None and call.probe is not None:
                 by_layer.setdefault(call.layer, []).append((call, gradient))
-        for layer in self._layers:
+        for layer in own:
             if layer in by_layer:
-                self._check_layer(layer, by_layer[layer], own[layer])
+                if self._check_layer(layer, by_layer[layer], own[layer]):
+                    self.waiting.remove(layer)
             elif layer in reached:
                 if any(call.layer == layer for call in calls):
                     self._fail(layer, float("inf"))
                 self.never_called.append(layer)
+                self.waiting.remove(layer)
 
     @torch.no_grad()
-    def _check_layer(self, layer: str, arrived: Sequence[tuple[Call, Tensor]], own: Mapping[str, Tensor]) -> None:
+    def _check_layer(self, layer: str, arrived: Sequence[tuple[Call, Tensor]], own: Mapping[str, Tensor]) -> bool:
+        """Whether there was anything to compare: derivatives of 0 (dead units, ignored targets) show nothing."""
         expected_matrix = self._layers[layer].adapter.matrix(own)
         dtype = factor_dtype(expected_matrix.dtype)
         expected_matrix = expected_matrix.to(dtype)
@@ -93,6 +103,11 @@ class SelfTest:
             assert call.probe is not None
             rows = call.adapter.output_rows(call.output_gradient(gradient).to(dtype))
             probe = call.probe.to(dtype)
+            if rows.shape[:-1] != probe.shape or rows.shape[-1] != expected.shape[-1]:
+                raise SelfTestError(
+                    f"{type(call.adapter).__name__}.output_rows() made rows of shape {tuple(rows.shape)} "
+                    f"for {layer!r}; its input rows and its gradient ask for {(*probe.shape, expected.shape[-1])}."
+                )
             rebuilt += torch.einsum("ntgo,ntg->go", rows, probe)
             spread += torch.einsum("ntgo,ntg->go", rows.square(), probe.square())
         # Rounding grows with the terms of the sum, which may all but cancel in it.
@@ -101,6 +116,7 @@ class SelfTest:
         precision = min((gradient.dtype for _, gradient in arrived), key=lambda d: -TOLERANCE.get(d, 0.1))
         if error > TOLERANCE.get(precision, 0.1) * size:
             self._fail(layer, error / size)
+        return size > 0
 
     def _fail(self, layer: str, error: float) -> None:
         kind = self._layers[layer].adapter.kind

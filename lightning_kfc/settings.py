@@ -30,6 +30,7 @@ class Settings:
     inverse: str = "cholesky"
     rule: str = "natural"
     weight_sharing: str = "expand"
+    max_factor_dim: int | None = 10_000
     include: Sequence[str] | None = None
     exclude: Sequence[str] | None = None
     seed: int = 0
@@ -48,6 +49,8 @@ class Settings:
         check_choice("inverse", self.inverse, INVERSES)
         check_choice("rule", self.rule, RULES)
         check_choice("weight_sharing", self.weight_sharing, WEIGHT_SHARINGS)
+        if self.max_factor_dim is not None:
+            check_integer("max_factor_dim", self.max_factor_dim, minimum=1)
         check_integer("seed", self.seed, minimum=0)
         object.__setattr__(self, "include", check_patterns("include", self.include))
         object.__setattr__(self, "exclude", check_patterns("exclude", self.exclude))

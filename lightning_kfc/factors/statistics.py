@@ -40,6 +40,13 @@ def second_moment_total(rows: Tensor) -> Tensor:
     return by_group.transpose(1, 2) @ by_group
 
 
+def second_moment_diagonal(rows: Tensor) -> Tensor:
+    """The diagonal of :func:`second_moment_total`, shape ``(groups, d)``, without the matrix."""
+    # The norm, since it reads the rows in one pass and makes no array of their squares.
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=(0, 1))
+    return norms.square()
+
+
 def homogeneous_total(total: Tensor, row_sum: Tensor, rows: int) -> Tensor:
     r"""The second-moment total of rows with a trailing 1, from that of the rows without.
 
@@ -112,6 +119,10 @@ class Statistics:
             {name: total + other.sums[name] for name, total in self.sums.items()},
             self.rows + other.rows,
         )
+
+    def without_means(self) -> Statistics:
+        """The same sums, with the rows behind the means left out."""
+        return Statistics({name: torch.zeros_like(total) for name, total in self.means.items()}, self.sums, 0)
 
     def factors(self) -> dict[str, Tensor]:
         """The factors of these rows: A by E1 (a mean over rows), G by E2 (a sum over rows)."""

@@ -1,11 +1,15 @@
 """Adapters: what each kind of layer needs to take part, one file a kind."""
 
-from lightning_kfc.layers import conv as _conv
-from lightning_kfc.layers import linear as _linear
+import importlib
+import pkgutil
+
 from lightning_kfc.layers.adapter import Adapter, Forward
 from lightning_kfc.layers.parameter import ParameterAdapter
 from lightning_kfc.layers.registry import adapter_for, register_adapter
+from lightning_kfc.layers.scale import ScaleShiftAdapter
 
-__all__ = ["Adapter", "Forward", "ParameterAdapter", "adapter_for", "register_adapter"]
+__all__ = ["Adapter", "Forward", "ParameterAdapter", "ScaleShiftAdapter", "adapter_for", "register_adapter"]
 
-del _conv, _linear  # imported for their registrations
+# Each file registers its adapters when it is imported, so that a new kind of layer touches no other file.
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,12 +17,28 @@ from lightning_kfc.factors.statistics import (
     Statistics,
     append_ones,
     factor_dtype,
+    second_moment_diagonal,
     second_moment_total,
     share_by_reduction,
 )
+from lightning_kfc.layers.cases import Case
 
 #: Called as ``hook(module, args, kwargs, output)``.
 ForwardHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor, a sparse gradient as a dense one."""
+    return tensor.to_dense() if tensor.is_sparse else tensor
+
+
+def overwrite(target: Tensor, values: Tensor) -> None:
+    """Fill a tensor; a sparse one keeps its sparsity: values elsewhere are left out."""
+    if target.is_sparse:
+        indices = target.coalesce().indices()
+        kept = values[tuple(indices)].to(target.dtype)
+        values = torch.sparse_coo_tensor(indices, kept, target.shape, is_coalesced=True, check_invariants=False)
+    target.copy_(values)
 
 
 @dataclass(frozen=True)
@@ -61,8 +77,16 @@ class Adapter(ABC):
     kind: ClassVar[str] = ""
     #: How the coverage report calls what is done with its parameters.
     treatment: ClassVar[str] = "kfc"
+    #: What the documentation's table of layers says.
+    cases: ClassVar[tuple[Case, ...]] = ()
     #: Whether there are rows at all, which a forward must be watched for.
     has_rows: ClassVar[bool] = True
+    #: The axis of the examples in inputs with several leading dimensions, set by what the model says of itself.
+    batch_axis: int = 0
+    #: Whether :meth:`input_rows` and :meth:`output_rows` of one example belong together, at a bearable cost.
+    pairs_rows: ClassVar[bool] = True
+    #: Above this many dimensions a factor is held as its diagonal; None for no bound.
+    max_factor_dim: int | None = None
 
     def __init__(self, module: nn.Module, weight_sharing: str = "expand") -> None:
         self.module = module
@@ -79,6 +103,14 @@ class Adapter(ABC):
     def parts(cls, module: nn.Module, weight_sharing: str) -> dict[str, Adapter]:
         """The adapters of a module, by a suffix of its name: more than one where its weights serve several ends."""
         return {"": cls(module, weight_sharing)}
+
+    @classmethod
+    def held(cls, module: nn.Module) -> tuple[str, ...]:
+        """Names of submodules that only hold parameters for this one, which never calls them.
+
+        A part of the same name serves the parameters of such a submodule.
+        """
+        return ()
 
     def attach(self, hook: ForwardHook) -> RemovableHandle:
         """Have a hook called with each forward of the module that the rows are read from.
@@ -142,7 +174,30 @@ class Adapter(ABC):
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the layer's factors, by name, with the groups axis first; two axes say diagonal."""
         groups, d_out, d_in = self.matrix_shape()
-        return {"A": (groups, d_in, d_in), "G": (groups, d_out, d_out)}
+        return {name: (groups, d) if self.too_large(d) else (groups, d, d) for name, d in (("A", d_in), ("G", d_out))}
+
+    def too_large(self, d: int) -> bool:
+        """Whether a factor of so many dimensions is held as its diagonal."""
+        return self.max_factor_dim is not None and d > self.max_factor_dim
+
+    def second_moment(self, rows: Tensor) -> Tensor:
+        """The rows' second-moment total ``(groups, d, d)``, or its diagonal ``(groups, d)`` where d is too large."""
+        return second_moment_diagonal(rows) if self.too_large(rows.shape[-1]) else second_moment_total(rows)
+
+    def large_sides(self) -> dict[str, int]:
+        """The dimensions of the factors, by name, that :attr:`max_factor_dim` turns into diagonals."""
+        _, d_out, d_in = self.matrix_shape()
+        return {name: d for name, d in (("A", d_in), ("G", d_out)) if self.too_large(d)}
+
+    def approximation(self) -> str:
+        """What :attr:`max_factor_dim` made cheaper, and the memory that saves; empty where nothing."""
+        groups, _, _ = self.matrix_shape()
+        large = self.large_sides()
+        itemsize = factor_dtype(next(iter(self.parameters().values())).dtype).itemsize
+        # The factor, and an inverse of the same size.
+        saved = sum(2 * groups * d * (d - 1) * itemsize for d in large.values())
+        sides = [f"{name} diagonal: {d:,} > max_factor_dim" for name, d in large.items()]
+        return f"{', '.join(sides)} (saves {saved / 1e9:,.2f} GB)" if large else ""
 
     def inverse_type(self, chosen: type[Inverse]) -> type[Inverse]:
         """The kind of inverse that suits these factors, given the one that the user chose for Kronecker factors."""
@@ -167,9 +222,18 @@ class Adapter(ABC):
             return rows.new_ones((*rows.shape[:3], 1))
         return append_ones(rows) if "bias" in own else rows
 
+    def input_row_chunks(self, forward: Forward, examples: int) -> Iterator[Tensor]:
+        """The input rows of so many examples at a time; for rows that take far more memory than the input, override."""
+        yield from torch.split(self.input_rows(forward), examples)
+
     def project(self, forward: Forward, direction: Tensor) -> Tensor:
         """Input rows times one direction ``(groups, d_in)``: shape ``(examples, positions, groups)``."""
         rows = self.input_rows(forward)
+        if rows.shape[2:] != direction.shape:
+            raise ValueError(
+                f"{type(self).__name__}.weight_input_rows() made rows of shape {tuple(rows.shape)}, the bias's 1 "
+                f"included; the gradient asks for (examples, positions, {', '.join(map(str, direction.shape))})."
+            )
         return torch.einsum("ntgi,gi->ntg", rows, direction.to(rows))
 
     # Statistics.
@@ -179,7 +243,7 @@ class Adapter(ABC):
         rows = self.input_rows(forward)
         if self.weight_sharing == "reduce":
             rows = share_by_reduction(rows, average=True)
-        return InputStatistic(second_moment_total(rows), rows.shape[0] * rows.shape[1])
+        return InputStatistic(self.second_moment(rows), rows.shape[0] * rows.shape[1])
 
     def record(self, forward: Forward) -> Any:
         """What :meth:`statistics` will need of one forward call; made inside that forward.
@@ -194,4 +258,4 @@ class Adapter(ABC):
         rows = self.output_rows(output_gradient.to(factor_dtype(output_gradient.dtype)))
         if self.weight_sharing == "reduce":
             rows = share_by_reduction(rows, average=False)
-        return Statistics({"A": record.total}, {"G": second_moment_total(rows)}, record.rows)
+        return Statistics({"A": record.total}, {"G": self.second_moment(rows)}, record.rows)

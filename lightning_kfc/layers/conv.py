@@ -1,36 +1,45 @@
-"""``torch.nn.Conv2d``: rows are patches, one per output location (KFC, Grosse & Martens 2016)."""
+"""Convolutions in one, two and three dimensions: rows are patches (KFC, Grosse & Martens 2016)."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_kfc.factors.patches import Geometry, patch_chunks, patch_rows, patch_second_moment
+from lightning_kfc.factors.patches import (
+    Geometry,
+    patch_chunks,
+    patch_rows,
+    patch_second_moment,
+    patch_second_moment_diagonal,
+)
 from lightning_kfc.factors.statistics import InputStatistic, append_ones, factor_dtype
 from lightning_kfc.layers.adapter import Adapter, Forward
 from lightning_kfc.layers.registry import register_adapter
 
+_TESTS = "tests/layers/test_conv.py"
 
-@register_adapter(nn.Conv2d)
+
+@register_adapter(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class ConvAdapter(Adapter):
-    r"""The factors :math:`\Omega \otimes \Gamma` of the paper's theorem 1, as :math:`A \otimes G` (E1, E2, E3)."""
+    r"""The factors :math:`\Omega \otimes \Gamma` of the paper's theorem 1, as :math:`A \otimes G` (E1, E2, E3).
 
-    kind = "Conv"
-    module: nn.Conv2d
+    One row per output location. A grouped convolution has a pair of factors for each group, batched in one tensor; a
+    depthwise one so has A of the size of its kernel.
+    """
 
-    @classmethod
-    def refusal(cls, module: nn.Module) -> str | None:
-        """Grouped convolutions need a pair of factors for each group."""
-        assert isinstance(module, nn.Conv2d)
-        return None if module.groups == 1 else f"convolution with groups={module.groups} has no factors yet"
+    kind: ClassVar[str] = "Conv"
+    module: nn.Conv1d | nn.Conv2d | nn.Conv3d
 
     @property
     def groups(self) -> int:
         """The convolution's own groups."""
         return self.module.groups
 
-    def geometry(self) -> Geometry:
-        """Where the module reads its input."""
+    def geometry(self, forward: Forward) -> Geometry:
+        """Where the module read its input."""
         m = self.module
         return Geometry.of(m.kernel_size, m.stride, m.padding, m.dilation, m.padding_mode, m.groups)
 
@@ -43,7 +52,7 @@ class ConvAdapter(Adapter):
 
     def weight_input_rows(self, forward: Forward) -> Tensor:
         """Patches, in the order of ``torch.nn.functional.unfold``."""
-        return patch_rows(self._images(forward), self.geometry())
+        return patch_rows(self._images(forward), self.geometry(forward))
 
     def output_rows(self, output_gradient: Tensor) -> Tensor:
         """The channels at each output location."""
@@ -52,19 +61,33 @@ class ConvAdapter(Adapter):
         by_location = gradient.flatten(2).transpose(1, 2)
         return by_location.reshape(examples, -1, self.groups, channels // self.groups)
 
+    def input_rows(self, forward: Forward) -> Tensor:
+        """See :class:`Adapter`; no patches where only the bias is trainable."""
+        if "weight" in self.own_parameters():
+            return super().input_rows(forward)
+        images = self._images(forward)
+        return images.new_ones((len(images), self.geometry(forward).positions(images.shape[2:]), self.groups, 1))
+
+    def input_row_chunks(self, forward: Forward, examples: int) -> Iterator[Tensor]:
+        """Patches of so many images at a time."""
+        for images in torch.split(self._images(forward), examples):
+            yield self.input_rows(Forward((images,), {}, forward.output))
+
     def project(self, forward: Forward, direction: Tensor) -> Tensor:
         """Patches times one direction, a chunk of patches at a time."""
         own = self.own_parameters()
         if "weight" not in own:
             return super().project(forward, direction)
-        chunks = patch_chunks(self._images(forward), self.geometry())
+        chunks = patch_chunks(self._images(forward), self.geometry(forward))
         rows = (append_ones(chunk) if "bias" in own else chunk for chunk in chunks)
         return torch.cat([torch.einsum("ntgi,gi->ntg", chunk, direction.to(chunk)) for chunk in rows])
 
     def input_statistic(self, forward: Forward) -> InputStatistic:
         """The patches' second moment, a chunk of patches at a time."""
         own = self.own_parameters()
-        if self.weight_sharing == "reduce" or "weight" not in own:
+        if "weight" not in own:
             return super().input_statistic(forward)
-        total, rows = patch_second_moment(self._images(forward), self.geometry(), homogeneous="bias" in own)
-        return InputStatistic(total, rows)
+        images, geometry, homogeneous = self._images(forward), self.geometry(forward), "bias" in own
+        form = patch_second_moment_diagonal if "A" in self.large_sides() else patch_second_moment
+        reduce = self.weight_sharing == "reduce"
+        return InputStatistic(*form(images, geometry, homogeneous=homogeneous, reduce=reduce))

@@ -1,30 +1,86 @@
-"""``torch.nn.Linear`` on inputs with any number of leading dimensions."""
+"""``torch.nn.Linear`` on inputs with any number of leading dimensions, and its relatives."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from lightning_kfc.layers.adapter import Adapter, Forward
-from lightning_kfc.layers.registry import register_adapter
+from lightning_kfc.layers.registry import register_adapter, register_adapter_by_name
+
+#: Bilinear layers whose A would have more columns than this are left to a diagonal curvature.
+LARGEST_PRODUCT = 4096
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """Leading dimensions as (examples, positions): the first one is the batch; a vector is one row."""
+def leading_rows(tensor: Tensor, batch_axis: int = 0) -> Tensor:
+    """Leading dimensions as canonical (examples, positions), one group; a vector is one row.
+
+    Args:
+        tensor: Shape ``(*leading, d)``.
+        batch_axis: The axis of the examples, where there are several leading ones.
+    """
     if tensor.ndim == 1:
         return tensor.reshape(1, 1, 1, -1)
+    if tensor.ndim > 2:
+        tensor = tensor.movedim(batch_axis, 0)
     return tensor.reshape(tensor.shape[0], tensor.shape[1:-1].numel(), 1, tensor.shape[-1])
 
 
 @register_adapter(nn.Linear)
 class LinearAdapter(Adapter):
-    r"""Rows are the input vectors; A and G as in K-FAC (E1, E2), each position a row of its own."""
+    r"""Rows are the input vectors; A and G as in K-FAC (E1, E2), each position a row of its own.
+
+    With ``weight_sharing="reduce"`` an example's positions are one row. Which axis the examples lie on is no
+    question for ``"expand"``; here it is the first one, or the second where the nearest enclosing module with an
+    attribute ``batch_first`` (torch's own convention) has it False.
+    """
 
     kind = "Linear"
 
     def weight_input_rows(self, forward: Forward) -> Tensor:
         """Each input vector is a row."""
-        return _rows(forward.first())
+        return leading_rows(forward.first(), self.batch_axis)
 
     def output_rows(self, output_gradient: Tensor) -> Tensor:
         """Each output vector is a row."""
-        return _rows(output_gradient)
+        return leading_rows(output_gradient, self.batch_axis)
+
+
+@register_adapter_by_name("transformers.pytorch_utils.Conv1D")
+class TransposedLinearAdapter(LinearAdapter):
+    """The ``Conv1D`` of Hugging Face's GPT-2: a Linear whose weight is stored as ``(d_in, d_out)``."""
+
+    kind = "Conv1D (Linear)"
+
+    def weight_matrix(self, weight: Tensor) -> Tensor:
+        """The transpose."""
+        return weight.T.unsqueeze(0)
+
+    def weight_tensor(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        """The transpose."""
+        return matrix[0].T
+
+    def weight_input_rows(self, forward: Forward) -> Tensor:
+        """Each input vector is a row."""
+        return leading_rows(forward.first("x"), self.batch_axis)
+
+
+@register_adapter(nn.Bilinear)
+class BilinearAdapter(LinearAdapter):
+    r"""A Linear on the products :math:`x_1 \otimes x_2` of all pairs of input features."""
+
+    kind = "Bilinear"
+
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str | None:
+        """A has a row and a column for every pair of features."""
+        assert isinstance(module, nn.Bilinear)
+        pairs = module.in1_features * module.in2_features
+        return f"its A would be {pairs} x {pairs}" if pairs > LARGEST_PRODUCT else None
+
+    def weight_input_rows(self, forward: Forward) -> Tensor:
+        """The outer product of each pair of input vectors, flattened."""
+        values = dict(zip(("input1", "input2"), forward.args, strict=False)) | dict(forward.kwargs)
+        return leading_rows(
+            (values["input1"].unsqueeze(-1) * values["input2"].unsqueeze(-2)).flatten(-2), self.batch_axis
+        )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_kfc.factors.inverse import DiagonalInverse, Inverse
 from lightning_kfc.factors.statistics import Statistics, factor_dtype
-from lightning_kfc.layers.adapter import Adapter, Forward
+from lightning_kfc.layers.adapter import Adapter, Forward, dense, overwrite
 
 
 class ParameterAdapter(Adapter):
@@ -38,15 +38,19 @@ class ParameterAdapter(Adapter):
 
     def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """All elements as one row, ``(1, 1, numel)``."""
-        return tensors[self.name].reshape(1, 1, -1)
+        return dense(tensors[self.name]).reshape(1, 1, -1)
 
     def write(self, matrix: Tensor, into: Mapping[str, Tensor]) -> None:
         """See :class:`Adapter`."""
-        into[self.name].copy_(matrix.reshape(into[self.name].shape))
+        overwrite(into[self.name], matrix.reshape(into[self.name].shape))
 
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:
         """The diagonal."""
         return {"F": (1, self.matrix_shape()[2])}
+
+    def large_sides(self) -> dict[str, int]:
+        """A diagonal is no larger than the parameter."""
+        return {}
 
     def inverse_type(self, chosen: type[Inverse]) -> type[Inverse]:
         """A diagonal is inverted in one way."""

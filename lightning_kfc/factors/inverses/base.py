@@ -1,0 +1,89 @@
+"""What every inverse answers: factorise once in a while, solve at every step."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import ClassVar
+
+from torch import Tensor
+from typing_extensions import Self
+
+Factors = Mapping[str, Tensor]
+
+
+class FactorisationError(ArithmeticError):
+    """A factor could not be factorised, at any damping that was tried, in float64."""
+
+
+class Inverse(ABC):
+    """A factorised, damped curvature matrix of one layer.
+
+    A subclass is a frozen dataclass whose fields are tensors and numbers: that is what a checkpoint holds.
+    """
+
+    name: ClassVar[str]
+    #: Whether :meth:`updated` wants the gradients of single examples, for which input rows must be kept.
+    wants_examples: ClassVar[bool] = False
+
+    @classmethod
+    @abstractmethod
+    def factorise(cls, factors: Factors, damping: float) -> Self:
+        """Factorise: the rare, dear call.
+
+        Args:
+            factors: Factors by name, as :meth:`lightning_kfc.factors.statistics.Statistics.factors` makes them.
+                A factor of two axes, ``(groups, d)``, is diagonal.
+            damping: The damping in the units of the Fisher matrix, positive.
+
+        Raises:
+            FactorisationError: If no finite inverse was found.
+            ValueError: If ``damping`` is not positive.
+        """
+
+    @abstractmethod
+    def solve(self, gradient: Tensor) -> Tensor:
+        """Apply the inverse to a gradient of shape ``(groups, d_out, d_in)``: the call made each step."""
+
+    def at_damping(self, damping: float) -> Inverse:
+        """The inverse at another damping, where that costs nothing; else itself, at the one it was factorised with."""
+        return self
+
+    def succeeding(self, previous: Inverse | None) -> Inverse:
+        """This inverse with what the one that it replaces has learnt; itself where that is nothing."""
+        return self
+
+    def state(self) -> dict[str, Tensor | float]:
+        """The fields, for a checkpoint."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+
+    @classmethod
+    def numel(cls, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """The number of elements that an inverse of factors of the given shapes will hold."""
+        return sum(math.prod(shape) for shape in shapes.values())
+
+    def nbytes(self) -> int:
+        """Bytes held by the tensors."""
+        return sum(value.nbytes for value in self.state().values() if isinstance(value, Tensor))
+
+
+def check_damping(damping: float) -> None:
+    """Require a positive damping."""
+    if not damping > 0:
+        raise ValueError(f"damping must be positive, got {damping!r}: the factors alone may be singular.")
+
+
+def sandwich(left: Tensor, middle: Tensor, right: Tensor) -> Tensor:
+    """``left @ middle @ right`` per group, ``(..., groups, d_out, d_in)``; a two-axis factor is a diagonal."""
+    if middle.ndim == 3 and middle.shape[0] == 1 and left.ndim == 3 and right.ndim == 3:
+        # One group is nearly every layer, and a plain product is faster than a batch of one.
+        return (left[0] @ middle[0] @ right[0]).unsqueeze(0)
+    half = left @ middle if left.ndim == 3 else left.unsqueeze(-1) * middle
+    return half @ right if right.ndim == 3 else half * right.unsqueeze(-2)
+
+
+def transposed(factor: Tensor) -> Tensor:
+    """The transpose per group; a diagonal is its own."""
+    return factor.mT if factor.ndim == 3 else factor

@@ -1,0 +1,107 @@
+"""Inverses by Cholesky factorisation: of a pair of Kronecker factors, and of small dense blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from lightning_kfc.factors.damping import add_diagonal, split_damping
+from lightning_kfc.factors.inverses.base import FactorisationError, Factors, Inverse, check_damping, sandwich
+
+#: A factor that will not factorise is tried again in float64, then with the damping grown by these ratios.
+RETRIES = ((False, 1.0), (True, 1.0), (True, 10.0), (True, 100.0), (True, 1000.0))
+
+
+def _inverse_by_cholesky(matrix: Tensor) -> Tensor | None:
+    """The inverse of a symmetric positive definite batch, or None where it is not one numerically."""
+    if not bool(torch.isfinite(matrix).all()):
+        return None
+    if matrix.ndim == 2:
+        if not bool((matrix > 0).all()):
+            return None
+        inverse = matrix.reciprocal()
+    else:
+        triangle, info = torch.linalg.cholesky_ex(matrix)
+        if bool(info.any()):
+            return None
+        inverse = torch.cholesky_inverse(triangle)
+    return inverse if bool(torch.isfinite(inverse).all()) else None
+
+
+def _in_precision_of(factor: Tensor, inverse: Tensor | None) -> Tensor | None:
+    """The inverse in the factor's own precision, or None where that cannot hold it."""
+    if inverse is None:
+        return None
+    inverse = inverse.to(factor.dtype)
+    return inverse if bool(torch.isfinite(inverse).all()) else None
+
+
+def _failure(damping: float) -> FactorisationError:
+    return FactorisationError(f"no Cholesky factorisation at damping {damping:g} to {damping * RETRIES[-1][1]:g}")
+
+
+@dataclass(frozen=True)
+class CholeskyInverse(Inverse):
+    r"""E4 and E5: :math:`V = G_\lambda^{-1} \nabla\bar W A_\lambda^{-1}`, inverses taken by Cholesky factorisation.
+
+    The damping is part of the factorisation: a schedule's later values count from the next one on.
+
+    Attributes:
+        A_inverse: :math:`A_\lambda^{-1}`, shape ``(groups, d_in, d_in)``, or ``(groups, d_in)`` if diagonal.
+        G_inverse: :math:`G_\lambda^{-1}`, shape ``(groups, d_out, d_out)``, or ``(groups, d_out)`` if diagonal.
+    """
+
+    A_inverse: Tensor
+    G_inverse: Tensor
+    name: ClassVar[str] = "cholesky"
+
+    @classmethod
+    def factorise(cls, factors: Factors, damping: float) -> Self:
+        """Split the damping by E4 and invert both factors; see :class:`Inverse`."""
+        A, G = factors["A"], factors["G"]
+        for in_double, growth in RETRIES:
+            A_damped, G_damped = split_damping(
+                A.double() if in_double else A, G.double() if in_double else G, damping * growth
+            )
+            A_inverse = _in_precision_of(A, _inverse_by_cholesky(A_damped))
+            G_inverse = _in_precision_of(G, _inverse_by_cholesky(G_damped))
+            if A_inverse is not None and G_inverse is not None:
+                return cls(A_inverse, G_inverse)
+        raise _failure(damping)
+
+    def solve(self, gradient: Tensor) -> Tensor:
+        """E5; see :class:`Inverse`."""
+        return sandwich(self.G_inverse, gradient, self.A_inverse)
+
+
+@dataclass(frozen=True)
+class BlockInverse(Inverse):
+    r"""The damped inverse of small dense blocks, one a group: :math:`(F + \lambda I)^{-1}`.
+
+    Attributes:
+        F_inverse: Shape ``(groups, d, d)`` with d = d_out * d_in.
+    """
+
+    F_inverse: Tensor
+    name: ClassVar[str] = "block"
+
+    @classmethod
+    def factorise(cls, factors: Factors, damping: float) -> Self:
+        """Invert every block; see :class:`Inverse`."""
+        check_damping(damping)
+        F = factors["F"]
+        for in_double, growth in RETRIES:
+            block = F.double() if in_double else F
+            damped = add_diagonal(block, block.new_full(block.shape[:1], damping * growth))
+            inverse = _in_precision_of(F, _inverse_by_cholesky(damped))
+            if inverse is not None:
+                return cls(inverse)
+        raise _failure(damping)
+
+    def solve(self, gradient: Tensor) -> Tensor:
+        """See :class:`Inverse`."""
+        return (self.F_inverse @ gradient.flatten(1).unsqueeze(-1)).reshape(gradient.shape)

@@ -1,0 +1,130 @@
+"""Inverses in the Kronecker-factored eigenbasis: exact damping (E6), and the corrected eigenvalues of EKFAC."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from lightning_kfc.factors.eigenbasis import Eigenbasis, moments_in_basis
+from lightning_kfc.factors.inverses.base import FactorisationError, Factors, Inverse, check_damping
+from lightning_kfc.factors.running import RunningAverage
+
+
+def _decompose(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvectors and eigenvalues, the latter at least 0; a diagonal has the unit vectors, as a diagonal of ones.
+
+    Raises:
+        FactorisationError: If there is no finite decomposition in the factor's precision, nor in float64.
+    """
+    if factor.ndim == 2:
+        if bool(torch.isfinite(factor).all()):
+            return torch.ones_like(factor), factor.clamp(min=0)
+    else:
+        for precise in (factor, factor.double()):
+            try:
+                values, vectors = torch.linalg.eigh(precise)
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+                continue
+            values, vectors = values.to(factor.dtype), vectors.to(factor.dtype)
+            if bool(torch.isfinite(values).all() and torch.isfinite(vectors).all()):
+                # Rounding makes the zeros of a singular factor slightly negative.
+                return vectors, values.clamp(min=0)
+    raise FactorisationError(f"no eigendecomposition of a factor of shape {tuple(factor.shape)}")
+
+
+def _decompose_pair(factors: Factors) -> tuple[Eigenbasis, Tensor]:
+    r"""The basis, and :math:`\lambda_G \lambda_A^\top`, shape ``(groups, d_out, d_in)``."""
+    A_vectors, A_values = _decompose(factors["A"])
+    G_vectors, G_values = _decompose(factors["G"])
+    return Eigenbasis(A_vectors, G_vectors), G_values.unsqueeze(-1) * A_values.unsqueeze(-2)
+
+
+@dataclass(frozen=True)
+class EighInverse(Inverse):
+    r"""E6: :math:`V = Q_G [(Q_G^\top \nabla\bar W Q_A) \oslash (\lambda_G \lambda_A^\top + \lambda)] Q_A^\top`.
+
+    It is :math:`(A \otimes G + \lambda I)^{-1}` itself, where E4 only approximates it. The damping is applied when
+    solving, so that a schedule's value counts at its own step.
+
+    Attributes:
+        A_vectors: :math:`Q_A`, shape ``(groups, d_in, d_in)``; ones ``(groups, d_in)`` where A is diagonal.
+        G_vectors: :math:`Q_G`, shape ``(groups, d_out, d_out)``; ones ``(groups, d_out)`` where G is diagonal.
+        values: :math:`\lambda_G \lambda_A^\top`, not negative, shape ``(groups, d_out, d_in)``.
+        damping: :math:`\lambda`.
+    """
+
+    A_vectors: Tensor
+    G_vectors: Tensor
+    values: Tensor
+    damping: float
+    name: ClassVar[str] = "eigh"
+
+    @property
+    def basis(self) -> Eigenbasis:
+        """The basis in which the curvature is diagonal."""
+        return Eigenbasis(self.A_vectors, self.G_vectors)
+
+    @classmethod
+    def factorise(cls, factors: Factors, damping: float) -> Self:
+        """Decompose both factors; see :class:`Inverse`."""
+        check_damping(damping)
+        basis, values = _decompose_pair(factors)
+        return cls(basis.A_vectors, basis.G_vectors, values, damping)
+
+    @classmethod
+    def numel(cls, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """See :class:`Inverse`; there is an eigenvalue for every element of the gradient."""
+        groups, d_out = shapes["G"][:2]
+        return super().numel(shapes) + groups * d_out * shapes["A"][1]
+
+    def solve(self, gradient: Tensor) -> Tensor:
+        """E6; see :class:`Inverse`."""
+        basis = self.basis
+        return basis.back(basis.project(gradient) / (self.values + self.damping))
+
+    def at_damping(self, damping: float) -> Self:
+        """The same decomposition with another damping."""
+        return self if damping == self.damping else replace(self, damping=damping)
+
+
+@dataclass(frozen=True)
+class EkfacInverse(EighInverse):
+    r"""EKFAC (George et al. 2018, arXiv:1806.03884): the eigenbasis of E6 with eigenvalues that fit better.
+
+    ``values`` are the running average of :math:`\sum_n (Q_G^\top \nabla_n Q_A)^{\circ 2}` over the examples' own
+    gradients: the diagonal of the Fisher matrix in this basis, hence the best diagonal (in the Frobenius norm)
+    that the basis has. :math:`\lambda_G\lambda_A^\top` stands in until there is one.
+
+    Attributes:
+        weight: The mass behind the running average, as :class:`~lightning_kfc.factors.running.RunningAverage` has
+            it; 0 before there is one.
+    """
+
+    weight: float = 0.0
+    name: ClassVar[str] = "ekfac"
+    wants_examples: ClassVar[bool] = True
+
+    def succeeding(self, previous: Inverse | None) -> Inverse:
+        r"""Carry the previous running average over into this basis.
+
+        The matrix that stood for it, :math:`Q\,\mathrm{diag}(s)\,Q^\top`, has in the new basis the diagonal
+        :math:`R_G^{\circ 2}\, s\, (R_A^{\circ 2})^\top`, R the rotation: again the best one, and of the same trace.
+        """
+        if not isinstance(previous, EkfacInverse) or previous.weight == 0 or not self.basis.fits(previous.basis):
+            return self
+        values = moments_in_basis(previous.values, previous.basis, self.basis)
+        return replace(self, values=values, weight=previous.weight)
+
+    def updated(self, moments: Tensor, decay: float) -> Self:
+        """Fold a step's second moments in, shape ``(groups, d_out, d_in)``, as factors are folded."""
+        average = (
+            RunningAverage(self.values, self.weight).updated(moments, decay)
+            if self.weight
+            else RunningAverage.start(moments, decay)
+        )
+        return replace(self, values=average.value, weight=average.weight)

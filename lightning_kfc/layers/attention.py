@@ -1,0 +1,144 @@
+"""``torch.nn.MultiheadAttention``: its query, key, value and output projections, each a layer of its own.
+
+The module calls no submodule: all its products are made inside
+:func:`torch.nn.functional.multi_head_attention_forward`. On due steps the code of that very function runs with other
+names for its projections, which call the real ones and show what went in and came out. So masks, dropout, its random
+numbers and the results are the same to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import FunctionType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from lightning_kfc.layers.adapter import Adapter, Forward, ForwardHook
+from lightning_kfc.layers.linear import LinearAdapter, leading_rows
+from lightning_kfc.layers.registry import register_adapter
+from lightning_kfc.layers.watch import Watch
+
+PROJECTIONS = ("q", "k", "v")
+
+
+@register_adapter(nn.MultiheadAttention)
+class ProjectionAdapter(LinearAdapter):
+    """One projection of an attention module.
+
+    Args:
+        module: The attention module.
+        weight_sharing: See :class:`Adapter`.
+        watch: Shows the module's projections.
+        part: ``"q"``, ``"k"``, ``"v"`` or ``"out_proj"``.
+    """
+
+    kind = "MultiheadAttention"
+    module: nn.MultiheadAttention
+
+    def __init__(self, module: nn.MultiheadAttention, weight_sharing: str, watch: Watch, part: str) -> None:
+        super().__init__(module, weight_sharing)
+        self._watch, self._part = watch, part
+
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str | None:
+        """Weights that are computed from other parameters are not the module's own."""
+        assert isinstance(module, nn.MultiheadAttention)
+        own = ("in_proj_weight",) if module._qkv_same_embed_dim else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        return None if all(name in module._parameters for name in own) else "its weight is re-parametrised"
+
+    @classmethod
+    def held(cls, module: nn.Module) -> tuple[str, ...]:
+        """The output projection is a submodule in name only."""
+        return ("out_proj",)
+
+    @classmethod
+    def parts(cls, module: nn.Module, weight_sharing: str) -> dict[str, Adapter]:
+        """The four projections."""
+        assert isinstance(module, nn.MultiheadAttention)
+        watch = Watch(module, _run)
+        names = [*PROJECTIONS, *(["out_proj"] if "weight" in module.out_proj._parameters else [])]
+        return {name: cls(module, weight_sharing, watch, name) for name in names}
+
+    def attach(self, hook: ForwardHook) -> RemovableHandle:
+        """See :class:`Adapter`."""
+        return self._watch.attach(self._part, hook)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The projection's weight and bias, which the projections of query, key and value may share."""
+        if self._part == "out_proj":
+            own, names = self.module.out_proj._parameters, {"weight": "weight", "bias": "bias"}
+        else:
+            weight = "in_proj_weight" if self.module._qkv_same_embed_dim else f"{self._part}_proj_weight"
+            own, names = self.module._parameters, {"weight": weight, "bias": "in_proj_bias"}
+        found = {role: own.get(name) for role, name in names.items()}
+        return {role: parameter for role, parameter in found.items() if parameter is not None}
+
+    def weight_input_rows(self, forward: Forward) -> Tensor:
+        """See :class:`LinearAdapter`; inside the attention function the batch is always the second axis."""
+        return leading_rows(forward.first(), batch_axis=1)
+
+    def output_rows(self, output_gradient: Tensor) -> Tensor:
+        """See :meth:`weight_input_rows`."""
+        return leading_rows(output_gradient, batch_axis=1)
+
+    def select(self, role: str, tensor: Tensor) -> Tensor:
+        """A third of what is packed."""
+        if self._part == "out_proj" or (role == "weight" and not self.module._qkv_same_embed_dim):
+            return tensor
+        return tensor.chunk(3)[PROJECTIONS.index(self._part)]
+
+
+def _run(watch: Watch, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    with _ShownAttention(watch):
+        return forward(*args, **kwargs)
+
+
+class _ShownAttention(TorchFunctionMode):
+    """Sees the module's call of the attention function, and shows what happens inside."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the attention function's own code with other names for its projections; call all else through."""
+        if func is F.multi_head_attention_forward:
+            func = _with_shown_projections(func, self._watch)
+        return func(*args, **(kwargs or {}))
+
+
+def _with_shown_projections(function: Any, watch: Watch) -> Callable[..., Any]:
+    leading: list[int] = []
+
+    def project_in(name: str) -> Callable[..., Any]:
+        real = function.__globals__[name]
+
+        def shown(query: Tensor, key: Tensor, value: Tensor, *weights: Any) -> Any:
+            projected = real(query, key, value, *weights)
+            leading[:] = query.shape[:2]
+            for part, source, result in zip(PROJECTIONS, (query, key, value), projected, strict=True):
+                watch.show(part, source, result)
+            return projected
+
+        return shown
+
+    def project_out(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        result = F.linear(input, weight, bias)
+        watch.show("out_proj", input.view(*leading, -1), result.view(*leading, -1))
+        return result
+
+    names = {
+        **function.__globals__,
+        # It would hand the call to the modes once more, and they the real function, instead of running this copy.
+        "has_torch_function": lambda _: False,
+        "_in_projection_packed": project_in("_in_projection_packed"),
+        "_in_projection": project_in("_in_projection"),
+        "linear": project_out,
+    }
+    shown = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    shown.__kwdefaults__ = function.__kwdefaults__
+    return shown

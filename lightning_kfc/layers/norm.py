@@ -1,0 +1,128 @@
+"""Normalisation layers with a scale and a shift."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_kfc.layers.adapter import Forward
+from lightning_kfc.layers.registry import register_adapter
+from lightning_kfc.layers.scale import ScaleShiftAdapter
+
+_Moments = tuple[Tensor, Tensor]
+
+
+@register_adapter(nn.LayerNorm)
+class LayerNormAdapter(ScaleShiftAdapter):
+    """Normalised over the last axes, each position on its own."""
+
+    kind: ClassVar[str] = "LayerNorm"
+    module: nn.LayerNorm
+
+    def normalised(self, input: Tensor, context: Any) -> Tensor:
+        """The module's own, without scale and shift."""
+        return F.layer_norm(input, self.module.normalized_shape, eps=self.module.eps)
+
+
+@register_adapter(nn.RMSNorm)
+class RMSNormAdapter(ScaleShiftAdapter):
+    """Divided by the root mean square over the last axes, each position on its own; it has no shift."""
+
+    kind: ClassVar[str] = "RMSNorm"
+    module: nn.RMSNorm
+
+    def normalised(self, input: Tensor, context: Any) -> Tensor:
+        """The module's own, without scale."""
+        return F.rms_norm(input, self.module.normalized_shape, eps=self.module.eps)
+
+
+@register_adapter(nn.GroupNorm)
+class GroupNormAdapter(ScaleShiftAdapter):
+    """Normalised over groups of channels and all positions of one example."""
+
+    kind: ClassVar[str] = "GroupNorm"
+    units_second: ClassVar[bool] = True
+    module: nn.GroupNorm
+
+    def normalised(self, input: Tensor, context: Any) -> Tensor:
+        """The module's own, without scale and shift."""
+        return F.group_norm(input, self.module.num_groups, eps=self.module.eps)
+
+
+@register_adapter(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+class InstanceNormAdapter(ScaleShiftAdapter):
+    """Normalised over all positions of one example and channel, or by running averages in evaluation."""
+
+    kind: ClassVar[str] = "InstanceNorm"
+    units_second: ClassVar[bool] = True
+    module: nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        return super()._rows(self._batched(tensor))
+
+    def _batched(self, tensor: Tensor) -> Tensor:
+        return tensor.unsqueeze(0) if tensor.ndim == self.module._get_no_batch_dim() else tensor
+
+    def context(self, forward: Forward) -> _Moments | None:
+        """The running averages, where they normalise."""
+        own = self.module.training or not self.module.track_running_stats
+        return None if own else _running_moments(self.module)
+
+    def normalised(self, input: Tensor, context: _Moments | None) -> Tensor:
+        """The module's own, without scale and shift."""
+        images = self._batched(input)
+        if context is not None:
+            mean, variance = (moment.to(input.dtype) for moment in context)
+            return F.batch_norm(images, mean, variance, eps=self.module.eps)
+        return F.instance_norm(images, eps=self.module.eps)
+
+
+@register_adapter(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+class BatchNormAdapter(ScaleShiftAdapter):
+    """Normalised over the batch in training mode, by running averages in evaluation.
+
+    The derivative is taken at the layer's output, above which its own coupling of examples has no effect.
+    """
+
+    kind: ClassVar[str] = "BatchNorm"
+    units_second: ClassVar[bool] = True
+    module: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
+
+    def context(self, forward: Forward) -> _Moments | None:
+        """The running averages, where they normalise: a later call may change them."""
+        m = self.module
+        own = m.training or (m.running_mean is None and m.running_var is None)
+        return None if own else _running_moments(m)
+
+    def normalised(self, input: Tensor, context: _Moments | None) -> Tensor:
+        """The module's own, without scale and shift."""
+        if context is None:
+            return F.batch_norm(input, None, None, training=True, eps=self.module.eps)
+        mean, variance = (moment.to(input.dtype) for moment in context)
+        return F.batch_norm(input, mean, variance, eps=self.module.eps)
+
+
+@register_adapter(nn.SyncBatchNorm)
+class SyncBatchNormAdapter(BatchNormAdapter):
+    """As batch norm, over the batch of all ranks in training mode."""
+
+    kind: ClassVar[str] = "SyncBatchNorm"
+    module: nn.SyncBatchNorm
+
+    def context(self, forward: Forward) -> _Moments | None:
+        """The moments of all ranks' batch, read from autograd: computing them would ask for another exchange."""
+        node = getattr(forward.output, "grad_fn", None)
+        if node is None or node.name() != "SyncBatchNormBackward":
+            return super().context(forward)
+        _, _, mean, inverse_deviation, _ = node.saved_tensors
+        return mean, inverse_deviation.double().pow(-2).sub(self.module.eps).to(inverse_deviation.dtype)
+
+
+def _running_moments(module: Any) -> _Moments:
+    mean, variance = module.running_mean, module.running_var
+    assert isinstance(mean, torch.Tensor)
+    assert isinstance(variance, torch.Tensor)
+    return mean.clone(), variance.clone()

@@ -1,0 +1,144 @@
+"""Layers that scale and shift units one by one: their own small Fisher, a block of at most 2 x 2 a unit."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_kfc.factors.inverse import BlockInverse, Inverse
+from lightning_kfc.factors.statistics import Statistics, factor_dtype, second_moment_total
+from lightning_kfc.layers.adapter import Adapter, Forward
+from lightning_kfc.layers.registry import register_adapter
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """The input of one forward call, kept until its derivative arrives; None where only a shift is trainable."""
+
+    input: Tensor | None
+    version: int
+    context: Any
+
+    def unchanged_input(self) -> Tensor:
+        assert self.input is not None
+        if self.input._version != self.version:
+            raise RuntimeError(
+                "the input of a norm layer was changed in place between forward and backward; "
+                "its gradient cannot be computed any more."
+            )
+        return self.input
+
+
+class ScaleShiftAdapter(Adapter):
+    r"""The Fisher of scale and shift in :math:`y = \gamma \hat x + \beta`, exact but for what couples units.
+
+    With :math:`(\sum_t g_t \hat x_t, \sum_t g_t)` the gradient of an example, t over its positions, the block of a
+    unit is the sum over examples of that vector's outer product: 2 x 2, or 1 x 1 where one of both is trainable.
+    It is the diagonal block of the dense Fisher wherever examples do not interact above the layer. A batch norm
+    above lets them: its products between examples are left out. Examples lie along the first axis, or
+    along the second one inside a module whose ``batch_first`` is False.
+
+    A subclass states :meth:`normalised`. Its input is kept by reference from forward to backward, as autograd keeps
+    it, so that an activation checkpoint saves no memory on it in a step with statistics.
+    """
+
+    treatment: ClassVar[str] = "block"
+    #: Whether units lie along the second axis, or along the last ones, as many as the scale has.
+    units_second: ClassVar[bool] = False
+
+    @abstractmethod
+    def normalised(self, input: Tensor, context: Any) -> Tensor:
+        r"""What the scale multiplies, :math:`\hat x`, in the input's shape.
+
+        Args:
+            input: The input of the forward call, in float32 or float64.
+            context: What :meth:`context` returned in the forward.
+        """
+
+    def context(self, forward: Forward) -> Any:
+        """What :meth:`normalised` needs besides the input, and may change after the forward; by default nothing."""
+        return None
+
+    @property
+    def groups(self) -> int:
+        """The number of units, each a group of its own."""
+        return next(iter(self.parameters().values())).numel()
+
+    def weight_matrix(self, weight: Tensor) -> Tensor:
+        """The scales, ``(units, 1, 1)``."""
+        return weight.reshape(-1, 1, 1)
+
+    def factor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """One block a unit."""
+        units, _, d = self.matrix_shape()
+        return {"F": (units, d, d)}
+
+    def large_sides(self) -> dict[str, int]:
+        """Blocks are small."""
+        return {}
+
+    def inverse_type(self, chosen: type[Inverse]) -> type[Inverse]:
+        """Small blocks are inverted in one way."""
+        return BlockInverse
+
+    # Rows.
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        """A tensor shaped as the input, as ``(examples, positions, units, 1)``."""
+        if self.units_second:
+            by_unit = tensor.reshape(len(tensor), self.groups, -1)
+            return by_unit.transpose(1, 2).unsqueeze(-1)
+        own_axes = next(iter(self.parameters().values())).ndim
+        if tensor.ndim == own_axes:
+            return tensor.reshape(1, 1, self.groups, 1)
+        if tensor.ndim > own_axes + 1:
+            tensor = tensor.movedim(self.batch_axis, 0)
+        return tensor.reshape(len(tensor), -1, self.groups, 1)
+
+    def _scaled_rows(self, input: Tensor, context: Any) -> Tensor:
+        return self._rows(self.normalised(input.to(factor_dtype(input.dtype)), context))
+
+    def weight_input_rows(self, forward: Forward) -> Tensor:
+        r"""The normalised inputs :math:`\hat x`."""
+        return self._scaled_rows(forward.first(), self.context(forward))
+
+    def output_rows(self, output_gradient: Tensor) -> Tensor:
+        """The derivative at each unit."""
+        return self._rows(output_gradient)
+
+    # Statistics.
+
+    def record(self, forward: Forward) -> _Recorded:
+        """Keep the input: what multiplies the scale is computed from it once its derivative is known."""
+        if "weight" not in self.own_parameters():
+            return _Recorded(None, 0, None)
+        kept = forward.first()
+        return _Recorded(kept, kept._version, self.context(forward))
+
+    def statistics(self, record: Any, output_gradient: Tensor) -> Statistics:
+        """The sum over examples of the outer products of their gradients, a block a unit."""
+        rows = self.output_rows(output_gradient.to(factor_dtype(output_gradient.dtype)))
+        own = self.own_parameters()
+        gradients = []
+        if "weight" in own:
+            scaled = self._scaled_rows(record.unchanged_input(), record.context)
+            gradients.append((rows * scaled.to(rows.dtype)).sum(1, keepdim=True))
+        if "bias" in own:
+            gradients.append(rows.sum(1, keepdim=True))
+        return Statistics({}, {"F": second_moment_total(torch.cat(gradients, -1))}, len(rows))
+
+
+@register_adapter(nn.PReLU)
+class PReLUAdapter(ScaleShiftAdapter):
+    """The slope of the negative half, one for all or one a channel: it multiplies the negative part of the input."""
+
+    kind: ClassVar[str] = "PReLU"
+    units_second: ClassVar[bool] = True
+
+    def normalised(self, input: Tensor, context: Any) -> Tensor:
+        """The negative part of the input."""
+        return input.clamp(max=0)

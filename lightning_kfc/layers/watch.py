@@ -1,0 +1,97 @@
+"""Modules that multiply by their weights inside one function: their forward, shown product by product."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from lightning_kfc.layers.adapter import ForwardHook
+
+#: Computes what the module's forward computes; called as ``run(watch, forward, args, kwargs)``.
+Run = Callable[["Watch", Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+
+class Watch:
+    """The hooks of a module's parts, and the forward that calls them.
+
+    The module's ``forward`` is replaced while at least one hook is attached: on due steps only.
+
+    Args:
+        module: The module.
+        run: What takes the forward's place, and calls :meth:`show` for every product.
+    """
+
+    def __init__(self, module: nn.Module, run: Run) -> None:
+        self.module = module
+        self._run = run
+        self._hooks: OrderedDict[int, tuple[str, ForwardHook]] = OrderedDict()
+
+    def attach(self, part: str, hook: ForwardHook) -> RemovableHandle:
+        """Have a hook called with every product of a part."""
+        if not self._hooks:
+            own = self.module.__dict__.get("forward")
+            self.module.forward = _WatchedForward(self, self._run, own)
+        handle = _Handle(self._hooks, self.module)
+        self._hooks[handle.id] = (part, hook)
+        return handle
+
+    def linear(self, part: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """A product with a part's weight, shown."""
+        output = F.linear(input, weight, bias)
+        self.show(part, input, output)
+        return output
+
+    def show(self, part: str, input: Tensor, output: Tensor) -> None:
+        """Call the hooks of a part.
+
+        Args:
+            part: The part's name.
+            input: What its weight was applied to.
+            output: The result.
+        """
+        for name, hook in list(self._hooks.values()):
+            if name == part:
+                hook(self.module, (input,), {}, output)
+
+
+class _Handle(RemovableHandle):
+    """Removes a hook, and with the last one the replaced forward."""
+
+    def __init__(self, hooks: OrderedDict[int, Any], module: nn.Module) -> None:
+        super().__init__(hooks)
+        self._hooks, self._module = hooks, module
+
+    def remove(self) -> None:
+        """See :class:`Watch`."""
+        super().remove()
+        watched = self._module.__dict__.get("forward")
+        if not self._hooks and isinstance(watched, _WatchedForward):
+            if watched.own is None:
+                del self._module.forward
+            else:
+                self._module.forward = watched.own
+
+
+class _WatchedForward:
+    """What takes a forward's place; a copied or pickled module gets the real one."""
+
+    def __init__(self, watch: Watch, run: Run, own: Any) -> None:
+        self._watch, self._run = watch, run
+        #: The forward that the instance itself had, where someone else had replaced it.
+        self.own = own
+        self._forward = watch.module.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(self._watch, self._forward, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self._forward, memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._watch.module, "forward")

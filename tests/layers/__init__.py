@@ -1,0 +1,1 @@
+"""Tests of the adapters, a file a kind."""

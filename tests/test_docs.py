@@ -1,0 +1,195 @@
+"""The documentation says what the package does: its code runs, its outputs and tables are the real ones.
+
+Marks in HTML comments, which readers do not see, say more about the block that follows:
+
+- ``<!-- raises: SomeError -->``: the block raises it, and the next ``text`` block is its message;
+- ``<!-- prints -->``: the next ``text`` block is what the block prints;
+- ``…`` in such a ``text`` block stands for any text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import re
+import sys
+import textwrap
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+import pytest
+from jsonargparse._deprecated import JsonargparseDeprecationWarning
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+import lightning_kfc
+from lightning_kfc.discovery import LOSS_FUNCTIONS
+from lightning_kfc.monitor import Events, StepNumbers
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(
+    r"(?:^ *<!-- (?P<mark>.*?) -->\n)?^(?P<indent> *)```(?P<language>[\w{}-]+)\n(?P<code>.*?)^(?P=indent)```$",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    language: str
+    code: str
+    mark: str
+    line: int
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(m["language"], textwrap.dedent(m["code"]), m["mark"] or "", text[: m.start("code")].count("\n") + 1)
+        for m in FENCE.finditer(text)
+    ]
+
+
+def having(language: str) -> list[Path]:
+    return [page for page in PAGES if any(block.language == language for block in blocks(page))]
+
+
+def page_id(page: Path) -> str:
+    return page.stem
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def assert_shown(shown: str, real: str, where: str) -> None:
+    pattern = ".*".join(re.escape(words(part)) for part in shown.split("…"))
+    # Where an ellipsis stands between two words, the blanks around it belong to what it stands for.
+    assert re.fullmatch(pattern, words(real), re.DOTALL), f"{where} shows\n{shown}\nbut it is really\n{real}"
+
+
+def raised_by(code: CodeType, namespace: dict[str, Any]) -> Exception | None:
+    try:
+        exec(code, namespace)
+    except Exception as error:
+        return error
+    return None
+
+
+@contextlib.contextmanager
+def lightning_silenced() -> Iterator[None]:
+    """Without what Lightning says of toy data (no workers, few batches) and of its own use of its dependencies."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers")
+        warnings.filterwarnings("ignore", message=".*smaller than the logging interval")
+        warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec")
+        warnings.filterwarnings("ignore", category=JsonargparseDeprecationWarning)
+        yield
+
+
+def command_line() -> LightningCLI:
+    with lightning_silenced():
+        return LightningCLI(BoringModel, run=False, save_config_callback=None, seed_everything_default=False)
+
+
+@pytest.mark.parametrize("page", having("python"), ids=page_id)
+def test_the_python_of_a_page_runs_from_top_to_bottom(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "page"}
+    page_blocks = blocks(page)
+    with lightning_silenced():
+        for number, block in enumerate(page_blocks):
+            if block.language != "python":
+                continue
+            where = f"{page.name}:{block.line}"
+            code = compile("\n" * block.line + block.code, str(page), "exec")
+            printed = io.StringIO()
+            kind, _, argument = block.mark.partition(": ")
+            if kind == "raises":
+                error = raised_by(code, namespace)
+                assert type(error).__name__ == argument, f"{where} raised {error!r}"
+                assert_shown(page_blocks[number + 1].code, str(error), where)
+            elif kind == "prints":
+                with contextlib.redirect_stdout(printed):
+                    exec(code, namespace)
+                assert_shown(page_blocks[number + 1].code, printed.getvalue(), where)
+            else:
+                exec(code, namespace)
+
+
+@pytest.mark.parametrize("page", having("yaml"), ids=page_id)
+def test_the_yaml_of_a_page_makes_a_trainer_with_the_callback(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for block in blocks(page):
+        if block.language != "yaml":
+            continue
+        (tmp_path / "config.yaml").write_text(block.code, encoding="utf-8")
+        monkeypatch.setattr(sys, "argv", ["train.py", "--config", "config.yaml"])
+        cli = command_line()
+        assert isinstance(cli.trainer, Trainer)
+        found = [c for c in cli.trainer.callbacks if isinstance(c, lightning_kfc.KFCCallback)]
+        assert found, f"{page.name}:{block.line} makes no KFCCallback"
+
+
+@pytest.mark.parametrize("page", having("console"), ids=page_id)
+def test_the_command_lines_of_a_page_make_a_trainer_with_the_callback(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "".join(block.code for block in blocks(page) if block.language == "console")
+    for arguments in re.findall(r"^python train.py fit (.*)$", text, re.MULTILINE):
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments.split()])
+        cli = command_line()
+        assert any(isinstance(c, lightning_kfc.KFCCallback) for c in cli.trainer.callbacks), arguments
+
+
+def test_the_settings_page_lists_every_option_with_its_default() -> None:
+    rows = re.findall(r"^\| \[?`(\w+)`.*?\| `(.+?)` \|", (ROOT / "docs/settings.md").read_text("utf-8"), re.MULTILINE)
+    parameters = inspect.signature(lightning_kfc.KFCCallback.__init__).parameters
+    real = {name: repr(p.default).replace("'", '"') for name, p in parameters.items() if name != "self"}
+    assert dict(rows) == real
+
+
+def test_the_settings_page_explains_every_option_under_a_heading_of_its_own() -> None:
+    headings = re.findall(r"^#+ (.+)$", (ROOT / "docs/settings.md").read_text("utf-8"), re.MULTILINE)
+    explained = {name for heading in headings for name in re.findall(r"`(\w+)`", heading)}
+    parameters = inspect.signature(lightning_kfc.KFCCallback.__init__).parameters
+    assert set(parameters) - {"self"} <= explained
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    text = (ROOT / "docs/api.md").read_text("utf-8")
+    described = {name.rpartition(".")[2] for name in re.findall(r"auto\w+:: ([\w.]+)", text)}
+    assert set(lightning_kfc.__all__) - {"__version__"} <= described
+
+
+def test_the_loss_page_has_every_recognised_loss_function() -> None:
+    text = (ROOT / "docs/loss.md").read_text("utf-8")
+    assert [f.__name__ for f in LOSS_FUNCTIONS if f"`{f.__name__}`" not in text] == []
+
+
+def test_the_logged_keys_and_counted_events_are_documented() -> None:
+    text = (ROOT / "docs/settings.md").read_text("utf-8") + (ROOT / "docs/troubleshooting.md").read_text("utf-8")
+    names = [*StepNumbers(0, 1.0, 1.0, 0.0).as_metrics(), *Events().state_dict()]
+    assert [name for name in names if f"`{name}`" not in text] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_make_targets_and_files_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text("utf-8")
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    assert set(re.findall(r"(?:`|^)make ([a-z]+)\b", text, re.MULTILINE)) <= targets
+    links = re.findall(r"\]\((?!https?:)([^)#\s]+)", FENCE.sub("", text))
+    assert [link for link in links if not (page.parent / link).exists()] == []

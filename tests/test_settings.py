@@ -1,0 +1,106 @@
+"""Settings are checked before the first step, by errors that name the setting, the value and the way out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_kfc import KFC, Gaussian, LinearSchedule
+from lightning_kfc.settings import Settings
+from tests.nets import classes, data, double, engine, train_step
+
+NAN, INF = float("nan"), float("inf")
+
+WRONG: list[tuple[str, Any, type[Exception], str]] = [
+    *[("damping", v, ValueError, f"damping must be a positive number, got {v!r}") for v in (0, -0.1, NAN, INF)],
+    *[("damping", v, TypeError, f"damping must be a number, got {v!r} of type") for v in ("0.1", None, True)],
+    *[("kl_clip", v, ValueError, f"kl_clip must be a positive number, got {v!r}") for v in (0.0, -1, NAN)],
+    ("kl_clip", "none", TypeError, "kl_clip must be a number, got 'none' of type str"),
+    *[("ema_decay", v, ValueError, f"ema_decay must be at least 0 and below 1, got {v!r}") for v in (1.0, -0.1, NAN)],
+    ("ema_decay", [0.9], TypeError, r"ema_decay must be a number, got \[0.9\] of type list"),
+    ("fisher", "montecarlo", ValueError, "fisher must be one of 'mc', 'exact', 'empirical', got 'montecarlo'"),
+    ("fisher", ["mc"], ValueError, r"fisher must be one of .*, got \['mc'\]"),
+    ("likelihood", "softmax", ValueError, "likelihood must be one of 'auto', 'categorical', 'bernoulli', 'gaussian'"),
+    ("likelihood", Gaussian, ValueError, "likelihood must be one of 'auto'"),
+    ("inverse", "lu", ValueError, "inverse must be one of 'cholesky'"),
+    ("rule", "adam", ValueError, "rule must be one of 'natural'"),
+    ("weight_sharing", "share", ValueError, "weight_sharing must be one of 'expand', 'reduce', got 'share'"),
+    *[
+        (name, v, error, message.format(name))
+        for name in ("factor_every_n_steps", "inverse_every_n_steps")
+        for v, error, message in (
+            (0, ValueError, "{} must be at least 1, got 0"),
+            (2.0, TypeError, "{} must be a whole number, got 2.0 of type float"),
+            (True, TypeError, "{} must be a whole number, got True of type bool"),
+        )
+    ],
+    ("warmup_steps", -1, ValueError, "warmup_steps must be at least 0, got -1"),
+    ("seed", -1, ValueError, "seed must be at least 0, got -1"),
+    ("seed", "0", TypeError, "seed must be a whole number, got '0' of type str"),
+    ("include", [3], TypeError, r"include takes glob patterns over module names.*got 3 of type int"),
+    ("include", 3, TypeError, r"include takes glob patterns over module names.*got 3 of type int"),
+    ("exclude", {"a": 1, 2: 2}, TypeError, r"exclude takes glob patterns over module names.*got 2 of type int"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "error", "message"), WRONG, ids=lambda v: repr(v)[:20])
+def test_a_wrong_setting_is_an_error_naming_it_and_its_value(
+    name: str, value: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        KFC(nn.Linear(2, 2), **{name: value})
+    with pytest.raises(error, match=message):
+        Settings(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"damping": 1},
+        {"damping": LinearSchedule(1.0, 0.1, 5)},
+        {"damping": lambda step: 0.1},
+        {"kl_clip": None},
+        {"ema_decay": 0},
+        {"include": "fc*"},
+        {"include": ("fc*",), "exclude": ["fc2"]},
+        {"warmup_steps": 0},
+    ],
+)
+def test_these_settings_are_right(settings: dict[str, Any]) -> None:
+    model = nn.Sequential()
+    for name in ("fc1", "fc2"):
+        model.add_module(name, nn.Linear(2, 2))
+    assert KFC(model, **settings).layers
+
+
+def test_a_single_pattern_is_a_list_of_one() -> None:
+    assert Settings(include="fc*").include == ("fc*",)
+
+
+def test_a_damping_schedule_that_leaves_the_positive_numbers_is_an_error_at_that_step() -> None:
+    model = double(nn.Linear(3, 3))
+    kfc = engine(model, damping=lambda step: 0.1 - 0.1 * step)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def loss() -> torch.Tensor:
+        return F.cross_entropy(model(data(4, 3)), classes(4, count=3))
+
+    train_step(kfc, optimizer, loss)
+    with pytest.raises(ValueError, match=r"damping must be positive, got 0\.0"):
+        train_step(kfc, optimizer, loss)
+
+
+def test_the_damping_of_a_step_is_the_schedule_s_value_at_it() -> None:
+    model = double(nn.Linear(3, 3))
+    kfc = engine(model, damping=LinearSchedule(1.0, 3.0, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    seen = []
+    for _ in range(4):
+        train_step(kfc, optimizer, lambda: F.cross_entropy(model(data(4, 3)), classes(4, count=3)))
+        assert kfc.last_step is not None
+        seen.append(kfc.last_step.damping)
+    assert seen == [1.0, 2.0, 3.0, 3.0]
