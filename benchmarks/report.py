@@ -127,7 +127,8 @@ def _unreached(results: Results) -> Iterable[str]:
         if missed:
             yield (
                 f"**{results.titles[name]}: {missed} of {len(curves)} reported runs never reached "
-                f"{results.targets[0]:g}, {worse} ended above their first loss: its learning rate is not a stable choice.**"
+                f"{results.targets[0]:g}, {worse} ended above their first loss: "
+                "its learning rate is not a stable choice.**"
             )
 
 
