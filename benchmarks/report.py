@@ -116,7 +116,20 @@ def markdown(results: Results, reference: str = "kfc") -> str:
                 else:
                     cells.append(_ratio([getattr(reach, unit) for reach in reached[reference]], values))
             lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *_grids(results)])
+    return "\n".join([*lines, "", *_unreached(results), *_grids(results)])
+
+
+def _unreached(results: Results) -> Iterable[str]:
+    """What a median hides: runs that missed the easiest target, or ended above the loss they began with."""
+    for name, curves in results.curves.items():
+        missed = sum(math.isinf(curve.reach(results.targets[0]).iterations) for curve in curves)
+        worse = sum(not curve.losses[-1] < curve.losses[0] for curve in curves)
+        if missed:
+            yield (
+                f"**{results.titles[name]}: {missed} of {len(curves)} reported runs never reached "
+                f"{results.targets[0]:g}, {worse} ended above their first loss: "
+                "its learning rate is not a stable choice.**"
+            )
 
 
 def _grids(results: Results) -> Iterable[str]:

@@ -527,7 +527,7 @@ class KFC:
     def _conclude_self_test(self, test: SelfTest) -> None:
         for name in test.never_called:
             if name in self.layers:  # else another part of its module took it along
-                self._drop(name, "its weight is used without calling the module")
+                self._drop(name, self.layers[name].adapter.unseen)
         test.never_called.clear()
         test.waiting[:] = [name for name in test.waiting if name in self.layers]
         if not test.waiting:
@@ -619,19 +619,18 @@ class KFC:
     def _fold_second_moments(self, layers: Sequence[Layer]) -> None:
         moments = {layer.name: layer.take_second_moment() for layer in layers}
         statistics = {name: Statistics({}, {"S": S}, 0) for name, S in moments.items() if S is not None}
-        unusable = []
         for name, entry in distributed.reduce_statistics(statistics).items():
             if entry.is_finite():
                 self._found.layers[name].fold_second_moment(entry.sums["S"], self.settings.ema_decay)
-            else:
-                unusable.append(name)
-        if unusable:
-            self._report(
-                "missing_second_moments",
-                f"inverse='ekfac' has no gradients of single examples of {_listed(unusable)} and goes on with the "
-                "eigenvalues it has: they are not finite, or the layer's input was changed in place after its "
-                "forward. Make that operation out of place, or use inverse='eigh'",
-            )
+                continue
+            self.events.count("missing_second_moments")
+            if distributed.rank() == 0:
+                warnings.warn(
+                    f"KFC layer {name!r}: inverse='ekfac' has no gradients of single examples and goes on with the "
+                    "eigenvalues it has: they are not finite, or the layer's input was changed in place after its "
+                    "forward. Make that operation out of place, or use inverse='eigh'.",
+                    stacklevel=2,
+                )
 
     def _replace_gradients(self, ready: Sequence[tuple[Layer, Tensor, float]], loss_scale: float) -> None:
         damping = value_at(self.settings.damping, self.step)

@@ -120,7 +120,9 @@ class Layer:
     def factorise(self, inverse: type[Inverse], damping: float, step: int) -> None:
         """Refresh the inverse from the running factors; see :meth:`Inverse.factorise` for what it raises."""
         self.factorised_at = step
-        fresh = self.inverse_type(inverse).factorise(self.factors, damping).succeeding(self.inverse)
+        draws = min(average.draws for average in self.averages.values())
+        factors = self.adapter.estimate(self.factors, draws)
+        fresh = self.inverse_type(inverse).factorise(factors, damping).succeeding(self.inverse)
         self.previous_inverse = self.previous_inverse or self.inverse
         self.inverse = fresh
 
@@ -191,7 +193,9 @@ class Layer:
     def state_dict(self) -> dict[str, Any]:
         """Factors and inverse in plain tensors and numbers."""
         state: dict[str, Any] = {
-            "factors": {name: {"value": a.value, "weight": a.weight} for name, a in self.averages.items()}
+            "factors": {
+                name: {"value": a.value, "weight": a.weight, "squares": a.squares} for name, a in self.averages.items()
+            }
         }
         if self.inverse is not None:
             state["inverse"] = {"kind": self.inverse.name, **self.inverse.state()}
@@ -210,7 +214,7 @@ class Layer:
         if found and found != expected:
             return f"its factors have shapes {found} in the checkpoint, {expected} now"
         self.averages = {
-            name: RunningAverage(entry["value"].to(device), float(entry["weight"]))
+            name: RunningAverage(entry["value"].to(device), float(entry["weight"]), float(entry["squares"]))
             for name, entry in state["factors"].items()
         }
         self.roles = tuple(self.adapter.own_parameters())

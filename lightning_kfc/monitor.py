@@ -14,8 +14,8 @@ class Events:
             was preconditioned, and the callback had the optimizer skip the step.
         nonfinite_statistics: Steps in which a layer's statistics held a NaN or an infinity, and entered no average.
         empty_statistics: Steps in which a layer saw no examples, which entered no average.
-        missing_second_moments: Steps in which a layer kept its eigenvalues, since ``inverse="ekfac"`` had no usable
-            gradients of single examples.
+        missing_second_moments: Layers, summed over steps, that kept their eigenvalues, since ``inverse="ekfac"`` had no
+            usable gradients of single examples.
         failed_factorisations: Factorisations that failed at every damping; the last good inverse was kept.
         restored_inverses: Steps in which a layer went back to its last good inverse, since the update by
             its new one was not finite, or not a descent direction.

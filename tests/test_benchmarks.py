@@ -223,6 +223,13 @@ def test_table_gives_medians_and_ratios_to_the_reference() -> None:
     assert "SGD: iterations by lr: 0.1: -, 0.2: 33." in rows
 
 
+def test_table_names_the_runs_that_failed_behind_a_good_median() -> None:
+    results = made_up_results()
+    assert "never reached" not in markdown(results)
+    results.curves["sgd"] = [*results.curves["sgd"][:2], Curve([0, 40], [0.0, 4.0], [1.0, 1.5])]
+    assert "SGD: 1 of 3 reported runs never reached 0.1, 1 ended above their first loss" in markdown(results)
+
+
 def test_results_survive_their_file(tmp_path: Path) -> None:
     results = made_up_results()
     results.save(tmp_path / "results.json")

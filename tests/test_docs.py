@@ -191,5 +191,7 @@ def test_make_targets_and_files_that_a_page_names_exist(page: Path) -> None:
     text = page.read_text("utf-8")
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
     assert set(re.findall(r"(?:`|^)make ([a-z]+)\b", text, re.MULTILINE)) <= targets
+    modules = re.findall(r"python -m (benchmarks[.\w]+)", text)
+    assert [module for module in modules if not (ROOT / module.replace(".", "/")).with_suffix(".py").exists()] == []
     links = re.findall(r"\]\((?!https?:)([^)#\s]+)", FENCE.sub("", text))
     assert [link for link in links if not (page.parent / link).exists()] == []

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_kfc.factors import lagged
-from lightning_kfc.factors.patches import Geometry, patch_second_moment
+from lightning_kfc.factors.geometry import Geometry
+from lightning_kfc.factors.patches import patch_second_moment
 
 sizes = st.integers(1, 4)
 pads = st.tuples(st.integers(0, 4), st.integers(0, 4))

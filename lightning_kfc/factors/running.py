@@ -18,10 +18,12 @@ class RunningAverage:
     Attributes:
         value: The average, already debiased.
         weight: :math:`1-\rho^k`, the mass behind ``value``.
+        squares: The sum of the squares of the shares that the updates have in ``value``.
     """
 
     value: Tensor
     weight: float
+    squares: float = 1.0
 
     @classmethod
     def start(cls, value: Tensor, decay: float) -> RunningAverage:
@@ -31,4 +33,10 @@ class RunningAverage:
     def updated(self, value: Tensor, decay: float) -> RunningAverage:
         """The average after one more update."""
         weight = decay * self.weight + (1.0 - decay)
-        return RunningAverage(self.value.lerp(value, (1.0 - decay) / weight), weight)
+        share = (1.0 - decay) / weight
+        return RunningAverage(self.value.lerp(value, share), weight, (1.0 - share) ** 2 * self.squares + share**2)
+
+    @property
+    def draws(self) -> float:
+        """How many independent updates, equally weighted, would leave as much noise in their mean."""
+        return 1.0 / self.squares

@@ -21,7 +21,6 @@ from lightning_kfc.factors.statistics import (
     second_moment_total,
     share_by_reduction,
 )
-from lightning_kfc.layers.cases import Case
 
 #: Called as ``hook(module, args, kwargs, output)``.
 ForwardHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
@@ -77,8 +76,6 @@ class Adapter(ABC):
     kind: ClassVar[str] = ""
     #: How the coverage report calls what is done with its parameters.
     treatment: ClassVar[str] = "kfc"
-    #: What the documentation's table of layers says.
-    cases: ClassVar[tuple[Case, ...]] = ()
     #: Whether there are rows at all, which a forward must be watched for.
     has_rows: ClassVar[bool] = True
     #: The axis of the examples in inputs with several leading dimensions, set by what the model says of itself.
@@ -87,6 +84,9 @@ class Adapter(ABC):
     pairs_rows: ClassVar[bool] = True
     #: Above this many dimensions a factor is held as its diagonal; None for no bound.
     max_factor_dim: int | None = None
+
+    #: The likely reason why the parameters get a derivative although no forward of the module was seen.
+    unseen: ClassVar[str] = "its weight is used without calling the module"
 
     def __init__(self, module: nn.Module, weight_sharing: str = "expand") -> None:
         self.module = module
@@ -199,6 +199,15 @@ class Adapter(ABC):
         sides = [f"{name} diagonal: {d:,} > max_factor_dim" for name, d in large.items()]
         size = f"{saved / 1e9:,.2f} GB" if saved >= 1e8 else f"{saved / 1e6:.1f} MB"
         return f"{', '.join(sides)} (saves {size})" if large else ""
+
+    def estimate(self, factors: Mapping[str, Tensor], draws: float) -> Mapping[str, Tensor]:
+        """What is inverted, given the running factors; by default they themselves.
+
+        Args:
+            factors: The running factors by name.
+            draws: How many independent steps' statistics are behind them.
+        """
+        return factors
 
     def inverse_type(self, chosen: type[Inverse]) -> type[Inverse]:
         """The kind of inverse that suits these factors, given the one that the user chose for Kronecker factors."""

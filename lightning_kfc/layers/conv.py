@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_kfc.factors.geometry import Geometry
 from lightning_kfc.factors.patches import (
-    Geometry,
-    patch_chunks,
+    image_chunks,
     patch_rows,
     patch_second_moment,
     patch_second_moment_diagonal,
@@ -18,8 +18,6 @@ from lightning_kfc.factors.patches import (
 from lightning_kfc.factors.statistics import InputStatistic, append_ones, factor_dtype
 from lightning_kfc.layers.adapter import Adapter, Forward
 from lightning_kfc.layers.registry import register_adapter
-
-_TESTS = "tests/layers/test_conv.py"
 
 
 @register_adapter(nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -78,7 +76,8 @@ class ConvAdapter(Adapter):
         own = self.own_parameters()
         if "weight" not in own:
             return super().project(forward, direction)
-        chunks = patch_chunks(self._images(forward), self.geometry(forward))
+        geometry = self.geometry(forward)
+        chunks = (patch_rows(images, geometry) for images in image_chunks(self._images(forward), geometry))
         rows = (append_ones(chunk) if "bias" in own else chunk for chunk in chunks)
         return torch.cat([torch.einsum("ntgi,gi->ntg", chunk, direction.to(chunk)) for chunk in rows])
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_kfc.layers.adapter import Forward
-from lightning_kfc.layers.registry import register_adapter
+from lightning_kfc.layers.registry import register_adapter, register_adapter_by_name
 from lightning_kfc.layers.scale import ScaleShiftAdapter
 
 _Moments = tuple[Tensor, Tensor]
@@ -37,6 +37,33 @@ class RMSNormAdapter(ScaleShiftAdapter):
     def normalised(self, input: Tensor, context: Any) -> Tensor:
         """The module's own, without scale."""
         return F.rms_norm(input, self.module.normalized_shape, eps=self.module.eps)
+
+
+@register_adapter_by_name(
+    *(
+        f"transformers.models.{package}.modeling_{package}.{norm}"
+        for package, norm in {
+            "gemma": "GemmaRMSNorm",
+            "llama": "LlamaRMSNorm",
+            "mistral": "MistralRMSNorm",
+            "mixtral": "MixtralRMSNorm",
+            "phi3": "Phi3RMSNorm",
+            "qwen2": "Qwen2RMSNorm",
+            "qwen3": "Qwen3RMSNorm",
+            "t5": "T5LayerNorm",
+        }.items()
+    )
+)
+class LanguageModelNormAdapter(ScaleShiftAdapter):
+    """The same in Hugging Face's language models; that a scale is counted from 1 changes no derivative."""
+
+    kind: ClassVar[str] = "RMSNorm"
+
+    def normalised(self, input: Tensor, context: Any) -> Tensor:
+        """The module's own, without scale."""
+        eps = getattr(self.module, "variance_epsilon", None) or self.module.eps
+        assert isinstance(eps, float)
+        return F.rms_norm(input, input.shape[-1:], eps=eps)
 
 
 @register_adapter(nn.GroupNorm)

@@ -135,8 +135,6 @@ class _Network:
         leading = (len(sizes), sizes[0]) if sizes[0] == sizes[-1] else (len(input),)
         self.watch.show(f"ih_{end}", input.reshape(*leading, -1), product.view(*leading, -1))
         steps = torch.split(product, list(sizes))
-        # Autocast runs the products in another precision, and the fused function its states with them.
-        start = tuple(s.to(steps[0].dtype) for s in start)
         state, finished = tuple(s[: sizes[-1] if reverse else sizes[0]] for s in start), []
         outputs = []
         for step in reversed(steps) if reverse else steps:

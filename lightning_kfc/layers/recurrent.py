@@ -2,6 +2,9 @@
 
 Their forward is one fused function, inside which no product can be seen. On due steps the same recurrence runs step by
 step instead, from the same linear products; its results agree up to rounding. Rows are all examples at all steps.
+
+Under non-reentrant activation checkpointing the fused function runs and nothing is seen: the second forward, after the
+due step's own, would have to save the same tensors as the first.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
@@ -35,6 +39,7 @@ class GateAdapter(LinearAdapter):
     kind = "Recurrent"
     #: In a packed batch each step has rows of other examples than the last one.
     pairs_rows: ClassVar[bool] = False
+    unseen: ClassVar[str] = "its products are not seen inside an activation checkpoint, or it is never called"
     module: nn.RNNBase | nn.RNNCellBase
 
     def __init__(self, module: nn.RNNBase | nn.RNNCellBase, watch: Watch, part: str) -> None:
@@ -82,8 +87,15 @@ def _part_names(module: nn.Module) -> list[str]:
 
 
 def _run(watch: Watch, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    if _inside_checkpoint():
+        return forward(*args, **kwargs)
     with _ShownRecurrence(watch):
         return forward(*args, **kwargs)
+
+
+def _inside_checkpoint() -> bool:
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 
 class _ShownRecurrence(TorchFunctionMode):
@@ -96,8 +108,22 @@ class _ShownRecurrence(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the recurrence step by step; call all else through."""
         if func in CELLS:
-            return one_step(self._watch, CELLS[func], *args)
+            return _as_fused(func, args, one_step(self._watch, CELLS[func], *args))
         if func in SEQUENCES:
             run = packed if isinstance(args[3], list) else padded
-            return run(self._watch, SEQUENCES[func], *args)
+            return _as_fused(func, args, run(self._watch, SEQUENCES[func], *args))
         return func(*args, **(kwargs or {}))
+
+
+def _as_fused(function: Any, args: tuple[Any, ...], results: Any) -> Any:
+    """The results in the precision of the fused function, which autocast treats in its own ways."""
+    if not torch.is_autocast_enabled(args[0].device.type):
+        return results
+    options = list(args)
+    if function in SEQUENCES:
+        options[7 if isinstance(args[3], list) else 6] = False  # not training: without the random numbers of dropout
+    with torch.no_grad():
+        fused = function(*options)
+    if isinstance(results, Tensor):
+        return results.to(fused.dtype)
+    return tuple(result.to(like.dtype) for result, like in zip(results, fused, strict=True))

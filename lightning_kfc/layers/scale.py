@@ -104,7 +104,7 @@ class ScaleShiftAdapter(Adapter):
 
     def weight_input_rows(self, forward: Forward) -> Tensor:
         r"""The normalised inputs :math:`\hat x`."""
-        return self._scaled_rows(forward.first(), self.context(forward))
+        return self._scaled_rows(_only(forward), self.context(forward))
 
     def output_rows(self, output_gradient: Tensor) -> Tensor:
         """The derivative at each unit."""
@@ -116,7 +116,7 @@ class ScaleShiftAdapter(Adapter):
         """Keep the input: what multiplies the scale is computed from it once its derivative is known."""
         if "weight" not in self.own_parameters():
             return _Recorded(None, 0, None)
-        kept = forward.first()
+        kept = _only(forward)
         return _Recorded(kept, kept._version, self.context(forward))
 
     def statistics(self, record: Any, output_gradient: Tensor) -> Statistics:
@@ -130,6 +130,11 @@ class ScaleShiftAdapter(Adapter):
         if "bias" in own:
             gradients.append(rows.sum(1, keepdim=True))
         return Statistics({}, {"F": second_moment_total(torch.cat(gradients, -1))}, len(rows))
+
+
+def _only(forward: Forward) -> Tensor:
+    """The one input, whatever its name is."""
+    return forward.first(next(iter(forward.kwargs), ""))
 
 
 @register_adapter(nn.PReLU)

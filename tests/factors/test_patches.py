@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from lightning_kfc.factors import patches
-from lightning_kfc.factors.patches import Geometry, patch_rows, patch_second_moment
+from lightning_kfc.factors.geometry import Geometry
+from lightning_kfc.factors.patches import patch_rows, patch_second_moment
 from tests import oracles
 from tests.nets import data
 

@@ -286,3 +286,22 @@ def test_a_subclass_that_calls_its_output_projection_is_listed_not_crashed() -> 
     treatments = {row.parameter: row.treatment for row in kfc.coverage()}
     assert treatments["out_proj.weight"] == "kfc"
     assert treatments["in_proj_weight"] == "diagonal"
+
+
+def test_a_compiled_transformer_layer_is_seen_on_due_steps_and_stays_compiled_between_them() -> None:
+    torch._dynamo.reset()
+    compiled = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph
+
+    model = nn.TransformerEncoderLayer(EMBED, 2, 5, dropout=0.0, batch_first=True)
+    run = torch.compile(model, backend=backend)
+    x, y = torch.randn(3, 4, EMBED), torch.randn(3, 4, EMBED)
+    kfc = engine(model, fisher="mc", factor_every_n_steps=3, inverse_every_n_steps=3, warmup_steps=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(7):
+        train_step(kfc, optimizer, lambda: F.mse_loss(run(x), y))
+    assert len(compiled) == 1
+    assert kfc.layers["self_attn.k"].A.shape == (EMBED + 1, EMBED + 1)

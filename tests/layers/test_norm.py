@@ -71,6 +71,31 @@ class MeanOverPositions(nn.Module):
         return x.mean(1)
 
 
+@pytest.mark.parametrize("norm", [nn.LayerNorm(4), nn.RMSNorm(4)], ids=["input", "x"])
+def test_an_input_given_by_keyword_is_found_under_any_name(norm: nn.Module) -> None:
+    norm, x = norm.double(), data(3, 4)
+    name = "x" if isinstance(norm, nn.RMSNorm) else "input"
+    assert_rows_rebuild_the_gradient(adapter_for(norm)(norm), lambda: curved(norm(**{name: x})), str(norm))
+
+
+LANGUAGE_MODEL_NORMS = {"llama": "LlamaRMSNorm", "gemma": "GemmaRMSNorm", "qwen3": "Qwen3RMSNorm", "t5": "T5LayerNorm"}
+
+
+@pytest.mark.parametrize("package", LANGUAGE_MODEL_NORMS)
+def test_each_unit_of_a_language_model_s_norm_has_the_dense_fisher(package: str) -> None:
+    module = pytest.importorskip(f"transformers.models.{package}.modeling_{package}")
+    norm = getattr(module, LANGUAGE_MODEL_NORMS[package])(6, eps=1e-2)
+    model = nn.Sequential(nn.Linear(6, 6), norm, nn.Tanh(), MeanOverPositions(), nn.Linear(6, 3)).double()
+    x, target = data(4, 5, 6), classes(4, count=3)
+
+    def loss(z: Tensor) -> Tensor:
+        return F.cross_entropy(z, target)
+
+    kfc = observe(model, lambda: loss(model(x)))
+    # Some of these norms reckon in float32, whatever they are given.
+    oracles.assert_equal(kfc.layers["1"].factors["F"], dense_blocks(model, x, loss, "1"), rtol=1e-5, what=package)
+
+
 def dense_blocks(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor], layer: str) -> Tensor:
     """The dense Fisher's block of each unit's scale and shift, ``(units, d, d)``."""
     jacobians = logits_jacobians(model, x, layer)

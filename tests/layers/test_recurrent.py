@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.checkpoint import checkpoint
 
 from tests import oracles
 from tests.layers.rows import curved, dense_fisher, gradients, rebuilt_gradient
@@ -198,3 +199,63 @@ def test_an_unrecognised_loss_has_the_empirical_fisher_of_its_examples_not_of_it
             g.append(torch.autograd.grad(h.pow(4).sum(), shifts)[0])
         rows = torch.cat(g)
         oracles.assert_equal(kfc.layers[part].G, rows.T @ rows / 3, what=f"G of {part}")
+
+
+class FusedCalls(torch.overrides.TorchFunctionMode):
+    """Counts the calls of torch's fused recurrences."""
+
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.lstm, torch.gru)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("frozen", "no_grad", "fused"), [(False, False, 0), (True, False, 1), (False, True, 1)])
+def test_the_fused_recurrence_runs_on_due_steps_wherever_nothing_is_to_be_seen(
+    frozen: bool, no_grad: bool, fused: int
+) -> None:
+    model = nn.ModuleDict({"rnn": nn.LSTM(FEATURES, HIDDEN), "head": nn.Linear(HIDDEN, 2)})
+    model["rnn"].requires_grad_(not frozen)
+    with engine(model).capture(), FusedCalls() as calls, torch.set_grad_enabled(not no_grad):
+        model["rnn"](torch.randn(4, 5, FEATURES))
+    assert calls.count == fused
+
+
+class Checkpointed(nn.Module):
+    """A recurrent module inside an activation checkpoint, and a head."""
+
+    def __init__(self, rnn: nn.Module) -> None:
+        super().__init__()
+        self.rnn, self.head = rnn, nn.Linear(HIDDEN, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output, _ = checkpoint(self.rnn, x, use_reentrant=False)
+        return self.head(output[-1])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_a_recurrent_module_inside_an_activation_checkpoint_is_listed_and_trains(kind: Any) -> None:
+    model, x, y = Checkpointed(kind(FEATURES, HIDDEN)), torch.randn(4, 12, FEATURES), classes(12, count=2)
+    kfc = engine(model, fisher="mc", kl_clip=0.03)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    with pytest.warns(UserWarning, match="not seen inside an activation checkpoint"):
+        losses = [train_step(kfc, optimizer, lambda: F.cross_entropy(model(x), y)) for _ in range(20)]
+    assert losses[-1] < 0.95 * losses[0]
+    treatments = {row.parameter: row.treatment for row in kfc.coverage()}
+    assert treatments["rnn.weight_hh_l0"] == "diagonal"
+    assert treatments["head.weight"] == "kfc"
+
+
+@pytest.mark.parametrize("make", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell], ids=lambda kind: kind.__name__)
+def test_under_autocast_the_results_have_the_fused_functions_precision(make: Any) -> None:
+    rnn = make(FEATURES, HIDDEN)
+    x = torch.randn(4, 3, FEATURES) if isinstance(rnn, nn.RNNBase) else torch.randn(3, FEATURES)
+    kfc = engine(rnn)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = flat(rnn(x))
+        with kfc.capture():
+            found = flat(rnn(x))
+    assert [tensor.dtype for tensor in found] == [tensor.dtype for tensor in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert float((one - other).detach().abs().max()) < 0.02
