@@ -184,7 +184,11 @@ def factorise_by(rule: Rule | None, decay: float) -> Callable[[Layer, type[Inver
 
 
 def matched_step(
-    gradients: Sequence[Tensor], inverses: Sequence[Inverse], rates: Sequence[float], kl_clip: float | None
+    gradients: Sequence[Tensor],
+    inverses: Sequence[Inverse],
+    rates: Sequence[float],
+    kl_clip: float | None,
+    fallbacks: Sequence[Inverse | None],
 ) -> NaturalStep:
     """A natural step in which the layers without curvature step as far, relative to their gradients, as the others."""
     own = [i for i, inverse in enumerate(inverses) if isinstance(inverse, Identity)]
@@ -193,7 +197,7 @@ def matched_step(
     before = sum(float(gradients[i].square().sum()) for i in updates)
     scale = math.sqrt(after / before) if before > 0 else 1.0
     given = [Identity(x.F_inverse * scale) if isinstance(x, Identity) else x for x in inverses]
-    return natural_step(gradients, given, rates, kl_clip)
+    return natural_step(gradients, given, rates, kl_clip, fallbacks)
 
 
 def iterations(net: str, rule: str, seed: int, steps: int, lr: float, damping: float) -> float:

@@ -194,7 +194,9 @@ class Recorder:
         direction: Callable[[], Tensor] | None,
         keep_inputs: bool,
     ) -> None:
-        if self.paused or not torch.is_grad_enabled() or not output.requires_grad:
+        # A toggled optimizer freezes the other optimizers' parameters for a while.
+        frozen = not adapter.own_parameters()
+        if self.paused or frozen or not torch.is_grad_enabled() or not output.requires_grad:
             return
         # Asked at each call: a training step may freeze a network for a while, as that of a GAN does.
         if not adapter.own_parameters():

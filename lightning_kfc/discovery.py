@@ -251,16 +251,32 @@ class LossRecorder(TorchFunctionMode):
         return result
 
 
-def named_output_hook(likelihood: Likelihood, losses: LossRecorder) -> Callable[..., None]:
-    """A forward hook that makes a module's output the logits of a likelihood that the user named."""
+class NamedOutputHook:
+    """A forward hook that makes a module's output the logits of a likelihood that the user named.
 
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        if losses.paused or not torch.is_grad_enabled():
+    A copied or pickled module carries it as one that does nothing.
+
+    Args:
+        likelihood: The likelihood.
+        losses: Where the term goes; None for nowhere.
+    """
+
+    def __init__(self, likelihood: Likelihood, losses: LossRecorder | None) -> None:
+        self._likelihood = likelihood
+        self._losses = losses
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Record one call of the module."""
+        if self._losses is None or self._losses.paused or not torch.is_grad_enabled():
             return
         if isinstance(output, Tensor) and output.requires_grad:
-            losses.terms.append(_named_output_term(likelihood, output))
+            self._losses.terms.append(_named_output_term(self._likelihood, output))
 
-    return hook
+    def __deepcopy__(self, memo: dict[int, Any]) -> NamedOutputHook:
+        return NamedOutputHook(self._likelihood, None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return NamedOutputHook, (self._likelihood, None)
 
 
 def _named_output_term(likelihood: Likelihood, output: Tensor) -> LossTerm:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +20,18 @@ def world_size() -> int:
 def rank() -> int:
     """This process's rank; 0 where no process group is initialised."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def all_finite(gradients: Sequence[Tensor]) -> bool:
+    """Whether no gradient holds a NaN or an infinity; sparse ones are looked at as they are.
+
+    Args:
+        gradients: What the ranks have reduced already, so that all of them give the same answer.
+    """
+    dense = [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
+    # The largest magnitude keeps NaN and infinity, and unlike a sum of squares does not itself overflow.
+    norm = torch.nn.utils.get_total_norm([gradient for gradient in dense if gradient.numel()], math.inf)
+    return bool(torch.isfinite(norm))
 
 
 def reduce_statistics(statistics: Mapping[str, Statistics]) -> dict[str, Statistics]:

@@ -67,6 +67,36 @@ class WeightedTerm:
     weights: Tensor
     derivative: Tensor
 
+    def is_finite(self) -> bool:
+        """Whether logits and weights are finite, so that targets can be drawn and seeds made.
+
+        Minus infinity rules a class out, which is no fault while another one is left.
+        """
+        logits = self.term.logits
+        if self.term.likelihood.vector_valued and logits.numel():
+            logits = logits.amax(-1)
+        return bool(torch.isfinite(logits).all() and torch.isfinite(self.weights).all())
+
+
+def refuse_reentrant_checkpointing(loss: Tensor) -> None:
+    """Look for reentrant activation checkpointing in a loss's graph.
+
+    Raises:
+        RuntimeError: If there is any: such a region has no graph before backward, so its layers are not seen.
+    """
+    pending, seen = [loss_edge(loss).node], set()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise RuntimeError(
+                "KFC does not work with torch.utils.checkpoint(..., use_reentrant=True): the region has no graph "
+                "before backward, so its layers cannot be seen. Pass use_reentrant=False: the gradients are the same."
+            )
+        pending += [below for below, _ in node.next_functions if below is not None]
+
 
 def weighted_terms(
     loss: Tensor, terms: Sequence[LossTerm], *, loss_scale: float = 1.0, loss_fraction: float = 1.0
@@ -131,6 +161,11 @@ def seed_passes(terms: Sequence[WeightedTerm], fisher: str, generator: torch.Gen
     yield together
 
 
+def unusable_seeds(terms: Sequence[WeightedTerm]) -> Iterator[Seeds]:
+    """One pass of NaN seeds, for logits or weights that are not finite: every layer's statistics say so, too."""
+    yield [pair for w in terms for pair in _to_edges(w.term, torch.full_like(w.term.logits, math.nan))]
+
+
 def _empirical_seed(weighted: WeightedTerm, generator: torch.Generator) -> Seeds:
     r"""Seeds :math:`\pm\sqrt{c}\,\nabla_z\ell(z, y)` with the data's y, from :math:`c\,\nabla_z\ell` of autograd.
 
@@ -163,6 +198,15 @@ def _derivatives(seeds: Seeds, inputs: Sequence[GradientEdge], scale: float) -> 
     return _grad(outputs, inputs, values)
 
 
+def reaches(loss: Tensor, calls: Sequence[Call]) -> bool:
+    """Whether a loss depends on the output of any recorded call."""
+    if not calls or not loss.requires_grad:
+        return False
+    edges = [call.edge for call in calls]
+    found = torch.autograd.grad([loss_edge(loss)], edges, [torch.ones_like(loss)], retain_graph=True, allow_unused=True)
+    return any(gradient is not None for gradient in found)
+
+
 def back_propagate(
     passes: Iterator[Seeds],
     calls: Sequence[Call],
@@ -191,6 +235,8 @@ def back_propagate(
     reached: dict[int, Statistics] = {}
     for seeds in passes:
         extra = [get_gradient_edge(p) for p in test.parameters()] if test is not None else []
+        if not edges and not extra:
+            break
         found = _derivatives(seeds, [*edges, *extra], scale)
         gradients = found[: len(edges)]
         if test is not None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_kfc.attachment import Attachment
 from lightning_kfc.kfc import KFC
 from lightning_kfc.likelihood import Bernoulli, Categorical, Gaussian
 from lightning_kfc.schedule import ExponentialSchedule, LinearSchedule
@@ -29,7 +29,13 @@ class KFCHooks:
     r"""Preconditions gradients with KFC (Grosse & Martens 2016), whatever the module and its optimizer.
 
     Add it to ``Trainer(callbacks=[KFCCallback()])``. The optimizer stays the module's own; SGD with momentum is
-    the paper's, and ``SGD(lr=0.5, momentum=0.5)`` is a good start.
+    the paper's, and ``SGD(lr=0.5, momentum=0.5)`` is a good start. With several optimizers, each step
+    preconditions the parameters of its own optimizer; their losses go through ``self.manual_backward(loss)``.
+
+    Lightning's learning-rate finder and batch-size scaler run without other callbacks: what they find is the
+    learning rate of the optimizer alone, and the largest batch that fits without the memory of the factors.
+
+    A copied or unpickled callback has the settings, and starts anew.
 
     Args:
         damping: Added to the curvature before it is inverted: larger is closer to plain SGD, smaller closer
@@ -52,6 +58,8 @@ class KFCHooks:
         include: Glob patterns over module names, such as "encoder.*": only these modules are preconditioned.
         exclude: Glob patterns over module names that are not preconditioned.
         seed: Seed of the sampled targets. The global random stream is never touched.
+        save_factors: Whether checkpoints hold the factors and inverses. Without them checkpoints stay small, and a
+            resumed run warms up again.
 
     Raises:
         TypeError: If a setting is of the wrong type.
@@ -78,6 +86,7 @@ class KFCHooks:
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         seed: int = 0,
+        save_factors: bool = True,
     ) -> None:
         super().__init__()
         self._settings = Settings(
@@ -97,12 +106,29 @@ class KFCHooks:
             exclude=exclude,
             seed=seed,
         )
+        if not isinstance(save_factors, bool):
+            raise TypeError(f"save_factors must be true or false, got {save_factors!r}.")
+        self._save_factors = save_factors
+        self._start_detached()
+
+    def _start_detached(self) -> None:
         self._kfc: KFC | None = None
         self._module: Any = None
         self._loaded: dict[str, Any] | None = None
-        self._detach: Callable[[], None] | None = None
+        self._attachment: Attachment | None = None
+        self._training = False
         self._backwards = 0
         self._preconditioned_at: dict[int, int] = {}
+        self._said: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The settings alone: a copy must hold neither the model nor anything that is attached to it."""
+        return {"settings": self._settings, "save_factors": self._save_factors}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._settings = state["settings"]
+        self._save_factors = state["save_factors"]
+        self._start_detached()
 
     @property
     def kfc(self) -> KFC:
@@ -114,6 +140,10 @@ class KFCHooks:
         if self._kfc is None:
             raise RuntimeError("KFCCallback has no preconditioner before trainer.fit() starts.")
         return self._kfc
+
+    def checkpoint_bytes(self) -> int:
+        """How many bytes of factors and inverses a checkpoint of this training holds; known once it has started."""
+        return sum(row.bytes for row in self.kfc.coverage()) if self._save_factors else 0
 
     @property
     def state_key(self) -> str:
@@ -145,24 +175,65 @@ class KFCHooks:
         self._kfc = KFC.from_settings(pl_module, self._settings)
         self._module = pl_module
         if previous is not None:
-            self._kfc.load_state_dict(previous)
+            self._take_over(previous)
+        self._end()
+        self._backwards = 0
         self._preconditioned_at.clear()
-        self._attach(trainer)
+        self._said.clear()
+        self._attachment = Attachment(
+            trainer,
+            # The learning-rate finder, for one, takes the other callbacks out while it runs.
+            active=lambda: any(callback is self for callback in trainer.callbacks),
+            kfc=lambda: self.kfc,
+            on_unseen_backward=self._warn_bare_backward,
+            on_unseen_step=self._after_unseen_step,
+        )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Take over the checkpoint's state (under FSDP2 it is loaded after on_fit_start), and report."""
+        self._training = True
         if self._loaded is not None:
-            for problem in self.kfc.load_state_dict(self._loaded):
-                rank_zero_warn(f"KFCCallback: {problem}.")
+            self._take_over(self._loaded)
             self._loaded = None
-        elif trainer.ckpt_path is not None:
+        elif _resumed_from(trainer) is not None:
             self._kfc = KFC.from_settings(pl_module, self._settings)
-            rank_zero_info("KFCCallback: the checkpoint holds no state of this callback; curvature is estimated anew.")
-        rank_zero_info(f"KFC preconditions these layers:\n{self.kfc.coverage()}")
+            rank_zero_info(
+                f"KFCCallback: the checkpoint {_resumed_from(trainer)} holds no state of this callback; "
+                "curvature is estimated anew, beginning with a warm-up."
+            )
+        self._warn_of_split_layers(trainer.optimizers)
+        rank_zero_info(self._report())
+
+    def _take_over(self, state: dict[str, Any]) -> None:
+        for problem in self.kfc.load_state_dict(state):
+            rank_zero_warn(f"KFCCallback: {problem}.")
+
+    def _report(self) -> str:
+        coverage = self.kfc.coverage()
+        lines = [f"KFC preconditions these layers:\n{coverage}"]
+        if self._save_factors:
+            size = f"{self.checkpoint_bytes() / 1e6:.3f} MB"
+            lines.append(f"Each checkpoint holds the factors and inverses, {size} (save_factors=False: none).")
+        else:
+            lines.append("Checkpoints hold no factors (save_factors=False): a resumed run warms up again.")
+        return "\n".join(lines)
+
+    def _warn_of_split_layers(self, optimizers: Sequence[Any]) -> None:
+        owned = [self.kfc.learning_rates(optimizer) for optimizer in optimizers]
+        known = [{id(p) for group in o.param_groups for p in group["params"]} for o in optimizers]
+        for name, layer in self.kfc.layers.items():
+            own = {id(p) for p in layer.adapter.own_parameters().values()}
+            if own and not any(name in rates for rates in owned) and any(own & ids for ids in known):
+                rank_zero_warn(
+                    f"KFCCallback leaves the gradient of {name!r} as it is: no optimizer has all of its parameters. "
+                    "Give its weight and its bias to the same optimizer, or add it to `exclude` to silence this."
+                )
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Detach."""
+        """Detach, and tell what went other than planned."""
         self._end()
+        if events := str(self.kfc.events):
+            rank_zero_info(f"KFC counted events: {events}.")
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Detach."""
@@ -172,66 +243,98 @@ class KFCHooks:
         """Detach: after an exception there is no teardown."""
         self._end()
 
-    def _attach(self, trainer: Any) -> None:
-        """Open the capture around each training step.
-
-        The plugin's context is what surrounds every training step, also those of closures and of manual
-        optimization; opening it in one hook and closing it in another would leak when the step raises.
-        """
-        self._end()
-        plugin = trainer.precision_plugin
-        original = plugin.train_step_context
-
-        @contextlib.contextmanager
-        def context() -> Iterator[None]:
-            with original(), self.kfc.capture():
-                yield
-
-        plugin.train_step_context = context
-        self._detach = lambda: plugin.__dict__.pop("train_step_context", None)
-
     def _end(self) -> None:
-        if self._detach is not None:
-            self._detach()
-            self._detach = None
+        self._training = False
+        if self._attachment is not None:
+            self._attachment.detach()
+            self._attachment = None
+        if self._kfc is not None:
+            self._kfc.resume()
+            self._kfc.release()
 
     # A training step.
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         """Take the statistics of this loss, while its graph lives."""
         fraction = 1.0 / trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1.0
+        self.kfc.follow_gradients()
         self.kfc.back_propagate(loss, loss_scale=self._loss_scale(trainer), loss_fraction=fraction)
         self.kfc.pause()
+        if self._attachment is not None:
+            self._attachment.backward_begins()
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
-        """Fold a complete step's statistics into the factors and refresh inverses, the graph's memory being free."""
+        """Record again; whether the step's statistics may be used is not known before gradients are unscaled."""
         self._backwards += 1
+        if self._attachment is not None:
+            self._attachment.backward_ends()
         self.kfc.resume()
-        # In manual optimization the step of each optimizer says when its own layers' statistics are complete.
-        if pl_module.automatic_optimization and not trainer.fit_loop._should_accumulate():
-            self.kfc.refresh()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
-        """Replace the gradients of this optimizer's parameters."""
+        """Fold the step's statistics into the factors, refresh inverses, and replace this optimizer's gradients.
+
+        Only here a step is known to be complete, with all micro-batches, and its gradients to be finite.
+        """
+        if self._attachment is not None:
+            self._attachment.step_begins(optimizer)
         if self._preconditioned_at.get(id(optimizer), 0) == self._backwards:
             # SWA's extra epoch, for one, comes here without a backward: these gradients are not fresh.
             if not pl_module.automatic_optimization:
                 self._warn_bare_backward()
+                self.kfc.skip(optimizer)
             return
         self._preconditioned_at[id(optimizer)] = self._backwards
-        self.kfc.precondition(optimizer=optimizer)
-        self._log(trainer)
+        if self.kfc.precondition(optimizer=optimizer, loss_scale=self._gradient_scale(trainer, optimizer)):
+            self._log(trainer)
+        elif self._scaler(trainer) is None:
+            # A gradient scaler skips such a step by itself; no optimizer steps a parameter without a gradient.
+            self._warn_skipped()
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+
+    def _warn_skipped(self) -> None:
+        if self.kfc.events.nonfinite_gradients == 1:
+            rank_zero_warn(
+                "KFCCallback: the gradients of this optimizer step are not finite; the step is skipped, since it would "
+                "spoil the weights. Further skipped steps are only counted, in `callback.kfc.events`."
+            )
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Let go of the graph of what was recorded and not used."""
+        self.kfc.release()
 
     def _warn_bare_backward(self) -> None:
-        warnings.warn(
-            "KFCCallback leaves the gradients of this optimizer step as they are: no backward went through "
-            "self.manual_backward(loss) since the last one. Call it instead of loss.backward().",
-            stacklevel=2,
+        self._warn_once(
+            "KFCCallback takes no curvature from, and does not precondition, the gradient of a backward that does not "
+            "go through Lightning. Call self.manual_backward(loss) instead of loss.backward()."
         )
 
-    def _loss_scale(self, trainer: Any) -> float:
+    def _after_unseen_step(self, optimizer: Optimizer) -> None:
+        self._warn_once(
+            f"KFCCallback could not precondition a step of {type(optimizer).__name__}: it was made around Lightning's "
+            "wrapped optimizer (by optimizers(use_pl_optimizer=False), optimizer.optimizer.step(), or an overridden "
+            "optimizer_step that steps on its own). Call step() of what self.optimizers() returns, or "
+            "super().optimizer_step(...)."
+        )
+        self.kfc.skip(optimizer)
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            rank_zero_warn(message)
+
+    def _scaler(self, trainer: Any) -> Any:
         scaler = getattr(trainer.precision_plugin, "scaler", None)
+        return scaler if scaler is not None and scaler.is_enabled() else None
+
+    def _loss_scale(self, trainer: Any) -> float:
+        scaler = self._scaler(trainer)
         return float(scaler.get_scale()) if scaler is not None else 1.0
+
+    def _gradient_scale(self, trainer: Any, optimizer: Optimizer) -> float:
+        """What gradients are multiplied by in on_before_optimizer_step: fused optimizers unscale in their step."""
+        return self._loss_scale(trainer) if getattr(optimizer, "_step_supports_amp_scaling", False) else 1.0
 
     def _log(self, trainer: Any) -> None:
         loop = trainer.fit_loop.epoch_loop
@@ -247,8 +350,22 @@ class KFCHooks:
         """The preconditioner's state in plain tensors, numbers, strings, dicts and lists."""
         if self._loaded is not None:
             return self._loaded
-        return self._kfc.state_dict() if self._kfc is not None else {}
+        return self._kfc.state_dict(factors=self._save_factors) if self._kfc is not None else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep a state until training starts."""
-        self._loaded = state_dict
+        """Keep a state until training starts; one that is loaded while it runs is taken over at once."""
+        if self._training:
+            self._take_over(state_dict)
+        else:
+            self._loaded = state_dict
+
+
+def _resumed_from(trainer: Any) -> str | None:
+    """The checkpoint that a fit goes on from, or None.
+
+    The learning-rate finder and the batch-size scaler leave the name of their own behind, to which they return.
+    """
+    path = trainer.ckpt_path
+    if path is None or os.path.basename(str(path)).startswith((".lr_find_", ".scale_batch_size_")):
+        return None
+    return str(path)

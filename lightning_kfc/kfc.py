@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -16,17 +15,22 @@ from torch.optim import Optimizer
 from lightning_kfc import distributed
 from lightning_kfc.capture import Recorder, parameter_call
 from lightning_kfc.coverage import Coverage, coverage_of
-from lightning_kfc.discovery import LossRecorder, LossTerm, named_output_hook
+from lightning_kfc.discovery import LossRecorder, LossTerm, NamedOutputHook
+from lightning_kfc.due import Due
 from lightning_kfc.factors.inverse import INVERSES, FactorisationError
 from lightning_kfc.factors.statistics import Statistics
 from lightning_kfc.find_layers import find_layers
 from lightning_kfc.fisher import (
     back_propagate,
     empirical_statistics_of_loss,
+    reaches,
+    refuse_reentrant_checkpointing,
     seed_passes,
     seed_scale,
+    unusable_seeds,
     weighted_terms,
 )
+from lightning_kfc.isolation import eager_compiled_code, full_precision, leaving_no_trace
 from lightning_kfc.layer import Layer
 from lightning_kfc.likelihood import Likelihood
 from lightning_kfc.monitor import Events, StepNumbers
@@ -147,8 +151,14 @@ class KFC:
         self._losses: LossRecorder | None = None
         self._self_test: SelfTest | None = None
         self._self_test_done = False
+        self._graph_checked = False
+        self._due = Due(settings.schedule)
+        self._recorded: list[str] = []
+        # Layers whose .grad holds a part of which no statistics were taken: what is taken then would not belong to it.
+        self._unseen: set[str] = set()
         self._stepped = False
         self._micro_batch = 0
+        self._backward = contextlib.ExitStack()
         self.step = 0
         self.events = Events()
         self.last_step: StepNumbers | None = None
@@ -160,16 +170,18 @@ class KFC:
         """The preconditioned layers by module name."""
         return self._found.layers
 
+    @property
+    def recorded(self) -> tuple[str, ...]:
+        """The layers whose statistics are taken at this step."""
+        return tuple(self._recorded)
+
     def coverage(self) -> Coverage:
         """Every parameter with how it is treated and why; prints as a table."""
         return coverage_of(self._model, self._found, INVERSES[self.settings.inverse])
 
     def _drop(self, layer: str, reason: str) -> None:
         self._dropped[layer] = reason
-        before = set(self.layers)
         self._found.replace_by_parameters(layer, self._model, reason)
-        # Their curvature begins with the next due step, which is no surprise.
-        self._said |= set(self.layers) - before
         if distributed.rank() == 0:
             warnings.warn(
                 f"KFC has no Kronecker factors for {layer!r}: {reason}. Its parameters get a diagonal curvature; "
@@ -186,8 +198,9 @@ class KFC:
         Compute the loss inside. Compiled code runs eagerly there, and only there.
         """
         self._begin_step_if_over()
-        if not self.settings.schedule.factors_due(self.step):
-            self._recorder = self._losses = None
+        self._recorded = self._due.recorded_at(self.step, self.layers)
+        if not self._recorded:
+            self.release()
             yield
             return
         self._recorder, self._losses = Recorder(), LossRecorder()
@@ -195,13 +208,16 @@ class KFC:
         waiting = set(test.waiting) if test is not None else set()
         handles = []
         try:
-            for name, layer in self._layers_with_rows().items():
+            for name, layer in self._layers_with_rows(self._recorded).items():
                 wanted = functools.partial(test.direction, name) if test is not None and name in waiting else None
                 keep_inputs = layer.inverse_type(INVERSES[self.settings.inverse]).wants_examples
                 self._recorder.attach(name, layer.adapters, wanted, keep_inputs=keep_inputs)
             handles += self._attach_named_output(self._losses)
-            with _eager_compiled_code(), self._losses:
-                yield
+            with eager_compiled_code(), self._losses:
+                try:
+                    yield
+                finally:
+                    self.resume()
         finally:
             self._recorder.detach()
             for handle in handles:
@@ -226,7 +242,7 @@ class KFC:
             RuntimeError: If the step is due but its loss was not computed inside :meth:`capture`, or if its
                 backward has been run.
         """
-        if self._recorder is None and self.settings.schedule.factors_due(self.step):
+        if self._recorder is None and self._due.date(self.step):
             raise RuntimeError(
                 f"KFC has recorded nothing at step {self.step}: compute the loss inside `with kfc.capture():`."
             )
@@ -240,14 +256,69 @@ class KFC:
             return
         self.pause()
         try:
-            with _full_precision(self._model), _norm_statistics_kept(self._model):
+            with full_precision(self._model), leaving_no_trace(self._model):
                 statistics = self._statistics(loss, loss_scale, loss_fraction)
         finally:
             self.resume()
         # Finite or not is for all ranks to know together: refresh() looks at the sum over ranks.
         for name, entry in statistics.items():
-            self._found.layers[name].add(entry)
+            if name not in self._unseen:
+                self._found.layers[name].add(entry)
         self._micro_batch += 1
+
+    def forget(self, layers: Iterable[str]) -> None:
+        """Take no statistics of layers until their next step: their gradient gets a part that was not seen here."""
+        for name in layers:
+            self._unseen.add(name)
+            self._drop_pending(name)
+
+    def skip(self, optimizer: Optimizer) -> None:
+        """Count a step that an optimizer made without :meth:`precondition`; its layers' statistics are forgotten."""
+        for name in self.learning_rates(optimizer):
+            self._drop_pending(name)
+            self._unseen.discard(name)
+        self._stepped = True
+
+    def _drop_pending(self, name: str) -> None:
+        if name in self.layers:
+            self.layers[name].drop_pending()
+        self._count_again({name})
+
+    def _count_again(self, layers: Set[str]) -> None:
+        """Have the next loss count the input rows of calls again, whose statistics are no longer pending."""
+        if self._recorder is not None:
+            calls, counted = self._recorder.calls, self._recorder.counted
+            counted.difference_update([i for i in counted if calls[i].layer in layers])
+
+    def release(self) -> None:
+        """Let go of what was recorded of the last forward and its graph."""
+        self._recorder = self._losses = None
+
+    def follow_gradients(self) -> None:
+        """Let statistics live and die with the gradient they belong to; call it just before each backward.
+
+        Where a loss passes through a network that another optimizer trains (a generator's loss through the
+        discriminator), that gradient is zeroed before it is ever used, and its statistics must not stay either.
+        """
+        for name, layer in self._found.layers.items():
+            if (layer.pending is not None or name in self._unseen) and layer.gradient_is_zero():
+                self._drop_pending(name)
+                self._unseen.discard(name)
+        recorded = set(self._recorded) if self._recorder is not None else set()
+        self.forget(name for name in self._found.layers if name not in recorded)
+
+    def learning_rates(self, optimizer: Optimizer) -> dict[str, float]:
+        """The learning rate of each layer all of whose trainable parameters belong to an optimizer.
+
+        Where they are spread over its groups, that of the weight's group.
+        """
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        rates = {}
+        for name, layer in self.layers.items():
+            own = [groups.get(id(parameter)) for parameter in layer.adapter.own_parameters().values()]
+            if own and own[0] is not None and all(group is not None for group in own):
+                rates[name] = float(own[0]["lr"])
+        return rates
 
     def refresh(self, optimizer: Optimizer | None = None) -> None:
         """The second half of :meth:`update`: fold statistics into the factors, and refresh the inverses, where due.
@@ -255,88 +326,123 @@ class KFC:
         Args:
             optimizer: Only for the layers whose parameters this optimizer steps; None for all.
         """
-        if not self.settings.schedule.factors_due(self.step) and not self.settings.schedule.inverses_due(self.step):
-            return
-        rates = None if optimizer is None else _learning_rates(optimizer)
-        layers = [layer for layer in self.layers.values() if rates is None or _rate_of(layer, rates) is not None]
-        with _full_precision(self._model):
-            self._fold_pending(layers)
-            if self.settings.schedule.inverses_due(self.step):
-                self._refresh_inverses([layer for layer in layers if layer.factorised_at != self.step])
-            self._fold_second_moments(layers)
+        self._refresh(self.layers if optimizer is None else self.learning_rates(optimizer))
 
-    def precondition(self, lr: float | None = None, *, optimizer: Optimizer | None = None) -> None:
+    def precondition(
+        self, lr: float | None = None, *, optimizer: Optimizer | None = None, loss_scale: float = 1.0
+    ) -> bool:
         """Replace the gradients of the covered parameters by their updates.
+
+        A step whose gradients are not all finite is left alone: its statistics enter no average where they still
+        wait (:meth:`update` with ``accumulate=True``), its gradients stay as they are, and it is not counted as a step.
 
         Args:
             lr: The learning rate of this step, for the KL clip.
             optimizer: Instead of ``lr``: the optimizer, each of whose parameter groups has a learning rate; only
                 its own parameters' gradients are replaced.
+            loss_scale: The factor by which the gradients are still multiplied, where a gradient scaler leaves
+                unscaling to a fused optimizer. They are multiplied by it afterwards, too.
+
+        Returns:
+            Whether the gradients were finite. Where they were not, skip the step: it would spoil the weights.
 
         Raises:
-            ValueError: If neither is given, or both are.
+            ValueError: If neither ``lr`` nor ``optimizer`` is given, or both are.
         """
         if (lr is None) == (optimizer is None):
             raise ValueError(
                 "precondition() takes either lr=... or optimizer=..., to know the step that the KL clip bounds."
             )
-        self.refresh(optimizer)
-        rates = None if optimizer is None else _learning_rates(optimizer)
+        rates = dict.fromkeys(self.layers, float(lr)) if lr is not None else {}
+        if optimizer is not None:
+            rates = self.learning_rates(optimizer)
+        if not distributed.all_finite(self._gradients(optimizer)):
+            for name in rates:
+                self._drop_pending(name)
+            self.events.count("nonfinite_gradients")
+            return False
+        self._refresh(rates)
         ready: list[tuple[Layer, Tensor, float]] = []
         unexplained: list[str] = []
-        finite = True
-        for layer in self.layers.values():
-            rate = lr if rates is None else _rate_of(layer, rates)
-            gradients = layer.gradients()
-            if rate is None or gradients is None:
-                continue
-            if not layer.averages:
-                unexplained.append(layer.name)
-            if layer.inverse is None or tuple(gradients) != layer.roles:
-                continue
-            matrix = layer.adapter.matrix(gradients)
-            ready.append((layer, matrix.to(torch.promote_types(matrix.dtype, torch.float32)), rate))
         with torch.no_grad():
-            if self.settings.schedule.factors_due(self.step):
-                finite = all(bool(torch.isfinite(matrix).all()) for _, matrix, _ in ready)
-                self._say_unexplained(unexplained)
-            if finite:
-                self._replace_gradients(ready)
-            else:
-                self.events.nonfinite_gradients += 1
+            for name, rate in rates.items():
+                layer = self.layers[name]
+                gradients = layer.gradients()
+                if gradients is None:
+                    continue
+                if self._note_trained(layer):
+                    unexplained.append(name)
+                if layer.inverse is None or tuple(gradients) != layer.roles:
+                    continue
+                matrix = layer.adapter.matrix(gradients)
+                matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+                ready.append((layer, matrix if loss_scale == 1 else matrix / loss_scale, rate))
+            self._say_unexplained(unexplained)
+            self._replace_gradients(ready, loss_scale)
         self._stepped = True
+        return True
+
+    def _refresh(self, names: Iterable[str]) -> None:
+        layers = [self._found.layers[name] for name in names]
+        with full_precision(self._model):
+            self._fold_pending(layers)
+            self._refresh_inverses(layers)
+            self._fold_second_moments(layers)
+
+    def _note_trained(self, layer: Layer) -> bool:
+        """Whether a layer that was recorded has a gradient of which no statistics were ever taken."""
+        unseen = layer.name in self._unseen
+        self._unseen.discard(layer.name)
+        known = self._due.has_statistics(layer.name)
+        if layer.name not in self._recorded:
+            if known or layer.name not in self._said:
+                self._due.trained_unrecorded(layer.name, self.step)
+            return False
+        self._due.give_up(layer.name)
+        return not (unseen or known or layer.gradient_is_zero())
 
     def _say_unexplained(self, names: Sequence[str]) -> None:
         """Warn once of each layer that has a gradient, but no curvature although a step was due."""
         new = [name for name in names if name not in self._said]
-        if not new or self.events.nonfinite_statistics:
+        if not new:
             return
         self._said.update(new)
         if distributed.rank() == 0:
             warnings.warn(
                 f"KFC has no curvature for {', '.join(map(repr, new))}: their gradients come from no recorded loss "
-                "term through a recorded forward, and stay as they are. Likely causes: a part of the loss that is not "
-                "recognised (name its likelihood), or activation checkpointing with use_reentrant=True (pass "
-                "use_reentrant=False). Add them to `exclude` to silence this.",
+                "term through a recorded forward, and stay as they are. The likely cause is a part of the loss that is "
+                "not recognised: name its likelihood. Add them to `exclude` to silence this.",
                 stacklevel=3,
             )
 
     def pause(self) -> None:
-        """Record nothing until :meth:`resume`: a backward re-runs checkpointed forwards, which are none of ours."""
-        self._set_paused(True)
+        """Record nothing until :meth:`resume`: a backward re-runs checkpointed forwards, which are none of ours.
+
+        What a due step's forward ran eagerly, its backward must run again eagerly.
+        """
+        if self._recorder is not None and self._losses is not None:
+            self._recorder.paused = self._losses.paused = True
+            self._backward.enter_context(eager_compiled_code())
 
     def resume(self) -> None:
-        """Record again, if the capture is still open."""
-        self._set_paused(False)
-
-    def _set_paused(self, paused: bool) -> None:
+        """Record again, if the capture is still open; also to be called where a backward has raised."""
+        self._backward.close()
         if self._recorder is not None and self._losses is not None:
-            self._recorder.paused = self._losses.paused = paused
+            self._recorder.paused = self._losses.paused = False
 
     # The parts of a step.
 
-    def _layers_with_rows(self) -> dict[str, Layer]:
-        return {name: layer for name, layer in self.layers.items() if layer.adapter.has_rows}
+    def _layers_with_rows(self, names: Iterable[str]) -> dict[str, Layer]:
+        layers = {name: self.layers[name] for name in names}
+        return {name: layer for name, layer in layers.items() if layer.adapter.has_rows}
+
+    def _gradients(self, optimizer: Optimizer | None) -> list[Tensor]:
+        """Every gradient of a step, also those of parameters that are not preconditioned."""
+        if optimizer is None:
+            parameters = list(self._model.parameters())
+        else:
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
     def _begin_step_if_over(self) -> None:
         if self._stepped:
@@ -346,7 +452,10 @@ class KFC:
 
     def _prepare_self_test(self) -> SelfTest | None:
         if self._self_test is None and not self._self_test_done:
-            self._self_test = SelfTest(self._layers_with_rows(), self._generator(torch.device("cpu"), stream=1))
+            layers = self._layers_with_rows(self.layers)
+            self._self_test = SelfTest(layers, self._generator(torch.device("cpu"), stream=1))
+        if self._self_test is not None:
+            self._self_test.recorded = set(self._recorded)
         return self._self_test
 
     def _attach_named_output(self, losses: LossRecorder) -> list[Any]:
@@ -359,7 +468,7 @@ class KFC:
                 f"likelihood names the logits as the output of {likelihood.output_of!r}, but the model has no such "
                 f"module. Its modules are: {', '.join(name for name in modules if name)}."
             )
-        hook = named_output_hook(likelihood, losses)
+        hook = NamedOutputHook(likelihood, losses)
         return [modules[likelihood.output_of].register_forward_hook(hook)]
 
     def _statistics(self, loss: Tensor, loss_scale: float, loss_fraction: float) -> dict[str, Statistics]:
@@ -369,15 +478,18 @@ class KFC:
         calls = recorded + [
             parameter_call(name, layer.adapter)
             for name, layer in self.layers.items()
-            if not layer.adapter.has_rows and layer.adapter.own_parameters()
+            if name in self._recorded and not layer.adapter.has_rows and layer.adapter.own_parameters()
         ]
         kept = weighted_terms(loss, self._wanted(terms), loss_scale=loss_scale, loss_fraction=loss_fraction)
         test = self._self_test
         examples = self._example_gradients({call.layer for call in recorded if call.inputs is not None})
-        if kept:
-            if not all(bool(torch.isfinite(w.term.logits).all() and torch.isfinite(w.weights).all()) for w in kept):
-                self.events.nonfinite_statistics += 1
-                return {}
+        if not self._graph_checked:
+            refuse_reentrant_checkpointing(loss)
+            self._graph_checked = True
+        if kept and not all(w.is_finite() for w in kept):
+            # Every rank must bring statistics of the same layers, so that all of them drop the step together.
+            found = back_propagate(unusable_seeds(kept), calls, 1.0, None, examples)
+        elif kept:
             generator = self._generator(kept[0].term.logits.device)
             scale = 1.0 if self.settings.fisher == "empirical" else seed_scale(kept)
             found = back_propagate(seed_passes(kept, self.settings.fisher, generator), calls, scale, test, examples)
@@ -385,8 +497,11 @@ class KFC:
             found = empirical_statistics_of_loss(
                 loss, calls, loss_scale=loss_scale, loss_fraction=loss_fraction, test=test, examples=examples
             )
-        else:
+        elif reaches(loss, calls):
             raise LossNotRecognisedError(self._unrecognised(terms))
+        else:
+            # A loss that trains other parameters than ours.
+            return {}
         # A term that this loss does not hold may belong to a later loss of the same training step.
         self._losses.terms[:] = [term for term in terms if all(term is not w.term for w in kept)]
         counted = self._recorder.counted
@@ -403,11 +518,10 @@ class KFC:
         return {name: entry for name, entry in statistics.items() if name in self.layers}
 
     def _example_gradients(self, layers: Iterable[str]) -> dict[str, ExampleGradients]:
-        due = self.settings.schedule.inverses_due(self.step)
         return {
-            name: layer.collect_examples(basis_changes=due and layer.factorised_at != self.step)
-            for name, layer in self.layers.items()
-            if name in layers
+            name: self.layers[name].collect_examples(basis_changes=self._due.new_inverse(name, self.step))
+            for name in layers
+            if name in self.layers and name not in self._unseen
         }
 
     def _conclude_self_test(self, test: SelfTest) -> None:
@@ -430,6 +544,13 @@ class KFC:
         return [term for term in terms if term.likelihood.name == likelihood]
 
     def _unrecognised(self, terms: list[LossTerm]) -> str:
+        likelihood = self.settings.likelihood
+        if isinstance(likelihood, Likelihood) and likelihood.output_of is not None:
+            return (
+                f"KFC found no logits: the module {likelihood.output_of!r}, which likelihood={likelihood!r} names, was "
+                "not called while this loss was computed, or its output has no gradient. Name the module whose output "
+                "the loss is computed from."
+            )
         seen = ", ".join(sorted({term.function for term in terms})) or "none"
         return (
             "KFC recognised no term of the loss "
@@ -452,21 +573,45 @@ class KFC:
         pending = {layer.name: layer.pending for layer in layers if layer.pending is not None}
         for layer in layers:
             layer.pending = None
+        self._count_again(pending.keys())
+        unusable: list[str] = []
+        empty = False
         for name, statistics in distributed.reduce_statistics(pending).items():
             if not statistics.is_finite():
-                self.events.nonfinite_statistics += 1
-            elif not self._found.layers[name].fold(statistics, self.settings.ema_decay):
-                self.events.restarted_layers += 1
+                unusable.append(name)
+                self._unseen.add(name)
+            elif statistics.means and statistics.rows == 0:
+                empty = True
+                self._unseen.add(name)
+            else:
+                if not self._found.layers[name].fold(statistics, self.settings.ema_decay):
+                    self.events.count("restarted_layers")
+                    self._due.forget(name)
+                self._due.folded(name, self.step)
+        if unusable:
+            self._report(
+                "nonfinite_statistics", f"the statistics of {_listed(unusable)} are not finite and are dropped"
+            )
+        if empty:
+            self._report("empty_statistics", "a batch without examples is left out of the statistics")
+
+    def _report(self, event: str, what: str) -> None:
+        """Count an event; warn of the first one of its kind."""
+        if self.events.count(event) == 1 and distributed.rank() == 0:
+            warnings.warn(
+                f"KFC at step {self.step}: {what}. More of this is only counted, in `kfc.events`.", stacklevel=2
+            )
 
     def _refresh_inverses(self, layers: Sequence[Layer]) -> None:
         damping = value_at(self.settings.damping, self.step)
         for layer in layers:
-            if not layer.averages:
+            if not layer.averages or not self._due.inverse(layer.name, self.step, damping):
                 continue
+            self._due.factorised(layer.name, self.step, damping)
             try:
                 layer.factorise(INVERSES[self.settings.inverse], damping, self.step)
             except FactorisationError as error:
-                self.events.failed_factorisations += 1
+                self.events.count("failed_factorisations")
                 kept = "the last good inverse is kept" if layer.inverse is not None else "its plain gradient is used"
                 if distributed.rank() == 0:
                     warnings.warn(f"KFC at step {self.step}, layer {layer.name!r}: {error}; {kept}.", stacklevel=2)
@@ -487,27 +632,50 @@ class KFC:
             if entry.is_finite():
                 self._found.layers[name].fold_second_moment(entry.sums["S"], self.settings.ema_decay)
             else:
-                self.events.nonfinite_statistics += 1
+                self.events.count("nonfinite_statistics")
 
-    def _replace_gradients(self, ready: Sequence[tuple[Layer, Tensor, float]]) -> None:
+    def _replace_gradients(self, ready: Sequence[tuple[Layer, Tensor, float]], loss_scale: float) -> None:
         damping = value_at(self.settings.damping, self.step)
         inverses = [layer.inverse.at_damping(damping) for layer, _, _ in ready if layer.inverse is not None]
+        previous = [layer.previous_inverse for layer, _, _ in ready]
+        fallbacks = [inverse and inverse.at_damping(damping) for inverse in previous]
         gradients, rates = [g for _, g, _ in ready], [rate for _, _, rate in ready]
-        with _full_precision(self._model):
-            result = natural_step(gradients, inverses, rates, self.settings.kl_clip)
-        self.events.nonfinite_updates += len(result.failed)
-        for (layer, _, _), update in zip(ready, result.updates, strict=True):
-            layer.write(update)
+        with full_precision(self._model):
+            result = natural_step(gradients, inverses, rates, self.settings.kl_clip, fallbacks)
+        plain = []
+        for position, ((layer, _, _), update) in enumerate(zip(ready, result.updates, strict=True)):
+            if position in result.restored:
+                layer.inverse = layer.previous_inverse
+            if position in result.failed or not layer.write(update if loss_scale == 1 else update * loss_scale):
+                plain.append(layer.name)
+            else:
+                layer.previous_inverse = None
+        if result.restored:
+            names = _listed(ready[position][0].name for position in result.restored)
+            self._report(
+                "restored_inverses", f"the new inverse of {names} gives no usable update; the last one is kept"
+            )
+        if plain:
+            self._report(
+                "nonfinite_updates", f"no inverse gives {_listed(plain)} a usable update; the gradient is used"
+            )
         self.last_step = StepNumbers(self.step, damping, result.clip, result.quadratic / 2)
 
     # State.
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs, in plain tensors, numbers, strings, dicts and lists."""
+    def state_dict(self, *, factors: bool = True) -> dict[str, Any]:
+        """Everything that a resumed run needs, in plain tensors, numbers, strings, dicts and lists.
+
+        Args:
+            factors: Whether factors and inverses are in it. Without them a few numbers are left, and a resumed run
+                estimates curvature anew.
+        """
+        layers = {name: layer.state_dict() for name, layer in self._found.layers.items()} if factors else None
         return {
             "version": STATE_VERSION,
             "step": self.step + int(self._stepped),
-            "layers": {name: layer.state_dict() for name, layer in self._found.layers.items()},
+            "layers": layers,
+            "due": self._due.state_dict(),
             "dropped": dict(self._dropped),
             "self_test_done": self._self_test_done,
             "events": self.events.state_dict(),
@@ -534,7 +702,11 @@ class KFC:
                 self._dropped[name] = reason
                 self._found.replace_by_parameters(name, self._model, reason)
         self._self_test, self._self_test_done = None, bool(state["self_test_done"])
+        self._due.load_state_dict(state["due"])
         self.events.load_state_dict(state["events"])
+        if state["layers"] is None:
+            self._due.restart(self.step)
+            return ["the state holds no factors: curvature is estimated anew, beginning with a warm-up"]
         problems = [
             f"layer {name!r} of the checkpoint is not in the model"
             for name in state["layers"]
@@ -543,58 +715,20 @@ class KFC:
         for name, layer in self._found.layers.items():
             if name not in state["layers"]:
                 problems.append(f"layer {name!r} is not in the checkpoint and starts anew")
+                self._due.forget(name)
                 continue
             if not layer.adapter.own_parameters():
                 continue
             reason = layer.load_state_dict(state["layers"][name], INVERSES[self.settings.inverse])
             if reason is not None:
+                layer.averages, layer.inverse = {}, None
+                self._due.forget(name)
                 problems.append(f"layer {name!r} starts anew: {reason}")
+        if not any(layer.averages for layer in self._found.layers.values()):
+            self._due.restart(self.step)
         return problems
 
 
-def _learning_rates(optimizer: Optimizer) -> dict[int, float]:
-    """The learning rate of each parameter's group, by ``id``."""
-    return {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
-
-
-def _rate_of(layer: Layer, rates: Mapping[int, float]) -> float | None:
-    """A layer's learning rate, or None where the optimizer does not step all of it.
-
-    Where its parameters are spread over groups, that of the weight's group.
-    """
-    own = [rates.get(id(parameter)) for parameter in layer.adapter.own_parameters().values()]
-    return None if not own or any(rate is None for rate in own) else own[0]
-
-
-def _full_precision(model: nn.Module) -> torch.autocast:
-    """A plain loop may call us under autocast, which would form factors and updates in half precision."""
-    return torch.autocast(next(model.parameters()).device.type, enabled=False)
-
-
-@contextlib.contextmanager
-def _eager_compiled_code() -> Iterator[None]:
-    """Run compiled code eagerly, so that hooks fire and the loss is seen; what is compiled stays compiled."""
-    if "torch._dynamo" not in sys.modules:
-        # Nothing can have been compiled, and importing the compiler would cost seconds.
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
-@contextlib.contextmanager
-def _norm_statistics_kept(model: nn.Module) -> Iterator[None]:
-    """Put batch norm's running statistics back: under activation checkpointing a backward runs forwards again."""
-    kept = [
-        (buffer, buffer.clone())
-        for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.training
-        for buffer in module.buffers(recurse=False)
-    ]
-    try:
-        yield
-    finally:
-        for buffer, value in kept:
-            # Through .data: autograd holds these buffers too, and objects to a write that it counts. Batch norm's own
-            # writes are not counted, so that a changed buffer cannot be told by its version.
-            buffer.data.copy_(value)
+def _listed(names: Iterable[str], most: int = 5) -> str:
+    quoted = [repr(name) for name in names]
+    return ", ".join(quoted[:most]) + (f" and {len(quoted) - most} more" if len(quoted) > most else "")

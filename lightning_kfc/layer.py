@@ -32,6 +32,8 @@ class Layer:
         self.adapters = list(adapters)
         self.averages: dict[str, RunningAverage] = {}
         self.inverse: Inverse | None = None
+        #: The last inverse that gave a usable update, until the present one has given one.
+        self.previous_inverse: Inverse | None = None
         self.pending: Statistics | None = None
         self.examples: ExampleGradients | None = None
         self.factorised_at = -1
@@ -84,6 +86,10 @@ class Layer:
         self.pending = statistics if self.pending is None else self.pending + statistics
         self._pending_roles = tuple(self.adapter.own_parameters())
 
+    def drop_pending(self) -> None:
+        """Forget what the micro-batches of the step have brought."""
+        self.pending = self.examples = None
+
     def fold(self, statistics: Statistics, decay: float) -> bool:
         """Fold a step's statistics into the running averages.
 
@@ -96,7 +102,7 @@ class Layer:
             and all(self.averages[name].value.shape == f.shape for name, f in factors.items())
         )
         if not kept:
-            self.averages, self.inverse = {}, None
+            self.averages, self.inverse, self.previous_inverse = {}, None, None
         self.roles = self._pending_roles
         for name, value in factors.items():
             if name in self.averages:
@@ -116,7 +122,9 @@ class Layer:
         self.factorised_at = step
         draws = min(average.draws for average in self.averages.values())
         factors = self.adapter.estimate(self.factors, draws)
-        self.inverse = self.inverse_type(inverse).factorise(factors, damping).succeeding(self.inverse)
+        fresh = self.inverse_type(inverse).factorise(factors, damping).succeeding(self.inverse)
+        self.previous_inverse = self.previous_inverse or self.inverse
+        self.inverse = fresh
 
     def collect_examples(self, *, basis_changes: bool) -> ExampleGradients:
         """What takes the gradients of single examples in this step.
@@ -154,11 +162,24 @@ class Layer:
             return None
         return {name: gradient for name, gradient in found.items() if gradient is not None}
 
-    def write(self, matrix: Tensor) -> None:
-        """Replace the gradients by a matrix ``(groups, d_out, d_in)``."""
+    def gradient_is_zero(self) -> bool:
+        """Whether the layer's parameters have no gradient, or one that is zero in every element."""
+        # A rank's part of a sharded gradient says nothing about the other ranks' parts.
+        return all(g is None or (type(g) is Tensor and _is_zero(g)) for g in (p.grad for p in self.parameters()))
+
+    def write(self, matrix: Tensor) -> bool:
+        """Replace the gradients by a matrix ``(groups, d_out, d_in)``.
+
+        Returns:
+            False where the gradients' own precision cannot hold it (float16), and they were left as they were.
+        """
         gradients = self.gradients()
         assert gradients is not None
+        half = any(gradient.dtype == torch.float16 for gradient in gradients.values())
+        if half and float(matrix.abs().max()) > torch.finfo(torch.float16).max:
+            return False
         self.adapter.write(matrix, gradients)
+        return True
 
     def nbytes(self, inverse: type[Inverse]) -> int:
         """Bytes that factors and inverse hold, or will hold once there are some, given the user's kind of inverse."""
@@ -198,7 +219,11 @@ class Layer:
         }
         self.roles = tuple(self.adapter.own_parameters())
         saved = dict(state.get("inverse", {}))
-        self.inverse = None
+        self.inverse = self.previous_inverse = None
         if saved.pop("kind", None) == inverse.name:
             self.inverse = inverse(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in saved.items()})
         return None
+
+
+def _is_zero(gradient: Tensor) -> bool:
+    return not bool((gradient._values() if gradient.is_sparse else gradient).any())

@@ -75,7 +75,7 @@ class Likelihood(ABC):
         signs = signs.to(logits.dtype).reshape(-1, *[1] * (logits.ndim - 1))
         positions = logits.shape[1:-1].numel()
         for column in self.exact_seed_columns(logits, weights):
-            signed = (column * signs).reshape(examples, positions, -1)
+            signed = (column * signs).reshape(examples, positions, logits.shape[-1])
             for position in range(positions):
                 seed = torch.zeros_like(signed)
                 seed[:, position] = signed[:, position]

@@ -10,18 +10,33 @@ class Events:
     """Counts of what went other than planned, over the whole training.
 
     Attributes:
-        nonfinite_statistics: Steps whose statistics held a NaN or an infinity, and entered no average.
-        nonfinite_gradients: Steps whose gradient held a NaN or an infinity, and was left as it was.
-        nonfinite_updates: Layers, summed over steps, that kept their plain gradient since the update was not finite.
+        nonfinite_gradients: Steps whose gradients held a NaN or an infinity: no statistics were taken over, nothing
+            was preconditioned, and the callback had the optimizer skip the step.
+        nonfinite_statistics: Steps in which a layer's statistics held a NaN or an infinity, and entered no average.
+        empty_statistics: Steps in which a layer saw no examples, which entered no average.
         failed_factorisations: Factorisations that failed at every damping; the last good inverse was kept.
+        restored_inverses: Steps in which a layer went back to its last good inverse, since the update by
+            its new one was not finite, or not a descent direction.
+        nonfinite_updates: Steps in which a layer kept its plain gradient, since no inverse gave a usable update.
         restarted_layers: Layers whose averages started anew, since their trainable parameters changed.
     """
 
-    nonfinite_statistics: int = 0
     nonfinite_gradients: int = 0
-    nonfinite_updates: int = 0
+    nonfinite_statistics: int = 0
+    empty_statistics: int = 0
     failed_factorisations: int = 0
+    restored_inverses: int = 0
+    nonfinite_updates: int = 0
     restarted_layers: int = 0
+
+    def count(self, event: str) -> int:
+        """Add one to a count, and give the new one."""
+        setattr(self, event, getattr(self, event) + 1)
+        return int(getattr(self, event))
+
+    def __str__(self) -> str:
+        """What happened, for a report; empty where all went as planned."""
+        return ", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in self.state_dict().items() if count)
 
     def state_dict(self) -> dict[str, int]:
         """The counts by name."""

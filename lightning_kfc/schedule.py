@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -42,9 +43,51 @@ class RefreshSchedule:
             return step <= 3 or step % 2 == 1
         return step == self.warmup_steps or step % self.inverse_every_n_steps == 0
 
+    def last_factors_due(self, step: int) -> int:
+        """The latest step, up to this one, at which statistics are taken."""
+        return self._last(self.factors_due, step, self.factor_every_n_steps)
+
+    def last_inverses_due(self, step: int) -> int:
+        """The latest step, up to this one, at which inverses are refreshed."""
+        return self._last(self.inverses_due, step, self.inverse_every_n_steps)
+
+    def _last(self, due: Callable[[int], bool], step: int, period: int) -> int:
+        if step > self.warmup_steps:
+            return max(step - step % period, self._last(due, self.warmup_steps, period))
+        # Step 0 is a date of both kinds, so that this ends.
+        return next(past for past in range(step, -1, -1) if due(past))
+
 
 @dataclass(frozen=True)
-class ExponentialSchedule:
+class Schedule(ABC):
+    """A value that moves from ``start`` to ``end``, then stays.
+
+    An abstract class, not a plain dataclass: jsonargparse drops the ``class_path`` of the latter, and two
+    schedules of the same fields would be one in YAML.
+
+    Attributes:
+        start: The value at step 0; positive.
+        end: The value from step ``steps`` on; positive.
+        steps: Length in optimizer steps.
+    """
+
+    start: float
+    end: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        """Check the three numbers."""
+        check_positive("start", self.start)
+        check_positive("end", self.end)
+        check_integer("steps", self.steps, minimum=1)
+
+    @abstractmethod
+    def __call__(self, step: int) -> float:
+        """The value at a step."""
+
+
+@dataclass(frozen=True)
+class ExponentialSchedule(Schedule):
     """A value that moves from ``start`` to ``end`` by a constant factor a step, then stays.
 
     Attributes:
@@ -53,16 +96,6 @@ class ExponentialSchedule:
         steps: Length in optimizer steps.
     """
 
-    start: float
-    end: float
-    steps: int
-
-    def __post_init__(self) -> None:
-        """Check the three numbers."""
-        check_positive("start", self.start)
-        check_positive("end", self.end)
-        check_integer("steps", self.steps, minimum=1)
-
     def __call__(self, step: int) -> float:
         """The value at a step."""
         done = min(step / self.steps, 1.0)
@@ -70,7 +103,7 @@ class ExponentialSchedule:
 
 
 @dataclass(frozen=True)
-class LinearSchedule:
+class LinearSchedule(Schedule):
     """A value that moves from ``start`` to ``end`` by a constant difference a step, then stays.
 
     Attributes:
@@ -79,25 +112,20 @@ class LinearSchedule:
         steps: Length in optimizer steps.
     """
 
-    start: float
-    end: float
-    steps: int
-
-    def __post_init__(self) -> None:
-        """Check the three numbers."""
-        check_positive("start", self.start)
-        check_positive("end", self.end)
-        check_integer("steps", self.steps, minimum=1)
-
     def __call__(self, step: int) -> float:
         """The value at a step."""
         done = min(step / self.steps, 1.0)
         return float(self.start * (1.0 - done) + self.end * done)
 
 
-Schedule = ExponentialSchedule | LinearSchedule
+def value_at(value: float | Callable[[int], float], step: int) -> float:
+    """A constant, or a schedule's value at a step.
 
-
-def value_at(value: float | Schedule | Callable[[int], float], step: int) -> float:
-    """A constant, or a schedule's value at a step."""
-    return float(value(step)) if callable(value) else float(value)
+    Raises:
+        ValueError: If a schedule's value is not positive and finite.
+    """
+    if not callable(value):
+        return float(value)
+    result = float(value(step))
+    check_positive(f"damping at step {step}", result)
+    return result

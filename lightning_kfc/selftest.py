@@ -39,6 +39,8 @@ class SelfTest:
         self._owners: list[tuple[str, str, nn.Parameter]] = []
         #: The layers that have not been checked yet.
         self.waiting: list[str] = list(layers)
+        #: The layers that are recorded in this step; no other one can be checked.
+        self.recorded: set[str] = set(layers)
         #: Layers whose parameters get a derivative although their modules were never called.
         self.never_called: list[str] = []
 
@@ -47,6 +49,7 @@ class SelfTest:
         self._owners = [
             (layer, role, parameter)
             for layer in self.waiting
+            if layer in self.recorded
             for role, parameter in self._layers[layer].adapter.own_parameters().items()
         ]
         return [parameter for _, _, parameter in self._owners]

@@ -90,7 +90,7 @@ def test_a_damping_schedule_that_leaves_the_positive_numbers_is_an_error_at_that
         return F.cross_entropy(model(data(4, 3)), classes(4, count=3))
 
     train_step(kfc, optimizer, loss)
-    with pytest.raises(ValueError, match=r"damping must be positive, got 0\.0"):
+    with pytest.raises(ValueError, match=r"damping at step 1 must be a positive number, got 0\.0"):
         train_step(kfc, optimizer, loss)
 
 

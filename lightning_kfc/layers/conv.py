@@ -57,7 +57,7 @@ class ConvAdapter(Adapter):
         gradient = self._batched(output_gradient)
         examples, channels = gradient.shape[:2]
         by_location = gradient.flatten(2).transpose(1, 2)
-        return by_location.reshape(examples, -1, self.groups, channels // self.groups)
+        return by_location.reshape(examples, by_location.shape[1], self.groups, channels // self.groups)
 
     def input_rows(self, forward: Forward) -> Tensor:
         """See :class:`Adapter`; no patches where only the bias is trainable."""

@@ -52,7 +52,7 @@ class ParameterAdapter(Adapter):
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The one parameter."""
-        parameter = self.module._parameters.get(self.name)
+        parameter = getattr(self.module, self.name, None)
         return {} if parameter is None else {self.name: parameter}
 
     def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -17,16 +17,18 @@ class NaturalStep:
     r"""The updates of one step.
 
     Attributes:
-        updates: :math:`\nu V` per layer, shaped as the gradients; where V was not finite, the gradient itself.
+        updates: :math:`\nu V` per layer, shaped as the gradients; where no V was usable, the gradient itself.
         clip: :math:`\nu`, 1 where nothing was clipped.
         quadratic: :math:`\sum \alpha^2 \langle V, \nabla\bar W\rangle`, twice the KL of the unclipped step.
-        failed: The positions of the layers whose V was not finite.
+        failed: The positions of the layers that no inverse gave a usable V.
+        restored: The positions of the layers that only the fallback gave a usable V.
     """
 
     updates: tuple[Tensor, ...]
     clip: float
     quadratic: float
     failed: tuple[int, ...] = ()
+    restored: tuple[int, ...] = ()
 
 
 def natural_step(
@@ -34,6 +36,7 @@ def natural_step(
     inverses: Sequence[Inverse],
     learning_rates: Sequence[float],
     kl_clip: float | None,
+    fallbacks: Sequence[Inverse | None] = (),
 ) -> NaturalStep:
     r"""Precondition every layer's gradient, then scale all of them so that the step stays in the trust region.
 
@@ -41,11 +44,15 @@ def natural_step(
     :math:`V \leftarrow \nu V`, :math:`\nu = \min(1, \sqrt{\kappa / \sum \alpha^2\langle V,\nabla\bar W\rangle})`
     (E7; Ba, Grosse & Martens 2017, sec. 4), with the learning rate of each layer's own parameter group.
 
+    A V is usable if it is finite and a descent direction, :math:`\langle V,\nabla\bar W\rangle \ge 0`, which
+    rounding can take from an inverse of very unequal eigenvalues.
+
     Args:
-        gradients: Per layer, shape ``(groups, d_out, d_in)``.
+        gradients: Per layer, shape ``(groups, d_out, d_in)``; finite.
         inverses: Per layer.
         learning_rates: Per layer, :math:`\alpha` of this step.
         kl_clip: :math:`\kappa > 0`, or None for no clip.
+        fallbacks: Per layer, the inverse to use instead where the first one's V is not usable, or None.
     """
     updates = [inverse.solve(gradient) for inverse, gradient in zip(inverses, gradients, strict=True)]
     if not updates:
@@ -53,14 +60,31 @@ def natural_step(
     products = torch.stack(
         [torch.sum(update * gradient).double() for update, gradient in zip(updates, gradients, strict=True)]
     ).tolist()
-    failed = tuple(i for i, product in enumerate(products) if not math.isfinite(product))
-    for i in failed:
-        updates[i] = gradients[i]
-    quadratic = sum(
-        rate**2 * p for i, (rate, p) in enumerate(zip(learning_rates, products, strict=True)) if i not in failed
-    )
+    failed, restored = [], []
+    for i, product in enumerate(products):
+        if _is_usable(product):
+            continue
+        fallback = fallbacks[i] if fallbacks else None
+        found = _solve_with_care(inverses[i], gradients[i])
+        if found is None and fallback is not None:
+            found = _solve_with_care(fallback, gradients[i])
+            restored += [i] if found is not None else []
+        failed += [i] if found is None else []
+        updates[i], products[i] = (gradients[i], 0.0) if found is None else found
+    quadratic = sum(rate**2 * product for rate, product in zip(learning_rates, products, strict=True))
     clip = 1.0
     if kl_clip is not None and quadratic > kl_clip:
         clip = math.sqrt(kl_clip / quadratic)
         updates = [update if i in failed else update * clip for i, update in enumerate(updates)]
-    return NaturalStep(tuple(updates), clip, quadratic, failed)
+    return NaturalStep(tuple(updates), clip, quadratic, tuple(failed), tuple(restored))
+
+
+def _is_usable(product: float) -> bool:
+    return math.isfinite(product) and product >= 0
+
+
+def _solve_with_care(inverse: Inverse, gradient: Tensor) -> tuple[Tensor, float] | None:
+    """V and its product with the gradient, summed in float64; None where V is not usable."""
+    update = inverse.solve(gradient)
+    product = float(torch.sum(update.double() * gradient.double()))
+    return (update, product) if _is_usable(product) else None

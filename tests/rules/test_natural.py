@@ -75,14 +75,26 @@ def test_a_zero_gradient_or_a_zero_rate_is_not_clipped(rate: float) -> None:
     assert step.quadratic == 0
 
 
-def test_a_step_that_climbs_is_not_clipped() -> None:
-    # Only an indefinite inverse gives a negative product; a root of it must not be taken.
-    gradients, _, _ = layers(1)
-    inverse = INVERSES["cholesky"](-torch.eye(3).double().unsqueeze(0), torch.eye(2).double().unsqueeze(0))
-    step = natural_step(gradients, [inverse], [1.0], 1e-9)
-    assert step.quadratic < 0
+@pytest.mark.parametrize("spoilt", [-1.0, math.inf, math.nan])
+def test_an_update_that_climbs_or_is_not_finite_gives_way_to_the_fallback_then_to_the_gradient(spoilt: float) -> None:
+    # Only an inverse that rounding has made indefinite gives a negative product.
+    gradients, inverses, updates = layers(2)
+    bad = INVERSES["cholesky"](spoilt * torch.eye(3).double().unsqueeze(0), torch.eye(2).double().unsqueeze(0))
+    worse = INVERSES["cholesky"](bad.A_inverse, torch.eye(3).double().unsqueeze(0))
+    step = natural_step(gradients, [bad, worse], [1.0, 1.0], None, [inverses[0], None])
+    assert step.restored == (0,)
+    assert step.failed == (1,)
+    oracles.assert_equal(step.updates[0][0], updates[0], what="update")
+    assert torch.equal(step.updates[1], gradients[1])
     assert step.clip == 1
-    assert torch.equal(step.updates[0], -gradients[0])
+
+
+def test_a_product_that_overflows_float32_does_not_condemn_an_update_that_does_not() -> None:
+    gradient = torch.full((1, 2, 3), 1e25)
+    inverse = INVERSES["cholesky"](torch.eye(3).unsqueeze(0), torch.eye(2).unsqueeze(0))
+    step = natural_step([gradient], [inverse], [1.0], None)
+    assert step.failed == ()
+    assert math.isclose(step.quadratic, 6e50, rel_tol=1e-5)
 
 
 def test_no_layers_make_no_updates() -> None:

@@ -12,7 +12,8 @@ from typing_extensions import Self
 from lightning_kfc.factors.damping import add_diagonal, split_damping
 from lightning_kfc.factors.inverses.base import FactorisationError, Factors, Inverse, check_damping, sandwich
 
-#: A factor that will not factorise is tried again in float64, then with the damping grown by these ratios.
+#: A factor that will not factorise is tried again in float64, then with its own rounding added to its diagonal
+#: and the damping grown by these ratios.
 RETRIES = ((False, 1.0), (True, 1.0), (True, 10.0), (True, 100.0), (True, 1000.0))
 
 
@@ -30,6 +31,18 @@ def _inverse_by_cholesky(matrix: Tensor) -> Tensor | None:
             return None
         inverse = torch.cholesky_inverse(triangle)
     return inverse if bool(torch.isfinite(inverse).all()) else None
+
+
+def _attempt(factor: Tensor, in_double: bool, growth: float) -> Tensor:
+    """The factor as one of the ``RETRIES`` takes it.
+
+    A sum of squares that is singular, and large beside the damping, may have eigenvalues as far below zero as its
+    rounding reaches, a few units in the last place of its trace.
+    """
+    if growth > 1 and factor.ndim == 3:
+        trace = factor.diagonal(dim1=-2, dim2=-1).sum(-1)
+        return add_diagonal(factor.double(), 16 * torch.finfo(factor.dtype).eps * trace.double())
+    return factor.double() if in_double else factor
 
 
 def _in_precision_of(factor: Tensor, inverse: Tensor | None) -> Tensor | None:
@@ -64,9 +77,8 @@ class CholeskyInverse(Inverse):
         """Split the damping by E4 and invert both factors; see :class:`Inverse`."""
         A, G = factors["A"], factors["G"]
         for in_double, growth in RETRIES:
-            A_damped, G_damped = split_damping(
-                A.double() if in_double else A, G.double() if in_double else G, damping * growth
-            )
+            A_tried, G_tried = _attempt(A, in_double, growth), _attempt(G, in_double, growth)
+            A_damped, G_damped = split_damping(A_tried, G_tried, damping * growth)
             A_inverse = _in_precision_of(A, _inverse_by_cholesky(A_damped))
             G_inverse = _in_precision_of(G, _inverse_by_cholesky(G_damped))
             if A_inverse is not None and G_inverse is not None:
@@ -95,7 +107,7 @@ class BlockInverse(Inverse):
         check_damping(damping)
         F = factors["F"]
         for in_double, growth in RETRIES:
-            block = F.double() if in_double else F
+            block = _attempt(F, in_double, growth)
             damped = add_diagonal(block, block.new_full(block.shape[:1], damping * growth))
             inverse = _in_precision_of(F, _inverse_by_cholesky(damped))
             if inverse is not None:

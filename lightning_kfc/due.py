@@ -1,0 +1,117 @@
+"""Which layers' statistics and inverses are due at a step.
+
+The schedule alone would do if every layer were trained at every step. Where several optimizers take turns (a
+generator stepped at every fifth batch), a layer can miss each of its dates, so that what it missed is made up for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lightning_kfc.schedule import RefreshSchedule
+
+
+class Due:
+    """Keeps, for each layer, when its statistics and its inverse were last refreshed.
+
+    Args:
+        schedule: The dates.
+
+    Attributes:
+        started_at: The step from which the schedule counts, so that a restart without statistics warms up again.
+    """
+
+    def __init__(self, schedule: RefreshSchedule) -> None:
+        self._schedule = schedule
+        self.started_at = 0
+        self._folded: dict[str, int] = {}
+        self._factorised: dict[str, tuple[int, float]] = {}
+        self._waiting: dict[str, int] = {}
+        self._dates: tuple[int, int, int] | None = None
+
+    def date(self, step: int) -> bool:
+        """Whether a step is one at which all layers' statistics are taken."""
+        return self._schedule.factors_due(step - self.started_at)
+
+    def recorded_at(self, step: int, layers: Iterable[str]) -> list[str]:
+        """The layers whose statistics are taken at a step: all at a date, else those that wait for theirs.
+
+        A layer waits for no longer than one period: it may not be trained any more.
+        """
+        if self.date(step):
+            return list(layers)
+        if not self._waiting:
+            return []
+        period = self._schedule.factor_every_n_steps
+        return [name for name in layers if name in self._waiting and step - self._waiting[name] <= period]
+
+    def folded(self, layer: str, step: int) -> None:
+        """Note that a layer's statistics were folded into its averages."""
+        self._folded[layer] = step
+        self._waiting.pop(layer, None)
+
+    def has_statistics(self, layer: str) -> bool:
+        """Whether a layer's statistics were ever folded."""
+        return layer in self._folded
+
+    def trained_unrecorded(self, layer: str, step: int) -> None:
+        """Note that a layer was trained at a step that did not record it; if it missed a date, it waits from now."""
+        missed, _ = self._last_dates(step)
+        if self._folded.get(layer, -1) < missed:
+            self._waiting[layer] = step
+
+    def give_up(self, layer: str) -> None:
+        """Wait no longer for a layer whose record brought nothing."""
+        self._waiting.pop(layer, None)
+
+    def new_inverse(self, layer: str, step: int) -> bool:
+        """Whether a layer's inverse will be refreshed at a step that takes its statistics."""
+        return layer not in self._factorised or self._factorised[layer][0] < self._last_dates(step)[1]
+
+    def inverse(self, layer: str, step: int, damping: float) -> bool:
+        """Whether a layer's inverse is due, and would not come out as it is."""
+        if not self.new_inverse(layer, step):
+            return False
+        at, used = self._factorised.get(layer, (-1, None))
+        return self._folded.get(layer, -1) > at or damping != used
+
+    def factorised(self, layer: str, step: int, damping: float) -> None:
+        """Note that a layer's inverse was refreshed, or that the attempt failed."""
+        self._factorised[layer] = (step, damping)
+
+    def _last_dates(self, step: int) -> tuple[int, int]:
+        """The latest steps, up to this one, at which statistics and inverses were due; asked for every layer."""
+        if self._dates is None or self._dates[0] != step:
+            since, start = step - self.started_at, self.started_at
+            factors, inverses = self._schedule.last_factors_due(since), self._schedule.last_inverses_due(since)
+            self._dates = step, factors + start, inverses + start
+        return self._dates[1:]
+
+    def forget(self, layer: str) -> None:
+        """Forget a layer that starts anew."""
+        self._folded.pop(layer, None)
+        self._factorised.pop(layer, None)
+
+    def restart(self, step: int) -> None:
+        """Start anew: the warm-up begins at this step."""
+        self.started_at = step
+        self._dates = None
+        for kept in (self._folded, self._factorised, self._waiting):
+            kept.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, lists and dicts."""
+        return {
+            "started_at": self.started_at,
+            "folded": dict(self._folded),
+            "factorised": {name: [at, damping] for name, (at, damping) in self._factorised.items()},
+            "waiting": dict(self._waiting),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        self.restart(int(state["started_at"]))
+        self._folded = {name: int(at) for name, at in state["folded"].items()}
+        self._factorised = {name: (int(at), float(damping)) for name, (at, damping) in state["factorised"].items()}
+        self._waiting = {name: int(at) for name, at in state["waiting"].items()}

@@ -1,0 +1,86 @@
+"""Contexts that keep what a due step does from showing in the user's model, compiler and random streams."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def eager_compiled_code() -> Iterator[None]:
+    """Run compiled code eagerly, so that hooks fire and the loss is seen; what is compiled stays compiled."""
+    if "torch._dynamo" not in sys.modules:
+        # Nothing can have been compiled, and importing the compiler would cost seconds.
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def full_precision(model: nn.Module) -> torch.autocast:
+    """A plain loop may call us under autocast, which would form factors and updates in half precision."""
+    return torch.autocast(next(model.parameters()).device.type, enabled=False)
+
+
+@contextlib.contextmanager
+def leaving_no_trace(model: nn.Module) -> Iterator[None]:
+    """Around an extra back-propagation: the user's buffers, random streams and hooks on parameters do not notice it.
+
+    Under activation checkpointing it runs forwards again, which update buffers and draw random numbers once more.
+    """
+    with _buffers_kept(model), _random_streams_kept(model), _parameter_hooks_set_aside(model):
+        yield
+
+
+@contextlib.contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put the buffers (batch norm's running statistics) of modules in training mode back as they were."""
+    kept = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        if module.training
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, value in kept:
+            # Through .data: the graph may hold the buffer, and its backward must not take it for changed.
+            buffer.data.copy_(value)
+            module._buffers[name] = buffer
+
+
+@contextlib.contextmanager
+def _random_streams_kept(model: nn.Module) -> Iterator[None]:
+    """Leave the random streams of torch, Python and NumPy as they were."""
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    numpy_random = sys.modules.get("numpy.random")
+    python_state = random.getstate()
+    numpy_state = numpy_random.get_state() if numpy_random is not None else None
+    kind = next((device.type for device in devices), "cuda")
+    try:
+        with torch.random.fork_rng([d for d in devices if d.type == kind], device_type=kind):
+            yield
+    finally:
+        random.setstate(python_state)
+        if numpy_random is not None:
+            numpy_random.set_state(numpy_state)
+
+
+@contextlib.contextmanager
+def _parameter_hooks_set_aside(model: nn.Module) -> Iterator[None]:
+    """Keep hooks on parameters from seeing, and from changing, derivatives that are not the loss's gradient."""
+    kept = [(parameter, parameter._backward_hooks) for parameter in model.parameters() if parameter._backward_hooks]
+    for parameter, _ in kept:
+        parameter._backward_hooks = None
+    try:
+        yield
+    finally:
+        for parameter, hooks in kept:
+            parameter._backward_hooks = hooks
