@@ -264,17 +264,18 @@ class KFCHooks:
             self._attachment.backward_begins()
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
-        """Record again; whether the step's statistics may be used is not known before gradients are unscaled."""
+        """Fold a complete step's statistics into the factors and refresh inverses, the graph's memory being free."""
         self._backwards += 1
         if self._attachment is not None:
             self._attachment.backward_ends()
         self.kfc.resume()
+        # In manual optimization only the step of each optimizer says that its own layers' statistics are complete.
+        if pl_module.automatic_optimization and not trainer.fit_loop._should_accumulate():
+            for optimizer in trainer.optimizers:
+                self.kfc.refresh_if_finite(optimizer)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
-        """Fold the step's statistics into the factors, refresh inverses, and replace this optimizer's gradients.
-
-        Only here a step is known to be complete, with all micro-batches, and its gradients to be finite.
-        """
+        """Replace this optimizer's gradients; in manual optimization, fold and refresh what its step completes first."""
         if self._attachment is not None:
             self._attachment.step_begins(optimizer)
         if self._preconditioned_at.get(id(optimizer), 0) == self._backwards:

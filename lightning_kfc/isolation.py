@@ -11,6 +11,31 @@ import torch
 from torch import nn
 
 
+class _EagerStance:
+    """The compiler's stance during due steps, however many engines are in one.
+
+    The stance belongs to the process, and the backwards of two callbacks in one trainer are not nested: A begins, B
+    begins, A ends, B ends. If each put back what it found, the last would put back the first one's force_eager.
+    """
+
+    def __init__(self) -> None:
+        self._inside = 0
+        self._stance = contextlib.ExitStack()
+
+    def enter(self) -> None:
+        if self._inside == 0:
+            self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+        self._inside += 1
+
+    def leave(self) -> None:
+        self._inside -= 1
+        if self._inside == 0:
+            self._stance.close()
+
+
+_EAGER_STANCE = _EagerStance()
+
+
 @contextlib.contextmanager
 def eager_compiled_code() -> Iterator[None]:
     """Run compiled code eagerly, so that hooks fire and the loss is seen; what is compiled stays compiled."""
@@ -18,8 +43,11 @@ def eager_compiled_code() -> Iterator[None]:
         # Nothing can have been compiled, and importing the compiler would cost seconds.
         yield
         return
-    with torch.compiler.set_stance("force_eager"):
+    _EAGER_STANCE.enter()
+    try:
         yield
+    finally:
+        _EAGER_STANCE.leave()
 
 
 def full_precision(model: nn.Module) -> torch.autocast:

@@ -328,6 +328,16 @@ class KFC:
         """
         self._refresh(self.layers if optimizer is None else self.learning_rates(optimizer))
 
+    def refresh_if_finite(self, optimizer: Optimizer) -> None:
+        """:meth:`refresh` after a step's last backward, unless a gradient says that the step will be skipped.
+
+        What is left then is dropped by :meth:`precondition`. Scaled gradients tell as well as unscaled ones.
+        """
+        names = self.learning_rates(optimizer)
+        waiting = any(self._found.layers[name].pending is not None for name in names)
+        if waiting and distributed.all_finite(self._gradients(optimizer)):
+            self._refresh(names)
+
     def precondition(
         self, lr: float | None = None, *, optimizer: Optimizer | None = None, loss_scale: float = 1.0
     ) -> bool:
@@ -623,14 +633,12 @@ class KFC:
             if entry.is_finite():
                 self._found.layers[name].fold_second_moment(entry.sums["S"], self.settings.ema_decay)
                 continue
-            self.events.count("missing_second_moments")
-            if distributed.rank() == 0:
-                warnings.warn(
-                    f"KFC layer {name!r}: inverse='ekfac' has no gradients of single examples and goes on with the "
-                    "eigenvalues it has: they are not finite, or the layer's input was changed in place after its "
-                    "forward. Make that operation out of place, or use inverse='eigh'.",
-                    stacklevel=2,
-                )
+            self._report(
+                "missing_second_moments",
+                f"inverse='ekfac' has no gradients of single examples for {name!r} and goes on with the eigenvalues it "
+                "has: they are not finite, or the layer's input was changed in place after its forward. Make that "
+                "operation out of place, or use inverse='eigh'",
+            )
 
     def _replace_gradients(self, ready: Sequence[tuple[Layer, Tensor, float]], loss_scale: float) -> None:
         damping = value_at(self.settings.damping, self.step)

@@ -63,7 +63,7 @@ PARTS = [
     "kfc.seed_passes",
     "fisher._derivatives",
     "kfc.KFC.precondition",
-    "kfc.KFC.refresh",
+    "kfc.KFC._refresh",
     "layer.Layer.fold",
     "layer.Layer.factorise",
     "kfc.natural_step",
