@@ -275,7 +275,7 @@ class KFCHooks:
                 self.kfc.refresh_if_finite(optimizer)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
-        """Replace this optimizer's gradients; in manual optimization, fold and refresh what its step completes first."""
+        """Replace this optimizer's gradients; in manual optimization, first fold what its step completes."""
         if self._attachment is not None:
             self._attachment.step_begins(optimizer)
         if self._preconditioned_at.get(id(optimizer), 0) == self._backwards:

@@ -137,7 +137,8 @@ def test_a_gradient_that_is_not_finite_anywhere_skips_the_step(where: str) -> No
         module.get_parameter(where).grad.view(-1)[0] = math.nan
 
     history = History()
-    fit(module, kfc=kfc, callbacks=[Watch("on_after_backward", spoil), history.watch])
+    # Ahead of us, as a backward that brings such a gradient is.
+    fit(module, callbacks=[Watch("on_after_backward", spoil), kfc, history.watch])
     assert all(torch.equal(a, b) for a, b in zip(before, history.weights, strict=True))
     assert events(kfc) == {"nonfinite_gradients": 4}
     assert not any(layer.averages for layer in kfc.kfc.layers.values())

@@ -196,8 +196,9 @@ def test_overflow_found_in_parameters_that_are_not_preconditioned_counts_too() -
         seen.append(bool(kfc.kfc.layers["net.1"].averages))
 
     kfc = KFCCallback()
-    callbacks = [Watch("on_after_backward", spoil), Watch("on_train_batch_end", look)]
-    fit(module, kfc=kfc, callbacks=callbacks, max_steps=2, **precision_options("16-mixed", init_scale=2.0))
+    # Ahead of us, as a backward that overflows is.
+    callbacks = [Watch("on_after_backward", spoil), kfc, Watch("on_train_batch_end", look)]
+    fit(module, callbacks=callbacks, max_steps=2, **precision_options("16-mixed", init_scale=2.0))
     assert seen == [False, False]
     assert kfc.kfc.events.nonfinite_gradients == 2
 
