@@ -88,7 +88,7 @@ def _kfc(model: nn.Module, lr: float, seed: int) -> Stepper:
 CONTESTANTS = {
     contestant.name: contestant
     for contestant in (
-        Contestant("sgd", "SGD, momentum 0.9", _sgd, (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)),
+        Contestant("sgd", "SGD, momentum 0.9", _sgd, (0.02, 0.03, 0.05, 0.07, 0.1, 0.14)),
         Contestant("adam", "Adam", _adam, (0.0003, 0.001, 0.002, 0.005, 0.01, 0.02)),
         Contestant("kfc", "KFC, defaults", _kfc, (0.5,)),
     )
