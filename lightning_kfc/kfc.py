@@ -333,6 +333,9 @@ class KFC:
 
         What is left then is dropped by :meth:`precondition`. Scaled gradients tell as well as unscaled ones.
         """
+        # Asked first: this comes after every backward, and between due steps nothing waits.
+        if all(layer.pending is None for layer in self.layers.values()):
+            return
         names = self.learning_rates(optimizer)
         waiting = any(self._found.layers[name].pending is not None for name in names)
         if waiting and distributed.all_finite(self._gradients(optimizer)):
