@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,38 +12,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_kfc import distributed
-from lightning_kfc.capture import Recorder, parameter_call
+from lightning_kfc.application import Ready, replace_gradients
 from lightning_kfc.coverage import Coverage, coverage_of
-from lightning_kfc.discovery import LossRecorder, LossTerm, NamedOutputHook
 from lightning_kfc.due import Due
-from lightning_kfc.factors.inverse import INVERSES, FactorisationError
-from lightning_kfc.factors.statistics import Statistics
+from lightning_kfc.factors.inverse import INVERSES
 from lightning_kfc.find_layers import find_layers
-from lightning_kfc.fisher import (
-    back_propagate,
-    empirical_statistics_of_loss,
-    reaches,
-    refuse_reentrant_checkpointing,
-    seed_passes,
-    seed_scale,
-    unusable_seeds,
-    weighted_terms,
-)
-from lightning_kfc.isolation import eager_compiled_code, full_precision, leaving_no_trace
+from lightning_kfc.isolation import full_precision
 from lightning_kfc.layer import Layer
 from lightning_kfc.likelihood import Likelihood
 from lightning_kfc.monitor import Events, StepNumbers
-from lightning_kfc.per_example import ExampleGradients
-from lightning_kfc.rules.natural import natural_step
+from lightning_kfc.observation import Observation
+from lightning_kfc.refresh import Refresh
 from lightning_kfc.schedule import value_at
-from lightning_kfc.selftest import SelfTest
 from lightning_kfc.settings import Settings
 
 STATE_VERSION = 1
-
-
-class LossNotRecognisedError(RuntimeError):
-    """No loss term was recognised in the loss, so that the Fisher matrix is not known."""
 
 
 class KFC:
@@ -147,21 +129,16 @@ class KFC:
         )
         self._dropped: dict[str, str] = {}
         self._said: set[str] = set()
-        self._recorder: Recorder | None = None
-        self._losses: LossRecorder | None = None
-        self._self_test: SelfTest | None = None
-        self._self_test_done = False
-        self._graph_checked = False
         self._due = Due(settings.schedule)
-        self._recorded: list[str] = []
         # Layers whose .grad holds a part of which no statistics were taken: what is taken then would not belong to it.
         self._unseen: set[str] = set()
         self._stepped = False
         self._micro_batch = 0
-        self._backward = contextlib.ExitStack()
         self.step = 0
         self.events = Events()
         self.last_step: StepNumbers | None = None
+        self._observation = Observation(model, settings, self._found, self._due, self._drop)
+        self._refresh_layers = Refresh(settings, self._due, self.events)
 
     # What is covered.
 
@@ -173,7 +150,7 @@ class KFC:
     @property
     def recorded(self) -> tuple[str, ...]:
         """The layers whose statistics are taken at this step."""
-        return tuple(self._recorded)
+        return tuple(self._observation.recorded)
 
     def coverage(self) -> Coverage:
         """Every parameter with how it is treated and why; prints as a table."""
@@ -198,30 +175,8 @@ class KFC:
         Compute the loss inside. Compiled code runs eagerly there, and only there.
         """
         self._begin_step_if_over()
-        self._recorded = self._due.recorded_at(self.step, self.layers)
-        if not self._recorded:
-            self.release()
+        with self._observation.capture(self.step):
             yield
-            return
-        self._recorder, self._losses = Recorder(), LossRecorder()
-        test = self._prepare_self_test()
-        waiting = set(test.waiting) if test is not None else set()
-        handles = []
-        try:
-            for name, layer in self._layers_with_rows(self._recorded).items():
-                wanted = functools.partial(test.direction, name) if test is not None and name in waiting else None
-                keep_inputs = layer.inverse_type(INVERSES[self.settings.inverse]).wants_examples
-                self._recorder.attach(name, layer.adapters, wanted, keep_inputs=keep_inputs)
-            handles += self._attach_named_output(self._losses)
-            with eager_compiled_code(), self._losses:
-                try:
-                    yield
-                finally:
-                    self.resume()
-        finally:
-            self._recorder.detach()
-            for handle in handles:
-                handle.remove()
 
     def update(
         self, loss: Tensor, *, accumulate: bool = False, loss_scale: float = 1.0, loss_fraction: float = 1.0
@@ -242,7 +197,7 @@ class KFC:
             RuntimeError: If the step is due but its loss was not computed inside :meth:`capture`, or if its
                 backward has been run.
         """
-        if self._recorder is None and self._due.date(self.step):
+        if not self._observation.active and self._due.date(self.step):
             raise RuntimeError(
                 f"KFC has recorded nothing at step {self.step}: compute the loss inside `with kfc.capture():`."
             )
@@ -252,14 +207,16 @@ class KFC:
 
     def back_propagate(self, loss: Tensor, *, loss_scale: float = 1.0, loss_fraction: float = 1.0) -> None:
         """The first half of :meth:`update`: send the seeds to the layers while the loss's graph lives."""
-        if self._recorder is None or self._losses is None:
+        if not self._observation.active:
             return
-        self.pause()
-        try:
-            with full_precision(self._model), leaving_no_trace(self._model):
-                statistics = self._statistics(loss, loss_scale, loss_fraction)
-        finally:
-            self.resume()
+        statistics = self._observation.statistics(
+            loss,
+            self.step,
+            self._micro_batch,
+            loss_scale=loss_scale,
+            loss_fraction=loss_fraction,
+            unseen=self._unseen,
+        )
         # Finite or not is for all ranks to know together: refresh() looks at the sum over ranks.
         for name, entry in statistics.items():
             if name not in self._unseen:
@@ -282,17 +239,11 @@ class KFC:
     def _drop_pending(self, name: str) -> None:
         if name in self.layers:
             self.layers[name].drop_pending()
-        self._count_again({name})
-
-    def _count_again(self, layers: Set[str]) -> None:
-        """Have the next loss count the input rows of calls again, whose statistics are no longer pending."""
-        if self._recorder is not None:
-            calls, counted = self._recorder.calls, self._recorder.counted
-            counted.difference_update([i for i in counted if calls[i].layer in layers])
+        self._observation.count_again({name})
 
     def release(self) -> None:
         """Let go of what was recorded of the last forward and its graph."""
-        self._recorder = self._losses = None
+        self._observation.release()
 
     def follow_gradients(self) -> None:
         """Let statistics live and die with the gradient they belong to; call it just before each backward.
@@ -304,7 +255,7 @@ class KFC:
             if (layer.pending is not None or name in self._unseen) and layer.gradient_is_zero():
                 self._drop_pending(name)
                 self._unseen.discard(name)
-        recorded = set(self._recorded) if self._recorder is not None else set()
+        recorded = set(self.recorded) if self._observation.active else set()
         self.forget(name for name in self._found.layers if name not in recorded)
 
     def learning_rates(self, optimizer: Optimizer) -> dict[str, float]:
@@ -375,7 +326,7 @@ class KFC:
             self.events.count("nonfinite_gradients")
             return False
         self._refresh(rates)
-        ready: list[tuple[Layer, Tensor, float]] = []
+        ready: list[Ready] = []
         unexplained: list[str] = []
         with torch.no_grad():
             for name, rate in rates.items():
@@ -389,25 +340,28 @@ class KFC:
                     continue
                 matrix = layer.adapter.matrix(gradients)
                 matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-                ready.append((layer, matrix if loss_scale == 1 else matrix / loss_scale, rate))
+                ready.append(Ready(layer, matrix if loss_scale == 1 else matrix / loss_scale, rate))
             self._say_unexplained(unexplained)
-            self._replace_gradients(ready, loss_scale)
+            damping = value_at(self.settings.damping, self.step)
+            with full_precision(self._model):
+                self.last_step = replace_gradients(
+                    ready, self.step, damping, self.settings.kl_clip, loss_scale, self.events
+                )
         self._stepped = True
         return True
 
     def _refresh(self, names: Iterable[str]) -> None:
         layers = [self._found.layers[name] for name in names]
+        self._observation.count_again({layer.name for layer in layers if layer.pending is not None})
         with full_precision(self._model):
-            self._fold_pending(layers)
-            self._refresh_inverses(layers)
-            self._fold_second_moments(layers)
+            self._unseen |= self._refresh_layers(layers, self.step)
 
     def _note_trained(self, layer: Layer) -> bool:
         """Whether a layer that was recorded has a gradient of which no statistics were ever taken."""
         unseen = layer.name in self._unseen
         self._unseen.discard(layer.name)
         known = self._due.has_statistics(layer.name)
-        if layer.name not in self._recorded:
+        if layer.name not in self._observation.recorded:
             if known or layer.name not in self._said:
                 self._due.trained_unrecorded(layer.name, self.step)
             return False
@@ -429,25 +383,14 @@ class KFC:
             )
 
     def pause(self) -> None:
-        """Record nothing until :meth:`resume`: a backward re-runs checkpointed forwards, which are none of ours.
-
-        What a due step's forward ran eagerly, its backward must run again eagerly.
-        """
-        if self._recorder is not None and self._losses is not None:
-            self._recorder.paused = self._losses.paused = True
-            self._backward.enter_context(eager_compiled_code())
+        """Record nothing until :meth:`resume`: a backward re-runs checkpointed forwards, which are none of ours."""
+        self._observation.pause()
 
     def resume(self) -> None:
         """Record again, if the capture is still open; also to be called where a backward has raised."""
-        self._backward.close()
-        if self._recorder is not None and self._losses is not None:
-            self._recorder.paused = self._losses.paused = False
+        self._observation.resume()
 
     # The parts of a step.
-
-    def _layers_with_rows(self, names: Iterable[str]) -> dict[str, Layer]:
-        layers = {name: self.layers[name] for name in names}
-        return {name: layer for name, layer in layers.items() if layer.adapter.has_rows}
 
     def _gradients(self, optimizer: Optimizer | None) -> list[Tensor]:
         """Every gradient of a step, also those of parameters that are not preconditioned."""
@@ -462,213 +405,6 @@ class KFC:
             self.step += 1
             self._stepped = False
             self._micro_batch = 0
-
-    def _prepare_self_test(self) -> SelfTest | None:
-        if self._self_test is None and not self._self_test_done:
-            layers = self._layers_with_rows(self.layers)
-            self._self_test = SelfTest(layers, self._generator(torch.device("cpu"), stream=1))
-        if self._self_test is not None:
-            self._self_test.recorded = set(self._recorded)
-        return self._self_test
-
-    def _attach_named_output(self, losses: LossRecorder) -> list[Any]:
-        likelihood = self.settings.likelihood
-        if not isinstance(likelihood, Likelihood) or likelihood.output_of is None:
-            return []
-        modules = dict(self._model.named_modules())
-        if likelihood.output_of not in modules:
-            raise ValueError(
-                f"likelihood names the logits as the output of {likelihood.output_of!r}, but the model has no such "
-                f"module. Its modules are: {', '.join(name for name in modules if name)}."
-            )
-        hook = NamedOutputHook(likelihood, losses)
-        return [modules[likelihood.output_of].register_forward_hook(hook)]
-
-    def _statistics(self, loss: Tensor, loss_scale: float, loss_fraction: float) -> dict[str, Statistics]:
-        assert self._recorder is not None
-        assert self._losses is not None
-        terms, recorded = list(self._losses.terms), list(self._recorder.calls)
-        calls = recorded + [
-            parameter_call(name, layer.adapter)
-            for name, layer in self.layers.items()
-            if name in self._recorded and not layer.adapter.has_rows and layer.adapter.own_parameters()
-        ]
-        kept = weighted_terms(loss, self._wanted(terms), loss_scale=loss_scale, loss_fraction=loss_fraction)
-        test = self._self_test
-        examples = self._example_gradients({call.layer for call in recorded if call.inputs is not None})
-        if not self._graph_checked:
-            refuse_reentrant_checkpointing(loss)
-            self._graph_checked = True
-        if kept and not all(w.is_finite() for w in kept):
-            # Every rank must bring statistics of the same layers, so that all of them drop the step together.
-            found = back_propagate(unusable_seeds(kept), calls, 1.0, None, examples)
-        elif kept:
-            generator = self._generator(kept[0].term.logits.device)
-            scale = 1.0 if self.settings.fisher == "empirical" else seed_scale(kept)
-            found = back_propagate(seed_passes(kept, self.settings.fisher, generator), calls, scale, test, examples)
-        elif self.settings.fisher == "empirical":
-            found = empirical_statistics_of_loss(
-                loss, calls, loss_scale=loss_scale, loss_fraction=loss_fraction, test=test, examples=examples
-            )
-        elif reaches(loss, calls):
-            raise LossNotRecognisedError(self._unrecognised(terms))
-        else:
-            # A loss that trains other parameters than ours.
-            return {}
-        # A term that this loss does not hold may belong to a later loss of the same training step.
-        self._losses.terms[:] = [term for term in terms if all(term is not w.term for w in kept)]
-        counted = self._recorder.counted
-        if test is not None:
-            self._conclude_self_test(test)
-        statistics: dict[str, Statistics] = {}
-        for index, entry in found.items():
-            name = calls[index].layer
-            if index < len(recorded):
-                # A later loss through the same call adds to G alone: the call's input rows are in A already.
-                entry = entry.without_means() if index in counted else entry
-                counted.add(index)
-            statistics[name] = statistics[name] + entry if name in statistics else entry
-        return {name: entry for name, entry in statistics.items() if name in self.layers}
-
-    def _example_gradients(self, layers: Iterable[str]) -> dict[str, ExampleGradients]:
-        return {
-            name: self.layers[name].collect_examples(basis_changes=self._due.new_inverse(name, self.step))
-            for name in layers
-            if name in self.layers and name not in self._unseen
-        }
-
-    def _conclude_self_test(self, test: SelfTest) -> None:
-        for name in test.never_called:
-            if name in self.layers:  # else another part of its module took it along
-                self._drop(name, self.layers[name].adapter.unseen)
-        test.never_called.clear()
-        test.waiting[:] = [name for name in test.waiting if name in self.layers]
-        if not test.waiting:
-            self._self_test, self._self_test_done = None, True
-
-    def _wanted(self, terms: list[LossTerm]) -> list[LossTerm]:
-        likelihood = self.settings.likelihood
-        if likelihood == "auto":
-            return terms
-        if isinstance(likelihood, Likelihood):
-            if likelihood.output_of is not None:
-                return [term for term in terms if term.value_edge is None]
-            return [term for term in terms if isinstance(term.likelihood, type(likelihood))]
-        return [term for term in terms if term.likelihood.name == likelihood]
-
-    def _unrecognised(self, terms: list[LossTerm]) -> str:
-        likelihood = self.settings.likelihood
-        if isinstance(likelihood, Likelihood) and likelihood.output_of is not None:
-            return (
-                f"KFC found no logits: the module {likelihood.output_of!r}, which likelihood={likelihood!r} names, was "
-                "not called while this loss was computed, or its output has no gradient. Name the module whose output "
-                "the loss is computed from."
-            )
-        seen = ", ".join(sorted({term.function for term in terms})) or "none"
-        return (
-            "KFC recognised no term of the loss "
-            f"(likelihood={self.settings.likelihood!r}; loss functions seen in this step: {seen}). "
-            "It knows cross_entropy, nll_loss, binary_cross_entropy_with_logits and mse_loss, as functions or modules. "
-            "For another loss, name the likelihood and the module whose output is its logits, for example "
-            "likelihood=Categorical(output_of='head'), or choose fisher='empirical'."
-        )
-
-    def _generator(self, device: torch.device, stream: int = 0) -> torch.Generator:
-        """A generator that depends on seed, rank, step and micro-batch alone, so that a resumed run draws the same."""
-        parts = (self.settings.seed, distributed.rank(), self.step, self._micro_batch, stream)
-        mixed = 0
-        for part in parts:
-            # The multiplier of Knuth's MMIX generator: neighbouring steps get unrelated seeds.
-            mixed = (mixed * 6364136223846793005 + part + 1442695040888963407) % 2**63
-        return torch.Generator(device).manual_seed(mixed)
-
-    def _fold_pending(self, layers: Sequence[Layer]) -> None:
-        pending = {layer.name: layer.pending for layer in layers if layer.pending is not None}
-        for layer in layers:
-            layer.pending = None
-        self._count_again(pending.keys())
-        unusable: list[str] = []
-        empty = False
-        for name, statistics in distributed.reduce_statistics(pending).items():
-            if not statistics.is_finite():
-                unusable.append(name)
-                self._unseen.add(name)
-            elif statistics.means and statistics.rows == 0:
-                empty = True
-                self._unseen.add(name)
-            else:
-                if not self._found.layers[name].fold(statistics, self.settings.ema_decay):
-                    self.events.count("restarted_layers")
-                    self._due.forget(name)
-                self._due.folded(name, self.step)
-        if unusable:
-            self._report(
-                "nonfinite_statistics", f"the statistics of {_listed(unusable)} are not finite and are dropped"
-            )
-        if empty:
-            self._report("empty_statistics", "a batch without examples is left out of the statistics")
-
-    def _report(self, event: str, what: str) -> None:
-        """Count an event; warn of the first one of its kind."""
-        if self.events.count(event) == 1 and distributed.rank() == 0:
-            warnings.warn(
-                f"KFC at step {self.step}: {what}. More of this is only counted, in `kfc.events`.", stacklevel=2
-            )
-
-    def _refresh_inverses(self, layers: Sequence[Layer]) -> None:
-        damping = value_at(self.settings.damping, self.step)
-        for layer in layers:
-            if not layer.averages or not self._due.inverse(layer.name, self.step, damping):
-                continue
-            self._due.factorised(layer.name, self.step, damping)
-            try:
-                layer.factorise(INVERSES[self.settings.inverse], damping, self.step)
-            except FactorisationError as error:
-                self.events.count("failed_factorisations")
-                kept = "the last good inverse is kept" if layer.inverse is not None else "its plain gradient is used"
-                if distributed.rank() == 0:
-                    warnings.warn(f"KFC at step {self.step}, layer {layer.name!r}: {error}; {kept}.", stacklevel=2)
-
-    def _fold_second_moments(self, layers: Sequence[Layer]) -> None:
-        moments = {layer.name: layer.take_second_moment() for layer in layers}
-        statistics = {name: Statistics({}, {"S": S}, 0) for name, S in moments.items() if S is not None}
-        for name, entry in distributed.reduce_statistics(statistics).items():
-            if entry.is_finite():
-                self._found.layers[name].fold_second_moment(entry.sums["S"], self.settings.ema_decay)
-                continue
-            self._report(
-                "missing_second_moments",
-                f"inverse='ekfac' has no gradients of single examples for {name!r} and goes on with the eigenvalues it "
-                "has: they are not finite, or the layer's input was changed in place after its forward. Make that "
-                "operation out of place, or use inverse='eigh'",
-            )
-
-    def _replace_gradients(self, ready: Sequence[tuple[Layer, Tensor, float]], loss_scale: float) -> None:
-        damping = value_at(self.settings.damping, self.step)
-        inverses = [layer.inverse.at_damping(damping) for layer, _, _ in ready if layer.inverse is not None]
-        previous = [layer.previous_inverse for layer, _, _ in ready]
-        fallbacks = [inverse and inverse.at_damping(damping) for inverse in previous]
-        gradients, rates = [g for _, g, _ in ready], [rate for _, _, rate in ready]
-        with full_precision(self._model):
-            result = natural_step(gradients, inverses, rates, self.settings.kl_clip, fallbacks)
-        plain = []
-        for position, ((layer, _, _), update) in enumerate(zip(ready, result.updates, strict=True)):
-            if position in result.restored:
-                layer.inverse = layer.previous_inverse
-            if position in result.failed or not layer.write(update if loss_scale == 1 else update * loss_scale):
-                plain.append(layer.name)
-            else:
-                layer.previous_inverse = None
-        if result.restored:
-            names = _listed(ready[position][0].name for position in result.restored)
-            self._report(
-                "restored_inverses", f"the new inverse of {names} gives no usable update; the last one is kept"
-            )
-        if plain:
-            self._report(
-                "nonfinite_updates", f"no inverse gives {_listed(plain)} a usable update; the gradient is used"
-            )
-        self.last_step = StepNumbers(self.step, damping, result.clip, result.quadratic / 2)
 
     # State.
 
@@ -686,7 +422,7 @@ class KFC:
             "layers": layers,
             "due": self._due.state_dict(),
             "dropped": dict(self._dropped),
-            "self_test_done": self._self_test_done,
+            "self_test_done": self._observation.self_test_done,
             "events": self.events.state_dict(),
         }
 
@@ -710,7 +446,7 @@ class KFC:
             if name in self._found.layers:
                 self._dropped[name] = reason
                 self._found.replace_by_parameters(name, self._model, reason)
-        self._self_test, self._self_test_done = None, bool(state["self_test_done"])
+        self._observation.restart_self_test(done=bool(state["self_test_done"]))
         self._due.load_state_dict(state["due"])
         self.events.load_state_dict(state["events"])
         if state["layers"] is None:
@@ -736,8 +472,3 @@ class KFC:
         if not any(layer.averages for layer in self._found.layers.values()):
             self._due.restart(self.step)
         return problems
-
-
-def _listed(names: Iterable[str], most: int = 5) -> str:
-    quoted = [repr(name) for name in names]
-    return ", ".join(quoted[:most]) + (f" and {len(quoted) - most} more" if len(quoted) > most else "")

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
+
+from lightning_kfc import distributed
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """Names in quotes, for a message; many are cut short."""
+    quoted = [repr(name) for name in names]
+    return ", ".join(quoted[:most]) + (f" and {len(quoted) - most} more" if len(quoted) > most else "")
 
 
 @dataclass
@@ -36,6 +46,11 @@ class Events:
         """Add one to a count, and give the new one."""
         setattr(self, event, getattr(self, event) + 1)
         return int(getattr(self, event))
+
+    def report(self, event: str, step: int, what: str) -> None:
+        """Count an event; warn of the first one of its kind, on rank zero."""
+        if self.count(event) == 1 and distributed.rank() == 0:
+            warnings.warn(f"KFC at step {step}: {what}. More of this is only counted, in `kfc.events`.", stacklevel=3)
 
     def __str__(self) -> str:
         """What happened, for a report; empty where all went as planned."""

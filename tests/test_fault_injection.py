@@ -59,14 +59,14 @@ PARTS = [
     "capture.Recorder.attach",
     "capture.Recorder._record",
     "kfc.KFC.back_propagate",
-    "kfc.weighted_terms",
-    "kfc.seed_passes",
+    "observation.weighted_terms",
+    "observation.seed_passes",
     "fisher._derivatives",
     "kfc.KFC.precondition",
     "kfc.KFC._refresh",
     "layer.Layer.fold",
     "layer.Layer.factorise",
-    "kfc.natural_step",
+    "application.natural_step",
     "layer.Layer.write",
 ]
 

@@ -1,0 +1,65 @@
+"""Replaces the gradients of layers by their updates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightning_kfc.layer import Layer
+from lightning_kfc.monitor import Events, StepNumbers, listed
+from lightning_kfc.rules.natural import natural_step
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A layer with its gradient, at the time of the step.
+
+    Attributes:
+        layer: The layer, which has an inverse.
+        gradient: Shape ``(groups, d_out, d_in)``, in float32 or better.
+        learning_rate: That of its parameters in this step.
+    """
+
+    layer: Layer
+    gradient: Tensor
+    learning_rate: float
+
+
+def replace_gradients(
+    ready: Sequence[Ready], step: int, damping: float, kl_clip: float | None, loss_scale: float, events: Events
+) -> StepNumbers:
+    """Write the update of each layer in the place of its gradient.
+
+    Args:
+        ready: The layers.
+        step: The optimizer step.
+        damping: In force at this step, for inverses that can follow it.
+        kl_clip: The bound of E7, or None.
+        loss_scale: What the updates are multiplied by, since a gradient scaler will undo it.
+        events: Counts what goes other than planned.
+    """
+    inverses = [entry.layer.inverse.at_damping(damping) for entry in ready if entry.layer.inverse is not None]
+    previous = [entry.layer.previous_inverse for entry in ready]
+    fallbacks = [inverse and inverse.at_damping(damping) for inverse in previous]
+    gradients, rates = [entry.gradient for entry in ready], [entry.learning_rate for entry in ready]
+    result = natural_step(gradients, inverses, rates, kl_clip, fallbacks)
+    plain = []
+    for position, (entry, update) in enumerate(zip(ready, result.updates, strict=True)):
+        layer = entry.layer
+        if position in result.restored:
+            layer.inverse = layer.previous_inverse
+        if position in result.failed or not layer.write(update if loss_scale == 1 else update * loss_scale):
+            plain.append(layer.name)
+        else:
+            layer.previous_inverse = None
+    if result.restored:
+        names = listed(ready[position].layer.name for position in result.restored)
+        events.report(
+            "restored_inverses", step, f"the new inverse of {names} gives no usable update; the last one is kept"
+        )
+    if plain:
+        what = f"no inverse gives {listed(plain)} a usable update; the gradient is used"
+        events.report("nonfinite_updates", step, what)
+    return StepNumbers(step, damping, result.clip, result.quadratic / 2)

@@ -1,0 +1,265 @@
+"""What a due step shows of itself: its forward, its loss, and from these the statistics of every layer."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+
+import torch
+from torch import Tensor, nn
+
+from lightning_kfc import distributed
+from lightning_kfc.capture import Call, Recorder, parameter_call
+from lightning_kfc.discovery import LossRecorder
+from lightning_kfc.due import Due
+from lightning_kfc.factors.inverse import INVERSES
+from lightning_kfc.factors.statistics import Statistics
+from lightning_kfc.find_layers import Found
+from lightning_kfc.fisher import (
+    back_propagate,
+    empirical_statistics_of_loss,
+    reaches,
+    refuse_reentrant_checkpointing,
+    seed_passes,
+    seed_scale,
+    unusable_seeds,
+    weighted_terms,
+)
+from lightning_kfc.isolation import eager_compiled_code, full_precision, leaving_no_trace
+from lightning_kfc.layer import Layer
+from lightning_kfc.loss_terms import LossNotRecognisedError, attach_named_output, unrecognised, wanted_terms
+from lightning_kfc.per_example import ExampleGradients
+from lightning_kfc.selftest import SelfTest
+from lightning_kfc.settings import Settings
+
+
+class Observation:
+    """Records due steps, one at a time, and makes their statistics.
+
+    Args:
+        model: The model.
+        settings: What to estimate, and how.
+        found: The model's layers; a layer that cannot be explained is taken out of them, through ``drop``.
+        due: When each layer is due.
+        drop: Called with a layer's name and the reason why its rows do not explain its gradient.
+
+    Attributes:
+        recorded: The layers whose statistics are taken at this step.
+        self_test_done: Whether every layer has passed, or was dropped.
+    """
+
+    def __init__(
+        self, model: nn.Module, settings: Settings, found: Found, due: Due, drop: Callable[[str, str], None]
+    ) -> None:
+        self._model = model
+        self._settings = settings
+        self._found = found
+        self._due = due
+        self._drop = drop
+        self._recorder: Recorder | None = None
+        self._losses: LossRecorder | None = None
+        self._self_test: SelfTest | None = None
+        self._graph_checked = False
+        self._backward = contextlib.ExitStack()
+        self.self_test_done = False
+        self.recorded: list[str] = []
+
+    @property
+    def active(self) -> bool:
+        """Whether a forward was recorded and not yet let go of."""
+        return self._recorder is not None
+
+    @contextlib.contextmanager
+    def capture(self, step: int) -> Iterator[None]:
+        """Record what the forward and the loss of this (micro-)batch show, if this step is due; else do nothing."""
+        self.recorded = self._due.recorded_at(step, self._found.layers)
+        if not self.recorded:
+            self.release()
+            yield
+            return
+        self._recorder, self._losses = Recorder(), LossRecorder()
+        test = self._prepare_self_test(step)
+        waiting = set(test.waiting) if test is not None else set()
+        handles = []
+        try:
+            for name, layer in self._layers_with_rows(self.recorded).items():
+                wanted = functools.partial(test.direction, name) if test is not None and name in waiting else None
+                keep_inputs = layer.inverse_type(INVERSES[self._settings.inverse]).wants_examples
+                self._recorder.attach(name, layer.adapters, wanted, keep_inputs=keep_inputs)
+            handles += attach_named_output(self._model, self._settings.likelihood, self._losses)
+            with eager_compiled_code(), self._losses:
+                try:
+                    yield
+                finally:
+                    self.resume()
+        finally:
+            self._recorder.detach()
+            for handle in handles:
+                handle.remove()
+
+    def release(self) -> None:
+        """Let go of what was recorded of the last forward and its graph."""
+        self._recorder = self._losses = None
+
+    def pause(self) -> None:
+        """Record nothing until :meth:`resume`: a backward re-runs checkpointed forwards, which are none of ours.
+
+        What a due step's forward ran eagerly, its backward must run again eagerly.
+        """
+        if self._recorder is not None and self._losses is not None:
+            self._recorder.paused = self._losses.paused = True
+            self._backward.enter_context(eager_compiled_code())
+
+    def resume(self) -> None:
+        """Record again, if the capture is still open; also to be called where a backward has raised."""
+        self._backward.close()
+        if self._recorder is not None and self._losses is not None:
+            self._recorder.paused = self._losses.paused = False
+
+    def count_again(self, layers: Set[str]) -> None:
+        """Have the next loss count the input rows of calls again, whose statistics are no longer pending."""
+        if self._recorder is not None:
+            calls, counted = self._recorder.calls, self._recorder.counted
+            counted.difference_update([i for i in counted if calls[i].layer in layers])
+
+    def restart_self_test(self, *, done: bool) -> None:
+        """Test no more, or anew from the next forward on."""
+        self._self_test, self.self_test_done = None, done
+
+    def statistics(
+        self,
+        loss: Tensor,
+        step: int,
+        micro_batch: int,
+        *,
+        loss_scale: float,
+        loss_fraction: float,
+        unseen: Set[str],
+    ) -> dict[str, Statistics]:
+        """Send the seeds of a loss to the recorded layers, while its graph lives.
+
+        Args:
+            loss: The scalar whose backward follows.
+            step: The optimizer step.
+            micro_batch: The number of losses of this step that came before.
+            loss_scale: The factor that a gradient scaler has multiplied ``loss`` by.
+            loss_fraction: The share of ``loss`` in the optimizer step, where its terms do not tell.
+            unseen: Layers whose examples are not to be collected.
+
+        Raises:
+            LossNotRecognisedError: If the loss holds no recognised term.
+            SelfTestError: If the rows of a layer do not explain its gradient.
+        """
+        if self._recorder is None or self._losses is None:
+            return {}
+        self.pause()
+        try:
+            with full_precision(self._model), leaving_no_trace(self._model):
+                recorded = list(self._recorder.calls)
+                calls = recorded + self._parameter_calls()
+                names = {call.layer for call in recorded if call.inputs is not None}
+                examples = self._example_gradients(names - unseen, step)
+                found = self._back_propagate(
+                    loss, calls, self._generator(step, micro_batch), loss_scale, loss_fraction, examples
+                )
+                return self._by_layer(found, calls, len(recorded))
+        finally:
+            self.resume()
+
+    def _parameter_calls(self) -> list[Call]:
+        return [
+            parameter_call(name, layer.adapter)
+            for name, layer in self._found.layers.items()
+            if name in self.recorded and not layer.adapter.has_rows and layer.adapter.own_parameters()
+        ]
+
+    def _back_propagate(
+        self,
+        loss: Tensor,
+        calls: Sequence[Call],
+        generator: Callable[[torch.device], torch.Generator],
+        loss_scale: float,
+        loss_fraction: float,
+        examples: dict[str, ExampleGradients],
+    ) -> dict[int, Statistics]:
+        assert self._losses is not None
+        terms = list(self._losses.terms)
+        kept = weighted_terms(
+            loss, wanted_terms(terms, self._settings.likelihood), loss_scale=loss_scale, loss_fraction=loss_fraction
+        )
+        test, fisher = self._self_test, self._settings.fisher
+        if not self._graph_checked:
+            refuse_reentrant_checkpointing(loss)
+            self._graph_checked = True
+        if kept and not all(w.is_finite() for w in kept):
+            # Every rank must bring statistics of the same layers, so that all of them drop the step together.
+            found = back_propagate(unusable_seeds(kept), calls, 1.0, None, examples)
+        elif kept:
+            scale = 1.0 if fisher == "empirical" else seed_scale(kept)
+            passes = seed_passes(kept, fisher, generator(kept[0].term.logits.device))
+            found = back_propagate(passes, calls, scale, test, examples)
+        elif fisher == "empirical":
+            found = empirical_statistics_of_loss(
+                loss, calls, loss_scale=loss_scale, loss_fraction=loss_fraction, test=test, examples=examples
+            )
+        elif reaches(loss, calls):
+            raise LossNotRecognisedError(unrecognised(terms, self._settings.likelihood))
+        else:
+            # A loss that trains other parameters than ours.
+            return {}
+        # A term that this loss does not hold may belong to a later loss of the same training step.
+        self._losses.terms[:] = [term for term in terms if all(term is not w.term for w in kept)]
+        if test is not None:
+            self._conclude_self_test(test)
+        return found
+
+    def _by_layer(self, found: dict[int, Statistics], calls: Sequence[Call], recorded: int) -> dict[str, Statistics]:
+        """The statistics of every layer that is still there, from those of its calls."""
+        assert self._recorder is not None
+        counted = self._recorder.counted
+        statistics: dict[str, Statistics] = {}
+        for index, entry in found.items():
+            name = calls[index].layer
+            if index < recorded:
+                # A later loss through the same call adds to G alone: the call's input rows are in A already.
+                entry = entry.without_means() if index in counted else entry
+                counted.add(index)
+            statistics[name] = statistics[name] + entry if name in statistics else entry
+        return {name: entry for name, entry in statistics.items() if name in self._found.layers}
+
+    def _layers_with_rows(self, names: Iterable[str]) -> dict[str, Layer]:
+        layers = {name: self._found.layers[name] for name in names}
+        return {name: layer for name, layer in layers.items() if layer.adapter.has_rows}
+
+    def _example_gradients(self, layers: Iterable[str], step: int) -> dict[str, ExampleGradients]:
+        return {
+            name: self._found.layers[name].collect_examples(basis_changes=self._due.new_inverse(name, step))
+            for name in layers
+            if name in self._found.layers
+        }
+
+    def _generator(self, step: int, micro_batch: int, stream: int = 0) -> Callable[[torch.device], torch.Generator]:
+        """A generator that depends on seed, rank, step and micro-batch alone, so that a resumed run draws the same."""
+        mixed = 0
+        for part in (self._settings.seed, distributed.rank(), step, micro_batch, stream):
+            # The multiplier of Knuth's MMIX generator: neighbouring steps get unrelated seeds.
+            mixed = (mixed * 6364136223846793005 + part + 1442695040888963407) % 2**63
+        return lambda device: torch.Generator(device).manual_seed(mixed)
+
+    def _prepare_self_test(self, step: int) -> SelfTest | None:
+        if self._self_test is None and not self.self_test_done:
+            layers = self._layers_with_rows(self._found.layers)
+            self._self_test = SelfTest(layers, self._generator(step, 0, stream=1)(torch.device("cpu")))
+        if self._self_test is not None:
+            self._self_test.recorded = set(self.recorded)
+        return self._self_test
+
+    def _conclude_self_test(self, test: SelfTest) -> None:
+        for name in test.never_called:
+            if name in self._found.layers:  # else another part of its module took it along
+                self._drop(name, self._found.layers[name].adapter.unseen)
+        test.never_called.clear()
+        test.waiting[:] = [name for name in test.waiting if name in self._found.layers]
+        if not test.waiting:
+            self.restart_self_test(done=True)
