@@ -48,7 +48,7 @@ def quick(description: str | None) -> bool:
 
 def _worth_reading(record: logging.LogRecord) -> bool:
     message = record.getMessage()
-    return not any(part in message for part in ("available:", "Tip:", "`Trainer.fit` stopped"))
+    return not any(part in message for part in ("available:", "Tip:", "`Trainer.fit` stopped", "was configured so"))
 
 
 def mnist_split(train_size: int = 4096) -> tuple[Tensor, Tensor, Tensor, Tensor]:

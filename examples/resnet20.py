@@ -10,6 +10,7 @@ python examples/resnet20.py
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 
 import lightning as L
 import torch
@@ -24,7 +25,8 @@ from lightning_kfc import KFCCallback
 
 RUNS = {
     "with KFCCallback()": (partial(torch.optim.SGD, lr=0.5, momentum=0.5), [KFCCallback()]),
-    "SGD alone": (partial(torch.optim.SGD, lr=0.1, momentum=0.9), []),
+    "SGD alone": (partial(torch.optim.SGD, lr=0.03, momentum=0.9), []),
+    "Adam alone": (partial(torch.optim.Adam, lr=0.005), []),
 }
 
 
@@ -54,7 +56,7 @@ class ResNet20(L.LightningModule):
         self.optimizer = optimizer
         self.stem = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
         widths = [16] * 4 + [32] * 3 + [64] * 3
-        self.blocks = nn.Sequential(*(Block(a, b, 1 if a == b else 2) for a, b in zip(widths, widths[1:])))
+        self.blocks = nn.Sequential(*(Block(a, b, 1 if a == b else 2) for a, b in pairwise(widths)))
         self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -82,7 +84,7 @@ def main() -> None:
     train_images, train_labels, test_images, test_labels = mnist_split(128 if small else 2048)
     train_set = TensorDataset(F.avg_pool2d(train_images, 2), train_labels)
     test_set = TensorDataset(F.avg_pool2d(test_images[:904], 2), test_labels[:904])
-    batch_size, epochs = (64, 1) if small else (128, 8)
+    batch_size, epochs = (64, 1) if small else (128, 6)
 
     def fit(optimizer: MakeOptimizer, callbacks: list[Callback]) -> None:
         trainer = L.Trainer(max_epochs=epochs, callbacks=callbacks, **QUIET)

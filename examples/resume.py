@@ -85,12 +85,9 @@ def main() -> None:
         anew, small_size = stop_and_resume(epochs, Path(folder), save_factors=False)
 
     print(f"\n{'run':<34}{'accuracy':>9}{'checkpoint':>12}{'largest difference of a weight':>32}")
-    rows = (
-        ("uninterrupted", whole, None),
-        ("resumed", resumed, size),
-        ("resumed, save_factors=False", anew, small_size),
-    )
-    for name, trainer, bytes_ in rows:
+    runs = {"uninterrupted": (whole, None), "resumed": (resumed, size)}
+    runs["resumed, save_factors=False"] = (anew, small_size)
+    for name, (trainer, bytes_) in runs.items():
         pairs = zip(trainer.lightning_module.parameters(), whole.lightning_module.parameters(), strict=True)
         difference = max(float((a - b).detach().abs().max()) for a, b in pairs)
         shown = "-" if bytes_ is None else f"{bytes_ / 1e6:.2f} MB"

@@ -25,7 +25,7 @@ from lightning_kfc import KFCCallback
 
 RUNS = {
     "with KFCCallback()": (partial(torch.optim.SGD, lr=0.5, momentum=0.5), [KFCCallback()]),
-    "SGD alone": (partial(torch.optim.SGD, lr=0.1, momentum=0.9), []),
+    "SGD alone": (partial(torch.optim.SGD, lr=0.05, momentum=0.9), []),
     "Adam alone": (partial(torch.optim.Adam, lr=0.002), []),
 }
 
@@ -87,7 +87,7 @@ def main() -> None:
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
     data = TensorDataset(images, torch.tensor(digits.target))
     train_set, test_set = random_split(data, [1437, 360], torch.Generator().manual_seed(0))
-    epochs, batches = (1, 2) if small else (20, 1.0)
+    epochs, batches = (1, 2) if small else (14, 1.0)
 
     def fit(optimizer: MakeOptimizer, callbacks: list[Callback]) -> None:
         trainer = L.Trainer(max_epochs=epochs, limit_train_batches=batches, callbacks=callbacks, **QUIET)
