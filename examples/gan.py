@@ -32,7 +32,7 @@ from lightning_kfc import KFCCallback
 NOISE = 32
 RUNS = {
     "with KFCCallback()": (partial(torch.optim.SGD, lr=0.1, momentum=0.0), [KFCCallback()]),
-    "SGD alone": (partial(torch.optim.SGD, lr=0.1, momentum=0.5), []),
+    "SGD alone": (partial(torch.optim.SGD, lr=0.3, momentum=0.5), []),
     "Adam alone": (partial(torch.optim.Adam, lr=0.003, betas=(0.5, 0.999)), []),
 }
 
