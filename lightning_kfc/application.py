@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -28,7 +28,13 @@ class Ready:
 
 
 def replace_gradients(
-    ready: Sequence[Ready], step: int, damping: float, kl_clip: float | None, loss_scale: float, events: Events
+    ready: Sequence[Ready],
+    step: int,
+    damping: float,
+    kl_clip: float | None,
+    loss_scale: float,
+    events: Events,
+    before_writing: Callable[[float], None] = lambda size: None,
 ) -> StepNumbers:
     """Write the update of each layer in the place of its gradient.
 
@@ -39,12 +45,14 @@ def replace_gradients(
         kl_clip: The bound of E7, or None.
         loss_scale: What the updates are multiplied by, since a gradient scaler will undo it.
         events: Counts what goes other than planned.
+        before_writing: Called with the squared norm of the step before clipping, while gradients are still the loss's.
     """
     inverses = [entry.layer.inverse.at_damping(damping) for entry in ready if entry.layer.inverse is not None]
     previous = [entry.layer.previous_inverse for entry in ready]
     fallbacks = [inverse and inverse.at_damping(damping) for inverse in previous]
     gradients, rates = [entry.gradient for entry in ready], [entry.learning_rate for entry in ready]
     result = natural_step(gradients, inverses, rates, kl_clip, fallbacks)
+    before_writing(result.quadratic)
     plain = []
     for position, (entry, update) in enumerate(zip(ready, result.updates, strict=True)):
         layer = entry.layer

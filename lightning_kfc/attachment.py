@@ -24,6 +24,8 @@ class Attachment:
         active: Whether the callback takes part now.
         kfc: Gives the engine; a checkpoint may have replaced it since.
         on_unseen_backward: Called when a gradient arrives outside of Lightning's own backward.
+        on_step: Called with an optimizer that has stepped as Lightning had announced, before anything else sees the
+            new weights.
         on_unseen_step: Called with an optimizer that has stepped without Lightning's hooks.
     """
 
@@ -34,11 +36,13 @@ class Attachment:
         active: Callable[[], bool],
         kfc: Callable[[], KFC],
         on_unseen_backward: Callable[[], None],
+        on_step: Callable[[Optimizer], None],
         on_unseen_step: Callable[[Optimizer], None],
     ) -> None:
         self._active = active
         self._kfc = kfc
         self._on_unseen_backward = on_unseen_backward
+        self._on_step = on_step
         self._on_unseen_step = on_unseen_step
         self._in_backward = False
         self._announced: set[int] = set()
@@ -95,6 +99,8 @@ class Attachment:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if id(optimizer) in self._announced:
             self._announced.discard(id(optimizer))
+            if self._active():
+                self._on_step(optimizer)
         elif self._active():
             self._on_unseen_step(optimizer)
 

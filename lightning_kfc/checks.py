@@ -15,6 +15,14 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a positive number, got {value!r}.")
 
 
+def check_positive_or_auto(name: str, value: Any) -> None:
+    """Require a positive, finite number, or ``"auto"``."""
+    if isinstance(value, str) and value != "auto":
+        raise ValueError(f"{name} must be a positive number or 'auto', got {value!r}.")
+    if value != "auto":
+        check_positive(name, value)
+
+
 def check_fraction(name: str, value: Any) -> None:
     """Require a number of at least 0 and below 1."""
     _check_number(name, value)

@@ -34,6 +34,21 @@ def all_finite(gradients: Sequence[Tensor]) -> bool:
     return bool(torch.isfinite(norm))
 
 
+def mean(values: Sequence[float], device: torch.device) -> list[float]:
+    """The means over ranks, the same on each of them.
+
+    Args:
+        values: As many on every rank.
+        device: One that the process group can send from.
+    """
+    if world_size() == 1:
+        return list(values)
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    sums = torch.tensor(values, dtype=dtype, device=device)
+    dist.all_reduce(sums)
+    return [float(value) / world_size() for value in sums.tolist()]
+
+
 def reduce_statistics(statistics: Mapping[str, Statistics]) -> dict[str, Statistics]:
     r"""Statistics of the whole batch from those of each rank's part.
 

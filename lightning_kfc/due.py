@@ -88,6 +88,12 @@ class Due:
             self._dates = step, factors + start, inverses + start
         return self._dates[1:]
 
+    def hasten(self, layers: Iterable[str], step: int) -> None:
+        """Have layers take statistics and refresh their inverses at their first step from this one on."""
+        for layer in layers:
+            self._waiting[layer] = step
+            self._factorised.pop(layer, None)
+
     def forget(self, layer: str) -> None:
         """Forget a layer that starts anew."""
         self._folded.pop(layer, None)

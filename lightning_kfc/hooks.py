@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_kfc.attachment import Attachment
 from lightning_kfc.kfc import KFC
 from lightning_kfc.likelihood import Bernoulli, Categorical, Gaussian
+from lightning_kfc.replay import Replay, why_no_replay
 from lightning_kfc.schedule import ExponentialSchedule, LinearSchedule
 from lightning_kfc.settings import Settings
 
@@ -39,7 +40,8 @@ class KFCHooks:
 
     Args:
         damping: Added to the curvature before it is inverted: larger is closer to plain SGD, smaller closer
-            to the full natural gradient. A number, or a schedule over optimizer steps.
+            to the full natural gradient. "auto": set by how well steps do what was expected of them. Else a number,
+            or a schedule over optimizer steps.
         fisher: Whose targets the curvature is taken with. "mc": sampled from the model; "exact": all
             possible ones, at one back-propagation each; "empirical": the data's.
         likelihood: What the loss is the negative logarithm of. "auto" recognises it by the loss functions
@@ -49,7 +51,8 @@ class KFCHooks:
         inverse_every_n_steps: Inverses are refreshed every so many optimizer steps.
         warmup_steps: During the first so many optimizer steps, statistics are taken at every step.
         ema_decay: Decay of the running averages of the statistics, at least 0 and below 1.
-        kl_clip: Bound on the size of a step, measured in how much it changes the model's predictions; null for none.
+        kl_clip: Bound on the size of a step, measured in how much it changes the model's predictions. "auto": set as
+            damping is; null for none.
         inverse: How the damped curvature is inverted. "cholesky": damping split over both factors, the cheapest;
             "eigh": damping applied exactly; "ekfac": also with the second moments of single examples' gradients.
         rule: How gradients and inverses make an update. "natural": the paper's.
@@ -68,7 +71,7 @@ class KFCHooks:
 
     def __init__(
         self,
-        damping: float | ExponentialSchedule | LinearSchedule = 0.01,
+        damping: float | Literal["auto"] | ExponentialSchedule | LinearSchedule = "auto",
         fisher: Literal["mc", "exact", "empirical"] = "mc",
         likelihood: Literal["auto", "categorical", "bernoulli", "gaussian"]
         | Categorical
@@ -78,7 +81,7 @@ class KFCHooks:
         inverse_every_n_steps: int = 20,
         warmup_steps: int = 10,
         ema_decay: float = 0.95,
-        kl_clip: float | None = 0.03,
+        kl_clip: float | Literal["auto"] | None = "auto",
         inverse: Literal["cholesky", "eigh", "ekfac"] = "cholesky",
         rule: Literal["natural"] = "natural",
         weight_sharing: Literal["expand", "reduce"] = "expand",
@@ -116,6 +119,7 @@ class KFCHooks:
         self._module: Any = None
         self._loaded: dict[str, Any] | None = None
         self._attachment: Attachment | None = None
+        self._replay: Replay | None = None
         self._training = False
         self._backwards = 0
         self._preconditioned_at: dict[int, int] = {}
@@ -186,8 +190,10 @@ class KFCHooks:
             active=lambda: any(callback is self for callback in trainer.callbacks),
             kfc=lambda: self.kfc,
             on_unseen_backward=self._warn_bare_backward,
+            on_step=self._review_step,
             on_unseen_step=self._after_unseen_step,
         )
+        self._replay = Replay(trainer, pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Take over the checkpoint's state (under FSDP2 it is loaded after on_fit_start), and report."""
@@ -201,6 +207,7 @@ class KFCHooks:
                 f"KFCCallback: the checkpoint {_resumed_from(trainer)} holds no state of this callback; "
                 "curvature is estimated anew, beginning with a warm-up."
             )
+        self._fix_what_cannot_be_reviewed(trainer, pl_module)
         self._warn_of_split_layers(trainer.optimizers)
         rank_zero_info(self._report())
 
@@ -229,6 +236,19 @@ class KFCHooks:
                     "Give its weight and its bias to the same optimizer, or add it to `exclude` to silence this."
                 )
 
+    def _fix_what_cannot_be_reviewed(self, trainer: Any, pl_module: Any) -> None:
+        reason = why_no_replay(trainer, pl_module)
+        if reason is None:
+            return
+        automatic = [name for name in ("damping", "kl_clip") if getattr(self._settings, name) == "auto"]
+        self.kfc.fix_trust_region()
+        if automatic:
+            fixed = ", ".join(f"{name}={getattr(self.kfc, name)}" for name in automatic)
+            rank_zero_info(
+                f"KFCCallback: with {reason}, the loss of a step cannot be evaluated again, which 'auto' needs; "
+                f"it uses {fixed}."
+            )
+
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Detach, and tell what went other than planned."""
         self._end()
@@ -247,12 +267,17 @@ class KFCHooks:
         self._training = False
         if self._attachment is not None:
             self._attachment.detach()
-            self._attachment = None
+            self._attachment = self._replay = None
         if self._kfc is not None:
             self._kfc.resume()
             self._kfc.release()
 
     # A training step.
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Keep the batch, on which the step may be reviewed."""
+        if self._replay is not None and self.kfc.reviews:
+            self._replay.keep(batch, batch_idx)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         """Take the statistics of this loss, while its graph lives."""
@@ -304,6 +329,17 @@ class KFCHooks:
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Let go of the graph of what was recorded and not used."""
         self.kfc.release()
+        if self._replay is not None and not trainer.fit_loop._should_accumulate():
+            self._replay.clear()
+            self.kfc.cancel_review()
+
+    def _review_step(self, optimizer: Optimizer) -> None:
+        if self._replay is None or not self.kfc.review_due:
+            return
+        evaluations = self._replay.evaluations()
+        # An optimizer that calls its closure several times (SAM) has moved away from where the losses were taken.
+        if len(evaluations) == self.kfc.losses_seen:
+            self.kfc.review(evaluations, optimizer=optimizer)
 
     def _warn_bare_backward(self) -> None:
         self._warn_once(

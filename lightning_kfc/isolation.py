@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class _EagerStance:
@@ -82,6 +84,35 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
             # Through .data: the graph may hold the buffer, and its backward must not take it for changed.
             buffer.data.copy_(value)
             module._buffers[name] = buffer
+
+
+@dataclass(frozen=True)
+class RandomStreams:
+    """The states of the random streams of torch, Python and NumPy at one time."""
+
+    torch_states: Mapping[torch.device, Tensor]
+    python_state: Any
+    numpy_state: Any
+
+    @classmethod
+    def of(cls, model: nn.Module) -> RandomStreams:
+        """The present states, on the CPU and on the model's devices."""
+        devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+        states = {torch.device("cpu"): torch.get_rng_state()}
+        states |= {device: getattr(torch, device.type).get_rng_state(device) for device in devices}
+        numpy_random = sys.modules.get("numpy.random")
+        return cls(states, random.getstate(), numpy_random.get_state() if numpy_random is not None else None)
+
+    def restore(self) -> None:
+        """Go back to these states."""
+        for device, state in self.torch_states.items():
+            if device.type == "cpu":
+                torch.set_rng_state(state)
+            else:
+                getattr(torch, device.type).set_rng_state(state, device)
+        random.setstate(self.python_state)
+        if self.numpy_state is not None:
+            sys.modules["numpy.random"].set_state(self.numpy_state)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,10 @@ from lightning_kfc.likelihood import Likelihood
 from lightning_kfc.monitor import Events, StepNumbers
 from lightning_kfc.observation import Observation
 from lightning_kfc.refresh import Refresh
+from lightning_kfc.review import Evaluation, Reviewer
 from lightning_kfc.schedule import value_at
 from lightning_kfc.settings import Settings
+from lightning_kfc.trust_region import FIXED_DAMPING, FIXED_RADIUS, Verdict
 
 STATE_VERSION = 1
 
@@ -42,10 +44,13 @@ class KFC:
         kfc.precondition(optimizer=optimizer)
         optimizer.step()
 
+    With ``damping="auto", kl_clip="auto"``, which the callback has by default, ``kfc.review(lambda: loss_fn(model(x), y),
+    optimizer=optimizer)`` follows.
+
     Args:
         model: The model. Modules that exist now are covered, those added later are not.
         damping: :math:`\lambda` of E4, in the units of the Fisher matrix of the loss; a number, or a function of
-            the step such as :class:`~lightning_kfc.ExponentialSchedule`.
+            the step such as :class:`~lightning_kfc.ExponentialSchedule`; ``"auto"`` sets itself by :meth:`review`.
         fisher: Whose targets the curvature is taken with: ``"mc"``: one sample a term from the model's own
             distribution; ``"exact"``: all its outcomes, one back-propagation each; ``"empirical"``: the data's.
         likelihood: What the loss is the negative logarithm of. ``"auto"`` recognises it from the loss
@@ -56,7 +61,8 @@ class KFC:
         inverse_every_n_steps: Inverses are refreshed every so many optimizer steps (the paper's T_inv).
         warmup_steps: During the first so many optimizer steps statistics are taken at every step.
         ema_decay: :math:`\rho`, the decay of the factors' zero-debiased running averages, at least 0, below 1.
-        kl_clip: :math:`\kappa` of E7, the bound on the squared norm of a step in the Fisher metric; None for none.
+        kl_clip: :math:`\kappa` of E7, the bound on the squared norm of a step in the Fisher metric; ``"auto"`` sets
+            itself by :meth:`review`; None for none.
         inverse: How damped factors are inverted: ``"cholesky"`` (E4, E5: damping split over both factors);
             ``"eigh"`` (E6: exact damping, that of the present step); ``"ekfac"``: E6 with the running second moments of
             the examples' gradients as eigenvalues (George et al. 2018). That one keeps what the layers read, and the
@@ -79,14 +85,14 @@ class KFC:
         self,
         model: nn.Module,
         *,
-        damping: float | Callable[[int], float] = 0.01,
+        damping: float | Callable[[int], float] | Literal["auto"] = 0.01,
         fisher: str = "mc",
         likelihood: str | Likelihood = "auto",
         factor_every_n_steps: int = 10,
         inverse_every_n_steps: int = 20,
         warmup_steps: int = 10,
         ema_decay: float = 0.95,
-        kl_clip: float | None = 0.03,
+        kl_clip: float | Literal["auto"] | None = 0.03,
         inverse: str = "cholesky",
         rule: str = "natural",
         weight_sharing: str = "expand",
@@ -139,6 +145,7 @@ class KFC:
         self.last_step: StepNumbers | None = None
         self._observation = Observation(model, settings, self._found, self._due, self._drop)
         self._refresh_layers = Refresh(settings, self._due, self.events)
+        self._reviewer = Reviewer(model, settings.trust_region(), self.events)
 
     # What is covered.
 
@@ -175,6 +182,7 @@ class KFC:
         Compute the loss inside. Compiled code runs eagerly there, and only there.
         """
         self._begin_step_if_over()
+        self._reviewer.forward_begins()
         with self._observation.capture(self.step):
             yield
 
@@ -207,6 +215,7 @@ class KFC:
 
     def back_propagate(self, loss: Tensor, *, loss_scale: float = 1.0, loss_fraction: float = 1.0) -> None:
         """The first half of :meth:`update`: send the seeds to the layers while the loss's graph lives."""
+        self._reviewer.note_loss(loss, loss_scale)
         if not self._observation.active:
             return
         statistics = self._observation.statistics(
@@ -342,19 +351,94 @@ class KFC:
                 matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
                 ready.append(Ready(layer, matrix if loss_scale == 1 else matrix / loss_scale, rate))
             self._say_unexplained(unexplained)
-            damping = value_at(self.settings.damping, self.step)
             with full_precision(self._model):
                 self.last_step = replace_gradients(
-                    ready, self.step, damping, self.settings.kl_clip, loss_scale, self.events
+                    ready,
+                    self.step,
+                    self.damping,
+                    self.kl_clip,
+                    loss_scale,
+                    self.events,
+                    lambda size: self._reviewer.before_step(self.step, size, self._stepped_by(optimizer), loss_scale),
                 )
         self._stepped = True
         return True
+
+    @property
+    def damping(self) -> float:
+        """The damping in force at this step."""
+        damping = self.settings.damping
+        return self._reviewer.region.damping if damping == "auto" else value_at(damping, self.step)
+
+    @property
+    def kl_clip(self) -> float | None:
+        """The bound on the squared norm of a step in force at this step; None for none."""
+        clip = self.settings.kl_clip
+        return self._reviewer.region.radius if clip == "auto" else clip
+
+    @property
+    def reviews(self) -> bool:
+        """Whether damping or KL clip are set by reviews of steps."""
+        return self._reviewer.region.active
+
+    @property
+    def losses_seen(self) -> int:
+        """The number of losses of this step, one a micro-batch, that a review evaluates again."""
+        return self._reviewer.losses_seen
+
+    def cancel_review(self) -> None:
+        """Do without the review of this step."""
+        self._reviewer.cancel()
+
+    @property
+    def review_due(self) -> bool:
+        """Whether the step that was just made is to be reviewed."""
+        return self._reviewer.due
+
+    def review(
+        self, evaluate: Evaluation | Sequence[Evaluation], *, optimizer: Optimizer | None = None
+    ) -> Verdict | None:
+        """After the optimizer's step: see whether it did what was expected, and adjust damping and KL clip.
+
+        It is what ``damping="auto"`` and ``kl_clip="auto"`` learn from (:mod:`lightning_kfc.trust_region`). Only a few
+        steps are reviewed; at the others nothing is evaluated. A step that made the loss grow is taken back: the
+        parameters return to their values, and the optimizer's momentum to zero.
+
+        Args:
+            evaluate: Gives the loss of the step's batch again, in training mode; a sequence of such functions where
+                :meth:`update` has seen several micro-batches. Gradients are off, and buffers and random streams are put
+                back afterwards.
+            optimizer: The optimizer that made the step; its momentum is let go of where the step is taken back.
+
+        Returns:
+            What followed, or None where there was nothing to review.
+        """
+        evaluations = [evaluate] if callable(evaluate) else list(evaluate)
+        verdict = self._reviewer.review(evaluations, self.layers.values(), optimizer)
+        if verdict is not None and verdict.refresh:
+            self._due.hasten(self.layers, self.step + 1)
+        return verdict
+
+    def fix_trust_region(self) -> None:
+        """Give ``damping="auto"`` and ``kl_clip="auto"`` their fixed values, where steps cannot be reviewed."""
+        self._reviewer.fix()
+
+    def _say_unreviewed(self) -> None:
+        self.fix_trust_region()
+        if distributed.rank() == 0:
+            warnings.warn(
+                "KFC's damping='auto' and kl_clip='auto' need a call of kfc.review(lambda: loss_fn(model(x), y), "
+                "optimizer=optimizer) after each optimizer.step(). There was none; the fixed values "
+                f"damping={FIXED_DAMPING} and kl_clip={FIXED_RADIUS} are used from now on. Set these, or add the "
+                "call, to silence this.",
+                stacklevel=4,
+            )
 
     def _refresh(self, names: Iterable[str]) -> None:
         layers = [self._found.layers[name] for name in names]
         self._observation.count_again({layer.name for layer in layers if layer.pending is not None})
         with full_precision(self._model):
-            self._unseen |= self._refresh_layers(layers, self.step)
+            self._unseen |= self._refresh_layers(layers, self.step, self.damping)
 
     def _note_trained(self, layer: Layer) -> bool:
         """Whether a layer that was recorded has a gradient of which no statistics were ever taken."""
@@ -394,17 +478,21 @@ class KFC:
 
     def _gradients(self, optimizer: Optimizer | None) -> list[Tensor]:
         """Every gradient of a step, also those of parameters that are not preconditioned."""
+        return [p.grad for p in self._stepped_by(optimizer) if p.grad is not None]
+
+    def _stepped_by(self, optimizer: Optimizer | None) -> list[nn.Parameter]:
         if optimizer is None:
-            parameters = list(self._model.parameters())
-        else:
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        return [parameter.grad for parameter in parameters if parameter.grad is not None]
+            return list(self._model.parameters())
+        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def _begin_step_if_over(self) -> None:
         if self._stepped:
             self.step += 1
             self._stepped = False
             self._micro_batch = 0
+            if self._reviewer.due:
+                self._say_unreviewed()
+            self._reviewer.begin_step()
 
     # State.
 
@@ -424,6 +512,7 @@ class KFC:
             "dropped": dict(self._dropped),
             "self_test_done": self._observation.self_test_done,
             "events": self.events.state_dict(),
+            "trust_region": self._reviewer.region.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
@@ -449,6 +538,7 @@ class KFC:
         self._observation.restart_self_test(done=bool(state["self_test_done"]))
         self._due.load_state_dict(state["due"])
         self.events.load_state_dict(state["events"])
+        self._reviewer.region.load_state_dict(state.get("trust_region", {}))
         if state["layers"] is None:
             self._due.restart(self.step)
             return ["the state holds no factors: curvature is estimated anew, beginning with a warm-up"]

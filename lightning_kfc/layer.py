@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_kfc.factors.eigenbasis import Eigenbasis
 from lightning_kfc.factors.inverse import EighInverse, EkfacInverse, Inverse
+from lightning_kfc.factors.quadratic import quadratic_form
 from lightning_kfc.factors.running import RunningAverage
 from lightning_kfc.factors.statistics import Statistics, factor_dtype
 from lightning_kfc.layers import Adapter
@@ -117,12 +118,20 @@ class Layer:
         # Without rows of single examples there is only the product of the factors' own eigenvalues.
         return EighInverse if own is EkfacInverse and not self.adapter.pairs_rows else own
 
+    def quadratic(self, delta: Tensor) -> float:
+        r""":math:`\delta^\top F\delta` of a change ``(groups, d_out, d_in)`` of the parameters; 0 without factors."""
+        if not self.averages:
+            return 0.0
+        return float(quadratic_form(self._estimate(), delta))
+
+    def _estimate(self) -> Mapping[str, Tensor]:
+        draws = min(average.draws for average in self.averages.values())
+        return self.adapter.estimate(self.factors, draws)
+
     def factorise(self, inverse: type[Inverse], damping: float, step: int) -> None:
         """Refresh the inverse from the running factors; see :meth:`Inverse.factorise` for what it raises."""
         self.factorised_at = step
-        draws = min(average.draws for average in self.averages.values())
-        factors = self.adapter.estimate(self.factors, draws)
-        fresh = self.inverse_type(inverse).factorise(factors, damping).succeeding(self.inverse)
+        fresh = self.inverse_type(inverse).factorise(self._estimate(), damping).succeeding(self.inverse)
         self.previous_inverse = self.previous_inverse or self.inverse
         self.inverse = fresh
 

@@ -11,7 +11,6 @@ from lightning_kfc.factors.inverse import INVERSES, FactorisationError
 from lightning_kfc.factors.statistics import Statistics
 from lightning_kfc.layer import Layer
 from lightning_kfc.monitor import Events, listed
-from lightning_kfc.schedule import value_at
 from lightning_kfc.settings import Settings
 
 
@@ -19,7 +18,7 @@ class Refresh:
     """Refreshes factors and inverses of layers, where due.
 
     Args:
-        settings: Decay, damping and the kind of inverse.
+        settings: Decay and the kind of inverse.
         due: When each layer is due; told what was done.
         events: Counts what goes other than planned.
     """
@@ -29,14 +28,19 @@ class Refresh:
         self._due = due
         self._events = events
 
-    def __call__(self, layers: Sequence[Layer], step: int) -> set[str]:
+    def __call__(self, layers: Sequence[Layer], step: int, damping: float) -> set[str]:
         """Fold pending statistics, then refresh inverses, then fold second moments in the basis of these.
+
+        Args:
+            layers: The layers.
+            step: The optimizer step.
+            damping: In force at this step.
 
         Returns:
             The names of layers whose pending statistics were dropped.
         """
         dropped = self._fold_pending(layers, step)
-        self._refresh_inverses(layers, step)
+        self._refresh_inverses(layers, step, damping)
         self._fold_second_moments(layers, step)
         return dropped
 
@@ -64,8 +68,7 @@ class Refresh:
             self._events.report("empty_statistics", step, "a batch without examples is left out of the statistics")
         return {*unusable, *empty}
 
-    def _refresh_inverses(self, layers: Sequence[Layer], step: int) -> None:
-        damping = value_at(self._settings.damping, step)
+    def _refresh_inverses(self, layers: Sequence[Layer], step: int, damping: float) -> None:
         for layer in layers:
             if not layer.averages or not self._due.inverse(layer.name, step, damping):
                 continue

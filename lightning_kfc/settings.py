@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
-from lightning_kfc.checks import check_choice, check_fraction, check_integer, check_patterns, check_positive
+from lightning_kfc.checks import check_choice, check_fraction, check_integer, check_patterns, check_positive_or_auto
 from lightning_kfc.factors.inverse import INVERSES
 from lightning_kfc.likelihood import LIKELIHOODS, Likelihood
 from lightning_kfc.schedule import RefreshSchedule
+from lightning_kfc.trust_region import TrustRegion
 
 FISHERS = ("mc", "exact", "empirical")
 RULES = ("natural",)
@@ -19,14 +21,14 @@ WEIGHT_SHARINGS = ("expand", "reduce")
 class Settings:
     """All settings; see :class:`~lightning_kfc.KFC` for what each one does."""
 
-    damping: float | Callable[[int], float] = 0.01
+    damping: float | Callable[[int], float] | Literal["auto"] = 0.01
     fisher: str = "mc"
     likelihood: str | Likelihood = "auto"
     factor_every_n_steps: int = 10
     inverse_every_n_steps: int = 20
     warmup_steps: int = 10
     ema_decay: float = 0.95
-    kl_clip: float | None = 0.03
+    kl_clip: float | Literal["auto"] | None = 0.03
     inverse: str = "cholesky"
     rule: str = "natural"
     weight_sharing: str = "expand"
@@ -36,16 +38,20 @@ class Settings:
     seed: int = 0
     schedule: RefreshSchedule = field(init=False)
 
+    def trust_region(self) -> TrustRegion:
+        """The trust region at the start of training."""
+        return TrustRegion(adapts_radius=self.kl_clip == "auto", adapts_damping=self.damping == "auto")
+
     def __post_init__(self) -> None:
         """Check every setting."""
         if not callable(self.damping):
-            check_positive("damping", self.damping)
+            check_positive_or_auto("damping", self.damping)
         check_choice("fisher", self.fisher, FISHERS)
         if not isinstance(self.likelihood, Likelihood):
             check_choice("likelihood", self.likelihood, ("auto", *LIKELIHOODS))
         check_fraction("ema_decay", self.ema_decay)
         if self.kl_clip is not None:
-            check_positive("kl_clip", self.kl_clip)
+            check_positive_or_auto("kl_clip", self.kl_clip)
         check_choice("inverse", self.inverse, INVERSES)
         check_choice("rule", self.rule, RULES)
         check_choice("weight_sharing", self.weight_sharing, WEIGHT_SHARINGS)

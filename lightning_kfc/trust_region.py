@@ -1,0 +1,165 @@
+r"""A trust region that sets its own radius and damping, from how well steps do what was expected of them.
+
+The radius r bounds :math:`\alpha^2\langle V, \nabla\bar W\rangle`, twice the KL of a step by the approximate Fisher
+matrix (:math:`\kappa` of E7). A step :math:`\delta` is *reviewed* by the reduction ratio
+:math:`\rho = (h(\theta+\delta) - h(\theta)) / M(\delta)`, both losses on the step's own batch, with
+:math:`M(\delta) = \langle\nabla h, \delta\rangle + \tfrac12\delta^\top F\delta + \tfrac\lambda2\|\delta\|^2`
+(Martens & Grosse 2015, arXiv:1503.05671, sec. 6.4 and 6.5).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+#: Where an automatic radius and damping begin.
+START_RADIUS = 0.1
+START_DAMPING = 0.01
+#: What stands in for "auto" where steps cannot be reviewed.
+FIXED_RADIUS = 0.03
+FIXED_DAMPING = 0.01
+
+#: Every one of the first steps is reviewed, then one in so many.
+REVIEWED_AT_FIRST = 10
+REVIEW_EVERY_N_STEPS = 5
+
+# On a batch that is noisy a smaller damping always looks better: it lets a step fit that batch alone. Without these
+# floors the region would shrink to nothing along with it.
+SMALLEST_RADIUS, LARGEST_RADIUS = 1e-3, 10.0
+SMALLEST_DAMPING, LARGEST_DAMPING = 1e-3, 10.0
+
+POOR, GOOD, DAMPING_GOOD = 0.25, 0.75, 0.45
+DAMPING_FACTOR = 0.8
+#: A step is undone if the loss has grown by more than this share of the decrease that its slope foretold.
+TOLERATED_GROWTH = 0.1
+#: A step this many times its running (geometric) mean in size comes from an inverse that no longer fits.
+SURPRISE = 3.0
+SIZE_DECAY = 0.9
+
+
+@dataclass(frozen=True)
+class Outcome:
+    r"""What a step did, beside what was expected of it.
+
+    Attributes:
+        loss_before: :math:`h(\theta)` on the step's batch.
+        loss_after: :math:`h(\theta+\delta)` on the same batch.
+        slope: :math:`\langle\nabla h, \delta\rangle`, momentum and weight decay included in :math:`\delta`.
+        curvature: :math:`\tfrac12\delta^\top F\delta` by the factors.
+        squared_length: :math:`\|\delta\|^2` over the preconditioned layers.
+    """
+
+    loss_before: float
+    loss_after: float
+    slope: float
+    curvature: float
+    squared_length: float
+
+    def expected(self, damping: float) -> float:
+        r""":math:`M(\delta)`, the change of the loss that was expected."""
+        return self.slope + self.curvature + 0.5 * damping * self.squared_length
+
+    def ratio(self, damping: float) -> float:
+        r""":math:`\rho`, 1 for a step that did what was expected; NaN where there was nothing to expect."""
+        expected = self.expected(damping)
+        return (self.loss_after - self.loss_before) / expected if expected else math.nan
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What follows from a review.
+
+    Attributes:
+        ratio: The reduction ratio.
+        undo: Whether the step is to be taken back.
+        refresh: Whether statistics and inverses are to be refreshed at the next step.
+    """
+
+    ratio: float
+    undo: bool
+    refresh: bool
+
+
+@dataclass
+class TrustRegion:
+    """Radius and damping, and when the next step is reviewed.
+
+    Attributes:
+        adapts_radius: Whether the radius sets itself (``kl_clip="auto"``).
+        adapts_damping: Whether the damping sets itself (``damping="auto"``).
+        radius: The bound on a step's squared norm in the Fisher metric.
+        damping: Added to the curvature from the next refresh of inverses on.
+        started_at: The step from which :data:`REVIEWED_AT_FIRST` counts.
+        review_next: Whether the next step is reviewed whatever its number.
+        log_size: Running mean of the logarithm of a step's squared norm; NaN before there is one.
+    """
+
+    adapts_radius: bool
+    adapts_damping: bool
+    radius: float = START_RADIUS
+    damping: float = START_DAMPING
+    started_at: int = 0
+    review_next: bool = False
+    log_size: float = math.nan
+
+    @property
+    def active(self) -> bool:
+        """Whether anything sets itself."""
+        return self.adapts_radius or self.adapts_damping
+
+    def review_due(self, step: int, size: float) -> bool:
+        r"""Whether a step is to be reviewed; takes note of its size.
+
+        Args:
+            step: The optimizer step.
+            size: :math:`\alpha^2\langle V, \nabla\bar W\rangle` before clipping; 0 where nothing was preconditioned.
+        """
+        surprising = False
+        if size > 0:
+            log_size = math.log(size)
+            surprising = log_size > self.log_size + math.log(SURPRISE)
+            known = math.isfinite(self.log_size)
+            self.log_size = SIZE_DECAY * self.log_size + (1 - SIZE_DECAY) * log_size if known else log_size
+        since = step - self.started_at
+        return surprising or self.review_next or since < REVIEWED_AT_FIRST or since % REVIEW_EVERY_N_STEPS == 0
+
+    def judge(self, outcome: Outcome, size: float) -> Verdict:
+        r"""Draw the consequences of a reviewed step.
+
+        Args:
+            outcome: What it did.
+            size: :math:`\alpha^2\langle V, \nabla\bar W\rangle` before clipping.
+        """
+        ratio = outcome.ratio(self.damping)
+        poor = not ratio >= POOR  # also where it is NaN
+        growth = outcome.loss_after - outcome.loss_before
+        undo = not growth <= TOLERATED_GROWTH * abs(outcome.slope)
+        if self.adapts_radius:
+            if poor:
+                self.radius = max(SMALLEST_RADIUS, 0.5 * min(self.radius, size))
+            elif ratio > GOOD:
+                self.radius = min(LARGEST_RADIUS, 2 * min(self.radius, 4 * size))
+                self.radius = max(SMALLEST_RADIUS, self.radius)
+        if self.adapts_damping:
+            if poor:
+                self.damping = min(LARGEST_DAMPING, self.damping / DAMPING_FACTOR)
+            elif ratio > DAMPING_GOOD:
+                self.damping = max(SMALLEST_DAMPING, self.damping * DAMPING_FACTOR)
+        self.review_next = poor or undo
+        return Verdict(ratio, undo, poor or undo)
+
+    def state_dict(self) -> dict[str, float]:
+        """What changes in training, as plain numbers."""
+        return {name: float(getattr(self, name)) for name in _changing()}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Take over what :meth:`state_dict` gave; what is now a fixed setting stays as it is set."""
+        for name in _changing():
+            kept = (name == "radius" and not self.adapts_radius) or (name == "damping" and not self.adapts_damping)
+            if name in state and not kept:
+                setattr(self, name, type(getattr(self, name))(state[name]))
+
+
+def _changing() -> list[str]:
+    return [field.name for field in fields(TrustRegion) if not field.name.startswith("adapts_")]
