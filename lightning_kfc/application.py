@@ -70,4 +70,4 @@ def replace_gradients(
     if plain:
         what = f"no inverse gives {listed(plain)} a usable update; the gradient is used"
         events.report("nonfinite_updates", step, what)
-    return StepNumbers(step, damping, result.clip, result.quadratic / 2)
+    return StepNumbers(step, damping, result.clip, result.quadratic / 2, kl_clip)

@@ -338,8 +338,18 @@ class KFCHooks:
             return
         evaluations = self._replay.evaluations()
         # An optimizer that calls its closure several times (SAM) has moved away from where the losses were taken.
-        if len(evaluations) == self.kfc.losses_seen:
+        if len(evaluations) != self.kfc.losses_seen:
+            return
+        try:
             self.kfc.review(evaluations, optimizer=optimizer)
+        except Exception as error:
+            # The user's own code, where it did not expect to be called; training is none the worse for it.
+            self.kfc.fix_trust_region()
+            rank_zero_warn(
+                "KFCCallback could not evaluate training_step a second time without gradients, which damping='auto' "
+                f"and kl_clip='auto' need: {type(error).__name__}: {error}. It goes on with "
+                f"damping={self.kfc.damping} and kl_clip={self.kfc.kl_clip}. Set them to silence this."
+            )
 
     def _warn_bare_backward(self) -> None:
         self._warn_once(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -44,8 +45,9 @@ class KFC:
         kfc.precondition(optimizer=optimizer)
         optimizer.step()
 
-    With ``damping="auto", kl_clip="auto"``, which the callback has by default, ``kfc.review(lambda: loss_fn(model(x), y),
-    optimizer=optimizer)`` follows.
+    With ``damping="auto", kl_clip="auto"``, which the callback has by default, this follows the step::
+
+        kfc.review(lambda: loss_fn(model(x), y), optimizer=optimizer)
 
     Args:
         model: The model. Modules that exist now are covered, those added later are not.
@@ -352,7 +354,7 @@ class KFC:
                 ready.append(Ready(layer, matrix if loss_scale == 1 else matrix / loss_scale, rate))
             self._say_unexplained(unexplained)
             with full_precision(self._model):
-                self.last_step = replace_gradients(
+                numbers = replace_gradients(
                     ready,
                     self.step,
                     self.damping,
@@ -361,6 +363,8 @@ class KFC:
                     self.events,
                     lambda size: self._reviewer.before_step(self.step, size, self._stepped_by(optimizer), loss_scale),
                 )
+                verdict = self._reviewer.last
+                self.last_step = replace(numbers, reduction_ratio=verdict.ratio if verdict is not None else None)
         self._stepped = True
         return True
 

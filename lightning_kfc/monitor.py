@@ -77,18 +77,26 @@ class StepNumbers:
         step: Its number, from 0.
         damping: :math:`\lambda` in force.
         kl_clip_factor: :math:`\nu` of E7.
+        kl_clip: :math:`\kappa` in force; None for no bound.
         kl: Half of :math:`\alpha^2\langle V,\nabla\bar W\rangle` before clipping, the KL of the step.
+        reduction_ratio: Of the last reviewed step, the change of the loss over the change that was expected; None where
+            none was.
     """
 
     step: int
     damping: float
     kl_clip_factor: float
     kl: float
+    kl_clip: float | None = None
+    reduction_ratio: float | None = None
 
     def as_metrics(self) -> dict[str, float]:
         """The numbers under the names that loggers show."""
-        return {
+        numbers = {
             "kfc/damping": self.damping,
             "kfc/kl_clip_factor": self.kl_clip_factor,
             "kfc/kl": self.kl,
+            "kfc/kl_clip": self.kl_clip,
+            "kfc/reduction_ratio": self.reduction_ratio,
         }
+        return {name: value for name, value in numbers.items() if value is not None}

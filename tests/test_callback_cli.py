@@ -127,7 +127,7 @@ def test_the_help_explains_every_option(cli, capsys):
         # Its name, at least five words on it, and its type.
         assert re.search(rf"--trainer\.callbacks\.{option} \S+.{{0,90}}? (\S+ ){{5,}}.*?\(type: ", shown), option
     assert "Untyped" not in shown
-    assert "(type: float | ExponentialSchedule | LinearSchedule, default: 0.01" in shown
+    assert "(type: Union[float, Literal['auto'], ExponentialSchedule, LinearSchedule], default: auto" in shown
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_the_short_tail_of_an_epoch_has_the_factors_of_its_own_weights():
     # Three micro-batches, accumulated by two: the third is a step of its own, with half the weight.
     inputs = vectors(6).tensors[0][4:]
     module, spy = Recording(), Spy(inputs)
-    callback = KFCCallback(fisher="exact", ema_decay=0.0, kl_clip=None)
+    callback = KFCCallback(fisher="exact", ema_decay=0.0, damping=0.01, kl_clip=None)
     trainer(callback, spy, accumulate_grad_batches=2).fit(module, loader(vectors(6), 2))
     A, G = regression_factors(spy.logits[1], inputs, torch.full((2,), 1 / 4, dtype=torch.float64))
     head = callback.kfc.layers["head"]

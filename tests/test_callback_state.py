@@ -104,7 +104,7 @@ def test_a_changed_schedule_takes_the_factors_over_and_then_rules(tmp_path):
     path = checkpoint_of(tmp_path, 7)
     state = torch.load(path, weights_only=True)["callbacks"]["KFCCallback"]
     seen = Recorded()
-    callback = new_callback(factor_every_n_steps=5, inverse_every_n_steps=5, warmup_steps=0, damping=0.3)
+    callback = new_callback(factor_every_n_steps=5, inverse_every_n_steps=5, warmup_steps=0, damping=0.3, kl_clip=0.03)
     taken = []
 
     class Taken(Callback):
