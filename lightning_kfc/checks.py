@@ -18,7 +18,7 @@ def check_positive(name: str, value: Any) -> None:
 def check_positive_or_auto(name: str, value: Any) -> None:
     """Require a positive, finite number, or ``"auto"``."""
     if isinstance(value, str) and value != "auto":
-        raise ValueError(f"{name} must be a positive number or 'auto', got {value!r}.")
+        raise TypeError(f"{name} must be a number or 'auto', got {value!r} of type {type(value).__name__}.")
     if value != "auto":
         check_positive(name, value)
 

@@ -167,7 +167,7 @@ def test_a_raise_in_any_part_of_a_due_step_leaves_nothing_attached(
 
 @pytest.mark.parametrize("where", ["forward", "loss", "data", "optimizer"])
 def test_a_raise_in_the_user_s_own_code_leaves_nothing_attached(where: str) -> None:
-    module, kfc = Classifier(), KFCCallback()
+    module, kfc = Classifier(), KFCCallback(damping=0.01, kl_clip=0.03)
     data = loader()
     fail = raising(Fault)
     if where == "forward":

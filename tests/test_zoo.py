@@ -71,7 +71,9 @@ def assert_trained(task: Task, callback: KFCCallback, *, to: float) -> None:
     coverage = callback.kfc.coverage()
     assert sum(row.numel for row in coverage) == sum(p.numel() for p in task.parameters() if p.requires_grad)
     assert {row.parameter for row in coverage if row.treatment == "plain"} == set()
-    assert not any(callback.kfc.events.state_dict().values()), callback.kfc.events
+    # A step taken back is the trust region at work; nothing else may happen.
+    events = {name: count for name, count in callback.kfc.events.state_dict().items() if name != "undone_steps"}
+    assert not any(events.values()), callback.kfc.events
 
 
 def token_ids() -> Tensor:
