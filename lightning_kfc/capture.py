@@ -124,21 +124,22 @@ def parameter_call(layer: str, adapter: Adapter) -> Call:
     return Call(layer, adapter, None, get_gradient_edge(parameter), parameter.shape, None)
 
 
-class _ForwardHook:
+class ForwardHook:
     """A forward hook that a copied or pickled module carries as one that does nothing."""
 
     def __init__(self, record: Callable[[Forward, Tensor], None] | None) -> None:
         self._record = record
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Record one call of the module."""
         if self._record is not None and isinstance(output, Tensor):
             self._record(Forward(args, kwargs, output), output)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _ForwardHook:
-        return _ForwardHook(None)
+    def __deepcopy__(self, memo: dict[int, Any]) -> ForwardHook:
+        return ForwardHook(None)
 
-    def __reduce__(self) -> tuple[type[_ForwardHook], tuple[None]]:
-        return _ForwardHook, (None,)
+    def __reduce__(self) -> tuple[type[ForwardHook], tuple[None]]:
+        return ForwardHook, (None,)
 
 
 @dataclass
@@ -177,7 +178,7 @@ class Recorder:
             def record(forward: Forward, output: Tensor, adapter: Adapter = adapter) -> None:
                 self._record(layer, adapter, forward, output, direction, keep_inputs)
 
-            self._handles.append(adapter.attach(_ForwardHook(record)))
+            self._handles.append(adapter.attach(ForwardHook(record)))
 
     def detach(self) -> None:
         """Remove every hook; calls already recorded stay."""

@@ -133,7 +133,8 @@ def seed_scale(terms: Sequence[WeightedTerm]) -> float:
     return float(2.0 ** -round(math.log2(largest) / 2))
 
 
-def _to_edges(term: LossTerm, seed: Tensor) -> Seeds:
+def edges_with_seed(term: LossTerm, seed: Tensor) -> Seeds:
+    """A seed shaped as the logits, where it enters the graph."""
     laid_out = term.layout(seed)
     return [(edge, laid_out if sign > 0 else -laid_out) for edge, sign in term.edges]
 
@@ -149,7 +150,7 @@ def seed_passes(terms: Sequence[WeightedTerm], fisher: str, generator: torch.Gen
     if fisher == "exact":
         for weighted in terms:
             for seed in weighted.term.likelihood.exact_seeds(weighted.term.logits, weighted.weights, generator):
-                yield _to_edges(weighted.term, seed)
+                yield edges_with_seed(weighted.term, seed)
         return
     together: Seeds = []
     for weighted in terms:
@@ -157,13 +158,13 @@ def seed_passes(terms: Sequence[WeightedTerm], fisher: str, generator: torch.Gen
             together += _empirical_seed(weighted, generator)
         else:
             seed = weighted.term.likelihood.sampled_seed(weighted.term.logits, weighted.weights, generator)
-            together += _to_edges(weighted.term, seed)
+            together += edges_with_seed(weighted.term, seed)
     yield together
 
 
 def unusable_seeds(terms: Sequence[WeightedTerm]) -> Iterator[Seeds]:
     """One pass of NaN seeds, for logits or weights that are not finite: every layer's statistics say so, too."""
-    yield [pair for w in terms for pair in _to_edges(w.term, torch.full_like(w.term.logits, math.nan))]
+    yield [pair for w in terms for pair in edges_with_seed(w.term, torch.full_like(w.term.logits, math.nan))]
 
 
 def _empirical_seed(weighted: WeightedTerm, generator: torch.Generator) -> Seeds:
@@ -188,7 +189,7 @@ def _empirical_seed(weighted: WeightedTerm, generator: torch.Generator) -> Seeds
     return [(edge, gradient * laid_out) for edge, gradient in zip(edges, gradients, strict=True)]
 
 
-def _derivatives(seeds: Seeds, inputs: Sequence[GradientEdge], scale: float) -> list[Tensor | None]:
+def derivatives(seeds: Seeds, inputs: Sequence[GradientEdge], scale: float = 1.0) -> list[Tensor | None]:
     """Back-propagate seeds, scaled, to the inputs; None where they do not arrive."""
     outputs = [edge for edge, _ in seeds]
     values = []
@@ -237,7 +238,7 @@ def back_propagate(
         extra = [get_gradient_edge(p) for p in test.parameters()] if test is not None else []
         if not edges and not extra:
             break
-        found = _derivatives(seeds, [*edges, *extra], scale)
+        found = derivatives(seeds, [*edges, *extra], scale)
         gradients = found[: len(edges)]
         if test is not None:
             test.check(calls, gradients, found[len(edges) :])

@@ -61,7 +61,7 @@ PARTS = [
     "kfc.KFC.back_propagate",
     "observation.weighted_terms",
     "observation.seed_passes",
-    "fisher._derivatives",
+    "fisher.derivatives",
     "kfc.KFC.precondition",
     "kfc.KFC._refresh",
     "layer.Layer.fold",

@@ -1,0 +1,20 @@
+"""What KFC approximates, measured on a small network and a batch; ``python -m lightning_kfc.analysis`` shows it."""
+
+from lightning_kfc.analysis.assumptions import Assumption
+from lightning_kfc.analysis.compare import Approximation, Comparison, LayerComparison, compare_curvature
+from lightning_kfc.analysis.plots import draw_block_spectra, draw_errors
+from lightning_kfc.analysis.space import SpatialReport, spatial_statistics
+from lightning_kfc.spatial import SpatialStatistics
+
+__all__ = [
+    "Approximation",
+    "Assumption",
+    "Comparison",
+    "LayerComparison",
+    "SpatialReport",
+    "SpatialStatistics",
+    "compare_curvature",
+    "draw_block_spectra",
+    "draw_errors",
+    "spatial_statistics",
+]

