@@ -27,6 +27,7 @@ class Attachment:
         on_step: Called with an optimizer that has stepped as Lightning had announced, before anything else sees the
             new weights.
         on_unseen_step: Called with an optimizer that has stepped without Lightning's hooks.
+        observing: A context around each training step, inside the engine's own.
     """
 
     def __init__(
@@ -38,12 +39,14 @@ class Attachment:
         on_unseen_backward: Callable[[], None],
         on_step: Callable[[Optimizer], None],
         on_unseen_step: Callable[[Optimizer], None],
+        observing: Callable[[], contextlib.AbstractContextManager[None]],
     ) -> None:
         self._active = active
         self._kfc = kfc
         self._on_unseen_backward = on_unseen_backward
         self._on_step = on_step
         self._on_unseen_step = on_unseen_step
+        self._observing = observing
         self._in_backward = False
         self._announced: set[int] = set()
         self._undo = contextlib.ExitStack()
@@ -76,7 +79,7 @@ class Attachment:
             return
         # A backward that raised has not ended.
         self._in_backward = False
-        with self._kfc().capture(), self._gradients_watched():
+        with self._kfc().capture(), self._gradients_watched(), self._observing():
             yield
 
     @contextlib.contextmanager

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_kfc.layers import Adapter, Forward
 from lightning_kfc.layers.adapter import dense
+from lightning_kfc.step_times import StepTimes
 
 
 @dataclass(frozen=True)
@@ -150,11 +151,13 @@ class Recorder:
         calls: The calls recorded so far, in forward order.
         paused: Whether calls pass unrecorded. A backward re-runs checkpointed forwards, which are none of ours.
         counted: The positions of the calls whose input rows have entered a statistic.
+        times: Adds up the time that recording takes.
     """
 
     calls: list[Call] = field(default_factory=list)
     paused: bool = False
     counted: set[int] = field(default_factory=set)
+    times: StepTimes = field(default_factory=StepTimes)
     _handles: list[RemovableHandle] = field(default_factory=list)
 
     def attach(
@@ -204,7 +207,8 @@ class Recorder:
             return
         inputs = KeptInputs.of(forward) if keep_inputs else None
         # Autocast would form the statistics in half precision.
-        with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+        part = self.times.part("statistics")
+        with part, torch.no_grad(), torch.autocast(output.device.type, enabled=False):
             recorded = adapter.record(forward)
             probe = None if direction is None else adapter.project(forward, direction())
         self.calls.append(Call(layer, adapter, recorded, output_edge(output), output.shape, probe, inputs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
@@ -49,6 +50,13 @@ def check_module_name(name: str, value: Any) -> None:
     """Require a string; whether a module has that name is only known with the model."""
     if not isinstance(value, str):
         raise TypeError(f"{name} must be the name of a module, got {value!r} of type {type(value).__name__}.")
+
+
+def check_folder(name: str, value: Any) -> str:
+    """The path of a folder, which need not exist, as a string."""
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        raise TypeError(f"{name} must be the path of a folder, got {value!r} of type {type(value).__name__}.")
+    return str(os.fspath(value))
 
 
 def check_patterns(name: str, value: Any) -> tuple[str, ...] | None:

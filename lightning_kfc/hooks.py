@@ -15,6 +15,7 @@ from lightning_kfc.attachment import Attachment
 from lightning_kfc.kfc import KFC
 from lightning_kfc.likelihood import Bernoulli, Categorical, Gaussian
 from lightning_kfc.replay import Replay, why_no_replay
+from lightning_kfc.reporting import Reporting, ReportSettings
 from lightning_kfc.schedule import ExponentialSchedule, LinearSchedule
 from lightning_kfc.settings import Settings
 
@@ -63,8 +64,13 @@ class KFCHooks:
         seed: Seed of the sampled targets. The global random stream is never touched.
         save_factors: Whether checkpoints hold the factors and inverses. Without them checkpoints stay small, and a
             resumed run warms up again.
+        pictures_every_n_steps: Every so many optimizer steps, pictures of the curvature go to each logger that takes
+            figures (TensorBoardLogger does), and into `report_dir`; null for none. Needs the extra "pictures".
+        report_dir: A folder for a report of the training, one HTML file written when it ends; null for none. Needs the
+            extra "pictures".
 
     Raises:
+        ModuleNotFoundError: If pictures or a report are asked for and matplotlib is not installed.
         TypeError: If a setting is of the wrong type.
         ValueError: If a setting is out of range.
     """
@@ -90,6 +96,8 @@ class KFCHooks:
         exclude: str | Sequence[str] | None = None,
         seed: int = 0,
         save_factors: bool = True,
+        pictures_every_n_steps: int | None = None,
+        report_dir: str | None = None,
     ) -> None:
         super().__init__()
         self._settings = Settings(
@@ -112,6 +120,7 @@ class KFCHooks:
         if not isinstance(save_factors, bool):
             raise TypeError(f"save_factors must be true or false, got {save_factors!r}.")
         self._save_factors = save_factors
+        self._report_settings = ReportSettings(pictures_every_n_steps, report_dir)
         self._start_detached()
 
     def _start_detached(self) -> None:
@@ -120,6 +129,7 @@ class KFCHooks:
         self._loaded: dict[str, Any] | None = None
         self._attachment: Attachment | None = None
         self._replay: Replay | None = None
+        self._reporting: Reporting | None = None
         self._training = False
         self._backwards = 0
         self._preconditioned_at: dict[int, int] = {}
@@ -127,11 +137,12 @@ class KFCHooks:
 
     def __getstate__(self) -> dict[str, Any]:
         """The settings alone: a copy must hold neither the model nor anything that is attached to it."""
-        return {"settings": self._settings, "save_factors": self._save_factors}
+        return {"settings": self._settings, "save_factors": self._save_factors, "report": self._report_settings}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._settings = state["settings"]
         self._save_factors = state["save_factors"]
+        self._report_settings = state["report"]
         self._start_detached()
 
     @property
@@ -144,6 +155,11 @@ class KFCHooks:
         if self._kfc is None:
             raise RuntimeError("KFCCallback has no preconditioner before trainer.fit() starts.")
         return self._kfc
+
+    @property
+    def _reports(self) -> Reporting:
+        assert self._reporting is not None, "set in on_fit_start"
+        return self._reporting
 
     def checkpoint_bytes(self) -> int:
         """How many bytes of factors and inverses a checkpoint of this training holds; known once it has started."""
@@ -184,6 +200,7 @@ class KFCHooks:
         self._backwards = 0
         self._preconditioned_at.clear()
         self._said.clear()
+        self._reporting = reporting = Reporting(self._report_settings, lambda: self.kfc, trainer, pl_module)
         self._attachment = Attachment(
             trainer,
             # The learning-rate finder, for one, takes the other callbacks out while it runs.
@@ -192,6 +209,7 @@ class KFCHooks:
             on_unseen_backward=self._warn_bare_backward,
             on_step=self._review_step,
             on_unseen_step=self._after_unseen_step,
+            observing=reporting.observing,
         )
         self._replay = Replay(trainer, pl_module)
 
@@ -254,14 +272,18 @@ class KFCHooks:
         self._end()
         if events := str(self.kfc.events):
             rank_zero_info(f"KFC counted events: {events}.")
+        if self._reporting is not None and (path := self._reporting.write()) is not None:
+            rank_zero_info(f"KFC wrote its report to {path}.")
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Detach."""
         self._end()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Detach: after an exception there is no teardown."""
+        """Detach: after an exception there is no teardown. A report tells of what came before it."""
         self._end()
+        if self._reporting is not None:
+            self._reporting.write(interrupted_by=exception)
 
     def _end(self) -> None:
         self._training = False
@@ -275,7 +297,8 @@ class KFCHooks:
     # A training step.
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Keep the batch, on which the step may be reviewed."""
+        """Keep the batch, on which the step may be reviewed, and start the clock, where the time of steps is wanted."""
+        self._reports.step_begins()
         if self._replay is not None and self.kfc.reviews:
             self._replay.keep(batch, batch_idx)
 
@@ -283,7 +306,8 @@ class KFCHooks:
         """Take the statistics of this loss, while its graph lives."""
         fraction = 1.0 / trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1.0
         self.kfc.follow_gradients()
-        self.kfc.back_propagate(loss, loss_scale=self._loss_scale(trainer), loss_fraction=fraction)
+        with self._reports.seeds():
+            self.kfc.back_propagate(loss, loss_scale=self._loss_scale(trainer), loss_fraction=fraction)
         self.kfc.pause()
         if self._attachment is not None:
             self._attachment.backward_begins()
@@ -332,6 +356,7 @@ class KFCHooks:
         if self._replay is not None and not trainer.fit_loop._should_accumulate():
             self._replay.clear()
             self.kfc.cancel_review()
+        self._reports.step_ends(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def _review_step(self, optimizer: Optimizer) -> None:
         if self._replay is None or not self.kfc.review_due:
@@ -384,12 +409,13 @@ class KFCHooks:
         return self._loss_scale(trainer) if getattr(optimizer, "_step_supports_amp_scaling", False) else 1.0
 
     def _log(self, trainer: Any) -> None:
-        loop = trainer.fit_loop.epoch_loop
-        numbers = self.kfc.last_step
-        if numbers is None or not trainer.loggers or loop._batches_that_stepped % trainer.log_every_n_steps != 0:
+        step, every = trainer.fit_loop.epoch_loop._batches_that_stepped, trainer.log_every_n_steps
+        if self.kfc.last_step is None or not every or step % every != 0:
             return
+        numbers = self.kfc.last_step.as_metrics()
+        self._reports.numbers(step, numbers)
         for logger in trainer.loggers:
-            logger.log_metrics(numbers.as_metrics(), step=loop._batches_that_stepped)
+            logger.log_metrics(numbers, step=step)
 
     # State.
 

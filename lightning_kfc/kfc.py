@@ -27,6 +27,7 @@ from lightning_kfc.refresh import Refresh
 from lightning_kfc.review import Evaluation, Reviewer
 from lightning_kfc.schedule import value_at
 from lightning_kfc.settings import Settings
+from lightning_kfc.step_times import StepTimes
 from lightning_kfc.trust_region import FIXED_DAMPING, FIXED_RADIUS, Verdict
 
 STATE_VERSION = 1
@@ -145,8 +146,10 @@ class KFC:
         self.step = 0
         self.events = Events()
         self.last_step: StepNumbers | None = None
-        self._observation = Observation(model, settings, self._found, self._due, self._drop)
-        self._refresh_layers = Refresh(settings, self._due, self.events)
+        #: Where the time of a step goes; runs only between its own begin_step() and end_step().
+        self.times = StepTimes()
+        self._observation = Observation(model, settings, self._found, self._due, self._drop, self.times)
+        self._refresh_layers = Refresh(settings, self._due, self.events, self.times)
         self._reviewer = Reviewer(model, settings.trust_region(), self.events)
 
     # What is covered.
@@ -328,6 +331,10 @@ class KFC:
             raise ValueError(
                 "precondition() takes either lr=... or optimizer=..., to know the step that the KL clip bounds."
             )
+        with self.times.part("preconditioning"):
+            return self._precondition(lr, optimizer, loss_scale)
+
+    def _precondition(self, lr: float | None, optimizer: Optimizer | None, loss_scale: float) -> bool:
         rates = dict.fromkeys(self.layers, float(lr)) if lr is not None else {}
         if optimizer is not None:
             rates = self.learning_rates(optimizer)
@@ -418,7 +425,8 @@ class KFC:
             What followed, or None where there was nothing to review.
         """
         evaluations = [evaluate] if callable(evaluate) else list(evaluate)
-        verdict = self._reviewer.review(evaluations, self.layers.values(), optimizer)
+        with self.times.part("reviews"):
+            verdict = self._reviewer.review(evaluations, self.layers.values(), optimizer)
         if verdict is not None and verdict.refresh:
             self._due.hasten(self.layers, self.step + 1)
         return verdict

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 
 from lightning_kfc import distributed
 
@@ -60,13 +60,13 @@ class Events:
 
     def state_dict(self) -> dict[str, int]:
         """The counts by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Take over counts by name; unknown names are left out."""
-        for field in fields(self):
-            if field.name in state:
-                setattr(self, field.name, int(state[field.name]))
+        for entry in fields(self):
+            if entry.name in state:
+                setattr(self, entry.name, int(state[entry.name]))
 
 
 @dataclass(frozen=True)
@@ -100,3 +100,47 @@ class StepNumbers:
             "kfc/reduction_ratio": self.reduction_ratio,
         }
         return {name: value for name, value in numbers.items() if value is not None}
+
+
+class History:
+    """Numbers over the steps, by key, in bounded memory: what a report draws, whatever the keys are.
+
+    A key that has reached the limit loses every second number, and takes every second one from then on.
+
+    Args:
+        limit: A key has so many numbers at most, besides its last one; even.
+    """
+
+    def __init__(self, limit: int = 400) -> None:
+        self._limit = limit
+        self._series: dict[str, _Series] = {}
+
+    def add(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Add the numbers of a step, later than those before."""
+        for key, number in numbers.items():
+            self._series.setdefault(key, _Series()).add(step, number, self._limit)
+
+    def series(self) -> dict[str, list[tuple[int, float]]]:
+        """Steps with the number then, by key, in the order in which the keys came; the last one is always there."""
+        return {key: series.all() for key, series in self._series.items()}
+
+
+@dataclass
+class _Series:
+    points: list[tuple[int, float]] = field(default_factory=list)
+    last: tuple[int, float] | None = None
+    stride: int = 1
+    count: int = 0
+
+    def add(self, step: int, number: float, limit: int) -> None:
+        self.last = (step, number)
+        if self.count % self.stride == 0:
+            self.points.append(self.last)
+        self.count += 1
+        if len(self.points) > limit:
+            del self.points[1::2]
+            self.stride *= 2
+
+    def all(self) -> list[tuple[int, float]]:
+        missing = [] if self.last is None or self.points[-1] is self.last else [self.last]
+        return [*self.points, *missing]

@@ -32,6 +32,7 @@ from lightning_kfc.loss_terms import LossNotRecognisedError, attach_named_output
 from lightning_kfc.per_example import ExampleGradients
 from lightning_kfc.selftest import SelfTest
 from lightning_kfc.settings import Settings
+from lightning_kfc.step_times import StepTimes
 
 
 class Observation:
@@ -43,6 +44,7 @@ class Observation:
         found: The model's layers; a layer that cannot be explained is taken out of them, through ``drop``.
         due: When each layer is due.
         drop: Called with a layer's name and the reason why its rows do not explain its gradient.
+        times: Adds up the time that all this takes.
 
     Attributes:
         recorded: The layers whose statistics are taken at this step.
@@ -50,13 +52,20 @@ class Observation:
     """
 
     def __init__(
-        self, model: nn.Module, settings: Settings, found: Found, due: Due, drop: Callable[[str, str], None]
+        self,
+        model: nn.Module,
+        settings: Settings,
+        found: Found,
+        due: Due,
+        drop: Callable[[str, str], None],
+        times: StepTimes,
     ) -> None:
         self._model = model
         self._settings = settings
         self._found = found
         self._due = due
         self._drop = drop
+        self._times = times
         self._recorder: Recorder | None = None
         self._losses: LossRecorder | None = None
         self._self_test: SelfTest | None = None
@@ -78,7 +87,7 @@ class Observation:
             self.release()
             yield
             return
-        self._recorder, self._losses = Recorder(), LossRecorder()
+        self._recorder, self._losses = Recorder(times=self._times), LossRecorder()
         test = self._prepare_self_test(step)
         waiting = set(test.waiting) if test is not None else set()
         handles = []
@@ -155,7 +164,7 @@ class Observation:
             return {}
         self.pause()
         try:
-            with full_precision(self._model), leaving_no_trace(self._model):
+            with self._times.part("statistics"), full_precision(self._model), leaving_no_trace(self._model):
                 recorded = list(self._recorder.calls)
                 calls = recorded + self._parameter_calls()
                 names = {call.layer for call in recorded if call.inputs is not None}

@@ -12,6 +12,7 @@ from lightning_kfc.factors.statistics import Statistics
 from lightning_kfc.layer import Layer
 from lightning_kfc.monitor import Events, listed
 from lightning_kfc.settings import Settings
+from lightning_kfc.step_times import StepTimes
 
 
 class Refresh:
@@ -21,12 +22,14 @@ class Refresh:
         settings: Decay and the kind of inverse.
         due: When each layer is due; told what was done.
         events: Counts what goes other than planned.
+        times: Adds up the time that it takes.
     """
 
-    def __init__(self, settings: Settings, due: Due, events: Events) -> None:
+    def __init__(self, settings: Settings, due: Due, events: Events, times: StepTimes) -> None:
         self._settings = settings
         self._due = due
         self._events = events
+        self._times = times
 
     def __call__(self, layers: Sequence[Layer], step: int, damping: float) -> set[str]:
         """Fold pending statistics, then refresh inverses, then fold second moments in the basis of these.
@@ -39,9 +42,12 @@ class Refresh:
         Returns:
             The names of layers whose pending statistics were dropped.
         """
-        dropped = self._fold_pending(layers, step)
-        self._refresh_inverses(layers, step, damping)
-        self._fold_second_moments(layers, step)
+        with self._times.part("statistics"):
+            dropped = self._fold_pending(layers, step)
+        with self._times.part("inverses"):
+            self._refresh_inverses(layers, step, damping)
+        with self._times.part("statistics"):
+            self._fold_second_moments(layers, step)
         return dropped
 
     def _fold_pending(self, layers: Sequence[Layer], step: int) -> set[str]:

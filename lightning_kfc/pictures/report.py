@@ -1,0 +1,77 @@
+"""One HTML file that says what a training did; it opens offline and refers to nothing outside itself."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING
+
+from lightning_kfc.pictures.canvas import svg
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 2rem auto; max-width: 62rem;
+  padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ccc; }
+pre { overflow-x: auto; background: #f6f6f6; padding: .8rem; font-size: .85rem; line-height: 1.35; }
+table { border-collapse: collapse; } td, th { text-align: left; padding: .15rem 1.2rem .15rem 0; vertical-align: top; }
+th { font-weight: 600; } figure { margin: 1rem 0; overflow-x: auto; } img { max-width: 100%; height: auto; }
+p { max-width: 46rem; } code { font-size: .9em; }
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report.
+
+    Attributes:
+        title: Its heading.
+        text: What it shows, and how to read it; plain text.
+        body: Its content as HTML; empty for none.
+    """
+
+    title: str
+    text: str
+    body: str = ""
+
+
+def as_table(rows: Mapping[str, object]) -> str:
+    """A table of names and values, as HTML."""
+    lines = [f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>" for name, value in rows.items()]
+    return f"<table>{''.join(lines)}</table>"
+
+
+def as_text(text: str) -> str:
+    """Text in a fixed pitch, as HTML."""
+    return f"<pre>{escape(text)}</pre>"
+
+
+def as_image(figure: Figure, alternative: str) -> str:
+    """A figure as HTML; an image of its own, so that the identifiers of several cannot meet.
+
+    Args:
+        figure: The figure.
+        alternative: What is said in its place where it is not seen.
+    """
+    data = base64.b64encode(svg(figure).encode()).decode()
+    return f'<figure><img alt="{escape(alternative)}" src="data:image/svg+xml;base64,{data}"></figure>'
+
+
+def render(title: str, sections: Sequence[Section]) -> str:
+    """The whole document.
+
+    Args:
+        title: Its title.
+        sections: Its parts, in order.
+    """
+    parts = [
+        f"<section><h2>{escape(s.title)}</h2>{f'<p>{escape(s.text)}</p>' if s.text else ''}{s.body}</section>"
+        for s in sections
+    ]
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
+    body = f"<h1>{escape(title)}</h1>\n" + "\n".join(parts)
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}<style>{_STYLE}</style></head>\n<body>{body}</body></html>\n'

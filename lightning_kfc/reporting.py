@@ -1,0 +1,279 @@
+"""Pictures and the report of a training: when they are due, what they need, and where they go."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_kfc.checks import check_folder, check_integer
+from lightning_kfc.kfc import KFC
+from lightning_kfc.monitor import History
+from lightning_kfc.pictures import (
+    check_matplotlib,
+    draw_autocorrelation,
+    draw_coverage,
+    draw_factors,
+    draw_numbers,
+    draw_spectra,
+    draw_step_time,
+    png,
+)
+from lightning_kfc.pictures.report import Section, as_image, as_table, as_text, render
+from lightning_kfc.pictures.snapshots import SpectraOverTime, shown, shown_factors
+from lightning_kfc.settings import Settings
+from lightning_kfc.spatial import MapWatcher, spatial_modules
+from lightning_kfc.version import __version__
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: The report's file in its folder.
+REPORT = "report.html"
+
+#: How to read each picture, by its name in logs and files.
+CAPTIONS = {
+    "numbers": "What was logged, over the optimizer steps.",
+    "step_time": "The mean time of a step by part, warm-up included. Statistics and inverses get less of it with "
+    "longer periods; the pictures themselves are not counted.",
+    "coverage": "The layers with their factors, and which parameters have another form of curvature or none.",
+    "spectra": "Eigenvalues of each layer's factors, from the first time (light) to the last (dark). Directions whose "
+    "product of eigenvalues is far below the damping get the plain gradient.",
+    "autocorrelation": "The correlation between two locations of a map, by their offset. KFC assumes derivatives to be "
+    "uncorrelated: their maps should be white but for the middle. It assumes nothing of the kind of activations.",
+    "factors": "The magnitude of the correlations in each factor at the last step. What is far from a diagonal is what "
+    "a diagonal method misses.",
+}
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """The options of pictures and report; see the callback for what each one does."""
+
+    pictures_every_n_steps: int | None = None
+    report_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if self.pictures_every_n_steps is not None:
+            check_integer("pictures_every_n_steps", self.pictures_every_n_steps, minimum=1)
+            check_matplotlib("KFCCallback(pictures_every_n_steps=...)")
+        if self.report_dir is not None:
+            object.__setattr__(self, "report_dir", check_folder("report_dir", self.report_dir))
+            check_matplotlib("KFCCallback(report_dir=...)")
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is anything to do."""
+        return self.pictures_every_n_steps is not None or self.report_dir is not None
+
+
+class Reporting:
+    """What one fit shows of itself, on the rank that writes.
+
+    Between the steps of pictures only the clock runs.
+
+    Args:
+        settings: The options.
+        kfc: Gives the engine; a checkpoint may have replaced it since.
+        trainer: The trainer.
+        module: The module that is trained.
+    """
+
+    def __init__(self, settings: ReportSettings, kfc: Callable[[], KFC], trainer: Any, module: nn.Module) -> None:
+        self._settings = settings
+        self._kfc = kfc
+        self._trainer = trainer
+        self._module = module
+        self._active = settings.wanted and bool(trainer.is_global_zero)
+        self._due_at = 0
+        self._watcher: MapWatcher | None = None
+        self._watched_step = -1
+        self._spectra = SpectraOverTime()
+        self._logged = False
+        self.history = History()
+
+    # Around a training step.
+
+    def step_begins(self) -> None:
+        """Start the clock of a batch."""
+        if self._active:
+            self._kfc().times.begin_step(next(self._module.parameters()).device)
+
+    @contextlib.contextmanager
+    def observing(self) -> Iterator[None]:
+        """Watch the maps of convolutions in this forward, if pictures are due and the engine takes statistics."""
+        kfc = self._kfc()
+        # At the first step only, where micro-batches are accumulated: one of them is enough.
+        if not self._active or kfc.step < self._due_at or not kfc.recorded or kfc.step == self._watched_step:
+            yield
+            return
+        modules = spatial_modules({name: layer.module for name, layer in kfc.layers.items()})
+        self._watcher, self._watched_step = MapWatcher({name: modules[name] for name in shown(modules)}), kfc.step
+        self._watcher.attach()
+        try:
+            yield
+        finally:
+            self._watcher.detach()
+
+    @contextlib.contextmanager
+    def seeds(self) -> Iterator[None]:
+        """While the engine sends its seeds back: their derivatives are those to look at."""
+        if self._watcher is None:
+            yield
+            return
+        self._watcher.listening = True
+        try:
+            yield
+        finally:
+            self._watcher.listening = False
+
+    def numbers(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Keep numbers that are logged at a step, for the report."""
+        if self._active:
+            self.history.add(step, numbers)
+            self._logged = True
+
+    def step_ends(self, step: int) -> None:
+        """The batch is over; take the pictures, if they are due.
+
+        Args:
+            step: The step that loggers know this batch's numbers by.
+        """
+        if not self._active:
+            return
+        kfc = self._kfc()
+        kfc.times.end_step()
+        if self._logged:
+            self._logged = False
+            logged = {key: value for key, value in self._trainer.callback_metrics.items() if _is_number(value)}
+            self.history.add(step, {key: float(value) for key, value in logged.items()})
+        done = kfc.last_step.step if kfc.last_step is not None else -1
+        if done == self._watched_step and done >= self._due_at:
+            self._take(done, step)
+
+    def _take(self, done: int, step: int) -> None:
+        every = self._settings.pictures_every_n_steps
+        # Without a period: at steps that lie ever further apart, since what a report compares moves ever more slowly.
+        self._due_at = max(1, 2 * done) if every is None else (done // every + 1) * every
+        self._spectra.take(done, self._kfc().layers)
+        if every is not None:
+            self._send(step)
+
+    # What is drawn, and where it goes.
+
+    def figures(self) -> dict[str, Figure]:
+        """All pictures as of now, by name."""
+        kfc = self._kfc()
+        return {
+            "numbers": draw_numbers(self.history.series()),
+            "step_time": draw_step_time(kfc.times.mean_step()),
+            "coverage": draw_coverage(str(kfc.coverage())),
+            "spectra": draw_spectra(self._spectra.by_layer()),
+            "autocorrelation": draw_autocorrelation(self._watcher.statistics() if self._watcher else ()),
+            "factors": draw_factors(shown_factors(kfc.layers)),
+        }
+
+    def _send(self, step: int) -> None:
+        figures = self.figures()
+        # A logger has the numbers themselves.
+        for logger in self._trainer.loggers:
+            add_figure = getattr(logger.experiment, "add_figure", None)
+            if callable(add_figure):
+                for name, figure in figures.items():
+                    if name != "numbers":
+                        add_figure(f"kfc/{name}", figure, global_step=step)
+        if self._settings.report_dir is not None:
+            folder = Path(self._settings.report_dir) / "pictures"
+            for name, figure in figures.items():
+                _write(folder / f"{name}-{step:07d}.png", png(figure))
+
+    def write(self, *, interrupted_by: BaseException | None = None) -> Path | None:
+        """Write the report, once; None where there is none to write.
+
+        Args:
+            interrupted_by: What ended the training before its time.
+        """
+        if not self._active:
+            return None
+        self._active = False
+        if self._settings.report_dir is None:
+            return None
+        kfc = self._kfc()
+        if kfc.last_step is not None:
+            self._spectra.take(kfc.last_step.step, kfc.layers)
+        path = Path(self._settings.report_dir) / REPORT
+        title = f"KFC: training of {type(self._module).__name__}"
+        return path if _write(path, render(title, self._sections(kfc, interrupted_by)).encode()) else None
+
+    def _sections(self, kfc: KFC, interrupted_by: BaseException | None) -> list[Section]:
+        figures = self.figures()
+        drawn = {
+            name: Section(title, CAPTIONS[name], as_image(figures[name], title))
+            for name, title in (
+                ("numbers", "Numbers over time"),
+                ("step_time", "Time of a step"),
+                ("spectra", "Spectra of the factors"),
+                ("autocorrelation", "Autocorrelation over space"),
+                ("factors", "Factors"),
+            )
+        }
+        if not self.history.series():
+            drawn["numbers"] = Section("Numbers over time", "No numbers were logged: see log_every_n_steps.")
+        if self._watcher is None or not self._watcher.statistics():
+            text = "No convolution over two dimensions was seen while statistics were taken."
+            drawn["autocorrelation"] = Section("Autocorrelation over space", text)
+        events = {name.replace("_", " "): count for name, count in kfc.events.state_dict().items() if count}
+        what = "" if events else "All went as planned."
+        return [
+            Section("Run", "", as_table(self._facts(kfc, interrupted_by))),
+            Section("Coverage", CAPTIONS["coverage"], as_text(str(kfc.coverage()))),
+            Section("Events", what, as_table(events) if events else ""),
+            *drawn.values(),
+            Section("Settings", "Those that differ from their default are marked.", as_table(_settings(kfc.settings))),
+        ]
+
+    def _facts(self, kfc: KFC, interrupted_by: BaseException | None) -> dict[str, object]:
+        ended = "as planned" if interrupted_by is None else f"{type(interrupted_by).__name__}: {interrupted_by}"
+        rates = {o: ", ".join(f"{group['lr']:g}" for group in o.param_groups) for o in self._trainer.optimizers}
+        return {
+            "Optimizer steps": 0 if kfc.last_step is None else kfc.last_step.step + 1,
+            "Epochs": self._trainer.current_epoch,
+            "Ended": ended,
+            "Optimizer at the end": ", ".join(f"{type(o).__name__}(lr={lr})" for o, lr in rates.items()),
+            "Ranks": self._trainer.world_size,
+            "Versions": f"lightning-kfc {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        }
+
+
+def _settings(settings: Settings) -> dict[str, object]:
+    shown_as: dict[str, object] = {}
+    for entry in fields(settings):
+        if entry.init:
+            value = getattr(settings, entry.name)
+            shown_as[entry.name] = f"{value!r}" + ("" if value == entry.default else "  (set)")
+    return shown_as
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+def _write(path: Path, content: bytes) -> bool:
+    """Write a file whole or not at all; training goes on where that fails, with a warning."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        part.write_bytes(content)
+        part.replace(path)
+    except OSError as error:
+        warnings.warn(f"KFCCallback could not write {str(path)!r}: {error}.", stacklevel=2)
+        return False
+    return True

@@ -1,0 +1,98 @@
+"""Where the time of a step goes."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+#: The parts of a step, in the order in which they are shown; the last one is all that is not ours.
+PARTS = ("statistics", "inverses", "preconditioning", "forward, backward and the rest")
+REST = PARTS[-1]
+
+#: Marks on the device are read back when so many intervals wait, not one by one, since that waits for the device.
+WAITING = 4096
+
+Mark = float | torch.cuda.Event
+
+
+@dataclass
+class StepTimes:
+    """Adds up the time of steps by part; does nothing until :meth:`begin_step` is called.
+
+    A part inside another one is not counted to that one. On a CUDA device the time is that of the device: marks are
+    put into its stream, and nothing waits for them.
+
+    Attributes:
+        steps: The number of steps that have ended.
+    """
+
+    steps: int = 0
+    _seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    _running: list[str] = field(default_factory=list)
+    _since: Mark = 0.0
+    _waiting: list[tuple[str, Mark, Mark]] = field(default_factory=list)
+    _on_cuda: bool = False
+
+    def begin_step(self, device: torch.device) -> None:
+        """A step begins; one that did not end (an exception) counts for nothing more."""
+        self._on_cuda = device.type == "cuda"
+        self._running = [REST]
+        self._since = self._mark()
+
+    def end_step(self) -> None:
+        """The step has ended."""
+        if self._running:
+            self._close_interval()
+            self._running = []
+            self.steps += 1
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count what runs inside to a part of the step."""
+        if not self._running:
+            yield
+            return
+        depth = len(self._running)
+        self._close_interval()
+        self._running.append(name)
+        try:
+            yield
+        finally:
+            # A new step has begun where this one was left by an exception that was caught far outside.
+            if len(self._running) > depth:
+                self._close_interval()
+                del self._running[depth:]
+
+    def mean_step(self) -> dict[str, float]:
+        """Seconds a step, by part; empty before a step has ended."""
+        self._read()
+        return {name: seconds / self.steps for name, seconds in self._seconds.items()} if self.steps else {}
+
+    def _mark(self) -> Mark:
+        if not self._on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def _close_interval(self) -> None:
+        now = self._mark()
+        self._waiting.append((self._running[-1], self._since, now))
+        self._since = now
+        if len(self._waiting) >= WAITING:
+            self._read()
+
+    def _read(self) -> None:
+        for name, start, end in self._waiting:
+            if isinstance(start, float) or isinstance(end, float):
+                assert isinstance(start, float)
+                assert isinstance(end, float)
+                self._seconds[name] += end - start
+            else:
+                end.synchronize()
+                self._seconds[name] += start.elapsed_time(end) / 1e3
+        self._waiting.clear()
