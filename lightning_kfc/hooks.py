@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_kfc.attachment import Attachment
 from lightning_kfc.kfc import KFC
 from lightning_kfc.likelihood import Bernoulli, Categorical, Gaussian
+from lightning_kfc.monitor import History
 from lightning_kfc.replay import Replay, why_no_replay
 from lightning_kfc.reporting import Reporting, ReportSettings
 from lightning_kfc.schedule import ExponentialSchedule, LinearSchedule
@@ -155,6 +156,17 @@ class KFCHooks:
         if self._kfc is None:
             raise RuntimeError("KFCCallback has no preconditioner before trainer.fit() starts.")
         return self._kfc
+
+    @property
+    def report_history(self) -> History:
+        """The numbers over time that the report draws; numbers added to it, under any key, are drawn too.
+
+        Raises:
+            RuntimeError: Before fitting has started.
+        """
+        if self._reporting is None:
+            raise RuntimeError("KFCCallback has no history before trainer.fit() starts.")
+        return self._reporting.history
 
     @property
     def _reports(self) -> Reporting:
@@ -356,7 +368,7 @@ class KFCHooks:
         if self._replay is not None and not trainer.fit_loop._should_accumulate():
             self._replay.clear()
             self.kfc.cancel_review()
-        self._reports.step_ends(trainer.fit_loop.epoch_loop._batches_that_stepped)
+        self._reports.step_ends(trainer.fit_loop.epoch_loop._batches_that_stepped, outputs)
 
     def _review_step(self, optimizer: Optimizer) -> None:
         if self._replay is None or not self.kfc.review_due:

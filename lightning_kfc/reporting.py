@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import platform
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_kfc.checks import check_folder, check_integer
@@ -26,31 +24,16 @@ from lightning_kfc.pictures import (
     draw_step_time,
     png,
 )
-from lightning_kfc.pictures.report import Section, as_image, as_table, as_text, render
+from lightning_kfc.pictures.html import render
 from lightning_kfc.pictures.snapshots import SpectraOverTime, shown, shown_factors
-from lightning_kfc.settings import Settings
+from lightning_kfc.report import run_facts, sections
 from lightning_kfc.spatial import MapWatcher, spatial_modules
-from lightning_kfc.version import __version__
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 #: The report's file in its folder.
 REPORT = "report.html"
-
-#: How to read each picture, by its name in logs and files.
-CAPTIONS = {
-    "numbers": "What was logged, over the optimizer steps.",
-    "step_time": "The mean time of a step by part, warm-up included. Statistics and inverses get less of it with "
-    "longer periods; the pictures themselves are not counted.",
-    "coverage": "The layers with their factors, and which parameters have another form of curvature or none.",
-    "spectra": "Eigenvalues of each layer's factors, from the first time (light) to the last (dark). Directions whose "
-    "product of eigenvalues is far below the damping get the plain gradient.",
-    "autocorrelation": "The correlation between two locations of a map, by their offset. KFC assumes derivatives to be "
-    "uncorrelated: their maps should be white but for the middle. It assumes nothing of the kind of activations.",
-    "factors": "The magnitude of the correlations in each factor at the last step. What is far from a diagonal is what "
-    "a diagonal method misses.",
-}
 
 
 @dataclass(frozen=True)
@@ -98,7 +81,16 @@ class Reporting:
         self._watched_step = -1
         self._spectra = SpectraOverTime()
         self._logged = False
+        self._coverage = ""
         self.history = History()
+        self._refuse_shared_folder()
+
+    def _refuse_shared_folder(self) -> None:
+        """Two callbacks would overwrite each other's report."""
+        folder = self._settings.report_dir
+        all_settings = [getattr(callback, "_report_settings", None) for callback in self._trainer.callbacks]
+        if folder is not None and sum(getattr(s, "report_dir", None) == folder for s in all_settings) > 1:
+            raise ValueError(f"two KFCCallbacks have report_dir={folder!r}: give each a folder of its own.")
 
     # Around a training step.
 
@@ -141,11 +133,12 @@ class Reporting:
             self.history.add(step, numbers)
             self._logged = True
 
-    def step_ends(self, step: int) -> None:
+    def step_ends(self, step: int, outputs: object) -> None:
         """The batch is over; take the pictures, if they are due.
 
         Args:
             step: The step that loggers know this batch's numbers by.
+            outputs: What the training step gave.
         """
         if not self._active:
             return
@@ -153,8 +146,10 @@ class Reporting:
         kfc.times.end_step()
         if self._logged:
             self._logged = False
-            logged = {key: value for key, value in self._trainer.callback_metrics.items() if _is_number(value)}
-            self.history.add(step, {key: float(value) for key, value in logged.items()})
+            logged = dict(self._trainer.callback_metrics)
+            if isinstance(outputs, Mapping) and not any("loss" in key for key in logged):
+                logged["loss"] = outputs.get("loss")
+            self.history.add(step, {key: float(value) for key, value in logged.items() if _is_number(value)})
         done = kfc.last_step.step if kfc.last_step is not None else -1
         if done == self._watched_step and done >= self._due_at:
             self._take(done, step)
@@ -183,13 +178,17 @@ class Reporting:
 
     def _send(self, step: int) -> None:
         figures = self.figures()
-        # A logger has the numbers themselves.
+        coverage = str(self._kfc().coverage())
+        if coverage == self._coverage:
+            # It hardly ever changes, and one picture of it is enough.
+            del figures["coverage"]
+        self._coverage = coverage
         for logger in self._trainer.loggers:
             add_figure = getattr(logger.experiment, "add_figure", None)
             if callable(add_figure):
-                for name, figure in figures.items():
-                    if name != "numbers":
-                        add_figure(f"kfc/{name}", figure, global_step=step)
+                # A logger has the numbers themselves.
+                for name in (name for name in figures if name != "numbers"):
+                    add_figure(f"kfc/{name}", figures[name], global_step=step)
         if self._settings.report_dir is not None:
             folder = Path(self._settings.report_dir) / "pictures"
             for name, figure in figures.items():
@@ -210,56 +209,19 @@ class Reporting:
         if kfc.last_step is not None:
             self._spectra.take(kfc.last_step.step, kfc.layers)
         path = Path(self._settings.report_dir) / REPORT
+        facts = run_facts(kfc, self._trainer, interrupted_by)
+        shown = sections(kfc, facts, self.figures(), self._missing())
         title = f"KFC: training of {type(self._module).__name__}"
-        return path if _write(path, render(title, self._sections(kfc, interrupted_by)).encode()) else None
+        return path if _write(path, render(title, shown).encode()) else None
 
-    def _sections(self, kfc: KFC, interrupted_by: BaseException | None) -> list[Section]:
-        figures = self.figures()
-        drawn = {
-            name: Section(title, CAPTIONS[name], as_image(figures[name], title))
-            for name, title in (
-                ("numbers", "Numbers over time"),
-                ("step_time", "Time of a step"),
-                ("spectra", "Spectra of the factors"),
-                ("autocorrelation", "Autocorrelation over space"),
-                ("factors", "Factors"),
-            )
-        }
+    def _missing(self) -> dict[str, str]:
+        """Why some pictures have nothing to show."""
+        missing = {}
         if not self.history.series():
-            drawn["numbers"] = Section("Numbers over time", "No numbers were logged: see log_every_n_steps.")
+            missing["numbers"] = "No numbers were logged: see log_every_n_steps."
         if self._watcher is None or not self._watcher.statistics():
-            text = "No convolution over two dimensions was seen while statistics were taken."
-            drawn["autocorrelation"] = Section("Autocorrelation over space", text)
-        events = {name.replace("_", " "): count for name, count in kfc.events.state_dict().items() if count}
-        what = "" if events else "All went as planned."
-        return [
-            Section("Run", "", as_table(self._facts(kfc, interrupted_by))),
-            Section("Coverage", CAPTIONS["coverage"], as_text(str(kfc.coverage()))),
-            Section("Events", what, as_table(events) if events else ""),
-            *drawn.values(),
-            Section("Settings", "Those that differ from their default are marked.", as_table(_settings(kfc.settings))),
-        ]
-
-    def _facts(self, kfc: KFC, interrupted_by: BaseException | None) -> dict[str, object]:
-        ended = "as planned" if interrupted_by is None else f"{type(interrupted_by).__name__}: {interrupted_by}"
-        rates = {o: ", ".join(f"{group['lr']:g}" for group in o.param_groups) for o in self._trainer.optimizers}
-        return {
-            "Optimizer steps": 0 if kfc.last_step is None else kfc.last_step.step + 1,
-            "Epochs": self._trainer.current_epoch,
-            "Ended": ended,
-            "Optimizer at the end": ", ".join(f"{type(o).__name__}(lr={lr})" for o, lr in rates.items()),
-            "Ranks": self._trainer.world_size,
-            "Versions": f"lightning-kfc {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
-        }
-
-
-def _settings(settings: Settings) -> dict[str, object]:
-    shown_as: dict[str, object] = {}
-    for entry in fields(settings):
-        if entry.init:
-            value = getattr(settings, entry.name)
-            shown_as[entry.name] = f"{value!r}" + ("" if value == entry.default else "  (set)")
-    return shown_as
+            missing["autocorrelation"] = "No convolution over two dimensions was seen while statistics were taken."
+        return missing
 
 
 def _is_number(value: object) -> bool:

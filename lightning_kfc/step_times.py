@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 #: The parts of a step, in the order in which they are shown; the last one is all that is not ours.
-PARTS = ("statistics", "inverses", "preconditioning", "forward, backward and the rest")
+PARTS = ("statistics", "inverses", "preconditioning", "reviews", "forward, backward and the rest")
 REST = PARTS[-1]
 
 #: Marks on the device are read back when so many intervals wait, not one by one, since that waits for the device.

@@ -40,7 +40,7 @@ def draw_spectra(spectra: Spectra) -> Figure:
                     drawn = [float(v) if v > SMALLEST_SHARE * largest else math.nan for v in values]
                     axis.plot(range(1, len(drawn) + 1), drawn, color=_shade(share), linewidth=1.2, label=f"step {step}")
                 if any(float(values.max()) > 0 for _, values in snapshots):
-                    axis.set_yscale("log")
+                    _logarithmic(axis)
                 axis.set_xlabel("eigenvalue number")
                 axis.xaxis.set_major_locator(_whole_numbers())
                 axis.set_title(f"{layer}  {name} ({len(snapshots[-1][1])})" if snapshots else f"{layer}  {name}")
@@ -93,6 +93,8 @@ def draw_autocorrelation(statistics: Sequence[SpatialStatistics]) -> Figure:
                 r_y, r_x = (size // 2 for size in values.shape)
                 extent = (-r_x - 0.5, r_x + 0.5, r_y + 0.5, -r_y - 0.5)
                 image = axis.imshow(values.tolist(), vmin=-1, vmax=1, cmap="RdBu_r", extent=extent)
+                axis.set_xticks([-r_x, 0, r_x])
+                axis.set_yticks([-r_y, 0, r_y])
                 axis.set_title(f"{layer}  {quantity}\nnearest {own[quantity].nearest:.2f}")
         if image is not None:
             figure.colorbar(image, ax=[a for row in axes for a in row], label="correlation", shrink=0.6)
@@ -116,7 +118,7 @@ def draw_numbers(history: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
                 axis.plot([points[0][0]], values, "o", color=COLOURS[0], markersize=3)
             finite = [value for value in values if not math.isnan(value)]
             if finite and min(finite) > 0 and max(finite) > 30 * min(finite):
-                axis.set_yscale("log")
+                _logarithmic(axis)
             axis.set_title(key)
             axis.set_xlabel("step")
         for axis in panels[len(history) :]:
@@ -141,7 +143,8 @@ def draw_step_time(parts: Mapping[str, float]) -> Figure:
             start += seconds
         axis.set(xlabel="milliseconds a step", yticks=[])
         axis.spines["left"].set_visible(False)
-        figure.legend(loc="outside upper left", ncols=2)
+        if parts:
+            figure.legend(loc="outside upper left", ncols=2)
         return figure
 
 
@@ -186,6 +189,15 @@ def _shade(share: float) -> Any:
 
     # Not to the end of the map, whose yellow is too light for a line.
     return mpl.colormaps["viridis"](0.85 * (1 - share))
+
+
+def _logarithmic(axis: Axes) -> None:
+    """A logarithmic axis without the many small ticks, which take most of the time of drawing."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(numticks=5))
+    axis.yaxis.set_minor_locator(NullLocator())
 
 
 def _whole_numbers() -> Any:

@@ -1,0 +1,97 @@
+"""What a training's report says, section by section."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_kfc.kfc import KFC
+from lightning_kfc.pictures.html import Section, as_image, as_table, as_text
+from lightning_kfc.settings import Settings
+from lightning_kfc.version import __version__
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TITLES = {
+    "numbers": "Numbers over time",
+    "step_time": "Time of a step",
+    "spectra": "Spectra of the factors",
+    "autocorrelation": "Autocorrelation over space",
+    "factors": "Factors",
+}
+
+#: How to read each picture, by its name in logs and files.
+CAPTIONS = {
+    "numbers": "What was logged, over the optimizer steps.",
+    "step_time": "The mean time of a step by part, warm-up included. Statistics and inverses get less of it with "
+    "longer periods; the pictures themselves are not counted.",
+    "coverage": "The layers with their factors, and which parameters have another form of curvature or none.",
+    "spectra": "Eigenvalues of each layer's factors, from the first time (light) to the last (dark). Directions whose "
+    "product of eigenvalues is far below the damping get the plain gradient.",
+    "autocorrelation": "The correlation between two locations of a map, by their offset. KFC assumes derivatives to be "
+    "uncorrelated: their maps should be white but for the middle. It assumes nothing of the kind of activations.",
+    "factors": "The magnitude of the correlations in each factor at the last step. What is far from a diagonal is what "
+    "a diagonal method misses.",
+}
+
+
+def sections(
+    kfc: KFC, facts: Mapping[str, object], figures: Mapping[str, Figure], missing: Mapping[str, str]
+) -> list[Section]:
+    """The whole report.
+
+    Args:
+        kfc: The engine at the end of the training.
+        facts: From :func:`run_facts`.
+        figures: The pictures, by name.
+        missing: What is said instead of a picture that has nothing to show, by name.
+    """
+    events = {name.replace("_", " "): count for name, count in kfc.events.state_dict().items() if count}
+    drawn = [
+        Section(title, missing[name])
+        if name in missing
+        else Section(title, CAPTIONS[name], as_image(figures[name], title))
+        for name, title in TITLES.items()
+    ]
+    planned = "" if events else "All went as planned."
+    return [
+        Section("Run", "", as_table(facts)),
+        Section("Coverage", CAPTIONS["coverage"], as_text(str(kfc.coverage()))),
+        Section("Events", planned, as_table(events) if events else ""),
+        *drawn,
+        Section("Settings", "Those that differ from their default are marked.", as_table(_settings(kfc.settings))),
+    ]
+
+
+def run_facts(kfc: KFC, trainer: Any, interrupted_by: BaseException | None) -> dict[str, object]:
+    """What a run was, and how it ended.
+
+    Args:
+        kfc: The engine.
+        trainer: The trainer.
+        interrupted_by: What ended the training before its time.
+    """
+    rates = {o: ", ".join(f"{group['lr']:g}" for group in o.param_groups) for o in trainer.optimizers}
+    ended = "as planned" if interrupted_by is None else f"{type(interrupted_by).__name__}: {interrupted_by}"
+    return {
+        "Optimizer steps": 0 if kfc.last_step is None else kfc.last_step.step + 1,
+        "Epochs": trainer.current_epoch,
+        "Ended": ended,
+        "Optimizer at the end": ", ".join(f"{type(o).__name__}(lr={lr})" for o, lr in rates.items()),
+        "Ranks": trainer.world_size,
+        "Versions": f"lightning-kfc {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+    }
+
+
+def _settings(settings: Settings) -> dict[str, object]:
+    shown_as: dict[str, object] = {}
+    for entry in fields(settings):
+        if entry.init:
+            value = getattr(settings, entry.name)
+            shown_as[entry.name] = f"{value!r}" + ("" if value == entry.default else "  (set)")
+    return shown_as
