@@ -10,8 +10,10 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks.networks import conv_net
+from tests.test_reporting import PICTURES
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,6 +28,12 @@ def load_example(name: str) -> ModuleType:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def pictures(folder: Path) -> list[str]:
+    """The tags of the images in a TensorBoard run directory."""
+    (events,) = folder.rglob("events.out.tfevents.*")
+    return sorted(EventAccumulator(str(events)).Reload().Tags()["images"])
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +73,9 @@ def test_quick_demo_trains_twice_logs_both_and_counts_no_evaluation_as_time(
         assert outcome.history.seconds == [cost * i for i in range(1, 9)]
         assert 0 < outcome.test_accuracy <= 1
     assert plain.history.losses[0] != kfc.history.losses[0], "the callback changed nothing"
+    assert pictures(tmp_path / "sgd") == []
+    assert pictures(tmp_path / "kfc") == sorted(f"kfc/{name}" for name in PICTURES)
+    assert "KFC: training of ConvNet" in (tmp_path / "kfc_report" / "report.html").read_text("utf-8")
     printed = capsys.readouterr().out
     for row in ("to training loss 0.3", "to training loss 0.03", "test accuracy at the end", "SGD / KFC"):
         assert row in printed

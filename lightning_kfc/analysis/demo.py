@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_kfc.kfc import KFC
+from lightning_kfc.pictures.draw import Spectra
+from lightning_kfc.pictures.snapshots import SpectraOverTime, shown_factors
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,12 +24,16 @@ class Demo:
         images: Shape ``(N, 1, 14, 14)``.
         labels: Shape ``(N,)``.
         training_loss: The loss at the end of its training.
+        factors: Its factors then, by layer and name.
+        spectra: Their eigenvalues at a few of the steps, by layer and factor.
     """
 
     model: nn.Module
     images: Tensor
     labels: Tensor
     training_loss: float
+    factors: Mapping[str, Mapping[str, Tensor]]
+    spectra: Spectra
 
     def loss(self) -> Tensor:
         """The cross entropy of the batch."""
@@ -88,7 +94,7 @@ def train_demo(*, steps: int, examples: int, seed: int = 0, data: Callable[[], t
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.5)
     kept, rest, answers = images[:examples], images[examples:], labels[examples:]
     batches = torch.Generator().manual_seed(seed)
-    loss = torch.zeros(())
+    loss, spectra = torch.zeros(()), SpectraOverTime()
     for _ in range(steps):
         batch = torch.randint(len(rest), (min(256, len(rest)),), generator=batches)
         optimizer.zero_grad()
@@ -98,4 +104,7 @@ def train_demo(*, steps: int, examples: int, seed: int = 0, data: Callable[[], t
         loss.backward()  # type: ignore[no-untyped-call]
         kfc.precondition(optimizer=optimizer)
         optimizer.step()
-    return Demo(model, kept, labels[:examples], float(loss.detach()))
+        if kfc.step & (kfc.step - 1) == 0 or kfc.step == steps - 1:
+            spectra.take(kfc.step, kfc.layers)
+    factors = shown_factors(kfc.layers)
+    return Demo(model, kept, labels[:examples], float(loss.detach()), factors, spectra.by_layer())

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 HEAT_MAP_PIXELS = 128
 #: Eigenvalues below this share of the largest one are rounding in float32, and are not drawn.
 SMALLEST_SHARE = 1e-7
+#: A line has so many points at most: a panel has not many more pixels.
+MOST_POINTS = 80
 
 Spectra = Mapping[str, Mapping[str, Sequence[tuple[int, Tensor]]]]
 
@@ -37,8 +39,10 @@ def draw_spectra(spectra: Spectra) -> Figure:
             for axis, (name, snapshots) in zip(row, factors.items(), strict=False):
                 for share, (step, values) in _shaded(snapshots):
                     largest = float(values[:1].clamp(min=0).sum())
-                    drawn = [float(v) if v > SMALLEST_SHARE * largest else math.nan for v in values]
-                    axis.plot(range(1, len(drawn) + 1), drawn, color=_shade(share), linewidth=1.2, label=f"step {step}")
+                    places = _spread(len(values))
+                    drawn = [float(v) if v > SMALLEST_SHARE * largest else math.nan for v in values[places]]
+                    numbers = [place + 1 for place in places]
+                    axis.plot(numbers, drawn, color=_shade(share), linewidth=1.2, label=f"step {step}")
                 if any(float(values.max()) > 0 for _, values in snapshots):
                     _logarithmic(axis)
                 axis.set_xlabel("eigenvalue number")
@@ -177,6 +181,13 @@ def _panels(
         axes[0][0].set_title("nothing was recorded yet")
         axes = []
     return figure, axes
+
+
+def _spread(count: int) -> list[int]:
+    """At most :data:`MOST_POINTS` of so many places, evenly spread, the first and the last one among them."""
+    if count <= MOST_POINTS:
+        return list(range(count))
+    return [round(i * (count - 1) / (MOST_POINTS - 1)) for i in range(MOST_POINTS)]
 
 
 def _shaded(snapshots: Sequence[tuple[int, Tensor]]) -> list[tuple[float, tuple[int, Tensor]]]:

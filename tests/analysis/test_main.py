@@ -34,11 +34,15 @@ def test_it_prints_both_tables_and_draws(tmp_path: Path, capsys: pytest.CaptureF
         assert shown in printed
     drawn = sorted((tmp_path / "plots").iterdir())
     assert [path.name for path in drawn] == [
+        "curvature.txt",
         "curvature_autocorrelation.svg",
         "curvature_errors.svg",
         "curvature_spectra.svg",
+        "factor_spectra.svg",
+        "factors.svg",
     ]
-    for path in drawn:
+    assert drawn[0].read_text("utf-8") in printed
+    for path in drawn[1:]:
         ElementTree.fromstring(path.read_text("utf-8"))
 
 
