@@ -5,8 +5,11 @@ from __future__ import annotations
 import base64
 import importlib.util
 import io
+import os
 import pickle
 import re
+import socket
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +19,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -353,3 +357,33 @@ def test_without_matplotlib_the_options_are_errors_that_name_the_extra(
 def test_a_copied_callback_keeps_the_options() -> None:
     twin = pickle.loads(pickle.dumps(KFCCallback(pictures_every_n_steps=7, report_dir="here")))
     assert twin._report_settings == ReportSettings(7, "here")
+
+
+def _train_on_two_ranks(rank: int, port: int, folder: str) -> None:
+    """One rank of a distributed training: with pictures, then without."""
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+    os.environ.update(environment, WORLD_SIZE="2")
+    warnings.filterwarnings("ignore")
+    shown = KFCCallback(pictures_every_n_steps=4, report_dir=f"{folder}/report")
+    found = {}
+    for name, callback in (("shown", shown), ("plain", KFCCallback())):
+        module = train(callback, steps=6, strategy=DDPStrategy(process_group_backend="gloo"), devices=2)
+        found[name] = weights(module)
+    found["watched"] = torch.tensor(shown._reporting is not None and shown._reporting._watcher is not None)
+    torch.save(found, f"{folder}/{rank}.pt")
+
+
+def test_of_two_ranks_one_writes_and_both_train_as_without(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_train_on_two_ranks, (port, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert torch.equal(first["shown"], first["plain"])
+    assert torch.equal(first["shown"], second["shown"])
+    assert bool(first["watched"])
+    assert not bool(second["watched"])
+    text = (tmp_path / "report" / "report.html").read_text("utf-8")
+    assert "<th>Ranks</th><td>2</td>" in text
+    assert len(drawings(Page(text))) == 5
+    assert len([*(tmp_path / "report" / "pictures").iterdir()]) == 6 + 5

@@ -1,8 +1,9 @@
 """What KFC approximates, measured on a small network and a batch; ``python -m lightning_kfc.analysis`` shows it."""
 
 from lightning_kfc.analysis.assumptions import Assumption
-from lightning_kfc.analysis.compare import Approximation, Comparison, LayerComparison, compare_curvature
+from lightning_kfc.analysis.compare import compare_curvature
 from lightning_kfc.analysis.plots import draw_block_spectra, draw_errors
+from lightning_kfc.analysis.results import Approximation, Comparison, LayerComparison
 from lightning_kfc.analysis.space import SpatialReport, spatial_statistics
 from lightning_kfc.spatial import SpatialStatistics
 

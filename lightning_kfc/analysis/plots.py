@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lightning_kfc.analysis.compare import TITLES, Comparison
+from lightning_kfc.analysis.results import TITLES, Comparison
 from lightning_kfc.pictures.canvas import COLOURS, grid, style
 
 if TYPE_CHECKING:

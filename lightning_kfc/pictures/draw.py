@@ -209,6 +209,10 @@ def _logarithmic(axis: Axes) -> None:
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(numticks=5))
     axis.yaxis.set_minor_locator(NullLocator())
+    low, high = axis.get_ylim()
+    if high < 100 * low:
+        # At least one whole decade, so that two ticks tell the scale.
+        axis.set_ylim(10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high)))
 
 
 def _whole_numbers() -> Any:
