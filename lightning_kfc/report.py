@@ -39,6 +39,9 @@ CAPTIONS = {
     "a diagonal method misses.",
 }
 
+#: What a training through Lightning has by default, where that is not the engine's own.
+CALLBACK_DEFAULTS = {"damping": "auto", "kl_clip": "auto"}
+
 
 def sections(
     kfc: KFC, facts: Mapping[str, object], figures: Mapping[str, Figure], missing: Mapping[str, str]
@@ -93,5 +96,7 @@ def _settings(settings: Settings) -> dict[str, object]:
     for entry in fields(settings):
         if entry.init:
             value = getattr(settings, entry.name)
-            shown_as[entry.name] = f"{value!r}" + ("" if value == entry.default else "  (set)")
+            shown_as[entry.name] = f"{value!r}" + (
+                "" if value == CALLBACK_DEFAULTS.get(entry.name, entry.default) else "  (set)"
+            )
     return shown_as

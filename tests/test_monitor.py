@@ -55,7 +55,7 @@ def test_a_part_inside_another_is_not_counted_to_that_one(clock: Any) -> None:
         clock.seconds += 16
         times.end_step()
         clock.seconds += 1000
-    assert times.mean_step() == {"statistics": 0, "inverses": 4, "preconditioning": 10, REST: 17}
+    assert times.mean_step() == {"statistics": 0, "inverses": 4, "preconditioning": 10, "reviews": 0, REST: 17}
     assert tuple(times.mean_step()) == PARTS
 
 
