@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lightning_kfc.factors.inverse import Inverse
 from lightning_kfc.layer import Layer
 from lightning_kfc.monitor import Events, StepNumbers, listed
 from lightning_kfc.rules.natural import natural_step
@@ -20,11 +21,15 @@ class Ready:
         layer: The layer, which has an inverse.
         gradient: Shape ``(groups, d_out, d_in)``, in float32 or better.
         learning_rate: That of its parameters in this step.
+        solved: In the place of the layer's inverse, where a rank has made the update for all.
+        fallback: In the place of the layer's previous inverse, likewise.
     """
 
     layer: Layer
     gradient: Tensor
     learning_rate: float
+    solved: Inverse | None = None
+    fallback: Inverse | None = None
 
 
 def replace_gradients(
@@ -47,8 +52,9 @@ def replace_gradients(
         events: Counts what goes other than planned.
         before_writing: Called with the squared norm of the step before clipping, while gradients are still the loss's.
     """
-    inverses = [entry.layer.inverse.at_damping(damping) for entry in ready if entry.layer.inverse is not None]
-    previous = [entry.layer.previous_inverse for entry in ready]
+    chosen = [entry.solved or entry.layer.inverse for entry in ready]
+    inverses = [inverse.at_damping(damping) for inverse in chosen if inverse is not None]
+    previous = [entry.fallback or entry.layer.previous_inverse for entry in ready]
     fallbacks = [inverse and inverse.at_damping(damping) for inverse in previous]
     gradients, rates = [entry.gradient for entry in ready], [entry.learning_rate for entry in ready]
     result = natural_step(gradients, inverses, rates, kl_clip, fallbacks)

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_kfc.layers import Adapter, Forward
 from lightning_kfc.layers.adapter import dense
+from lightning_kfc.sharding import whole, whole_forward
 from lightning_kfc.step_times import StepTimes
 
 
@@ -97,7 +98,7 @@ class Call:
 
     def output_gradient(self, gradient: Tensor) -> Tensor:
         """The derivative that arrived at the edge, in the output's shape."""
-        return dense(gradient).reshape(self.output_shape)
+        return dense(whole(gradient)).reshape(self.output_shape)
 
 
 def output_edge(output: Tensor) -> GradientEdge:
@@ -205,6 +206,8 @@ class Recorder:
         # Asked at each call: a training step may freeze a network for a while, as that of a GAN does.
         if not adapter.own_parameters():
             return
+        with torch.no_grad():
+            forward = whole_forward(forward)
         inputs = KeptInputs.of(forward) if keep_inputs else None
         # Autocast would form the statistics in half precision.
         part = self.times.part("statistics")

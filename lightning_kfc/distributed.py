@@ -1,37 +1,126 @@
-"""Sums over ranks of a torch.distributed process group; without one, nothing happens."""
+"""The ranks of a torch.distributed process group, and what they ask of each other; without one, nothing happens."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from lightning_kfc.factors.statistics import Statistics
 
-
-def world_size() -> int:
-    """The number of ranks; 1 where no process group is initialised."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def initialised() -> bool:
+    """Whether there is a process group."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
-    """This process's rank; 0 where no process group is initialised."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    """This process's rank among all; 0 where no process group is initialised."""
+    return dist.get_rank() if initialised() else 0
+
+
+def world_size() -> int:
+    """The number of all ranks; 1 where no process group is initialised."""
+    return dist.get_world_size() if initialised() else 1
+
+
+class Team:
+    """The ranks between which a batch is split: all of them, or those of one data-parallel group.
+
+    Args:
+        group: Their process group; None for all ranks.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self.group = group
+
+    @property
+    def size(self) -> int:
+        """The number of ranks; 1 where no process group is initialised."""
+        return dist.get_world_size(self.group) if initialised() else 1
+
+    @property
+    def rank(self) -> int:
+        """This process's rank in the team."""
+        return dist.get_rank(self.group) if initialised() else 0
+
+    def global_rank(self, member: int) -> int:
+        """The rank among all processes of a member of the team."""
+        return member if self.group is None else dist.get_global_rank(self.group, member)
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest of each number over the team; every rank must ask."""
+        if self.size > 1:
+            dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
+        return values
+
+    def all_agree(self, here: bool, device: torch.device) -> bool:
+        """Whether something holds on every rank of the team; every rank must ask."""
+        if self.size == 1:
+            return here
+        return not bool(self.largest(torch.tensor([0.0 if here else 1.0], device=device)).item())
+
+
+@dataclass
+class Communication:
+    """Bytes of the buffers that this rank passed through collectives; a ring moves up to twice that for a sum.
+
+    Attributes:
+        factors: Of the last refresh of factors.
+        inverses: Of the last refresh of inverses.
+        updates: Of the last step's preconditioned gradients.
+        total: Of all steps.
+    """
+
+    factors: int = 0
+    inverses: int = 0
+    updates: int = 0
+    total: int = 0
+
+    def begin(self, *what: str) -> None:
+        """Begin to count anew for one more refresh, or step."""
+        for name in what:
+            setattr(self, name, 0)
+
+    def add(self, what: str, count: int) -> None:
+        """Count what passed through a collective."""
+        setattr(self, what, getattr(self, what) + count)
+        self.total += count
+
+    def as_metrics(self) -> dict[str, float]:
+        """The numbers under the names that loggers show."""
+        return {f"kfc/bytes_{name}": float(getattr(self, name)) for name in ("factors", "inverses", "updates")}
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor, of which this rank holds a part."""
+    return isinstance(tensor, Tensor) and hasattr(tensor, "placements") and hasattr(tensor, "to_local")
+
+
+def own_part(tensor: Any) -> Tensor:
+    """A tensor, or what this rank holds of a sharded one."""
+    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    return part
 
 
 def all_finite(gradients: Sequence[Tensor]) -> bool:
     """Whether no gradient holds a NaN or an infinity; sparse ones are looked at as they are.
 
     Args:
-        gradients: What the ranks have reduced already, so that all of them give the same answer.
+        gradients: What the ranks have reduced already, so that all of them give the same answer. Of sharded ones
+            each rank sees a part: there every rank must ask, and all get the answer for the whole.
     """
-    dense = [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
+    parts = [own_part(gradient) for gradient in gradients]
+    dense = [gradient._values() if gradient.is_sparse else gradient for gradient in parts]
     # The largest magnitude keeps NaN and infinity, and unlike a sum of squares does not itself overflow.
     norm = torch.nn.utils.get_total_norm([gradient for gradient in dense if gradient.numel()], math.inf)
-    return bool(torch.isfinite(norm))
+    finite = bool(torch.isfinite(norm))
+    if initialised() and any(map(is_sharded, gradients)):
+        return Team().all_agree(finite, gradients[0].device)
+    return finite
 
 
 def mean(values: Sequence[float], device: torch.device) -> list[float]:
@@ -47,32 +136,3 @@ def mean(values: Sequence[float], device: torch.device) -> list[float]:
     sums = torch.tensor(values, dtype=dtype, device=device)
     dist.all_reduce(sums)
     return [float(value) / world_size() for value in sums.tolist()]
-
-
-def reduce_statistics(statistics: Mapping[str, Statistics]) -> dict[str, Statistics]:
-    r"""Statistics of the whole batch from those of each rank's part.
-
-    The loss is the mean over the W ranks, so :math:`G = (1/W)\sum G_\mathrm{rank}`, while totals and numbers of rows
-    behind A add up (KFC.md sec. 6). Every rank must name the same layers in the same order.
-
-    Args:
-        statistics: This rank's statistics by layer.
-    """
-    ranks = world_size()
-    if ranks == 1 or not statistics:
-        return dict(statistics)
-    parts: list[Tensor] = []
-    for entry in statistics.values():
-        parts += [*entry.means.values(), *entry.sums.values()]
-    # A row count is whole and below 2**53, which float64 holds exactly.
-    counts = torch.tensor([entry.rows for entry in statistics.values()], dtype=torch.float64, device=parts[0].device)
-    flat = torch.cat([part.reshape(-1).to(parts[0].dtype) for part in parts])
-    dist.all_reduce(flat)
-    dist.all_reduce(counts)
-    pieces = iter(torch.split(flat, [part.numel() for part in parts]))
-    reduced = {}
-    for (name, entry), rows in zip(statistics.items(), counts.tolist(), strict=True):
-        means = {key: next(pieces).reshape(total.shape).to(total.dtype) for key, total in entry.means.items()}
-        sums = {key: next(pieces).reshape(total.shape).to(total.dtype) / ranks for key, total in entry.sums.items()}
-        reduced[name] = Statistics(means, sums, rows)
-    return reduced

@@ -162,8 +162,15 @@ def seed_passes(terms: Sequence[WeightedTerm], fisher: str, generator: torch.Gen
     yield together
 
 
-def unusable_seeds(terms: Sequence[WeightedTerm]) -> Iterator[Seeds]:
-    """One pass of NaN seeds, for logits or weights that are not finite: every layer's statistics say so, too."""
+def unusable_seeds(terms: Sequence[WeightedTerm], fisher: str, generator: torch.Generator) -> Iterator[Seeds]:
+    """NaN seeds, for logits or weights that are not finite: every layer's statistics say so, too.
+
+    As many passes as there would be: ranks whose layers talk to each other in a backward must make the same number.
+    """
+    if fisher == "exact":
+        for seeds in seed_passes(terms, fisher, generator):
+            yield [(edge, torch.full_like(seed, math.nan)) for edge, seed in seeds]
+        return
     yield [pair for w in terms for pair in edges_with_seed(w.term, torch.full_like(w.term.logits, math.nan))]
 
 
@@ -235,7 +242,7 @@ def back_propagate(
     factors = _factors(calls, scale, mean_fraction)
     reached: dict[int, Statistics] = {}
     for seeds in passes:
-        extra = [get_gradient_edge(p) for p in test.parameters()] if test is not None else []
+        extra = test.parameters() if test is not None else []
         if not edges and not extra:
             break
         found = derivatives(seeds, [*edges, *extra], scale)

@@ -63,6 +63,10 @@ class KFCHooks:
         include: Glob patterns over module names, such as "encoder.*": only these modules are preconditioned.
         exclude: Glob patterns over module names that are not preconditioned.
         seed: Seed of the sampled targets. The global random stream is never touched.
+        placement: Which of several ranks hold a layer's factors and inverse. "comm-opt": all; "mem-opt": one, which
+            sends the preconditioned gradient at every step; a number: that fraction of the ranks; "auto": "mem-opt"
+            where parameters are sharded, else "comm-opt".
+        reduce_precision: How statistics travel between ranks. "full": as they are; "bfloat16": at half the bytes.
         save_factors: Whether checkpoints hold the factors and inverses. Without them checkpoints stay small, and a
             resumed run warms up again.
         pictures_every_n_steps: Every so many optimizer steps, pictures of the curvature go to each logger that takes
@@ -96,6 +100,8 @@ class KFCHooks:
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         seed: int = 0,
+        placement: Literal["auto", "comm-opt", "mem-opt"] | float = "auto",
+        reduce_precision: Literal["full", "bfloat16"] = "full",
         save_factors: bool = True,
         pictures_every_n_steps: int | None = None,
         report_dir: str | None = None,
@@ -117,6 +123,8 @@ class KFCHooks:
             include=include,
             exclude=exclude,
             seed=seed,
+            placement=placement,
+            reduce_precision=reduce_precision,
         )
         if not isinstance(save_factors, bool):
             raise TypeError(f"save_factors must be true or false, got {save_factors!r}.")
@@ -204,7 +212,7 @@ class KFCHooks:
                     "curvature. Use SGD(lr=0.5, momentum=0.5), or train without the callback."
                 )
         previous = self._kfc.state_dict() if self._kfc is not None and self._module is pl_module else None
-        self._kfc = KFC.from_settings(pl_module, self._settings)
+        self._kfc = KFC.from_settings(pl_module, self._settings, _data_parallel_group(trainer.strategy))
         self._module = pl_module
         if previous is not None:
             self._take_over(previous)
@@ -215,8 +223,9 @@ class KFCHooks:
         self._reporting = reporting = Reporting(self._report_settings, lambda: self.kfc, trainer, pl_module)
         self._attachment = Attachment(
             trainer,
-            # The learning-rate finder, for one, takes the other callbacks out while it runs.
-            active=lambda: any(callback is self for callback in trainer.callbacks),
+            # The learning-rate finder, for one, takes the other callbacks out while it runs; and before training starts
+            # a sharded optimizer's state is loaded by way of a step that moves nothing.
+            active=lambda: self._training and any(callback is self for callback in trainer.callbacks),
             kfc=lambda: self.kfc,
             on_unseen_backward=self._warn_bare_backward,
             on_step=self._review_step,
@@ -232,7 +241,7 @@ class KFCHooks:
             self._take_over(self._loaded)
             self._loaded = None
         elif _resumed_from(trainer) is not None:
-            self._kfc = KFC.from_settings(pl_module, self._settings)
+            self._kfc = KFC.from_settings(pl_module, self._settings, _data_parallel_group(trainer.strategy))
             rank_zero_info(
                 f"KFCCallback: the checkpoint {_resumed_from(trainer)} holds no state of this callback; "
                 "curvature is estimated anew, beginning with a warm-up."
@@ -320,6 +329,9 @@ class KFCHooks:
         self.kfc.follow_gradients()
         with self._reports.seeds():
             self.kfc.back_propagate(loss, loss_scale=self._loss_scale(trainer), loss_fraction=fraction)
+        if pl_module.automatic_optimization and not trainer.fit_loop._should_accumulate():
+            for optimizer in trainer.optimizers:
+                self.kfc.begin_refresh(optimizer)
         self.kfc.pause()
         if self._attachment is not None:
             self._attachment.backward_begins()
@@ -443,6 +455,12 @@ class KFCHooks:
             self._take_over(state_dict)
         else:
             self._loaded = state_dict
+
+
+def _data_parallel_group(strategy: Any) -> Any:
+    """The ranks between which the batch is split, where these are not all: others share a layer among them."""
+    mesh = getattr(strategy, "_device_mesh", None)
+    return mesh["data_parallel"].get_group() if mesh is not None else None
 
 
 def _resumed_from(trainer: Any) -> str | None:

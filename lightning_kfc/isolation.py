@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_kfc import distributed
+
 
 class _EagerStance:
     """The compiler's stance during due steps, however many engines are in one.
@@ -65,6 +67,42 @@ def leaving_no_trace(model: nn.Module) -> Iterator[None]:
     """
     with _buffers_kept(model), _random_streams_kept(model), _parameter_hooks_set_aside(model):
         yield
+
+
+@contextlib.contextmanager
+def sinks_at_rest(loss: Tensor) -> Iterator[None]:
+    """Keep DistributedDataParallel from counting an extra back-propagation as its own.
+
+    With ``static_graph=True`` it puts a node on what the first forward returns, whose backward has all gradients
+    reduced at the end of that pass. An extra pass through it would leave the real one without, silently, so that
+    the ranks would go apart.
+    """
+    if not distributed.initialised() or loss.grad_fn is None:
+        yield
+        return
+    waiting = "_static_graph_delay_allreduce_enqueued"
+    at_work = [ddp for ddp in _data_parallel_sinks(loss) if not getattr(ddp, waiting, True)]
+    try:
+        for ddp in at_work:
+            setattr(ddp, waiting, True)
+        yield
+    finally:
+        for ddp in at_work:
+            setattr(ddp, waiting, False)
+
+
+def _data_parallel_sinks(loss: Tensor) -> list[Any]:
+    """The DistributedDataParallel modules whose outputs a loss is made of."""
+    pending, seen, found = [loss.grad_fn], set(), []
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "_DDPSinkBackward":
+            found.append(node.ddp_weakref())  # type: ignore[attr-defined]
+        pending += [below for below, _ in node.next_functions]
+    return [ddp for ddp in found if ddp is not None]
 
 
 @contextlib.contextmanager

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_kfc import distributed
+from lightning_kfc.agreement import check_agreement
 from lightning_kfc.application import Ready, replace_gradients
 from lightning_kfc.coverage import Coverage, coverage_of
 from lightning_kfc.due import Due
+from lightning_kfc.exchange import Exchange
 from lightning_kfc.factors.inverse import INVERSES
 from lightning_kfc.find_layers import find_layers
 from lightning_kfc.isolation import full_precision
@@ -27,6 +29,7 @@ from lightning_kfc.refresh import Refresh
 from lightning_kfc.review import Evaluation, Reviewer
 from lightning_kfc.schedule import value_at
 from lightning_kfc.settings import Settings
+from lightning_kfc.sharding import whole
 from lightning_kfc.step_times import StepTimes
 from lightning_kfc.trust_region import FIXED_DAMPING, FIXED_RADIUS, Verdict
 
@@ -78,6 +81,14 @@ class KFC:
         include: Glob patterns over module names; only these are preconditioned. None for all.
         exclude: Glob patterns over module names that are not preconditioned.
         seed: Seed of the sampling of targets; the global random stream is never touched.
+        placement: Which of several ranks hold a layer's factors and inverse: ``"comm-opt"``: all do, so that only
+            refreshes communicate; ``"mem-opt"``: one rank does, and sends the preconditioned gradient at every step; a
+            fraction of the ranks between both (KAISA, Pauloski et al. 2021); ``"auto"``: ``"mem-opt"`` where
+            parameters are sharded, else ``"comm-opt"``.
+        reduce_precision: How statistics travel between ranks: ``"full"``: as they are; ``"bfloat16"``: at half the
+            bytes, each rank's numbers rounded, their sum made in float32.
+        process_group: The ranks between which a batch is split, where these are not all: the data-parallel group
+            of a mesh that also has tensor-parallel ranks. It must be the same ranks' group on all of them.
 
     Raises:
         TypeError: If a setting is of the wrong type.
@@ -103,6 +114,9 @@ class KFC:
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         seed: int = 0,
+        placement: str | float = "auto",
+        reduce_precision: str = "full",
+        process_group: Any = None,
     ) -> None:
         settings = Settings(
             damping=damping,
@@ -120,18 +134,21 @@ class KFC:
             include=include,
             exclude=exclude,
             seed=seed,
+            placement=placement,
+            reduce_precision=reduce_precision,
         )
-        self._start(model, settings)
+        self._start(model, settings, process_group)
 
     @classmethod
-    def from_settings(cls, model: nn.Module, settings: Settings) -> KFC:
+    def from_settings(cls, model: nn.Module, settings: Settings, process_group: Any = None) -> KFC:
         """A preconditioner with settings that were checked before, as the callback has them."""
         kfc = cls.__new__(cls)
-        kfc._start(model, settings)
+        kfc._start(model, settings, process_group)
         return kfc
 
-    def _start(self, model: nn.Module, settings: Settings) -> None:
+    def _start(self, model: nn.Module, settings: Settings, process_group: Any) -> None:
         self.settings = settings
+        self._team = distributed.Team(process_group)
         self._model = model
         self._found = find_layers(
             model, settings.include, settings.exclude, settings.weight_sharing, settings.max_factor_dim
@@ -142,15 +159,24 @@ class KFC:
         # Layers whose .grad holds a part of which no statistics were taken: what is taken then would not belong to it.
         self._unseen: set[str] = set()
         self._stepped = False
+        self._ranks_agree = False
         self._micro_batch = 0
         self.step = 0
         self.events = Events()
         self.last_step: StepNumbers | None = None
+        self.communication = distributed.Communication()
+        self._exchange = Exchange(
+            self._team, settings.placement, INVERSES[settings.inverse], self._found.layers, self.communication
+        )
         #: Where the time of a step goes; runs only between its own begin_step() and end_step().
         self.times = StepTimes()
-        self._observation = Observation(model, settings, self._found, self._due, self._drop, self.times)
-        self._refresh_layers = Refresh(settings, self._due, self.events, self.times)
-        self._reviewer = Reviewer(model, settings.trust_region(), self.events)
+        self._observation = Observation(
+            model, settings, self._found, self._due, self._cannot_explain, self._team, self.times
+        )
+        self._refresh_layers = Refresh(
+            settings, self._due, self.events, self._team, self._exchange, self._drop, self.times
+        )
+        self._reviewer = Reviewer(model, settings.trust_region(), self.events, self._exchange.total)
 
     # What is covered.
 
@@ -167,6 +193,12 @@ class KFC:
     def coverage(self) -> Coverage:
         """Every parameter with how it is treated and why; prints as a table."""
         return coverage_of(self._model, self._found, INVERSES[self.settings.inverse])
+
+    def _cannot_explain(self, layer: str, reason: str) -> None:
+        if self._team.size == 1:
+            self._drop(layer, reason)
+        else:
+            self._refresh_layers.give_up_together(layer, reason)
 
     def _drop(self, layer: str, reason: str) -> None:
         self._dropped[layer] = reason
@@ -187,6 +219,9 @@ class KFC:
         Compute the loss inside. Compiled code runs eagerly there, and only there.
         """
         self._begin_step_if_over()
+        if not self._ranks_agree:
+            check_agreement(self.settings, self._found.layers, next(self._model.parameters()).device)
+            self._ranks_agree = True
         self._reviewer.forward_begins()
         with self._observation.capture(self.step):
             yield
@@ -231,6 +266,7 @@ class KFC:
             loss_fraction=loss_fraction,
             unseen=self._unseen,
         )
+        self._refresh_layers.expect(self.recorded)
         # Finite or not is for all ranks to know together: refresh() looks at the sum over ranks.
         for name, entry in statistics.items():
             if name not in self._unseen:
@@ -248,6 +284,7 @@ class KFC:
         for name in self.learning_rates(optimizer):
             self._drop_pending(name)
             self._unseen.discard(name)
+        self._refresh_layers.discard(self.learning_rates(optimizer))
         self._stepped = True
 
     def _drop_pending(self, name: str) -> None:
@@ -258,6 +295,7 @@ class KFC:
     def release(self) -> None:
         """Let go of what was recorded of the last forward and its graph."""
         self._observation.release()
+        self._refresh_layers.abandon()
 
     def follow_gradients(self) -> None:
         """Let statistics live and die with the gradient they belong to; call it just before each backward.
@@ -293,17 +331,22 @@ class KFC:
         """
         self._refresh(self.layers if optimizer is None else self.learning_rates(optimizer))
 
+    def begin_refresh(self, optimizer: Optimizer) -> None:
+        """Begin to add up over ranks what a step's losses have brought; the backward goes on meanwhile."""
+        if self._refresh_layers.expects(self.layers):
+            with full_precision(self._model):
+                self._refresh_layers.begin([self._found.layers[name] for name in self.learning_rates(optimizer)])
+
     def refresh_if_finite(self, optimizer: Optimizer) -> None:
         """:meth:`refresh` after a step's last backward, unless a gradient says that the step will be skipped.
 
         What is left then is dropped by :meth:`precondition`. Scaled gradients tell as well as unscaled ones.
         """
         # Asked first: this comes after every backward, and between due steps nothing waits.
-        if all(layer.pending is None for layer in self.layers.values()):
+        if not self._refresh_layers.expects(self.layers):
             return
         names = self.learning_rates(optimizer)
-        waiting = any(self._found.layers[name].pending is not None for name in names)
-        if waiting and distributed.all_finite(self._gradients(optimizer)):
+        if self._refresh_layers.expects(names) and self._all_finite(optimizer, names):
             self._refresh(names)
 
     def precondition(
@@ -338,9 +381,10 @@ class KFC:
         rates = dict.fromkeys(self.layers, float(lr)) if lr is not None else {}
         if optimizer is not None:
             rates = self.learning_rates(optimizer)
-        if not distributed.all_finite(self._gradients(optimizer)):
+        if not self._all_finite(optimizer, rates):
             for name in rates:
                 self._drop_pending(name)
+            self._refresh_layers.discard(rates)
             self.events.count("nonfinite_gradients")
             return False
         self._refresh(rates)
@@ -356,11 +400,12 @@ class KFC:
                     unexplained.append(name)
                 if layer.inverse is None or tuple(gradients) != layer.roles:
                     continue
-                matrix = layer.adapter.matrix(gradients)
+                matrix = layer.adapter.matrix({role: whole(gradient) for role, gradient in gradients.items()})
                 matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
                 ready.append(Ready(layer, matrix if loss_scale == 1 else matrix / loss_scale, rate))
             self._say_unexplained(unexplained)
             with full_precision(self._model):
+                ready = self._exchange.solved(ready, self.damping)
                 numbers = replace_gradients(
                     ready,
                     self.step,
@@ -497,6 +542,14 @@ class KFC:
             return list(self._model.parameters())
         return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
+    def _all_finite(self, optimizer: Optimizer | None, layers: Iterable[str]) -> bool:
+        gradients = self._gradients(optimizer)
+        finite = distributed.all_finite(gradients)
+        # Where messages follow, no rank may be the only one to wait for them, whatever its own gradients are.
+        if self._team.size > 1 and self._refresh_layers.expects(layers):
+            return self._team.all_agree(finite, next(self._model.parameters()).device)
+        return finite
+
     def _begin_step_if_over(self) -> None:
         if self._stepped:
             self.step += 1
@@ -511,11 +564,16 @@ class KFC:
     def state_dict(self, *, factors: bool = True) -> dict[str, Any]:
         """Everything that a resumed run needs, in plain tensors, numbers, strings, dicts and lists.
 
+        Where layers are held by one rank each (``placement``), every rank must ask, and the first one has the state
+        of all: it is the one to save. A run on any number of ranks can go on with it.
+
         Args:
             factors: Whether factors and inverses are in it. Without them a few numbers are left, and a resumed run
                 estimates curvature anew.
         """
-        layers = {name: layer.state_dict() for name, layer in self._found.layers.items()} if factors else None
+        layers = None
+        if factors:
+            layers = self._exchange.collected({name: layer.state_dict() for name, layer in self._found.layers.items()})
         return {
             "version": STATE_VERSION,
             "step": self.step + int(self._stepped),
@@ -566,11 +624,16 @@ class KFC:
                 continue
             if not layer.adapter.own_parameters():
                 continue
-            reason = layer.load_state_dict(state["layers"][name], INVERSES[self.settings.inverse])
+            reason = layer.load_state_dict(
+                state["layers"][name],
+                INVERSES[self.settings.inverse],
+                with_factors=self._exchange.has_factors(layer),
+                with_inverse=self._exchange.has_inverse(layer),
+            )
             if reason is not None:
                 layer.averages, layer.inverse = {}, None
                 self._due.forget(name)
                 problems.append(f"layer {name!r} starts anew: {reason}")
-        if not any(layer.averages for layer in self._found.layers.values()):
+        if not any(self._due.has_statistics(name) for name in self._found.layers):
             self._due.restart(self.step)
         return problems

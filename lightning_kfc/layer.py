@@ -14,8 +14,10 @@ from lightning_kfc.factors.inverse import EighInverse, EkfacInverse, Inverse
 from lightning_kfc.factors.quadratic import quadratic_form
 from lightning_kfc.factors.running import RunningAverage
 from lightning_kfc.factors.statistics import Statistics, factor_dtype
+from lightning_kfc.held import Elsewhere
 from lightning_kfc.layers import Adapter
 from lightning_kfc.per_example import ExampleGradients
+from lightning_kfc.sharding import write
 
 
 class Layer:
@@ -62,6 +64,11 @@ class Layer:
         Raises:
             RuntimeError: If no statistics have been taken yet.
         """
+        if name not in self.averages and isinstance(self.inverse, Elsewhere):
+            raise RuntimeError(
+                f"another rank holds the factors of layer {self.name!r}: with placement='mem-opt', or a fraction, each "
+                "layer's are on one rank only. Use placement='comm-opt' to have all of them on all ranks."
+            )
         if name not in self.averages:
             raise RuntimeError(f"layer {self.name!r} has no factor {name} yet: no statistics have been taken.")
         value = self.averages[name].value
@@ -85,6 +92,10 @@ class Layer:
     def add(self, statistics: Statistics) -> None:
         """Add the statistics of one more micro-batch of the step."""
         self.pending = statistics if self.pending is None else self.pending + statistics
+        self.note_roles()
+
+    def note_roles(self) -> None:
+        """Note for which parameters the next statistics to be folded are: those that are trainable now."""
         self._pending_roles = tuple(self.adapter.own_parameters())
 
     def drop_pending(self) -> None:
@@ -112,6 +123,18 @@ class Layer:
                 self.averages[name] = RunningAverage.start(value, decay)
         return kept
 
+    def fold_elsewhere(self) -> bool:
+        """Note that another rank, which has the running averages, folds a step's statistics into them.
+
+        Returns:
+            False where they start anew, as in :meth:`fold`.
+        """
+        kept = self.roles in ((), self._pending_roles)
+        if not kept:
+            self.inverse = self.previous_inverse = None
+        self.roles = self._pending_roles
+        return kept
+
     def inverse_type(self, chosen: type[Inverse]) -> type[Inverse]:
         """The kind of inverse of this layer, given the one that the user chose."""
         own = self.adapter.inverse_type(chosen)
@@ -131,7 +154,14 @@ class Layer:
     def factorise(self, inverse: type[Inverse], damping: float, step: int) -> None:
         """Refresh the inverse from the running factors; see :meth:`Inverse.factorise` for what it raises."""
         self.factorised_at = step
-        fresh = self.inverse_type(inverse).factorise(self._estimate(), damping).succeeding(self.inverse)
+        self.take(self.refreshed(inverse, damping))
+
+    def refreshed(self, inverse: type[Inverse], damping: float) -> Inverse:
+        """A new inverse from the running factors, with what the present one has learnt."""
+        return self.inverse_type(inverse).factorise(self._estimate(), damping).succeeding(self.inverse)
+
+    def take(self, fresh: Inverse) -> None:
+        """Use a new inverse from now on; the last one is kept until the new one has given a usable update."""
         self.previous_inverse = self.previous_inverse or self.inverse
         self.inverse = fresh
 
@@ -187,7 +217,7 @@ class Layer:
         half = any(gradient.dtype == torch.float16 for gradient in gradients.values())
         if half and float(matrix.abs().max()) > torch.finfo(torch.float16).max:
             return False
-        self.adapter.write(matrix, gradients)
+        write(self.adapter, matrix, gradients)
         return True
 
     def nbytes(self, inverse: type[Inverse]) -> int:
@@ -210,8 +240,21 @@ class Layer:
             state["inverse"] = {"kind": self.inverse.name, **self.inverse.state()}
         return state
 
-    def load_state_dict(self, state: Mapping[str, Any], inverse: type[Inverse]) -> str | None:
+    def load_state_dict(
+        self,
+        state: Mapping[str, Any],
+        inverse: type[Inverse],
+        *,
+        with_factors: bool = True,
+        with_inverse: bool = True,
+    ) -> str | None:
         """Take over factors and, where it is of the same kind, the inverse.
+
+        Args:
+            state: From :meth:`state_dict`.
+            inverse: The user's kind of inverse.
+            with_factors: Whether this rank is to hold the factors.
+            with_inverse: Whether this rank is to hold the inverse.
 
         Returns:
             Why the state does not fit this layer, or None where it was taken over.
@@ -225,11 +268,15 @@ class Layer:
         self.averages = {
             name: RunningAverage(entry["value"].to(device), float(entry["weight"]), float(entry["squares"]))
             for name, entry in state["factors"].items()
+            if with_factors
         }
         self.roles = tuple(self.adapter.own_parameters())
         saved = dict(state.get("inverse", {}))
         self.inverse = self.previous_inverse = None
-        if saved.pop("kind", None) == inverse.name:
+        kind = saved.pop("kind", None)
+        if not with_inverse and kind in (inverse.name, Elsewhere.name):
+            self.inverse = Elsewhere()
+        elif kind == inverse.name:
             self.inverse = inverse(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in saved.items()})
         return None
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 import torch
 from torch import Tensor, nn
 
-from lightning_kfc import distributed
 from lightning_kfc.capture import Call, Recorder, parameter_call
 from lightning_kfc.discovery import LossRecorder
+from lightning_kfc.distributed import Team
 from lightning_kfc.due import Due
 from lightning_kfc.factors.inverse import INVERSES
 from lightning_kfc.factors.statistics import Statistics
@@ -26,7 +26,7 @@ from lightning_kfc.fisher import (
     unusable_seeds,
     weighted_terms,
 )
-from lightning_kfc.isolation import eager_compiled_code, full_precision, leaving_no_trace
+from lightning_kfc.isolation import eager_compiled_code, full_precision, leaving_no_trace, sinks_at_rest
 from lightning_kfc.layer import Layer
 from lightning_kfc.loss_terms import LossNotRecognisedError, attach_named_output, unrecognised, wanted_terms
 from lightning_kfc.per_example import ExampleGradients
@@ -44,6 +44,7 @@ class Observation:
         found: The model's layers; a layer that cannot be explained is taken out of them, through ``drop``.
         due: When each layer is due.
         drop: Called with a layer's name and the reason why its rows do not explain its gradient.
+        team: The ranks between which the batch is split; each of them samples targets of its own.
         times: Adds up the time that all this takes.
 
     Attributes:
@@ -58,6 +59,7 @@ class Observation:
         found: Found,
         due: Due,
         drop: Callable[[str, str], None],
+        team: Team,
         times: StepTimes,
     ) -> None:
         self._model = model
@@ -65,6 +67,7 @@ class Observation:
         self._found = found
         self._due = due
         self._drop = drop
+        self._team = team
         self._times = times
         self._recorder: Recorder | None = None
         self._losses: LossRecorder | None = None
@@ -164,7 +167,8 @@ class Observation:
             return {}
         self.pause()
         try:
-            with self._times.part("statistics"), full_precision(self._model), leaving_no_trace(self._model):
+            part = self._times.part("statistics")
+            with part, full_precision(self._model), leaving_no_trace(self._model), sinks_at_rest(loss):
                 recorded = list(self._recorder.calls)
                 calls = recorded + self._parameter_calls()
                 names = {call.layer for call in recorded if call.inputs is not None}
@@ -201,12 +205,13 @@ class Observation:
         if not self._graph_checked:
             refuse_reentrant_checkpointing(loss)
             self._graph_checked = True
-        if kept and not all(w.is_finite() for w in kept):
+        source = generator(kept[0].term.logits.device) if kept else None
+        if source is not None and not all(w.is_finite() for w in kept):
             # Every rank must bring statistics of the same layers, so that all of them drop the step together.
-            found = back_propagate(unusable_seeds(kept), calls, 1.0, None, examples)
-        elif kept:
+            found = back_propagate(unusable_seeds(kept, fisher, source), calls, 1.0, None, examples)
+        elif source is not None:
             scale = 1.0 if fisher == "empirical" else seed_scale(kept)
-            passes = seed_passes(kept, fisher, generator(kept[0].term.logits.device))
+            passes = seed_passes(kept, fisher, source)
             found = back_propagate(passes, calls, scale, test, examples)
         elif fisher == "empirical":
             found = empirical_statistics_of_loss(
@@ -251,7 +256,7 @@ class Observation:
     def _generator(self, step: int, micro_batch: int, stream: int = 0) -> Callable[[torch.device], torch.Generator]:
         """A generator that depends on seed, rank, step and micro-batch alone, so that a resumed run draws the same."""
         mixed = 0
-        for part in (self._settings.seed, distributed.rank(), step, micro_batch, stream):
+        for part in (self._settings.seed, self._team.rank, step, micro_batch, stream):
             # The multiplier of Knuth's MMIX generator: neighbouring steps get unrelated seeds.
             mixed = (mixed * 6364136223846793005 + part + 1442695040888963407) % 2**63
         return lambda device: torch.Generator(device).manual_seed(mixed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -86,12 +86,20 @@ class Reviewer:
         model: The model.
         region: The trust region; nothing is kept while nothing in it sets itself.
         events: Counts what goes other than planned.
+        total: Adds up what each rank finds for the layers whose factors it holds; the same on all ranks where all do.
     """
 
-    def __init__(self, model: nn.Module, region: TrustRegion, events: Events) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        region: TrustRegion,
+        events: Events,
+        total: Callable[[float], float] = lambda own: own,
+    ) -> None:
         self._model = model
         self.region = region
         self._events = events
+        self._total = total
         self._losses: list[Tensor] = []
         self._streams: list[RandomStreams] = []
         self._before: Before | None = None
@@ -165,13 +173,22 @@ class Reviewer:
                 f"review() evaluates every loss of the step again: it got {len(evaluations)} function(s) for "
                 f"{len(self._losses)} loss(es) that update() has seen. Pass one function a micro-batch."
             )
-        loss_after = self._evaluate(evaluations)
         device = next(self._model.parameters()).device
-        loss_before, loss_after = distributed.mean([before.loss, loss_after], device)
+        error: Exception | None = None
+        loss_after = float("nan")
+        try:
+            loss_after = self._evaluate(evaluations)
+        except Exception as raised:
+            error = raised
+        # A rank that cannot evaluate says so, instead of leaving the others to wait for its loss.
+        loss_before, loss_after, failed = distributed.mean([before.loss, loss_after, float(error is not None)], device)
+        if failed:
+            raise error or RuntimeError("another rank could not evaluate its loss")
         with torch.no_grad(), full_precision(self._model):
             outcome = before.outcome(layers, loss_before, loss_after)
         if outcome is None:
             return None
+        outcome = replace(outcome, curvature=self._total(outcome.curvature))
         self.last = self.region.judge(outcome, before.size)
         if self.last.undo:
             before.take_back(optimizer)

@@ -8,13 +8,16 @@ probability 1 for no other. The products with u are formed in the forward, so th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lightning_kfc.capture import Call
 from lightning_kfc.factors.statistics import factor_dtype
 from lightning_kfc.layer import Layer
+from lightning_kfc.sharding import whole
 
 #: The relative error that rounding may leave, by the precision of the derivatives.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 1e-1}
@@ -22,6 +25,23 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 1e-1, tor
 
 class SelfTestError(RuntimeError):
     """The rows recorded for a layer do not rebuild the gradient of its parameters."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter's derivative arrives, and how it will look."""
+
+    edge: GradientEdge
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, parameter: nn.Parameter) -> _Place:
+        return cls(get_gradient_edge(parameter), parameter.shape, parameter.dtype, parameter.device)
+
+    def zeros(self) -> Tensor:
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
 
 class SelfTest:
@@ -36,7 +56,8 @@ class SelfTest:
         self._layers = layers
         self._generator = generator
         self._directions: dict[str, Tensor] = {}
-        self._owners: list[tuple[str, str, nn.Parameter]] = []
+        self._owners: list[tuple[str, str, _Place]] = []
+        self._used: dict[str, dict[str, _Place]] = {}
         #: The layers that have not been checked yet.
         self.waiting: list[str] = list(layers)
         #: The layers that are recorded in this step; no other one can be checked.
@@ -44,18 +65,23 @@ class SelfTest:
         #: Layers whose parameters get a derivative although their modules were never called.
         self.never_called: list[str] = []
 
-    def parameters(self) -> list[nn.Parameter]:
-        """The parameters whose derivatives the next check needs."""
+    def parameters(self) -> list[GradientEdge]:
+        """Where the derivatives by parameters arrive that the next check needs."""
         self._owners = [
-            (layer, role, parameter)
+            (layer, role, place)
             for layer in self.waiting
             if layer in self.recorded
-            for role, parameter in self._layers[layer].adapter.own_parameters().items()
+            for role, place in (self._used.get(layer) or self._places(layer)).items()
         ]
-        return [parameter for _, _, parameter in self._owners]
+        return [place.edge for _, _, place in self._owners]
+
+    def _places(self, layer: str) -> dict[str, _Place]:
+        return {role: _Place.of(p) for role, p in self._layers[layer].adapter.own_parameters().items()}
 
     def direction(self, layer: str) -> Tensor:
         """The layer's direction u, shape ``(groups, d_in)`` for the parameters that are trainable now."""
+        # Asked for in the forward, where a sharded module has the whole parameter that the graph will know.
+        self._used[layer] = self._places(layer)
         groups, _, d_in = self._layers[layer].adapter.matrix_shape()
         if layer not in self._directions or self._directions[layer].shape != (groups, d_in):
             self._directions[layer] = torch.randn((groups, d_in), generator=self._generator, dtype=torch.float64)
@@ -76,10 +102,11 @@ class SelfTest:
         """
         own: dict[str, dict[str, Tensor]] = {}
         reached: set[str] = set()
-        for (layer, role, parameter), gradient in zip(self._owners, of_parameters, strict=True):
-            own.setdefault(layer, {})[role] = torch.zeros_like(parameter) if gradient is None else gradient
+        for (layer, role, place), gradient in zip(self._owners, of_parameters, strict=True):
+            own.setdefault(layer, {})[role] = place.zeros() if gradient is None else whole(gradient)
             if gradient is not None:
                 reached.add(layer)
+        self._used.clear()
         by_layer: dict[str, list[tuple[Call, Tensor]]] = {}
         for call, gradient in zip(calls, gradients, strict=True):
             if gradient is not None and call.probe is not None:

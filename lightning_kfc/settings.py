@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from lightning_kfc.checks import check_choice, check_fraction, check_integer, check_patterns, check_positive_or_auto
+from lightning_kfc.checks import (
+    check_choice,
+    check_fraction,
+    check_integer,
+    check_patterns,
+    check_positive,
+    check_positive_or_auto,
+)
 from lightning_kfc.factors.inverse import INVERSES
 from lightning_kfc.likelihood import LIKELIHOODS, Likelihood
+from lightning_kfc.placement import PLACEMENTS
+from lightning_kfc.reduction import PRECISIONS
 from lightning_kfc.schedule import RefreshSchedule
 from lightning_kfc.trust_region import TrustRegion
 
@@ -36,6 +45,8 @@ class Settings:
     include: Sequence[str] | None = None
     exclude: Sequence[str] | None = None
     seed: int = 0
+    placement: str | float = "auto"
+    reduce_precision: str = "full"
     schedule: RefreshSchedule = field(init=False)
 
     def trust_region(self) -> TrustRegion:
@@ -58,7 +69,24 @@ class Settings:
         if self.max_factor_dim is not None:
             check_integer("max_factor_dim", self.max_factor_dim, minimum=1)
         check_integer("seed", self.seed, minimum=0)
+        check_placement(self.placement, self.inverse)
+        check_choice("reduce_precision", self.reduce_precision, PRECISIONS)
         object.__setattr__(self, "include", check_patterns("include", self.include))
         object.__setattr__(self, "exclude", check_patterns("exclude", self.exclude))
         schedule = RefreshSchedule(self.factor_every_n_steps, self.inverse_every_n_steps, self.warmup_steps)
         object.__setattr__(self, "schedule", schedule)
+
+
+def check_placement(placement: Any, inverse: str) -> None:
+    """Require a placement that exists, and that gives every rank what the inverse asks for."""
+    if isinstance(placement, str):
+        check_choice("placement", placement, PLACEMENTS)
+    else:
+        check_positive("placement", placement)
+        if placement > 1:
+            raise ValueError(f"placement is a fraction of the ranks, at most 1, got {placement!r}.")
+    if inverse == "ekfac" and placement not in ("auto", "comm-opt", 1):
+        raise ValueError(
+            f"placement={placement!r} leaves ranks without the eigenbasis on which inverse='ekfac' projects their own "
+            "examples. Use placement='comm-opt', or inverse='eigh'."
+        )

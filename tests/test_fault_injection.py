@@ -65,7 +65,7 @@ PARTS = [
     "kfc.KFC.precondition",
     "kfc.KFC._refresh",
     "layer.Layer.fold",
-    "layer.Layer.factorise",
+    "layer.Layer.refreshed",
     "application.natural_step",
     "layer.Layer.write",
 ]

@@ -1,8 +1,7 @@
-"""The three inverses under a real Trainer, and over two ranks."""
+"""The three inverses under a real Trainer."""
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -11,15 +10,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from torch import distributed as dist
-from torch import multiprocessing as mp
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_kfc import KFCCallback
 from lightning_kfc.factors.inverse import INVERSES
-from tests import oracles
-from tests.nets import classes, data, engine, small_conv_net
+from tests.nets import data, small_conv_net
 
 
 def quiet(test: Any) -> Any:
@@ -91,44 +87,3 @@ def test_training_falls_and_resumes_bit_for_bit(inverse: str, tmp_path: Path) ->
     resumed = run(tmp_path / "part", 8, ckpt_path=tmp_path / "part" / "last.ckpt", weights_only=True)
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
-
-
-def _port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def _values(x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """The corrected eigenvalues after two steps of which only the first refreshes the basis.
-
-    There are enough examples for factors of full rank: in a null space the basis would be arbitrary.
-    """
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    model = small_conv_net()
-    kfc = engine(model, inverse="ekfac", inverse_every_n_steps=4, warmup_steps=0, max_factor_dim=20)
-    for step in range(2):
-        with kfc.capture():
-            loss = F.cross_entropy(model((1 + step) * x), y)
-        kfc.update(loss)
-        loss.backward()
-        kfc.precondition(lr=0.1)
-    assert all(isinstance(layer.inverse, INVERSES["ekfac"]) for layer in kfc.layers.values())
-    return {name: layer.inverse.state()["values"] for name, layer in kfc.layers.items()}  # type: ignore[misc, union-attr]
-
-
-def _rank(rank: int, port: int, path: str) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    half = slice(20 * rank, 20 * rank + 20)
-    torch.save(_values(data(40, 2, 6, 6)[half], classes(40, count=3)[half]), f"{path}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_two_ranks_with_half_a_batch_each_have_the_eigenvalues_of_one_with_the_whole(tmp_path: Path) -> None:
-    whole = _values(data(40, 2, 6, 6), classes(40, count=3))
-    mp.spawn(_rank, (_port(), str(tmp_path)), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    for name, expected in whole.items():
-        assert torch.equal(ranks[0][name], ranks[1][name]), "ranks must step alike"
-        oracles.assert_equal(ranks[0][name], expected, rtol=1e-8, what=f"eigenvalues of {name}")

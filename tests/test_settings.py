@@ -29,6 +29,11 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
     ("inverse", "lu", ValueError, "inverse must be one of 'cholesky'"),
     ("rule", "adam", ValueError, "rule must be one of 'natural'"),
     ("weight_sharing", "share", ValueError, "weight_sharing must be one of 'expand', 'reduce', got 'share'"),
+    ("placement", "memopt", ValueError, "placement must be one of 'auto', 'comm-opt', 'mem-opt', got 'memopt'"),
+    ("placement", 0, ValueError, "placement must be a positive number, got 0"),
+    ("placement", 1.5, ValueError, "placement is a fraction of the ranks, at most 1, got 1.5"),
+    ("placement", None, TypeError, "placement must be a number, got None"),
+    ("reduce_precision", "half", ValueError, "reduce_precision must be one of 'full', 'bfloat16', got 'half'"),
     *[
         (name, v, error, message.format(name))
         for name in ("factor_every_n_steps", "inverse_every_n_steps")
@@ -104,3 +109,9 @@ def test_the_damping_of_a_step_is_the_schedule_s_value_at_it() -> None:
         assert kfc.last_step is not None
         seen.append(kfc.last_step.damping)
     assert seen == [1.0, 2.0, 3.0, 3.0]
+
+
+def test_a_placement_that_the_inverse_cannot_have_is_an_error_that_says_which_one_can() -> None:
+    with pytest.raises(ValueError, match=r"Use placement='comm-opt', or inverse='eigh'"):
+        Settings(inverse="ekfac", placement="mem-opt")
+    assert Settings(inverse="ekfac", placement="comm-opt").placement == "comm-opt"

@@ -82,6 +82,8 @@ class Adapter(ABC):
     batch_axis: int = 0
     #: Whether :meth:`input_rows` and :meth:`output_rows` of one example belong together, at a bearable cost.
     pairs_rows: ClassVar[bool] = True
+    #: The factors that are means over rows (E1); the others are sums.
+    mean_factors: ClassVar[frozenset[str]] = frozenset({"A"})
     #: Above this many dimensions a factor is held as its diagonal; None for no bound.
     max_factor_dim: int | None = None
 
@@ -168,7 +170,9 @@ class Adapter(ABC):
         """``(groups, d_out, d_in)`` for the parameters that are trainable now, or for all where none is."""
         with torch.no_grad():
             own = self.own_parameters() or self.parameters()
-            groups, d_out, d_in = self.matrix({role: p.detach().to("meta") for role, p in own.items()}).shape
+            # Not the parameters themselves, of which this rank may hold a part only.
+            shapes = {role: torch.empty(p.shape, dtype=p.dtype, device="meta") for role, p in own.items()}
+            groups, d_out, d_in = self.matrix(shapes).shape
         return groups, d_out, d_in
 
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,56 @@
+"""Stand-ins for inverses that this rank does not hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from typing_extensions import Self
+
+from lightning_kfc.factors.inverse import Factors, Inverse
+
+
+@dataclass(frozen=True)
+class Elsewhere(Inverse):
+    """An inverse that another rank holds: it can only be asked for its updates."""
+
+    name: ClassVar[str] = "elsewhere"
+
+    @classmethod
+    def factorise(cls, factors: Factors, damping: float) -> Self:
+        """There are no factors here; see :class:`Inverse`."""
+        return cls()
+
+    def solve(self, gradient: Tensor) -> Tensor:
+        """Not here; see :class:`Inverse`.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        raise RuntimeError("another rank holds this inverse: with placement='mem-opt' updates come from its owner.")
+
+
+@dataclass(frozen=True)
+class Solved(Inverse):
+    """An inverse whose answer for this step's gradient has arrived.
+
+    Attributes:
+        update: The answer.
+    """
+
+    update: Tensor
+    name: ClassVar[str] = "solved"
+
+    @classmethod
+    def factorise(cls, factors: Factors, damping: float) -> Self:
+        """Only answers arrive; see :class:`Inverse`.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError
+
+    def solve(self, gradient: Tensor) -> Tensor:
+        """What has arrived."""
+        return self.update

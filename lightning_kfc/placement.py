@@ -1,0 +1,124 @@
+r"""Who factorises what, and who holds it: a pure function of the layers' costs (KAISA, Pauloski et al. 2021, sec. 3).
+
+The W ranks form W/k groups of k *gradient workers*. Each layer has an owner, that factorises it; all workers of the
+owner's group get the inverse and precondition the layer's gradient, and each of them sends the result to one
+rank of every other group. k = W is COMM-OPT: every rank holds every inverse, and no step but a refresh communicates.
+k = 1 is MEM-OPT: an inverse is held once, and every step sends the preconditioned gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+Shapes = Mapping[str, tuple[int, ...]]
+#: The placements that have a name; a number between is the fraction k/W of ranks that hold an inverse.
+PLACEMENTS = ("auto", "comm-opt", "mem-opt")
+
+
+def factorisation_cost(shapes: Shapes) -> float:
+    """The time to factorise a layer, up to a constant: the cube of each factor's dimension, for each group.
+
+    Args:
+        shapes: The layer's factors by name, ``(groups, d, d)``, or ``(groups, d)`` for a diagonal.
+    """
+    return float(sum(s[0] * (s[1] ** 3 if len(s) == 3 else s[1]) for s in shapes.values()))
+
+
+def longest_first(costs: Mapping[str, float], ranks: int, loads: list[float] | None = None) -> dict[str, int]:
+    """Give each job, the longest first, to the rank that has least to do.
+
+    The longest rank's work is at most 4/3 - 1/(3 ranks) of that of the best assignment (Graham 1969).
+
+    Args:
+        costs: The jobs' costs by name.
+        ranks: The number of ranks.
+        loads: What each rank has to do already; grows by what it is given.
+
+    Returns:
+        The rank of each job, the same on every rank: ties go by the order of the names and of the ranks.
+    """
+    loads = [0.0] * ranks if loads is None else loads
+    given = {}
+    for name in sorted(costs, key=lambda name: (-costs[name], name)):
+        rank = loads.index(min(loads))
+        loads[rank] += costs[name]
+        given[name] = rank
+    return {name: given[name] for name in costs}
+
+
+def gradient_workers(placement: str | float, ranks: int) -> int:
+    """The number k of ranks that hold each inverse: the divisor of ``ranks`` nearest to what is asked for.
+
+    Args:
+        placement: ``"comm-opt"`` (all), ``"mem-opt"`` (one), or the fraction k/W.
+        ranks: W.
+    """
+    if isinstance(placement, str):
+        return ranks if placement == "comm-opt" else 1
+    divisors = [k for k in range(1, ranks + 1) if ranks % k == 0]
+    return min(divisors, key=lambda k: (abs(k - placement * ranks), k))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The ranks as groups of workers.
+
+    Attributes:
+        ranks: W.
+        workers: k, a divisor of W.
+    """
+
+    ranks: int
+    workers: int
+
+    def group(self, rank: int) -> int:
+        """The group of workers that a rank is in; neighbours, who often share a machine, are in one group."""
+        return rank // self.workers
+
+    def in_turns(self, seat: int) -> int:
+        """The rank of a seat, where neighbouring seats are in different groups."""
+        groups = self.ranks // self.workers
+        return seat % groups * self.workers + seat // groups
+
+    def members(self, rank: int) -> tuple[int, ...]:
+        """The ranks of a rank's group."""
+        first = self.group(rank) * self.workers
+        return tuple(range(first, first + self.workers))
+
+    def receivers(self, rank: int) -> tuple[int, ...]:
+        """The ranks, one of each group, between which a rank exchanges preconditioned gradients."""
+        return tuple(range(rank % self.workers, self.ranks, self.workers))
+
+    def source(self, owner: int, rank: int) -> int:
+        """From whom a rank gets the preconditioned gradient of an owner's layer; itself where it holds the inverse."""
+        return self.group(owner) * self.workers + rank % self.workers
+
+    def holds(self, owner: int, rank: int) -> bool:
+        """Whether a rank holds the inverses of an owner's layers."""
+        return self.group(owner) == self.group(rank)
+
+
+@dataclass
+class Placement:
+    """The owner of each layer; layers that are found later are added to the ranks that have least to do.
+
+    Attributes:
+        grid: The ranks.
+        owners: By layer.
+    """
+
+    grid: Grid
+    owners: dict[str, int] = field(default_factory=dict)
+    _loads: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Nobody has anything to do yet."""
+        self._loads = [0.0] * self.grid.ranks
+
+    def add(self, costs: Mapping[str, float]) -> None:
+        """Give owners to the layers that have none."""
+        new = {name: cost for name, cost in costs.items() if name not in self.owners}
+        # Taken in turns from all groups: where there are more ranks than layers, no group is to hold them all.
+        seats = longest_first(new, self.grid.ranks, self._loads)
+        self.owners |= {name: self.grid.in_turns(seat) for name, seat in seats.items()}

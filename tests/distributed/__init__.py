@@ -1,0 +1,1 @@
+"""Tests with real processes: a pool of ranks is started once and runs many cases."""

@@ -1,0 +1,145 @@
+"""FSDP2, HSDP and tensor parallelism by ModelParallelStrategy: what several ranks hold in parts trains as on one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+
+from lightning_kfc import KFCCallback
+from lightning_kfc.sharding import whole
+from tests.distributed.nets import EXACT, Net, conv_net, difference, images, loader, trainer
+from tests.distributed.pool import Ranks
+from tests.distributed.sharded_nets import Hybrid, Sharded, TensorParallel, tensor_parallel_net
+from tests.harness import QUIET
+
+pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
+ROUNDING = 1e-9
+
+
+def strategy(data: int, tensor: int) -> ModelParallelStrategy:
+    return ModelParallelStrategy(data, tensor, save_distributed_checkpoint=False, process_group_backend="gloo")
+
+
+def train(
+    kind: Callable[[], Net], data: int, tensor: int, kfc: dict[str, Any], options: dict[str, Any]
+) -> dict[str, Any]:
+    """The whole weights after training, and what this rank holds."""
+    callback, module = KFCCallback(**{**EXACT, "kl_clip": 0.03, **kfc}), kind()
+    several = {"strategy": strategy(data, tensor), "devices": data * tensor} if data * tensor > 1 else {}
+    trainer(callback, **several, **options).fit(module, loader(images(24), 8 // data, tensor))
+    return {
+        "weights": {name: whole(value.detach()) for name, value in module.named_parameters()},
+        "factors": [name for name, layer in callback.kfc.layers.items() if layer.factors],
+        "treatments": {row.parameter: row.treatment for row in callback.kfc.coverage()},
+        "events": str(callback.kfc.events),
+    }
+
+
+def plain_net() -> Net:
+    return Net(conv_net)
+
+
+def plain_tensor_parallel_net() -> Net:
+    return Net(tensor_parallel_net)
+
+
+def compare(
+    ranks: Ranks,
+    kind: Callable[[], Net],
+    data: int,
+    tensor: int,
+    kfc: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """What the ranks hold; their weights must be those of one rank."""
+    kfc, options = kfc or {}, options or {}
+    results = ranks.run(train, kind, data, tensor, kfc, options)
+    reference = plain_tensor_parallel_net if kind is TensorParallel else plain_net
+    alone = {key: value for key, value in kfc.items() if key != "placement"}
+    expected = train(reference, 1, 1, alone, options)["weights"]
+    found = max(difference(result["weights"], expected) for result in results)
+    print(f"largest relative difference: {found:.2g}")
+    assert found < ROUNDING
+    assert {result["events"] for result in results} == {""}
+    return results
+
+
+SHARDED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "comm-opt": ({"placement": "comm-opt"}, {}),
+    "eigh": ({"inverse": "eigh"}, {}),
+    "ekfac": ({"inverse": "ekfac"}, {}),
+    "accumulation": ({}, {"accumulate_grad_batches": 3}),
+    "rare refreshes": ({"factor_every_n_steps": 2, "inverse_every_n_steps": 3, "warmup_steps": 1}, {}),
+    "clipped": ({"kl_clip": 1e-5}, {}),
+}
+
+
+@pytest.mark.parametrize("option", list(SHARDED))
+def test_two_ranks_that_share_a_model_equal_one_that_has_it(two_ranks: Ranks, option: str) -> None:
+    kfc, options = SHARDED[option]
+    first, second = compare(two_ranks, Sharded, 2, 1, kfc, options)
+    layers = {"net.0", "net.2", "net.4"}
+    if option in ("comm-opt", "ekfac"):
+        assert set(first["factors"]) == set(second["factors"]) == layers
+    else:
+        # Each layer's factors are on one rank, as its parameters are shared.
+        assert sorted([*first["factors"], *second["factors"]]) == sorted(layers)
+
+
+@pytest.mark.parametrize("placement", ["comm-opt", "mem-opt", 0.5])
+def test_two_replicas_of_a_model_that_two_ranks_share_equal_one_rank(four_ranks: Ranks, placement: str | float) -> None:
+    compare(four_ranks, Hybrid, 4, 1, {"placement": placement})
+
+
+@pytest.mark.parametrize("inverse", ["cholesky", "eigh", "ekfac"])
+def test_column_and_row_wise_linear_layers_have_the_factors_of_the_whole_layer(two_ranks: Ranks, inverse: str) -> None:
+    results = compare(two_ranks, TensorParallel, 1, 2, {"inverse": inverse})
+    assert set(results[0]["treatments"].values()) == {"kfc"}
+
+
+def test_tensor_parallel_layers_that_are_sharded_over_the_data_parallel_ranks_too(four_ranks: Ranks) -> None:
+    for placement in ("auto", "comm-opt"):
+        compare(four_ranks, TensorParallel, 2, 2, {"placement": placement})
+
+
+def resume(folder: Path, epochs: int, ckpt: Path | None) -> dict[str, Tensor]:
+    callback, module = KFCCallback(**{**EXACT, "factor_every_n_steps": 2, "inverse_every_n_steps": 4}), Sharded()
+    saver = ModelCheckpoint(dirpath=folder, save_last=True, save_top_k=0)
+    used = trainer(callback, enable_checkpointing=True, max_epochs=epochs, strategy=strategy(2, 1), devices=2)
+    used.callbacks.append(saver)
+    used.fit(module, loader(images(24), 4), ckpt_path=ckpt, weights_only=None if ckpt is None else False)
+    return {name: whole(value.detach()) for name, value in module.named_parameters()}
+
+
+def test_a_shared_model_goes_on_from_its_checkpoint_bit_for_bit(two_ranks: Ranks, tmp_path: Path) -> None:
+    expected, _ = two_ranks.run(resume, tmp_path / "whole", 2, None)
+    two_ranks.run(resume, tmp_path / "part", 1, None)
+    found, _ = two_ranks.run(resume, tmp_path / "part", 2, tmp_path / "part" / "last.ckpt")
+    assert difference(found, expected) == 0
+
+
+def spoilt() -> tuple[dict[str, Tensor], dict[str, int]]:
+    data = images(24)
+    data.tensors[0][9] = torch.nan
+    callback, module = KFCCallback(**EXACT), Sharded()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer(callback, strategy=strategy(2, 1), devices=2).fit(module, loader(data, 4))
+    return {name: whole(p.detach()) for name, p in module.named_parameters()}, callback.kfc.events.state_dict()
+
+
+def test_a_nan_in_one_rank_s_part_skips_the_step_on_all(two_ranks: Ranks) -> None:
+    (first, events), (second, others) = two_ranks.run(spoilt)
+    assert events == others
+    assert events["nonfinite_gradients"] == 1
+    assert difference(first, second) == 0
+    assert all(bool(torch.isfinite(value).all()) for value in first.values())
