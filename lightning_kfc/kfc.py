@@ -318,7 +318,7 @@ class KFC:
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         rates = {}
         for name, layer in self.layers.items():
-            own = [groups.get(id(parameter)) for parameter in layer.adapter.own_parameters().values()]
+            own = [groups.get(id(parameter)) for parameter in layer.trained_parameters().values()]
             if own and own[0] is not None and all(group is not None for group in own):
                 rates[name] = float(own[0]["lr"])
         return rates

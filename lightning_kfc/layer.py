@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_kfc.distributed import is_sharded
 from lightning_kfc.factors.eigenbasis import Eigenbasis
 from lightning_kfc.factors.inverse import EighInverse, EkfacInverse, Inverse
 from lightning_kfc.factors.quadratic import quadratic_form
@@ -37,6 +38,9 @@ class Layer:
         self.inverse: Inverse | None = None
         #: The last inverse that gave a usable update, until the present one has given one.
         self.previous_inverse: Inverse | None = None
+        # A sharded module shows the whole parameters from its forward to its backward: the gradients, and the
+        # optimizer, are of the parts.
+        self._parts = {role: p for role, p in self.adapter.parameters().items() if is_sharded(p)}
         self.pending: Statistics | None = None
         self.examples: ExampleGradients | None = None
         self.factorised_at = -1
@@ -57,6 +61,11 @@ class Layer:
     def parameters(self) -> list[nn.Parameter]:
         """The layer's parameters, trainable or not."""
         return list(self.adapter.parameters().values())
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trainable now, by role, as the optimizer has them."""
+        own = self.adapter.own_parameters()
+        return {role: self._parts.get(role, parameter) for role, parameter in own.items()}
 
     def factor(self, name: str) -> Tensor:
         """A running factor, without the groups axis where there is one group.
@@ -196,15 +205,16 @@ class Layer:
 
     def gradients(self) -> dict[str, Tensor] | None:
         """The gradients of the layer's parameters, or None where one of them has none."""
-        found = {name: parameter.grad for name, parameter in self.adapter.own_parameters().items()}
+        found = {name: parameter.grad for name, parameter in self.trained_parameters().items()}
         if not found or any(gradient is None for gradient in found.values()):
             return None
         return {name: gradient for name, gradient in found.items() if gradient is not None}
 
     def gradient_is_zero(self) -> bool:
         """Whether the layer's parameters have no gradient, or one that is zero in every element."""
+        parameters = {**self.adapter.parameters(), **self._parts}.values()
         # A rank's part of a sharded gradient says nothing about the other ranks' parts.
-        return all(g is None or (type(g) is Tensor and _is_zero(g)) for g in (p.grad for p in self.parameters()))
+        return all(g is None or (type(g) is Tensor and _is_zero(g)) for g in (p.grad for p in parameters))
 
     def write(self, matrix: Tensor) -> bool:
         """Replace the gradients by a matrix ``(groups, d_out, d_in)``.

@@ -69,7 +69,7 @@ class Refresh:
 
     def expects(self, layers: Iterable[str]) -> bool:
         """Whether statistics of any of these layers may wait, on this rank or on another one."""
-        return not self._expected.isdisjoint(layers)
+        return self._begun is not None or not self._expected.isdisjoint(layers)
 
     def give_up_together(self, layer: str, reason: str) -> None:
         """Have all ranks give a layer up with the next statistics, though only this one may have the reason."""
@@ -77,8 +77,13 @@ class Refresh:
 
     def begin(self, layers: Sequence[Layer]) -> None:
         """Begin to add up what the layers have over the ranks; the next refresh of them waits for it."""
-        if self._team.size > 1 and self._begun is None and self.expects(layer.name for layer in layers):
-            self._begun = self._reduction_of(layers)
+        if self._team.size == 1 or self._begun is not None:
+            return
+        expected = [layer for layer in layers if layer.name in self._expected]
+        self._expected.difference_update(layer.name for layer in expected)
+        asked = [layer for layer in expected if layer.pending is not None or layer.adapter.own_parameters()]
+        if asked:
+            self._begun = asked, self._reduction_of(asked)
 
     def discard(self, layers: Iterable[str]) -> None:
         """Ask no more for the statistics of layers, which the caller drops."""
@@ -159,27 +164,27 @@ class Refresh:
         if self._team.size == 1:
             pending = {layer.name: layer.pending for layer in layers if layer.pending is not None}
             return {name: Reduced(1, statistics.rows, False, statistics) for name, statistics in pending.items()}
+        found: dict[str, Reduced] = {}
         self.begin(layers)
-        if self._begun is None:
-            return {}
-        self._asked, reduction = self._begun
-        self._begun = None
-        self.communication.begin("factors")
-        self.communication.add("factors", reduction.bytes)
-        return reduction.end()
+        # Once more where what was begun before the backward was not of all these layers.
+        while self._begun is not None:
+            if not found:
+                self.communication.begin("factors")
+            asked, reduction = self._begun
+            self._begun = None
+            self._asked += asked
+            self.communication.add("factors", reduction.bytes)
+            found |= reduction.end()
+            self.begin(layers)
+        return found
 
-    def _reduction_of(self, layers: Sequence[Layer]) -> tuple[list[Layer], Reduction]:
-        asked = [
-            layer
-            for layer in layers
-            if layer.name in self._expected and (layer.pending is not None or layer.adapter.own_parameters())
-        ]
+    def _reduction_of(self, asked: Sequence[Layer]) -> Reduction:
         pending = {layer.name: layer.pending for layer in asked if layer.pending is not None}
         for layer in asked:
             if layer.pending is None:
                 layer.note_roles()
         outlines = [_outline(layer, self._exchange.owner(layer)) for layer in asked]
-        return asked, Reduction(self._team, outlines, pending, self._given_up, self._settings.reduce_precision)
+        return Reduction(self._team, outlines, pending, self._given_up, self._settings.reduce_precision)
 
     def _give_up_flagged(self, found: Mapping[str, Reduced], layers: Mapping[str, Layer]) -> None:
         for name, reduced in found.items():

@@ -23,6 +23,21 @@ class Sharded(Net):
         fully_shard(self.net, mesh=mesh)
 
 
+class InOnePiece(Net):
+    """FSDP2: the whole is one unit, whose parameters stay whole from the forward to the backward."""
+
+    def configure_model(self) -> None:
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
+class InTwoPieces(Net):
+    """FSDP2: one layer is a unit, the others belong to the whole."""
+
+    def configure_model(self) -> None:
+        fully_shard(self.net[2], mesh=self.device_mesh["data_parallel"])
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
 class Hybrid(Net):
     """HSDP: two replicas of a model that two ranks share."""
 

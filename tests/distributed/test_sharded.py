@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,14 @@ from lightning_kfc import KFCCallback
 from lightning_kfc.sharding import whole
 from tests.distributed.nets import EXACT, Net, conv_net, difference, images, loader, trainer
 from tests.distributed.pool import Ranks
-from tests.distributed.sharded_nets import Hybrid, Sharded, TensorParallel, tensor_parallel_net
+from tests.distributed.sharded_nets import (
+    Hybrid,
+    InOnePiece,
+    InTwoPieces,
+    Sharded,
+    TensorParallel,
+    tensor_parallel_net,
+)
 from tests.harness import QUIET
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
@@ -95,51 +102,122 @@ def test_two_ranks_that_share_a_model_equal_one_that_has_it(two_ranks: Ranks, op
         assert sorted([*first["factors"], *second["factors"]]) == sorted(layers)
 
 
+@pytest.mark.parametrize("kind", [InOnePiece, InTwoPieces])
+def test_units_of_several_layers_equal_one_rank(two_ranks: Ranks, kind: Callable[[], Net]) -> None:
+    for option in ("plain", "accumulation", "rare refreshes"):
+        compare(two_ranks, kind, 2, 1, *SHARDED[option])
+
+
 @pytest.mark.parametrize("placement", ["comm-opt", "mem-opt", 0.5])
 def test_two_replicas_of_a_model_that_two_ranks_share_equal_one_rank(four_ranks: Ranks, placement: str | float) -> None:
     compare(four_ranks, Hybrid, 4, 1, {"placement": placement})
 
 
-@pytest.mark.parametrize("inverse", ["cholesky", "eigh", "ekfac"])
-def test_column_and_row_wise_linear_layers_have_the_factors_of_the_whole_layer(two_ranks: Ranks, inverse: str) -> None:
-    results = compare(two_ranks, TensorParallel, 1, 2, {"inverse": inverse})
+@pytest.mark.parametrize("option", ["eigh", "ekfac", "accumulation"])
+def test_two_replicas_equal_one_rank_whatever_the_option(four_ranks: Ranks, option: str) -> None:
+    compare(four_ranks, Hybrid, 4, 1, *SHARDED[option])
+
+
+@pytest.mark.parametrize("option", ["plain", "eigh", "ekfac", "accumulation"])
+def test_column_and_row_wise_linear_layers_have_the_factors_of_the_whole_layer(two_ranks: Ranks, option: str) -> None:
+    results = compare(two_ranks, TensorParallel, 1, 2, *SHARDED[option])
     assert set(results[0]["treatments"].values()) == {"kfc"}
 
 
-def test_tensor_parallel_layers_that_are_sharded_over_the_data_parallel_ranks_too(four_ranks: Ranks) -> None:
-    for placement in ("auto", "comm-opt"):
-        compare(four_ranks, TensorParallel, 2, 2, {"placement": placement})
+@pytest.mark.parametrize("option", ["plain", "comm-opt", "eigh", "ekfac", "accumulation"])
+def test_tensor_parallel_layers_that_are_sharded_over_the_data_parallel_ranks_too(
+    four_ranks: Ranks, option: str
+) -> None:
+    compare(four_ranks, TensorParallel, 2, 2, *SHARDED[option])
 
 
-def resume(folder: Path, epochs: int, ckpt: Path | None) -> dict[str, Tensor]:
-    callback, module = KFCCallback(**{**EXACT, "factor_every_n_steps": 2, "inverse_every_n_steps": 4}), Sharded()
+def resume(
+    kind: Callable[[], Net], data: int, tensor: int, folder: Path, epochs: int, ckpt: Path | None
+) -> dict[str, Tensor]:
+    settings = {**EXACT, "kl_clip": 0.03, "factor_every_n_steps": 2, "inverse_every_n_steps": 4}
+    callback, module = KFCCallback(**settings), kind()
     saver = ModelCheckpoint(dirpath=folder, save_last=True, save_top_k=0)
-    used = trainer(callback, enable_checkpointing=True, max_epochs=epochs, strategy=strategy(2, 1), devices=2)
+    several = {"strategy": strategy(data, tensor), "devices": data * tensor} if data * tensor > 1 else {}
+    used = trainer(callback, enable_checkpointing=True, max_epochs=epochs, **several)
     used.callbacks.append(saver)
-    used.fit(module, loader(images(24), 4), ckpt_path=ckpt, weights_only=None if ckpt is None else False)
+    loaded = {"ckpt_path": ckpt, "weights_only": False} if ckpt is not None else {}
+    used.fit(module, loader(images(24), 8 // data, tensor), **loaded)
     return {name: whole(value.detach()) for name, value in module.named_parameters()}
 
 
-def test_a_shared_model_goes_on_from_its_checkpoint_bit_for_bit(two_ranks: Ranks, tmp_path: Path) -> None:
-    expected, _ = two_ranks.run(resume, tmp_path / "whole", 2, None)
-    two_ranks.run(resume, tmp_path / "part", 1, None)
-    found, _ = two_ranks.run(resume, tmp_path / "part", 2, tmp_path / "part" / "last.ckpt")
+MESHES = {
+    "FSDP2": (Sharded, 2, 1),
+    "HSDP": (Hybrid, 4, 1),
+    "TP": (TensorParallel, 1, 2),
+    "FSDP2 + TP": (TensorParallel, 2, 2),
+}
+
+
+def ranks_of(mesh: str, request: pytest.FixtureRequest) -> Ranks:
+    _, data, tensor = MESHES[mesh]
+    ranks: Ranks = request.getfixturevalue("two_ranks" if data * tensor == 2 else "four_ranks")
+    return ranks
+
+
+@pytest.mark.parametrize("mesh", list(MESHES))
+def test_a_shared_model_goes_on_from_its_checkpoint_bit_for_bit(
+    mesh: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    ranks = ranks_of(mesh, request)
+    expected = ranks.run(resume, *MESHES[mesh], tmp_path / "whole", 2, None)[0]
+    ranks.run(resume, *MESHES[mesh], tmp_path / "part", 1, None)
+    found = ranks.run(resume, *MESHES[mesh], tmp_path / "part", 2, tmp_path / "part" / "last.ckpt")[0]
     assert difference(found, expected) == 0
 
 
-def spoilt() -> tuple[dict[str, Tensor], dict[str, int]]:
-    data = images(24)
-    data.tensors[0][9] = torch.nan
-    callback, module = KFCCallback(**EXACT), Sharded()
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("legs", [("FSDP2", "HSDP", "FSDP2"), ("TP", "FSDP2 + TP", "TP")], ids=" to ".join)
+def test_a_shared_model_goes_on_with_another_number_of_ranks(
+    legs: Sequence[str], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    ckpt = None
+    for epochs, mesh in enumerate(legs, 1):
+        folder = tmp_path / str(epochs)
+        found = ranks_of(mesh, request).run(resume, *MESHES[mesh], folder, epochs, ckpt)[0]
+        ckpt = folder / "last.ckpt"
+    alone = plain_tensor_parallel_net if "TP" in legs else plain_net
+    expected = resume(alone, 1, 1, tmp_path / "alone", len(legs), None)
+    difference_found = difference(found, expected)
+    print(f"largest relative difference: {difference_found:.2g}")
+    assert difference_found < ROUNDING
+
+
+def spoilt(kind: Callable[[], Net], data: int, tensor: int) -> tuple[dict[str, Tensor], dict[str, int]]:
+    examples = images(24)
+    examples.tensors[0][9] = torch.nan
+    callback, module = KFCCallback(**{**EXACT, "kl_clip": 0.03}), kind()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer(callback, strategy=strategy(2, 1), devices=2).fit(module, loader(data, 4))
+        trainer(callback, strategy=strategy(data, tensor), devices=data * tensor).fit(
+            module, loader(examples, 8 // data, tensor)
+        )
     return {name: whole(p.detach()) for name, p in module.named_parameters()}, callback.kfc.events.state_dict()
 
 
-def test_a_nan_in_one_rank_s_part_skips_the_step_on_all(two_ranks: Ranks) -> None:
-    (first, events), (second, others) = two_ranks.run(spoilt)
-    assert events == others
+@pytest.mark.parametrize("mesh", list(MESHES))
+def test_a_nan_in_one_rank_s_part_skips_the_step_on_all(mesh: str, request: pytest.FixtureRequest) -> None:
+    results = ranks_of(mesh, request).run(spoilt, *MESHES[mesh])
+    first, events = results[0]
     assert events["nonfinite_gradients"] == 1
-    assert difference(first, second) == 0
+    for weights, others in results:
+        assert events == others
+        assert difference(weights, first) == 0
     assert all(bool(torch.isfinite(value).all()) for value in first.values())
+
+
+def rounded(kind: Callable[[], Net], data: int, tensor: int, precision: str) -> dict[str, Tensor]:
+    return train(kind, data, tensor, {"reduce_precision": precision}, {"max_steps": 1})["weights"]
+
+
+@pytest.mark.parametrize("mesh", ["FSDP2", "HSDP", "FSDP2 + TP"])
+def test_bfloat16_on_the_wire_rounds_a_shared_model_s_factors_alike(mesh: str, request: pytest.FixtureRequest) -> None:
+    ranks = ranks_of(mesh, request)
+    exact = ranks.run(rounded, *MESHES[mesh], "full")[0]
+    results = ranks.run(rounded, *MESHES[mesh], "bfloat16")
+    assert all(difference(result, results[0]) == 0 for result in results)
+    assert 0 < difference(results[0], exact) < 0.05
