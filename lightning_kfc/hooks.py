@@ -438,8 +438,9 @@ class KFCHooks:
             return
         numbers = self.kfc.last_step.as_metrics()
         self._reports.numbers(step, numbers)
+        sent = self.kfc.communication.as_metrics() if trainer.world_size > 1 else {}
         for logger in trainer.loggers:
-            logger.log_metrics(numbers, step=step)
+            logger.log_metrics({**numbers, **sent}, step=step)
 
     # State.
 

@@ -17,7 +17,8 @@ NAN, INF = float("nan"), float("inf")
 
 WRONG: list[tuple[str, Any, type[Exception], str]] = [
     *[("damping", v, ValueError, f"damping must be a positive number, got {v!r}") for v in (0, -0.1, NAN, INF)],
-    *[("damping", v, TypeError, f"damping must be a number, got {v!r} of type") for v in ("0.1", None, True)],
+    *[("damping", v, TypeError, f"damping must be a number, got {v!r} of type") for v in (None, True)],
+    ("damping", "0.1", TypeError, "damping must be a number or 'auto', got '0.1' of type str"),
     *[("kl_clip", v, ValueError, f"kl_clip must be a positive number, got {v!r}") for v in (0.0, -1, NAN)],
     ("kl_clip", "none", TypeError, "kl_clip must be a number or 'auto', got 'none' of type str"),
     *[("ema_decay", v, ValueError, f"ema_decay must be at least 0 and below 1, got {v!r}") for v in (1.0, -0.1, NAN)],

@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -333,3 +334,38 @@ def test_a_layer_that_one_rank_cannot_explain_is_given_up_by_all(two_ranks: Rank
     assert layers == others == ["1", "3.weight", "3.bias"]
     assert treatments["3.weight"] == "diagonal"
     assert difference(weights, other_weights) == 0
+
+
+class Kept(Logger):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[dict[str, float]] = []
+
+    @property
+    def name(self) -> str:
+        return "kept"
+
+    @property
+    def version(self) -> int:
+        return 0
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows.append(dict(metrics))
+
+
+def logged() -> tuple[list[dict[str, float]], dict[str, float]]:
+    callback, logger = KFCCallback(**EXACT), Kept()
+    options = {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": 2, "log_every_n_steps": 1}
+    trainer(callback, **options, logger=logger).fit(Net(), loader(images(24), 4))
+    return logger.rows, callback.kfc.communication.as_metrics()
+
+
+def test_the_bytes_that_ranks_send_are_logged(two_ranks: Ranks) -> None:
+    rows, last = two_ranks.run(logged)[0]
+    assert last["kfc/bytes_factors"] > 0
+    assert [{name: row[name] for name in last} for row in rows if "kfc/kl" in row][-1] == last
