@@ -1,5 +1,8 @@
 """Settings of the documentation; build it with ``make docs``."""
 
+import sys
+from pathlib import Path
+
 from lightning_kfc.version import __version__
 
 project = "lightning-kfc"
@@ -7,7 +10,9 @@ author = "The lightning-kfc authors"
 copyright = author
 version = release = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+sys.path.insert(0, str(Path(__file__).parent))
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "mathml"]
+html_math_renderer = "mathml"
 exclude_patterns = ["_build"]
 
 myst_enable_extensions = ["amsmath", "attrs_inline", "deflist", "dollarmath"]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import pkgutil
 import re
 import sys
 import textwrap
@@ -29,6 +30,8 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 import lightning_kfc
+import lightning_kfc.analysis
+import lightning_kfc.pictures
 from lightning_kfc.discovery import LOSS_FUNCTIONS
 from lightning_kfc.monitor import Events, StepNumbers
 
@@ -127,6 +130,21 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(
                 exec(code, namespace)
 
 
+@pytest.mark.parametrize("page", having("diff"), ids=page_id)
+def test_both_sides_of_a_change_on_a_page_are_python_and_the_new_one_runs(page: Path) -> None:
+    namespace: dict[str, Any] = {"__name__": "page"}
+    with lightning_silenced():
+        for block in blocks(page):
+            if block.language == "python" and "import " in block.code and not block.mark:
+                exec("\n".join(re.findall(r"^(?:from \S+ )?import [\w, ]+$", block.code, re.MULTILINE)), namespace)
+            if block.language == "diff":
+                lines = block.code.splitlines()
+                old, new = (textwrap.dedent("\n".join(x[1:] for x in lines if x[:1] != sign)) for sign in "+-")
+                compile(old, f"{page.name}:{block.line}", "exec")
+                exec(compile(new, f"{page.name}:{block.line}", "exec"), namespace)
+                assert isinstance(namespace["trainer"].callbacks[0], lightning_kfc.KFCCallback)
+
+
 @pytest.mark.parametrize("page", having("yaml"), ids=page_id)
 def test_the_yaml_of_a_page_makes_a_trainer_with_the_callback(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -173,6 +191,10 @@ def test_the_api_page_has_every_public_name() -> None:
     text = (ROOT / "docs/api.md").read_text("utf-8")
     described = {name.rpartition(".")[2] for name in re.findall(r"auto\w+:: ([\w.]+)", text)}
     assert set(lightning_kfc.__all__) - {"__version__"} <= described
+    assert set(lightning_kfc.analysis.__all__) <= described
+    listed = re.search(r"automodule:: lightning_kfc.pictures\n +:members: (.*)", text)
+    assert listed is not None
+    assert set(lightning_kfc.pictures.__all__) <= set(listed[1].split(", "))
 
 
 def test_the_loss_page_has_every_recognised_loss_function() -> None:
@@ -184,6 +206,12 @@ def test_the_logged_keys_and_counted_events_are_documented() -> None:
     text = (ROOT / "docs/settings.md").read_text("utf-8") + (ROOT / "docs/troubleshooting.md").read_text("utf-8")
     names = [*StepNumbers(0, 1.0, 1.0, 0.0).as_metrics(), *Events().state_dict()]
     assert [name for name in names if f"`{name}`" not in text] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_names_of_the_package_on_a_page_exist(page: Path) -> None:
+    for name in re.findall(r"`(lightning_kfc(?:\.\w+)+)`", page.read_text("utf-8")):
+        pkgutil.resolve_name(name)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
