@@ -207,7 +207,7 @@ TASKS = {
             make_model=LanguageModel,
             loss=next_byte_cross_entropy,
             data=data.topics_text,
-            goals={128: Goal((2.5, 2.2, 2.0), 500)},
+            goals={128: Goal((2.5, 2.1, 1.8), 320)},
             batch_size=128,
             accuracy=share_right,
         ),
