@@ -65,6 +65,7 @@ class Run:
         seed: Of all that is random.
         measure_held_out: Whether the held-out examples are measured too: now and then, at each target, at the end.
         seconds: CPU seconds of steps after which the run is over; None for no limit.
+        spacing: How often the training loss is evaluated; see :func:`evaluation_due`.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Run:
         seed: int,
         measure_held_out: bool = False,
         seconds: float | None = None,
+        spacing: int = SPACING,
     ) -> None:
         self.task = task
         self.contestant = contestant
@@ -82,6 +84,7 @@ class Run:
         self.seed = seed
         self.curve = Curve()
         self._limit = seconds
+        self._spacing = spacing
         self._measure_held_out = measure_held_out
         self._random = RandomStream(seed)
         self._iteration = 0
@@ -106,7 +109,7 @@ class Run:
         self._stepper.step(lambda: self.task.loss(self.model(inputs), targets))
         self._seconds += time.process_time() - started
         self._iteration += 1
-        if evaluation_due(self._iteration) or self._exhausted():
+        if evaluation_due(self._iteration, self._spacing) or self._exhausted():
             self._evaluate()
 
     def _evaluate(self) -> None:

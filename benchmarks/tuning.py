@@ -28,6 +28,8 @@ from benchmarks.report import lists_on_one_line, measured_with
 from benchmarks.tasks import Task
 
 PATIENCE = 1.25
+#: Evaluations of the loss are half as many as in the contest.
+SPACING = 8
 #: How many of a grid go on when half of the budget is spent and none has got there.
 SURVIVORS = 3
 #: How often a grid may grow at an edge.
@@ -143,7 +145,8 @@ class Search:
 
     def run(self, lrs: Iterable[float]) -> None:
         """Run these learning rates side by side."""
-        runs = [Run(self._task, self._contestant, lr, self._seed, seconds=self._limit) for lr in lrs]
+        options = {"seconds": self._limit, "spacing": SPACING}
+        runs = [Run(self._task, self._contestant, lr, self._seed, **options) for lr in lrs]
         self._curves.update({run.lr: run.curve for run in runs})
         interleave(runs, until=lambda run: self._arrived(run) or self._hopeless(run), block=1)
         for run in runs:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import convergence, data, harness, step_cost, tuning
+from benchmarks import batch_size, convergence, data, harness, step_cost, tuning
 from benchmarks.contestants import ABLATION, CONTESTANTS, PEERS, hidden_matrices, kfc
 from benchmarks.curves import NEVER, Curve, HeldOut, Reach, at_edge, median_ratio
 from benchmarks.data import Split
@@ -266,8 +266,8 @@ def test_each_task_builds_and_gives_losses_near_those_of_guessing(name: str) -> 
     split = task.data()
     inputs, targets = next(task.at(min(task.goals)).batches(0))
     assert inputs.shape == (min(task.goals), *split.train_inputs.shape[1:])
-    outputs = model(inputs)
     with torch.no_grad():
+        outputs = model(inputs)
         guessing = task.loss(torch.zeros_like(outputs), targets)
     assert float(task.loss(outputs, targets)) == pytest.approx(float(guessing), rel=0.3)
     held_out = task.held_out(model, 5)
@@ -675,3 +675,44 @@ def test_deep_autoencoder_has_its_papers_widths_and_a_linear_code() -> None:
     code = layers.index(linear[3])
     assert not isinstance(layers[code + 1], nn.ReLU)
     assert sum(isinstance(module, nn.ReLU) for module in layers) == 6
+
+
+# Batch sizes.
+
+
+def test_where_a_doubling_of_the_batch_stops_gaining() -> None:
+    assert batch_size.stops_gaining({64: 100, 128: 50, 256: 39, 512: 35}) == 256
+    assert batch_size.stops_gaining({64: 100, 128: 70}) is None
+    assert batch_size.stops_gaining({64: math.inf, 128: 70, 256: math.inf}) == 128
+
+
+def test_batch_sizes_search_around_the_size_before_and_go_on_where_they_left_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    middles = []
+
+    def measure(task: Task, contestant: Contestant, around: float, seeds: list[int]) -> dict[str, object]:
+        middles.append((contestant.name, task.batch_size, around))
+        return {"lr": around * 2, "iterations": [100.0 / task.batch_size, None, 50.0]}
+
+    monkeypatch.setattr(batch_size, "measure", measure)
+    places = ["--results", str(tmp_path), "--plots", str(tmp_path), "--sizes", "4", "8"]
+    assert batch_size.main([*places, "--pieces", "3"]) == 3
+    assert batch_size.main(places) == 0
+    sgd, muon = (CONTESTANTS[name].grid[2] for name in ("sgd", "muon"))
+    assert middles == [
+        ("sgd", 4, sgd),
+        ("sgd", 8, 2 * sgd),
+        ("muon", 4, muon),
+        ("muon", 8, 2 * muon),
+        ("kfc", 4, 0.5),
+        ("kfc", 8, 1.0),
+    ]
+    assert f"| 4 | 50 ({2 * sgd:g}) | 50 ({2 * muon:g}) | 50 (1) |" in (tmp_path / "batch_size.md").read_text()
+    assert (tmp_path / "batch_size.svg").exists()
+
+
+def test_a_batch_size_is_measured_with_the_rate_that_was_searched_for_it() -> None:
+    task = batch_size.sized(falling_task(), 3, budget=200, target=math.exp(-10))
+    contestant = falling(lambda lr, seed: {1: 0.1, 2: 0.2, 4: 0.5, 8: 0.25}[int(lr)])
+    assert batch_size.measure(task, contestant, 2.0, [0, 1]) == {"lr": 4.0, "iterations": [20.0, 20.0]}
