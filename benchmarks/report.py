@@ -93,7 +93,7 @@ def lists_on_one_line(text: str) -> str:
         elif depth and (stripped.rstrip(",") == "]" or stripped.endswith(("{", "["))):
             # A list of objects stays as it is.
             depth = 0
-    return "\n".join(lines)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def markdown(results: Results, reference: str = "kfc") -> str:

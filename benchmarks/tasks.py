@@ -155,7 +155,7 @@ TASKS = {
             make_model=conv_net,
             loss=F.cross_entropy,
             data=data.mnist,
-            goals={512: Goal((0.3, 0.0565, 0.03), 150), 128: Goal((0.3, 0.1, 0.025), 400)},
+            goals={512: Goal((0.3, 0.0565, 0.03), 250), 128: Goal((0.3, 0.1, 0.025), 400)},
             batch_size=512,
             accuracy=share_right,
         ),

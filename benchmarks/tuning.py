@@ -4,7 +4,7 @@ On the first tuning seed all learning rates of a grid run side by side. A run en
 the budget of iterations or CPU seconds, or where it is hopeless:
 
 - another learning rate of the same optimizer got there, and this run has made ``PATIENCE`` times as many iterations;
-- half of the budget is spent, none got there yet, and three others of the same optimizer are at a lower loss.
+- a quarter of the budget is spent, none got there yet, and three others of the same optimizer have been at a lower loss.
 
 Neither rule looks at another optimizer. If the best is at the grid's edge, the grid grows beyond it. On further tuning
 seeds, the learning rates that came within ``PATIENCE`` of the best run again (the best two, where none got there); if
@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,7 +30,8 @@ from benchmarks.tasks import Task
 PATIENCE = 1.25
 #: Evaluations of the loss are half as many as in the contest.
 SPACING = 8
-#: How many of a grid go on when half of the budget is spent and none has got there.
+#: The share of the budget after which, as long as none has got there, only the best ``SURVIVORS`` of a grid go on.
+TRIAL_SHARE = 0.25
 SURVIVORS = 3
 #: How often a grid may grow at an edge.
 EXTENSIONS = 6
@@ -84,7 +85,7 @@ class Tuning:
         """Write JSON, with the versions that were used."""
         entries: dict[str, Any] = dict(vars(self))
         entries["trials"] = {
-            name: {f"{lr:g}": [asdict(trial) for trial in trials] for lr, trials in sorted(grid.items())}
+            name: {f"{lr:g}": _columns(trials) for lr, trials in sorted(grid.items())}
             for name, grid in self.trials.items()
         }
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +97,10 @@ class Tuning:
         entries = json.loads(path.read_text())
         del entries["measured_with"]
         entries["trials"] = {
-            name: {float(lr): [Trial(**trial) for trial in trials] for lr, trials in grid.items()}
+            name: {
+                float(lr): [Trial(*values) for values in zip(*columns.values(), strict=True)]
+                for lr, columns in grid.items()
+            }
             for name, grid in entries["trials"].items()
         }
         return cls(**entries)
@@ -133,6 +137,10 @@ class Tuning:
         return at_edge(self.choice(name), list(self.trials[name]))
 
 
+def _columns(trials: Sequence[Trial]) -> dict[str, list[Any]]:
+    return {entry.name: [getattr(trial, entry.name) for trial in trials] for entry in fields(Trial)}
+
+
 class Search:
     """The trials of one contestant on one seed."""
 
@@ -158,12 +166,14 @@ class Search:
         return math.isfinite(reached)
 
     def _hopeless(self, run: Run) -> bool:
-        made, loss = run.curve.iterations[-1], run.curve.losses[-1]
+        made = run.curve.iterations[-1]
         if math.isfinite(self._best):
             return made >= PATIENCE * self._best
-        if 2 * made < self._task.budget and 2 * run.curve.seconds[-1] < self._limit:
+        spent = max(made / self._task.budget, run.curve.seconds[-1] / self._limit)
+        if spent < TRIAL_SHARE:
             return False
-        better = [curve for curve in self._curves.values() if curve is not run.curve and loss_at(curve, made) < loss]
+        own = lowest_until(run.curve, made)
+        better = [curve for curve in self._curves.values() if lowest_until(curve, made) < own]
         return len(better) >= SURVIVORS
 
     def _trial(self, run: Run) -> Trial:
@@ -182,13 +192,11 @@ class Search:
         )
 
 
-def loss_at(curve: Curve, iteration: int) -> float:
-    """The last loss that was measured up to an iteration; infinite where a curve ended in a divergence before."""
+def lowest_until(curve: Curve, iteration: int) -> float:
+    """The lowest loss up to an iteration, which a passing spike does not hide; infinite where the run diverged."""
     if curve.diverged():
         return math.inf
-    return next(
-        loss for i, loss in zip(reversed(curve.iterations), reversed(curve.losses), strict=True) if i <= iteration
-    )
+    return min(loss for made, loss in zip(curve.iterations, curve.losses, strict=True) if made <= iteration)
 
 
 def tune(task: Task, contestant: Contestant, seeds: Sequence[int], tuning: Tuning) -> None:

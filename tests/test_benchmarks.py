@@ -458,15 +458,22 @@ def test_tuning_steps_down_from_the_edge_of_stability() -> None:
     assert [entry.iterations is None for entry in found.trials["falling"][8.0]] == [False, True]
 
 
-def test_tuning_of_what_never_arrives_ends_half_way_for_the_worse_ones() -> None:
+def test_tuning_of_what_never_arrives_ends_early_for_the_worse_ones() -> None:
     found = tuned(
         falling(lambda lr, seed: {1: 0.01, 2: 0.02, 4: 0.03, 8: 0.02, 16: 0.015}[int(lr)]), falling_task(100), [5]
     )
     steps = {lr: trials[0].steps for lr, trials in found.trials["falling"].items()}
     assert found.choice("falling") == 4
     assert steps[2] == steps[4] == steps[8] == 100
-    assert 50 <= steps[1] <= 55
-    assert 50 <= steps[16] <= 55
+    assert 25 <= steps[1] <= 28
+    assert 25 <= steps[16] <= 28
+
+
+def test_a_spike_does_not_rank_a_run_behind_one_that_never_fell() -> None:
+    spiked = Curve([0, 1, 2, 3], [0.0] * 4, [1.0, 0.3, 0.2, 0.9])
+    assert tuning.lowest_until(spiked, 3) == 0.2
+    assert tuning.lowest_until(spiked, 1) == 0.3
+    assert math.isinf(tuning.lowest_until(Curve([0, 1, 2], [0.0] * 3, [1.0, 0.1, math.nan]), 1))
 
 
 def test_tuning_survives_its_file_and_refuses_another_target(tmp_path: Path) -> None:
