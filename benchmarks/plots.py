@@ -50,7 +50,7 @@ def plot_convergence(results: Results, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     others = iter(OTHER_COLOURS)
     with mpl.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+        figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), sharey=True, layout="constrained")
         for name in results.curves:
             curves = results.of(name)
             colour = COLOURS.get(name) or next(others)
@@ -66,7 +66,7 @@ def plot_convergence(results: Results, path: Path) -> None:
         for target in results.targets:
             for axis in axes:
                 axis.axhline(target, color="black", alpha=0.3, linewidth=0.8, linestyle=":")
-        axes[1].legend(fontsize=8)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
         figure.suptitle(f"{results.title}: {len(results.seeds())} seeds and their median")
         figure.savefig(path, metadata={"Date": None, "Creator": None})
         plt.close(figure)

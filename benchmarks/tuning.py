@@ -59,6 +59,11 @@ class Trial:
     loss: float | None
     ended: str
 
+    @property
+    def last_loss(self) -> float:
+        """The last loss as it counts in a comparison: infinite where the run diverged."""
+        return math.inf if self.loss is None or self.ended == "diverged" else self.loss
+
 
 @dataclass
 class Tuning:
@@ -122,14 +127,15 @@ class Tuning:
     def choice(self, name: str) -> float:
         """The learning rate that got there on most seeds, in the fewest iterations on average.
 
-        Only those count that were tried on the most seeds. Where none got there, the lowest last loss.
+        Only those count that were tried on the most seeds. Where none got there, the lowest last loss; where
+        all diverged, the lowest learning rate.
         """
         grid = self.trials[name]
         most = max(len(trials) for trials in grid.values())
 
         def score(lr: float) -> tuple[int, float, float]:
             reached = [trial.iterations for trial in grid[lr] if trial.iterations is not None]
-            losses = [math.inf if trial.loss is None else trial.loss for trial in grid[lr]]
+            losses = [trial.last_loss for trial in grid[lr]]
             return -len(reached), fmean(reached) if reached else 0.0, 0.0 if reached else fmean(losses)
 
         return min(sorted(lr for lr, trials in grid.items() if len(trials) == most), key=score)
@@ -238,8 +244,7 @@ def promising(trials: Mapping[float, Trial]) -> list[float]:
     reached = {lr: trial.iterations for lr, trial in trials.items() if trial.iterations is not None}
     if reached:
         return sorted(lr for lr, iterations in reached.items() if iterations <= PATIENCE * min(reached.values()))
-    losses = {lr: math.inf if trial.loss is None else trial.loss for lr, trial in trials.items()}
-    return sorted(losses, key=lambda lr: losses[lr])[:2]
+    return sorted(trials, key=lambda lr: (trials[lr].last_loss, lr))[:2]
 
 
 def _try_again(

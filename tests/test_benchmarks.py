@@ -384,6 +384,15 @@ def test_choice_where_nothing_reaches_the_target_is_the_lowest_end_and_never_a_d
     assert tuning_of(_1=[trial(None, loss=0.5)], _2=[trial(None, loss=0.6)]).unsettled("sgd")
 
 
+def test_choice_where_all_diverged_is_the_lowest_so_that_the_grid_grows_downwards() -> None:
+    def diverged(loss: float | None) -> list[Trial]:
+        return [Trial(0, None, 5, loss, "diverged")]
+
+    found = tuning_of(_1=diverged(None), _2=diverged(7e3), _3=diverged(8e9))
+    assert found.choice("sgd") == 1
+    assert found.unsettled("sgd")
+
+
 @pytest.mark.parametrize(("edge", "expected"), [(0.1, 0.05), (0.4, 0.8)])
 def test_a_grid_grows_by_the_ratio_of_its_last_two(edge: float, expected: float) -> None:
     assert tuning.beyond([0.4, 0.1, 0.2], edge) == expected
