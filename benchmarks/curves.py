@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,14 @@ class Reach:
 NEVER = Reach(math.inf, math.inf)
 
 
+class HeldOut(NamedTuple):
+    """Loss on the held-out examples after some iterations, and the share of them that is right, if there is one."""
+
+    iteration: int
+    loss: float
+    accuracy: float | None
+
+
 @dataclass
 class Curve:
     """The training loss after some iterations.
@@ -28,11 +36,13 @@ class Curve:
         iterations: Steps made, growing from 0.
         seconds: What these steps took, evaluation not counted.
         losses: The training loss after them.
+        held_out: Held-out measurements, at fewer iterations.
     """
 
     iterations: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    held_out: list[HeldOut] = field(default_factory=list)
 
     def append(self, iterations: int, seconds: float, loss: float) -> None:
         """Add a point."""
@@ -63,37 +73,34 @@ class Curve:
         """Whether the last loss is not a number, or more than ten times the first."""
         return bool(self.losses) and not self.losses[-1] <= 10 * self.losses[0]
 
-    def as_dict(self) -> dict[str, list[Any]]:
+    def as_dict(self) -> dict[str, Any]:
         """Plain numbers for JSON, rounded to what a measurement can claim."""
         return {
             "iterations": list(self.iterations),
             "seconds": [round(s, 3) for s in self.seconds],
-            "losses": [float(f"{loss:.4g}") for loss in self.losses],
+            "losses": [_four_digits(loss) for loss in self.losses],
+            "held_out": {
+                "iterations": [point.iteration for point in self.held_out],
+                "losses": [_four_digits(point.loss) for point in self.held_out],
+                "accuracies": [None if point.accuracy is None else round(point.accuracy, 4) for point in self.held_out],
+            },
         }
 
     @classmethod
-    def from_dict(cls, entry: Mapping[str, Sequence[Any]]) -> Curve:
+    def from_dict(cls, entry: Mapping[str, Any]) -> Curve:
         """The reverse of :meth:`as_dict`."""
-        return cls(list(entry["iterations"]), list(entry["seconds"]), list(entry["losses"]))
+        held_out = entry["held_out"]
+        points = zip(held_out["iterations"], held_out["losses"], held_out["accuracies"], strict=True)
+        return cls(entry["iterations"], entry["seconds"], entry["losses"], [HeldOut(*point) for point in points])
+
+    def held_out_at(self, target: float) -> HeldOut | None:
+        """The held-out measurement made when a loss was first met; None if it was not met or nothing was measured."""
+        reached = next((i for i, loss in zip(self.iterations, self.losses, strict=True) if loss <= target), None)
+        return next((point for point in self.held_out if point.iteration == reached), None)
 
 
-def best_of_grid(curves: Mapping[float, Sequence[Curve]], target: float) -> float:
-    """The learning rate whose runs reach the target in the fewest iterations (median over seeds).
-
-    Where none reaches it, the one whose runs end at the lowest loss.
-
-    Args:
-        curves: For each learning rate its runs, one a seed.
-        target: The loss to reach.
-    """
-
-    def score(lr: float) -> tuple[float, float]:
-        reached = median(curve.reach(target).iterations for curve in curves[lr])
-        ends = [curve.losses[-1] if math.isfinite(curve.losses[-1]) else math.inf for curve in curves[lr]]
-        # Runs stop at the target, so that their ends compare only where none got there.
-        return reached, median(ends) if math.isinf(reached) else 0.0
-
-    return min(curves, key=score)
+def _four_digits(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 def at_edge(lr: float, grid: Sequence[float]) -> bool:

@@ -1,39 +1,49 @@
-"""The contestants: each a name, a grid for its learning rate, and a way to step."""
+"""What steps: a plain optimizer, or one whose gradients KFC preconditions, with or without averaged iterates."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_kfc import KFC
 
 
-class Stepper(Protocol):
-    """Makes one training step."""
+class Stepper(ABC):
+    """Makes training steps.
 
+    Attributes:
+        averaged: A model with averaged weights, to be evaluated in place of the trained one; None where none is kept.
+    """
+
+    averaged: nn.Module | None = None
+
+    @abstractmethod
     def step(self, compute_loss: Callable[[], Tensor]) -> None:
         """Forward, backward and update on the batch that ``compute_loss`` looks at."""
 
 
-class PlainStepper:
-    """An optimizer as it is."""
+class PlainStepper(Stepper):
+    """Optimizers as they are, each for its own parameters."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.optimizer = optimizer
+    def __init__(self, *optimizers: Optimizer) -> None:
+        self.optimizers = optimizers
 
     def step(self, compute_loss: Callable[[], Tensor]) -> None:
         """See :class:`Stepper`."""
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         compute_loss().backward()
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
 
 
-class KFCStepper:
+class KFCStepper(Stepper):
     """An optimizer whose gradients KFC preconditions."""
 
     def __init__(self, kfc: KFC, optimizer: Optimizer) -> None:
@@ -51,6 +61,30 @@ class KFCStepper:
         self.optimizer.step()
 
 
+class AveragingStepper(Stepper):
+    """Another stepper, whose weights are averaged exponentially after each step (and buffers taken as they are).
+
+    Args:
+        stepper: The other one.
+        model: What it trains.
+        decay: Of the average, with the start forgotten: at step k it is min(1 - 1/k, decay).
+    """
+
+    def __init__(self, stepper: Stepper, model: nn.Module, decay: float) -> None:
+        def mix(averaged: Tensor, current: Tensor, step: Tensor) -> Tensor:
+            return torch.lerp(averaged, current, 1 - min(1 - 1 / (float(step) + 1), decay))
+
+        self._stepper = stepper
+        self._model = model
+        self._average = AveragedModel(model, avg_fn=mix)
+        self.averaged = self._average
+
+    def step(self, compute_loss: Callable[[], Tensor]) -> None:
+        """See :class:`Stepper`."""
+        self._stepper.step(compute_loss)
+        self._average.update_parameters(self._model)
+
+
 @dataclass(frozen=True)
 class Contestant:
     """An optimizer in the benchmark.
@@ -60,36 +94,16 @@ class Contestant:
         title: Its name in tables and plots.
         make: From a model, a learning rate and a seed to a stepper.
         grid: The learning rates tried; a single one means that nothing is tuned.
+        takes_from: The contestant whose tuned learning rate it takes over; None where it is tuned itself.
     """
 
     name: str
     title: str
     make: Callable[[nn.Module, float, int], Stepper]
     grid: tuple[float, ...]
+    takes_from: str | None = None
 
     @property
     def tuned(self) -> bool:
         """Whether its learning rate is chosen on a grid."""
         return len(self.grid) > 1
-
-
-def _sgd(model: nn.Module, lr: float, seed: int) -> Stepper:
-    return PlainStepper(torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9))
-
-
-def _adam(model: nn.Module, lr: float, seed: int) -> Stepper:
-    return PlainStepper(torch.optim.Adam(model.parameters(), lr=lr))
-
-
-def _kfc(model: nn.Module, lr: float, seed: int) -> Stepper:
-    return KFCStepper(KFC(model, seed=seed), torch.optim.SGD(model.parameters(), lr=lr, momentum=0.5))
-
-
-CONTESTANTS = {
-    contestant.name: contestant
-    for contestant in (
-        Contestant("sgd", "SGD, momentum 0.9", _sgd, (0.02, 0.03, 0.05, 0.07, 0.1, 0.14)),
-        Contestant("adam", "Adam", _adam, (0.0003, 0.001, 0.002, 0.005, 0.01, 0.02)),
-        Contestant("kfc", "KFC, defaults", _kfc, (0.5,)),
-    )
-}

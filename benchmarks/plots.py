@@ -16,8 +16,16 @@ from benchmarks.curves import Curve
 from benchmarks.report import Results
 
 #: Colours that colour-blind readers tell apart (Okabe & Ito), by contestant; others follow in this order.
-COLOURS = {"sgd": "#0072B2", "adam": "#E69F00", "kfc": "#D55E00"}
-OTHER_COLOURS = ("#009E73", "#CC79A7", "#56B4E9", "#000000")
+COLOURS = {
+    "sgd": "#0072B2",
+    "adam": "#E69F00",
+    "muon": "#009E73",
+    "soap": "#CC79A7",
+    "shampoo": "#56B4E9",
+    "kron": "#999999",
+    "kfc": "#D55E00",
+}
+OTHER_COLOURS = ("#000000", "#F0E442", "#7F3C8D", "#A5AA99", "#5D4037")
 
 #: Text stays text and ids stay the same from run to run: small files, small diffs.
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "lightning-kfc", "font.size": 10, "axes.grid": True, "grid.alpha": 0.3}
@@ -42,10 +50,11 @@ def plot_convergence(results: Results, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     others = iter(OTHER_COLOURS)
     with mpl.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
-        for name, curves in results.curves.items():
+        figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), sharey=True, layout="constrained")
+        for name in results.curves:
+            curves = results.of(name)
             colour = COLOURS.get(name) or next(others)
-            tuned = " (tuned)" if len(results.grids[name]) > 1 else ""
+            tuned = " (tuned)" if results.tuned.get(name) else ""
             middle = median_curve(curves)
             for axis, unit in zip(axes, ("iterations", "seconds"), strict=True):
                 for curve in curves:
@@ -54,19 +63,22 @@ def plot_convergence(results: Results, path: Path) -> None:
         axes[0].set(yscale="log", ylabel="training loss", xlabel=f"iterations (batch {results.batch_size})")
         axes[1].set(xlabel="CPU seconds (one thread)")
         axes[0].set_ylim(top=_sensible_top(results))
-        axes[0].legend()
-        figure.suptitle(f"{results.title}: {results.budget} iterations, {len(results.seeds)} seeds and their median")
+        for target in results.targets:
+            for axis in axes:
+                axis.axhline(target, color="black", alpha=0.3, linewidth=0.8, linestyle=":")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+        figure.suptitle(f"{results.title}: {len(results.seeds())} seeds and their median")
         figure.savefig(path, metadata={"Date": None, "Creator": None})
         plt.close(figure)
 
 
 def _sensible_top(results: Results) -> float:
     """A little above the highest start, so that a run that blows up does not flatten the others."""
-    starts = [curve.losses[0] for curves in results.curves.values() for curve in curves]
+    starts = [curve.losses[0] for name in results.curves for curve in results.of(name)]
     return 2 * max(start for start in starts if math.isfinite(start))
 
 
 if __name__ == "__main__":
     root = Path(__file__).parent.parent
-    for source in sorted((root / "benchmarks" / "results").glob("convergence_*.json")):
+    for source in sorted((root / "benchmarks" / "results").glob("contest_*.json")):
         plot_convergence(Results.load(source), root / "docs" / "_static" / f"{source.stem}.svg")

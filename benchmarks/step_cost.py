@@ -27,8 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.contestants import CONTESTANTS
 from benchmarks.networks import deep_autoencoder, resnet20
-from benchmarks.optimizers import CONTESTANTS, KFCStepper, Stepper
+from benchmarks.optimizers import KFCStepper, Stepper
 from benchmarks.tasks import summed_cross_entropy
 from lightning_kfc import KFC
 
