@@ -32,6 +32,10 @@ class Ready:
     fallback: Inverse | None = None
 
 
+#: Called with the layers of a step and their updates, while gradients are still the loss's.
+Inspection = Callable[[Sequence[Ready], Sequence[Tensor]], None]
+
+
 def replace_gradients(
     ready: Sequence[Ready],
     step: int,
@@ -40,6 +44,7 @@ def replace_gradients(
     loss_scale: float,
     events: Events,
     before_writing: Callable[[float], None] = lambda size: None,
+    inspect: Inspection | None = None,
 ) -> StepNumbers:
     """Write the update of each layer in the place of its gradient.
 
@@ -51,6 +56,7 @@ def replace_gradients(
         loss_scale: What the updates are multiplied by, since a gradient scaler will undo it.
         events: Counts what goes other than planned.
         before_writing: Called with the squared norm of the step before clipping, while gradients are still the loss's.
+        inspect: Called with the updates, likewise.
     """
     chosen = [entry.solved or entry.layer.inverse for entry in ready]
     inverses = [inverse.at_damping(damping) for inverse in chosen if inverse is not None]
@@ -59,6 +65,8 @@ def replace_gradients(
     gradients, rates = [entry.gradient for entry in ready], [entry.learning_rate for entry in ready]
     result = natural_step(gradients, inverses, rates, kl_clip, fallbacks)
     before_writing(result.quadratic)
+    if inspect is not None:
+        inspect(ready, result.updates)
     plain = []
     for position, (entry, update) in enumerate(zip(ready, result.updates, strict=True)):
         layer = entry.layer

@@ -39,6 +39,12 @@ def check_integer(name: str, value: Any, *, minimum: int | None = None) -> None:
         raise ValueError(f"{name} must be at least {minimum}, got {value!r}.")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Require true or false."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be true or false, got {value!r}.")
+
+
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """Require one of the named choices."""
     choices = tuple(choices)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -83,6 +84,10 @@ class Coverage:
         """Over the rows."""
         return iter(self.rows)
 
+    def _repr_html_(self) -> str:
+        """The same table in a notebook."""
+        return f"<pre>{html.escape(str(self))}</pre>"
+
     def __str__(self) -> str:
         """A table of layers, then what has another form of curvature or none, with the reasons."""
         trainable = [row for row in self.rows if row.treatment != "frozen"]
@@ -107,7 +112,17 @@ class Coverage:
         return "\n".join(lines)
 
 
-_WRAP = textwrap.TextWrapper(80, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+#: Columns of a terminal, which a table keeps to but for numbers that need more beside :data:`SHORTEST_NAME` of a name.
+WIDTH, SHORTEST_NAME = 80, 12
+
+_WRAP = textwrap.TextWrapper(WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+
+
+def wrapped(text: str) -> list[str]:
+    """Lines of at most :data:`WIDTH` columns."""
+    return _WRAP.wrap(text)
+
+
 _LABELS = {
     "kfc": "Cheaper factors",
     "block": "Block",
@@ -156,7 +171,17 @@ def _sides(shapes: Shapes) -> str:
     return f"{groups:,} x ({sides})" if len(shapes) > 1 else f"{groups:,} x {sides}"
 
 
+def _cut(name: str, width: int) -> str:
+    """A long name without its middle: its beginning and its end tell layers apart."""
+    if len(name) <= width:
+        return name
+    kept = max(width - 3, 2)
+    return f"{name[: kept // 2]}...{name[len(name) - (kept - kept // 2) :]}"
+
+
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    others = sum(max(len(row[i]) for row in [header, *rows]) + len("  ") for i in range(1, len(header)))
+    rows = [(_cut(row[0], max(WIDTH - others, SHORTEST_NAME)), *row[1:]) for row in rows]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -172,7 +197,7 @@ def _size(count: int) -> str:
 
 def _shorten(names: Sequence[str], most: int = 8) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(_cut(name, WIDTH - len("    ,")) for name in names[:most]) + more
 
 
 def coverage_of(model: nn.Module, found: Found, inverse: type[Inverse]) -> Coverage:

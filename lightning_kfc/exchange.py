@@ -19,6 +19,7 @@ from lightning_kfc.factors.statistics import factor_dtype
 from lightning_kfc.held import Elsewhere, Solved
 from lightning_kfc.layer import Layer
 from lightning_kfc.placement import Grid, Placement, factorisation_cost, gradient_workers, longest_first
+from lightning_kfc.progress import announced
 from lightning_kfc.rules.natural import natural_step
 
 #: What became of a layer's update on the ranks that hold its inverse.
@@ -103,7 +104,11 @@ class Exchange:
     # Inverses.
 
     def refreshed(
-        self, layers: Sequence[Layer], factorise: Callable[[Layer], Inverse], kinds: Callable[[Layer], type[Inverse]]
+        self,
+        layers: Sequence[Layer],
+        factorise: Callable[[Layer], Inverse],
+        kinds: Callable[[Layer], type[Inverse]],
+        say: Callable[[str], None] | None = None,
     ) -> dict[str, Inverse | FactorisationError]:
         """New inverses of layers, each factorised by one rank.
 
@@ -111,6 +116,7 @@ class Exchange:
             layers: The layers that are due, the same on every rank.
             factorise: Makes a layer's inverse; called on its owner.
             kinds: The kind of a layer's inverse.
+            say: Takes a line that tells how this rank's part gets on, where it takes long.
 
         Returns:
             By layer: the inverse, one that says that another rank has it, or why there is none.
@@ -122,12 +128,12 @@ class Exchange:
         else:
             owners = {layer.name: self.owner(layer) or 0 for layer in layers}
         outcome: dict[str, Inverse | FactorisationError] = {}
-        for layer in layers:
-            if owners[layer.name] == self._team.rank:
-                try:
-                    outcome[layer.name] = factorise(layer)
-                except FactorisationError as error:
-                    outcome[layer.name] = error
+        own = [layer for layer in layers if owners[layer.name] == self._team.rank]
+        for layer in announced(own, "KFC makes the first inverses", say):
+            try:
+                outcome[layer.name] = factorise(layer)
+            except FactorisationError as error:
+                outcome[layer.name] = error
         if self._team.size == 1:
             return outcome
         layouts = {

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_kfc.attachment import Attachment
+from lightning_kfc.checks import check_flag
+from lightning_kfc.coverage import wrapped
 from lightning_kfc.kfc import KFC
 from lightning_kfc.likelihood import Bernoulli, Categorical, Gaussian
 from lightning_kfc.monitor import History
@@ -19,6 +21,7 @@ from lightning_kfc.replay import Replay, why_no_replay
 from lightning_kfc.reporting import Reporting, ReportSettings
 from lightning_kfc.schedule import ExponentialSchedule, LinearSchedule
 from lightning_kfc.settings import Settings
+from lightning_kfc.telemetry import Telemetry, TelemetrySettings
 
 #: Strategies that own the backward or the parameters in a way that leaves no room for us, with the way out.
 REFUSED_STRATEGIES = {
@@ -73,6 +76,8 @@ class KFCHooks:
             figures (TensorBoardLogger does), and into `report_dir`; null for none. Needs the extra "pictures".
         report_dir: A folder for a report of the training, one HTML file written when it ends; null for none. Needs the
             extra "pictures".
+        log_layers: Whether loggers get numbers for each layer, besides the smallest, the median and the largest one.
+        progress_bar: Whether the progress bar shows the factor of the KL clip, and the damping.
 
     Raises:
         ModuleNotFoundError: If pictures or a report are asked for and matplotlib is not installed.
@@ -105,6 +110,8 @@ class KFCHooks:
         save_factors: bool = True,
         pictures_every_n_steps: int | None = None,
         report_dir: str | None = None,
+        log_layers: bool = False,
+        progress_bar: bool = False,
     ) -> None:
         super().__init__()
         self._settings = Settings(
@@ -126,10 +133,10 @@ class KFCHooks:
             placement=placement,
             reduce_precision=reduce_precision,
         )
-        if not isinstance(save_factors, bool):
-            raise TypeError(f"save_factors must be true or false, got {save_factors!r}.")
+        check_flag("save_factors", save_factors)
         self._save_factors = save_factors
         self._report_settings = ReportSettings(pictures_every_n_steps, report_dir)
+        self._telemetry_settings = TelemetrySettings(log_layers, progress_bar)
         self._start_detached()
 
     def _start_detached(self) -> None:
@@ -139,6 +146,7 @@ class KFCHooks:
         self._attachment: Attachment | None = None
         self._replay: Replay | None = None
         self._reporting: Reporting | None = None
+        self._telemetry: Telemetry | None = None
         self._training = False
         self._backwards = 0
         self._preconditioned_at: dict[int, int] = {}
@@ -146,12 +154,18 @@ class KFCHooks:
 
     def __getstate__(self) -> dict[str, Any]:
         """The settings alone: a copy must hold neither the model nor anything that is attached to it."""
-        return {"settings": self._settings, "save_factors": self._save_factors, "report": self._report_settings}
+        return {
+            "settings": self._settings,
+            "save_factors": self._save_factors,
+            "report": self._report_settings,
+            "telemetry": self._telemetry_settings,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._settings = state["settings"]
         self._save_factors = state["save_factors"]
         self._report_settings = state["report"]
+        self._telemetry_settings = state["telemetry"]
         self._start_detached()
 
     @property
@@ -180,6 +194,11 @@ class KFCHooks:
     def _reports(self) -> Reporting:
         assert self._reporting is not None, "set in on_fit_start"
         return self._reporting
+
+    @property
+    def _tells(self) -> Telemetry:
+        assert self._telemetry is not None, "set in on_fit_start"
+        return self._telemetry
 
     def checkpoint_bytes(self) -> int:
         """How many bytes of factors and inverses a checkpoint of this training holds; known once it has started."""
@@ -221,6 +240,7 @@ class KFCHooks:
         self._preconditioned_at.clear()
         self._said.clear()
         self._reporting = reporting = Reporting(self._report_settings, lambda: self.kfc, trainer, pl_module)
+        self._telemetry = Telemetry(self._telemetry_settings, lambda: self.kfc, trainer, reporting, rank_zero_info)
         self._attachment = Attachment(
             trainer,
             # The learning-rate finder, for one, takes the other callbacks out while it runs; and before training starts
@@ -246,6 +266,8 @@ class KFCHooks:
                 f"KFCCallback: the checkpoint {_resumed_from(trainer)} holds no state of this callback; "
                 "curvature is estimated anew, beginning with a warm-up."
             )
+        self.kfc.say = rank_zero_info
+        self._tells.engine_replaced()
         self._fix_what_cannot_be_reviewed(trainer, pl_module)
         self._warn_of_split_layers(trainer.optimizers)
         rank_zero_info(self._report())
@@ -259,9 +281,9 @@ class KFCHooks:
         lines = [f"KFC preconditions these layers:\n{coverage}"]
         if self._save_factors:
             size = f"{self.checkpoint_bytes() / 1e6:.3f} MB"
-            lines.append(f"Each checkpoint holds the factors and inverses, {size} (save_factors=False: none).")
+            lines += wrapped(f"Each checkpoint holds the factors and inverses, {size} (save_factors=False: none).")
         else:
-            lines.append("Checkpoints hold no factors (save_factors=False): a resumed run warms up again.")
+            lines += wrapped("Checkpoints hold no factors (save_factors=False): a resumed run warms up again.")
         return "\n".join(lines)
 
     def _warn_of_split_layers(self, optimizers: Sequence[Any]) -> None:
@@ -293,6 +315,7 @@ class KFCHooks:
         self._end()
         if events := str(self.kfc.events):
             rank_zero_info(f"KFC counted events: {events}.")
+        self._tells.advise(gradient_scaler=self._scaler(trainer) is not None)
         if self._reporting is not None and (path := self._reporting.write()) is not None:
             rank_zero_info(f"KFC wrote its report to {path}.")
 
@@ -358,8 +381,9 @@ class KFCHooks:
                 self.kfc.skip(optimizer)
             return
         self._preconditioned_at[id(optimizer)] = self._backwards
+        self._tells.before_step()
         if self.kfc.precondition(optimizer=optimizer, loss_scale=self._gradient_scale(trainer, optimizer)):
-            self._log(trainer)
+            self._tells.after_step(pl_module, gradient_scaler=self._scaler(trainer) is not None)
         elif self._scaler(trainer) is None:
             # A gradient scaler skips such a step by itself; no optimizer steps a parameter without a gradient.
             self._warn_skipped()
@@ -431,16 +455,6 @@ class KFCHooks:
     def _gradient_scale(self, trainer: Any, optimizer: Optimizer) -> float:
         """What gradients are multiplied by in on_before_optimizer_step: fused optimizers unscale in their step."""
         return self._loss_scale(trainer) if getattr(optimizer, "_step_supports_amp_scaling", False) else 1.0
-
-    def _log(self, trainer: Any) -> None:
-        step, every = trainer.fit_loop.epoch_loop._batches_that_stepped, trainer.log_every_n_steps
-        if self.kfc.last_step is None or not every or step % every != 0:
-            return
-        numbers = self.kfc.last_step.as_metrics()
-        self._reports.numbers(step, numbers)
-        sent = self.kfc.communication.as_metrics() if trainer.world_size > 1 else {}
-        for logger in trainer.loggers:
-            logger.log_metrics({**numbers, **sent}, step=step)
 
     # State.
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_kfc import distributed
 from lightning_kfc.agreement import check_agreement
-from lightning_kfc.application import Ready, replace_gradients
+from lightning_kfc.application import Inspection, Ready, replace_gradients
 from lightning_kfc.coverage import Coverage, coverage_of
 from lightning_kfc.due import Due
 from lightning_kfc.exchange import Exchange
@@ -164,6 +164,10 @@ class KFC:
         self.step = 0
         self.events = Events()
         self.last_step: StepNumbers | None = None
+        #: Takes a line that tells how a long start gets on; says nothing where it is not set.
+        self.say: Callable[[str], None] = lambda line: None
+        #: Where set, called at each step with the layers, their gradients and their updates; both may be views.
+        self.inspect: Inspection | None = None
         self.communication = distributed.Communication()
         self._exchange = Exchange(
             self._team, settings.placement, INVERSES[settings.inverse], self._found.layers, self.communication
@@ -174,7 +178,14 @@ class KFC:
             model, settings, self._found, self._due, self._cannot_explain, self._team, self.times
         )
         self._refresh_layers = Refresh(
-            settings, self._due, self.events, self._team, self._exchange, self._drop, self.times
+            settings,
+            self._due,
+            self.events,
+            self._team,
+            self._exchange,
+            self._drop,
+            self.times,
+            lambda line: self.say(line),
         )
         self._reviewer = Reviewer(model, settings.trust_region(), self.events, self._exchange.total)
 
@@ -291,6 +302,13 @@ class KFC:
         if name in self.layers:
             self.layers[name].drop_pending()
         self._observation.count_again({name})
+
+    def ages(self, layer: str) -> tuple[int | None, int | None]:
+        """Steps since a layer's statistics, and its inverse, were last refreshed; None where they never were."""
+        folded, factorised = self._due.refreshed_at(layer)
+        return (None if folded is None else self.step - folded), (
+            None if factorised is None else self.step - factorised
+        )
 
     def release(self) -> None:
         """Let go of what was recorded of the last forward and its graph."""
@@ -414,9 +432,9 @@ class KFC:
                     loss_scale,
                     self.events,
                     lambda size: self._reviewer.before_step(self.step, size, self._stepped_by(optimizer), loss_scale),
+                    self.inspect,
                 )
-                verdict = self._reviewer.last
-                self.last_step = replace(numbers, reduction_ratio=verdict.ratio if verdict is not None else None)
+                self.last_step = numbers if self._reviewer.last is None else _reviewed(numbers, self._reviewer.last)
         self._stepped = True
         return True
 
@@ -637,3 +655,13 @@ class KFC:
         if not any(self._due.has_statistics(name) for name in self._found.layers):
             self._due.restart(self.step)
         return problems
+
+
+def _reviewed(numbers: StepNumbers, verdict: Verdict) -> StepNumbers:
+    """The numbers of a step with those of the last review."""
+    return replace(
+        numbers,
+        reduction_ratio=verdict.ratio,
+        predicted_decrease=verdict.predicted_decrease,
+        actual_decrease=verdict.actual_decrease,
+    )

@@ -81,6 +81,8 @@ class StepNumbers:
         kl: Half of :math:`\alpha^2\langle V,\nabla\bar W\rangle` before clipping, the KL of the step.
         reduction_ratio: Of the last reviewed step, the change of the loss over the change that was expected; None where
             none was.
+        predicted_decrease: Of the loss by that step, with momentum and weight decay; None where none was reviewed.
+        actual_decrease: Of the loss of that step's own batch; negative where it grew.
     """
 
     step: int
@@ -89,6 +91,8 @@ class StepNumbers:
     kl: float
     kl_clip: float | None = None
     reduction_ratio: float | None = None
+    predicted_decrease: float | None = None
+    actual_decrease: float | None = None
 
     def as_metrics(self) -> dict[str, float]:
         """The numbers under the names that loggers show."""
@@ -98,6 +102,8 @@ class StepNumbers:
             "kfc/kl": self.kl,
             "kfc/kl_clip": self.kl_clip,
             "kfc/reduction_ratio": self.reduction_ratio,
+            "kfc/predicted_decrease": self.predicted_decrease,
+            "kfc/actual_decrease": self.actual_decrease,
         }
         return {name: value for name, value in numbers.items() if value is not None}
 

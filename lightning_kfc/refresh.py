@@ -33,6 +33,7 @@ class Refresh:
         give_up: Called with a layer's name and the reason why its rows do not explain its gradient, once all ranks
             know.
         times: Adds up the time that it takes.
+        say: Takes a line that tells how the first inverses get on, where they take long.
 
     Attributes:
         communication: What the ranks have sent each other.
@@ -47,6 +48,7 @@ class Refresh:
         exchange: Exchange,
         give_up: Callable[[str, str], None],
         times: StepTimes,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._settings = settings
         self._due = due
@@ -55,6 +57,7 @@ class Refresh:
         self._exchange = exchange
         self._give_up = give_up
         self._times = times
+        self._say: Callable[[str], None] | None = say
         self._expected: set[str] = set()
         self._given_up: dict[str, str] = {}
         self._begun: tuple[list[Layer], Reduction] | None = None
@@ -205,8 +208,10 @@ class Refresh:
         if not due:
             return
         self.communication.begin("inverses")
+        # The later ones take as long, which is known by then.
+        say, self._say = self._say, None
         fresh = self._exchange.refreshed(
-            due, lambda layer: layer.refreshed(chosen, damping), lambda layer: layer.inverse_type(chosen)
+            due, lambda layer: layer.refreshed(chosen, damping), lambda layer: layer.inverse_type(chosen), say
         )
         for layer in due:
             self._due.factorised(layer.name, step, damping)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lightning_kfc.kfc import KFC
-from lightning_kfc.pictures.html import Section, as_image, as_table, as_text
+from lightning_kfc.pictures.html import Section, as_image, as_list, as_table, as_text
 from lightning_kfc.settings import Settings
 from lightning_kfc.version import __version__
 
@@ -44,7 +44,11 @@ CALLBACK_DEFAULTS = {"damping": "auto", "kl_clip": "auto"}
 
 
 def sections(
-    kfc: KFC, facts: Mapping[str, object], figures: Mapping[str, Figure], missing: Mapping[str, str]
+    kfc: KFC,
+    facts: Mapping[str, object],
+    figures: Mapping[str, Figure],
+    missing: Mapping[str, str],
+    advice: Sequence[str] = (),
 ) -> list[Section]:
     """The whole report.
 
@@ -53,6 +57,7 @@ def sections(
         facts: From :func:`run_facts`.
         figures: The pictures, by name.
         missing: What is said instead of a picture that has nothing to show, by name.
+        advice: What the numbers have given occasion to say.
     """
     events = {name.replace("_", " "): count for name, count in kfc.events.state_dict().items() if count}
     drawn = [
@@ -66,6 +71,7 @@ def sections(
         Section("Run", "", as_table(facts)),
         Section("Coverage", CAPTIONS["coverage"], as_text(str(kfc.coverage()))),
         Section("Events", planned, as_table(events) if events else ""),
+        Section("Advice", "" if advice else "None.", as_list(advice) if advice else ""),
         *drawn,
         Section("Settings", "Those that differ from their default are marked.", as_table(_settings(kfc.settings))),
     ]
@@ -95,8 +101,6 @@ def _settings(settings: Settings) -> dict[str, object]:
     shown_as: dict[str, object] = {}
     for entry in fields(settings):
         if entry.init:
-            value = getattr(settings, entry.name)
-            shown_as[entry.name] = f"{value!r}" + (
-                "" if value == CALLBACK_DEFAULTS.get(entry.name, entry.default) else "  (set)"
-            )
+            value, default = getattr(settings, entry.name), CALLBACK_DEFAULTS.get(entry.name, entry.default)
+            shown_as[entry.name] = f"{value!r}" + ("" if value == default else "  (set)")
     return shown_as

@@ -76,6 +76,7 @@ class Reporting:
         self._trainer = trainer
         self._module = module
         self._active = settings.wanted and bool(trainer.is_global_zero)
+        self._timed = self._active or bool(trainer.is_global_zero and trainer.log_every_n_steps)
         self._due_at = 0
         self._watcher: MapWatcher | None = None
         self._watched_step = -1
@@ -83,6 +84,8 @@ class Reporting:
         self._logged = False
         self._coverage = ""
         self.history = History()
+        #: The advice that was given, for the report.
+        self.advice: tuple[str, ...] = ()
         self._refuse_shared_folder()
 
     def _refuse_shared_folder(self) -> None:
@@ -95,8 +98,8 @@ class Reporting:
     # Around a training step.
 
     def step_begins(self) -> None:
-        """Start the clock of a batch."""
-        if self._active:
+        """Start the clock of a batch, where numbers are logged or a report is written."""
+        if self._timed:
             self._kfc().times.begin_step(next(self._module.parameters()).device)
 
     @contextlib.contextmanager
@@ -130,7 +133,10 @@ class Reporting:
     def numbers(self, step: int, numbers: Mapping[str, float]) -> None:
         """Keep numbers that are logged at a step, for the report."""
         if self._active:
-            self.history.add(step, numbers)
+            # Of what there is a number of for each layer, a picture has room for the median.
+            self.history.add(
+                step, {k: v for k, v in numbers.items() if not k.endswith(("_min", "_max")) and _of_all(k)}
+            )
             self._logged = True
 
     def step_ends(self, step: int, outputs: object) -> None:
@@ -140,10 +146,12 @@ class Reporting:
             step: The step that loggers know this batch's numbers by.
             outputs: What the training step gave.
         """
-        if not self._active:
+        if not self._timed:
             return
         kfc = self._kfc()
         kfc.times.end_step()
+        if not self._active:
+            return
         if self._logged:
             self._logged = False
             logged = dict(self._trainer.callback_metrics)
@@ -210,7 +218,7 @@ class Reporting:
             self._spectra.take(kfc.last_step.step, kfc.layers)
         path = Path(self._settings.report_dir) / REPORT
         facts = run_facts(kfc, self._trainer, interrupted_by)
-        shown = sections(kfc, facts, self.figures(), self._missing())
+        shown = sections(kfc, facts, self.figures(), self._missing(), self.advice)
         title = f"KFC: training of {type(self._module).__name__}"
         return path if _write(path, render(title, shown).encode()) else None
 
@@ -222,6 +230,11 @@ class Reporting:
         if self._watcher is None or not self._watcher.statistics():
             missing["autocorrelation"] = "No convolution over two dimensions was seen while statistics were taken."
         return missing
+
+
+def _of_all(key: str) -> bool:
+    """Whether a key has no layer in it."""
+    return key.count("/") == 1
 
 
 def _is_number(value: object) -> bool:

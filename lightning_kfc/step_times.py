@@ -67,6 +67,11 @@ class StepTimes:
                 self._close_interval()
                 del self._running[depth:]
 
+    def seconds(self) -> dict[str, float]:
+        """Seconds in all, by part."""
+        self._read()
+        return dict(self._seconds)
+
     def mean_step(self) -> dict[str, float]:
         """Seconds a step, by part; empty before a step has ended."""
         self._read()

@@ -74,11 +74,15 @@ class Verdict:
         ratio: The reduction ratio.
         undo: Whether the step is to be taken back.
         refresh: Whether statistics and inverses are to be refreshed at the next step.
+        predicted_decrease: Of the loss, by the model of the curvature; NaN where it is not known.
+        actual_decrease: Of the loss; negative where it grew.
     """
 
     ratio: float
     undo: bool
     refresh: bool
+    predicted_decrease: float = math.nan
+    actual_decrease: float = math.nan
 
 
 @dataclass
@@ -131,7 +135,7 @@ class TrustRegion:
             outcome: What it did.
             size: :math:`\alpha^2\langle V, \nabla\bar W\rangle` before clipping.
         """
-        ratio = outcome.ratio(self.damping)
+        expected, ratio = outcome.expected(self.damping), outcome.ratio(self.damping)
         poor = not ratio >= POOR  # also where it is NaN
         growth = outcome.loss_after - outcome.loss_before
         undo = not growth <= TOLERATED_GROWTH * abs(outcome.slope)
@@ -147,7 +151,7 @@ class TrustRegion:
             elif ratio > DAMPING_GOOD:
                 self.damping = max(SMALLEST_DAMPING, self.damping * DAMPING_FACTOR)
         self.review_next = poor or undo
-        return Verdict(ratio, undo, poor or undo)
+        return Verdict(ratio, undo, poor or undo, -expected, -growth)
 
     def state_dict(self) -> dict[str, float]:
         """What changes in training, as plain numbers."""

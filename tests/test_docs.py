@@ -32,8 +32,10 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 import lightning_kfc
 import lightning_kfc.analysis
 import lightning_kfc.pictures
+from lightning_kfc.advice import RULES
 from lightning_kfc.discovery import LOSS_FUNCTIONS
 from lightning_kfc.monitor import Events, StepNumbers
+from tests.test_diagnostics import OF_ALL, PER_LAYER
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -204,8 +206,16 @@ def test_the_loss_page_has_every_recognised_loss_function() -> None:
 
 def test_the_logged_keys_and_counted_events_are_documented() -> None:
     text = (ROOT / "docs/settings.md").read_text("utf-8") + (ROOT / "docs/troubleshooting.md").read_text("utf-8")
-    names = [*StepNumbers(0, 1.0, 1.0, 0.0).as_metrics(), *Events().state_dict()]
+    names = [*StepNumbers(0, 1.0, 1.0, 0.0).as_metrics(), *Events().state_dict(), *OF_ALL]
+    names += [f"kfc/{key}" for key in PER_LAYER]
     assert [name for name in names if f"`{name}`" not in text] == []
+
+
+def test_the_diagnostics_page_has_all_rules_of_advice_and_all_numbers() -> None:
+    text = (ROOT / "docs/diagnostics.md").read_text("utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == [rule.__name__ for rule in RULES]
+    keys = [*OF_ALL, *(f"kfc/{key}" for key in PER_LAYER)]
+    assert [key for key in keys if f"`{key}`" not in text] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)

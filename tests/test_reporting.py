@@ -38,6 +38,7 @@ SECTIONS = [
     "Run",
     "Coverage",
     "Events",
+    "Advice",
     "Numbers over time",
     "Time of a step",
     "Spectra of the factors",
@@ -227,7 +228,7 @@ def test_without_the_options_nothing_is_measured_or_drawn(monkeypatch: pytest.Mo
     monkeypatch.setattr(Reporting, "figures", refused)
     monkeypatch.chdir(tmp_path)
     callback = KFCCallback()
-    train(callback, steps=3)
+    train(callback, steps=3, log_every_n_steps=0)
     assert callback.kfc.times.mean_step() == {}
     assert callback.report_history.series() == {}
     assert list(tmp_path.iterdir()) == []

@@ -45,6 +45,11 @@ def as_table(rows: Mapping[str, object]) -> str:
     return f"<table>{''.join(lines)}</table>"
 
 
+def as_list(sentences: Sequence[str]) -> str:
+    """Sentences one under another, as HTML."""
+    return f"<ul>{''.join(f'<li>{escape(sentence)}</li>' for sentence in sentences)}</ul>"
+
+
 def as_text(text: str) -> str:
     """Text in a fixed pitch, as HTML."""
     return f"<pre>{escape(text)}</pre>"
