@@ -130,10 +130,7 @@ class Exchange:
         outcome: dict[str, Inverse | FactorisationError] = {}
         own = [layer for layer in layers if owners[layer.name] == self._team.rank]
         for layer in announced(own, "KFC makes the first inverses", say):
-            try:
-                outcome[layer.name] = factorise(layer)
-            except FactorisationError as error:
-                outcome[layer.name] = error
+            outcome[layer.name] = _attempted(factorise, layer)
         if self._team.size == 1:
             return outcome
         layouts = {
@@ -329,6 +326,13 @@ class _Layout:
             )
         }
         return self.kind(**tensors, **dict(zip(self.numbers, numbers, strict=True)))
+
+
+def _attempted(factorise: Callable[[Layer], Inverse], layer: Layer) -> Inverse | FactorisationError:
+    try:
+        return factorise(layer)
+    except FactorisationError as error:
+        return error
 
 
 def _on_cpu(state: Any) -> Any:
