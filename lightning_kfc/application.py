@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_kfc.factors.inverse import Inverse
 from lightning_kfc.layer import Layer
 from lightning_kfc.monitor import Events, StepNumbers, listed
-from lightning_kfc.rules.natural import natural_step
+from lightning_kfc.rules.natural import NaturalStep, natural_step
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,22 @@ class Ready:
 Inspection = Callable[[Sequence[Ready], Sequence[Tensor]], None]
 
 
+def solve(ready: Sequence[Ready], damping: float, kl_clip: float | None) -> NaturalStep:
+    """The updates of layers, by their inverses or by what has come in the place of these.
+
+    Args:
+        ready: The layers.
+        damping: In force at this step, for inverses that can follow it.
+        kl_clip: The bound of E7, or None.
+    """
+    chosen = [entry.solved or entry.layer.inverse for entry in ready]
+    inverses = [inverse.at_damping(damping) for inverse in chosen if inverse is not None]
+    previous = [entry.fallback or entry.layer.previous_inverse for entry in ready]
+    fallbacks = [inverse and inverse.at_damping(damping) for inverse in previous]
+    gradients, rates = [entry.gradient for entry in ready], [entry.learning_rate for entry in ready]
+    return natural_step(gradients, inverses, rates, kl_clip, fallbacks)
+
+
 def replace_gradients(
     ready: Sequence[Ready],
     step: int,
@@ -58,12 +74,7 @@ def replace_gradients(
         before_writing: Called with the squared norm of the step before clipping, while gradients are still the loss's.
         inspect: Called with the updates, likewise.
     """
-    chosen = [entry.solved or entry.layer.inverse for entry in ready]
-    inverses = [inverse.at_damping(damping) for inverse in chosen if inverse is not None]
-    previous = [entry.fallback or entry.layer.previous_inverse for entry in ready]
-    fallbacks = [inverse and inverse.at_damping(damping) for inverse in previous]
-    gradients, rates = [entry.gradient for entry in ready], [entry.learning_rate for entry in ready]
-    result = natural_step(gradients, inverses, rates, kl_clip, fallbacks)
+    result = solve(ready, damping, kl_clip)
     before_writing(result.quadratic)
     if inspect is not None:
         inspect(ready, result.updates)

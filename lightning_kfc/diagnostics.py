@@ -15,8 +15,7 @@ from lightning_kfc.advice import CUT_STEPS, Facts
 from lightning_kfc.application import Ready
 from lightning_kfc.kfc import KFC
 from lightning_kfc.layer_spectra import LayerSpectra, spectra_of
-from lightning_kfc.sharding import whole
-from lightning_kfc.step_times import REST
+from lightning_kfc.step_times import PARTS, REST
 from lightning_kfc.trust_region import START_DAMPING
 
 #: A layer counts as below the damping where it was that at so many looks in a row.
@@ -24,7 +23,7 @@ LOOKS = 3
 #: The events that `kfc/nonfinite_events` adds up.
 NONFINITE = ("nonfinite_gradients", "nonfinite_statistics", "nonfinite_updates", "restored_inverses")
 #: The parts of a step as keys have them.
-OURS = ("statistics", "inverses", "preconditioning", "reviews")
+OURS = PARTS[:-1]
 
 
 @dataclass
@@ -220,10 +219,7 @@ def bytes_held(kfc: KFC) -> int:
 def _sums(entry: Ready, update: Tensor) -> Tensor:
     r""":math:`\langle V, \nabla\rangle, \|\nabla\|^2, \|V\|^2, \|W\|^2` of a layer, in float64 where there is such."""
     wide = torch.float32 if update.device.type == "mps" else torch.float64
-    parameters = entry.layer.trained_parameters()
-    weights = entry.layer.adapter.matrix({role: whole(p).detach() for role, p in parameters.items()})
-    # In half precision a sum of squares overflows.
-    weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
+    weights = entry.layer.matrix({role: p.detach() for role, p in entry.layer.trained_parameters().items()})
     norms = [torch.linalg.vector_norm(part).to(wide).square() for part in (entry.gradient, update, weights)]
     return torch.stack([torch.sum(update * entry.gradient).to(wide), *norms])
 

@@ -22,11 +22,6 @@ def rank() -> int:
     return dist.get_rank() if initialised() else 0
 
 
-def world_size() -> int:
-    """The number of all ranks; 1 where no process group is initialised."""
-    return dist.get_world_size() if initialised() else 1
-
-
 class Team:
     """The ranks between which a batch is split: all of them, or those of one data-parallel group.
 
@@ -56,6 +51,21 @@ class Team:
         if self.size > 1:
             dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
         return values
+
+    def total(self, values: Sequence[float], device: torch.device) -> list[float]:
+        """The sum of each number over the team; every rank must ask, with as many numbers.
+
+        Args:
+            values: This rank's numbers.
+            device: One that the process group can send from.
+        """
+        if self.size == 1:
+            return list(values)
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        sums = torch.tensor(values, dtype=dtype, device=device)
+        dist.all_reduce(sums, group=self.group)
+        found: list[float] = sums.tolist()
+        return found
 
     def all_agree(self, here: bool, device: torch.device) -> bool:
         """Whether something holds on every rank of the team; every rank must ask."""
@@ -130,9 +140,5 @@ def mean(values: Sequence[float], device: torch.device) -> list[float]:
         values: As many on every rank.
         device: One that the process group can send from.
     """
-    if world_size() == 1:
-        return list(values)
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    sums = torch.tensor(values, dtype=dtype, device=device)
-    dist.all_reduce(sums)
-    return [float(value) / world_size() for value in sums.tolist()]
+    everyone = Team()
+    return [total / everyone.size for total in everyone.total(values, device)]

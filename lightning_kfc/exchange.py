@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from lightning_kfc.application import Ready
+from lightning_kfc.application import Ready, solve
 from lightning_kfc.distributed import Communication, Team, is_sharded
 from lightning_kfc.factors.inverse import FactorisationError, Inverse
 from lightning_kfc.factors.packing import Shape, pack, packed_numel, unpack
@@ -20,7 +20,6 @@ from lightning_kfc.held import Elsewhere, Solved
 from lightning_kfc.layer import Layer
 from lightning_kfc.placement import Grid, Placement, factorisation_cost, gradient_workers, longest_first
 from lightning_kfc.progress import announced
-from lightning_kfc.rules.natural import natural_step
 
 #: What became of a layer's update on the ranks that hold its inverse.
 USABLE, RESTORED, FAILED = 0.0, 1.0, 2.0
@@ -97,9 +96,7 @@ class Exchange:
         if self.replicated:
             return own
         device = next(iter(self._layers.values())).parameters()[0].device
-        total = torch.tensor([own], dtype=torch.float64, device=device)
-        dist.all_reduce(total, group=self._team.group)
-        return float(total)
+        return self._team.total([own], device)[0]
 
     # Inverses.
 
@@ -352,11 +349,7 @@ def _kind(layer: Layer) -> tuple[torch.dtype, torch.device]:
 
 def _updates(ready: Sequence[Ready], damping: float) -> list[tuple[Tensor, float]]:
     """The updates of layers whose inverses are here, before any clip, and what became of each."""
-    inverses = [entry.layer.inverse.at_damping(damping) for entry in ready if entry.layer.inverse is not None]
-    previous = [entry.layer.previous_inverse for entry in ready]
-    fallbacks = [inverse and inverse.at_damping(damping) for inverse in previous]
-    rates, gradients = [entry.learning_rate for entry in ready], [entry.gradient for entry in ready]
-    result = natural_step(gradients, inverses, rates, None, fallbacks)
+    result = solve(ready, damping, kl_clip=None)
     status = [FAILED if i in result.failed else RESTORED if i in result.restored else USABLE for i in range(len(ready))]
     return list(zip(result.updates, status, strict=True))
 

@@ -156,18 +156,11 @@ class RandomStreams:
 @contextlib.contextmanager
 def _random_streams_kept(model: nn.Module) -> Iterator[None]:
     """Leave the random streams of torch, Python and NumPy as they were."""
-    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
-    numpy_random = sys.modules.get("numpy.random")
-    python_state = random.getstate()
-    numpy_state = numpy_random.get_state() if numpy_random is not None else None
-    kind = next((device.type for device in devices), "cuda")
+    streams = RandomStreams.of(model)
     try:
-        with torch.random.fork_rng([d for d in devices if d.type == kind], device_type=kind):
-            yield
+        yield
     finally:
-        random.setstate(python_state)
-        if numpy_random is not None:
-            numpy_random.set_state(numpy_state)
+        streams.restore()
 
 
 @contextlib.contextmanager

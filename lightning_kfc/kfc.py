@@ -29,7 +29,6 @@ from lightning_kfc.refresh import Refresh
 from lightning_kfc.review import Evaluation, Reviewer
 from lightning_kfc.schedule import value_at
 from lightning_kfc.settings import Settings
-from lightning_kfc.sharding import whole
 from lightning_kfc.step_times import StepTimes
 from lightning_kfc.trust_region import FIXED_DAMPING, FIXED_RADIUS, Verdict
 
@@ -292,10 +291,11 @@ class KFC:
 
     def skip(self, optimizer: Optimizer) -> None:
         """Count a step that an optimizer made without :meth:`precondition`; its layers' statistics are forgotten."""
-        for name in self.learning_rates(optimizer):
+        names = self.learning_rates(optimizer)
+        for name in names:
             self._drop_pending(name)
             self._unseen.discard(name)
-        self._refresh_layers.discard(self.learning_rates(optimizer))
+        self._refresh_layers.discard(names)
         self._stepped = True
 
     def _drop_pending(self, name: str) -> None:
@@ -418,8 +418,7 @@ class KFC:
                     unexplained.append(name)
                 if layer.inverse is None or tuple(gradients) != layer.roles:
                     continue
-                matrix = layer.adapter.matrix({role: whole(gradient) for role, gradient in gradients.items()})
-                matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+                matrix = layer.matrix(gradients)
                 ready.append(Ready(layer, matrix if loss_scale == 1 else matrix / loss_scale, rate))
             self._say_unexplained(unexplained)
             with full_precision(self._model):

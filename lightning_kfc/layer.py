@@ -18,7 +18,7 @@ from lightning_kfc.factors.statistics import Statistics, factor_dtype
 from lightning_kfc.held import Elsewhere
 from lightning_kfc.layers import Adapter
 from lightning_kfc.per_example import ExampleGradients
-from lightning_kfc.sharding import write
+from lightning_kfc.sharding import whole, write
 
 
 class Layer:
@@ -202,6 +202,14 @@ class Layer:
         """Fold a step's second moment into the corrected eigenvalues."""
         assert isinstance(self.inverse, EkfacInverse)
         self.inverse = self.inverse.updated(moment, decay)
+
+    def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Tensors with the shapes of the parameters, by role, as one matrix ``(groups, d_out, d_in)``.
+
+        It is in float32 or better; of sharded tensors it is the whole, for which all ranks must ask together.
+        """
+        joint = self.adapter.matrix({role: whole(tensor) for role, tensor in tensors.items()})
+        return joint.to(torch.promote_types(joint.dtype, torch.float32))
 
     def gradients(self) -> dict[str, Tensor] | None:
         """The gradients of the layer's parameters, or None where one of them has none."""

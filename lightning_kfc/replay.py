@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
+
+from lightning_kfc.distributed import is_sharded
 
 #: Values of a module's attributes that a training step may change in place, or replace.
 PLAIN = (bool, int, float, complex, str, bytes, list, dict, set, tuple, type(None))
@@ -22,9 +24,9 @@ def why_no_replay(trainer: Any, module: Any) -> str | None:
     """Why the loss of a training step cannot be evaluated again, or None where it can."""
     if not module.automatic_optimization:
         return "manual optimization"
-    if "dataloader_iter" in module.training_step.__code__.co_varnames[: module.training_step.__code__.co_argcount]:
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         return "a training_step that takes batches out of a dataloader_iter itself"
-    if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+    if any(map(is_sharded, module.parameters())):
         return "parameters that are sharded over ranks"
     return None
 
@@ -59,19 +61,14 @@ class Replay:
         return [evaluation(batch, batch_idx) for batch, batch_idx in self._batches]
 
     def _loss(self, batch: Any, batch_idx: int) -> float:
-        arguments = (batch, batch_idx) if _takes_batch_index(self._module.training_step) else (batch,)
+        # Lightning's own rule for what it passes.
+        numbered = is_param_in_hook_signature(self._module.training_step, "batch_idx", min_args=2)
+        arguments = (batch, batch_idx) if numbered else (batch,)
         with unnoticed(self._trainer, self._module), self._trainer.precision_plugin.forward_context():
             output = self._module.training_step(*arguments)
         loss = output.get("loss") if isinstance(output, Mapping) else output
         # A step that Lightning skips has no loss: nothing was expected of it either.
         return float(loss) if loss is not None else float("nan")
-
-
-def _takes_batch_index(training_step: Callable[..., Any]) -> bool:
-    # Lightning's own rule: the batch is the first argument, and its number is passed by name where it is wanted.
-    from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-
-    return is_param_in_hook_signature(training_step, "batch_idx", min_args=2)
 
 
 @contextlib.contextmanager

@@ -62,8 +62,7 @@ class Before:
             known = {role: delta for role, delta in own.items() if delta is not None}
             if not known or tuple(known) != layer.roles:
                 continue
-            matrix = layer.adapter.matrix(known)
-            matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+            matrix = layer.matrix(known)
             curvature += 0.5 * layer.quadratic(matrix)
             squared_length += _dot(matrix, matrix)
         return Outcome(loss_before, loss_after, slope, curvature, squared_length)

@@ -94,7 +94,6 @@ class TrustRegion:
         adapts_damping: Whether the damping sets itself (``damping="auto"``).
         radius: The bound on a step's squared norm in the Fisher metric.
         damping: Added to the curvature from the next refresh of inverses on.
-        started_at: The step from which :data:`REVIEWED_AT_FIRST` counts.
         review_next: Whether the next step is reviewed whatever its number.
         log_size: Running mean of the logarithm of a step's squared norm; NaN before there is one.
     """
@@ -103,7 +102,6 @@ class TrustRegion:
     adapts_damping: bool
     radius: float = START_RADIUS
     damping: float = START_DAMPING
-    started_at: int = 0
     review_next: bool = False
     log_size: float = math.nan
 
@@ -125,8 +123,7 @@ class TrustRegion:
             surprising = log_size > self.log_size + math.log(SURPRISE)
             known = math.isfinite(self.log_size)
             self.log_size = SIZE_DECAY * self.log_size + (1 - SIZE_DECAY) * log_size if known else log_size
-        since = step - self.started_at
-        return surprising or self.review_next or since < REVIEWED_AT_FIRST or since % REVIEW_EVERY_N_STEPS == 0
+        return surprising or self.review_next or step < REVIEWED_AT_FIRST or step % REVIEW_EVERY_N_STEPS == 0
 
     def judge(self, outcome: Outcome, size: float) -> Verdict:
         r"""Draw the consequences of a reviewed step.
