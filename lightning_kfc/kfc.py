@@ -422,15 +422,16 @@ class KFC:
                 ready.append(Ready(layer, matrix if loss_scale == 1 else matrix / loss_scale, rate))
             self._say_unexplained(unexplained)
             with full_precision(self._model):
-                ready = self._exchange.solved(ready, self.damping)
+                damping, parameters = self.damping, self._stepped_by(optimizer)
+                ready = self._exchange.solved(ready, damping)
                 numbers = replace_gradients(
                     ready,
                     self.step,
-                    self.damping,
+                    damping,
                     self.kl_clip,
                     loss_scale,
                     self.events,
-                    lambda size: self._reviewer.before_step(self.step, size, self._stepped_by(optimizer), loss_scale),
+                    lambda size: self._reviewer.before_step(self.step, size, damping, parameters, loss_scale),
                     self.inspect,
                 )
                 self.last_step = numbers if self._reviewer.last is None else _reviewed(numbers, self._reviewer.last)

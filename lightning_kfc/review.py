@@ -140,12 +140,15 @@ class Reviewer:
         if self.region.active:
             self._losses.append(loss.detach() / loss_scale if loss_scale != 1 else loss.detach())
 
-    def before_step(self, step: int, size: float, parameters: Iterable[nn.Parameter], loss_scale: float) -> None:
+    def before_step(
+        self, step: int, size: float, damping: float, parameters: Iterable[nn.Parameter], loss_scale: float
+    ) -> None:
         """Keep what a review of the coming step needs, if one is due; the gradients are still the loss's.
 
         Args:
             step: The optimizer step.
             size: The squared norm of the step in the Fisher metric, before clipping; 0 where there is none.
+            damping: In force at this step; where it does not set itself, what the step is held against.
             parameters: Those that the optimizer is about to step.
             loss_scale: What the gradients are multiplied by.
         """
@@ -153,6 +156,8 @@ class Reviewer:
         if not self.region.active or not self._losses or size <= 0:
             return
         if self.region.review_due(step, size):
+            if not self.region.adapts_damping:
+                self.region.damping = damping
             loss = sum(float(value) for value in self._losses)
             self._before = Before.of(parameters, loss_scale, loss, size)
 

@@ -176,6 +176,26 @@ def test_the_model_of_a_step_is_slope_plus_dense_fisher_of_the_true_change(monke
         assert found.loss_after == pytest.approx(float(F.cross_entropy(model(inputs), targets).detach()))
 
 
+@pytest.mark.parametrize("damping", [0.5, lambda step: 0.5 + step])
+def test_a_step_with_a_fixed_damping_is_held_against_that_damping(damping):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3)).double()
+    inputs, targets = torch.randn(8, 4, dtype=torch.float64), torch.randint(0, 3, (8,))
+    kfc = KFC(model, fisher="exact", damping=damping, kl_clip="auto")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    for number in range(3):
+        before = copy.deepcopy(model)
+        loss = F.cross_entropy(before(inputs), targets)
+        gradient = torch.autograd.grad(loss, list(before.parameters()))
+        verdict = step(model, kfc, optimizer, inputs, targets)
+        value = damping if isinstance(damping, float) else damping(number)
+        delta = [new.detach() - old.detach() for new, old in zip(model.parameters(), before.parameters(), strict=True)]
+        slope = sum(float((g * d).sum()) for g, d in zip(gradient, delta, strict=True))
+        joint = torch.cat([delta[0], delta[1].unsqueeze(1)], dim=1)
+        bend = float((kfc.layers["0"].G @ joint @ kfc.layers["0"].A * joint).sum())
+        assert verdict.predicted_decrease == pytest.approx(-slope - bend / 2 - value / 2 * float(joint.square().sum()))
+
+
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adam])
 def test_a_step_that_is_taken_back_leaves_weights_as_they_were_and_no_momentum(make):
     torch.manual_seed(0)
