@@ -83,6 +83,10 @@ def _kron(model: nn.Module, lr: float, seed: int) -> Stepper:
     return PlainStepper(Kron(model.parameters(), lr=lr))
 
 
+#: What the callback has by default where the engine's own defaults are numbers.
+SHIPPED = {"damping": "auto", "kl_clip": "auto"}
+
+
 def kfc(
     name: str,
     title: str,
@@ -99,12 +103,12 @@ def kfc(
         lr: Of SGD.
         momentum: Of SGD.
         average: The decay of an exponential average of the weights, which is then evaluated; None for none.
-        settings: Of KFC; none for its defaults.
+        settings: Of KFC; none for the callback's defaults.
     """
 
     def make(model: nn.Module, rate: float, seed: int) -> Stepper:
         optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum)
-        stepper = KFCStepper(KFC(model, seed=seed, **settings), optimizer)
+        stepper = KFCStepper(KFC(model, seed=seed, **{**SHIPPED, **settings}), optimizer)
         return stepper if average is None else AveragingStepper(stepper, model, average)
 
     return Contestant(name, title, make, (lr,))

@@ -44,7 +44,7 @@ class PlainStepper(Stepper):
 
 
 class KFCStepper(Stepper):
-    """An optimizer whose gradients KFC preconditions."""
+    """An optimizer whose gradients KFC preconditions; a review's second look at the batch is a part of the step."""
 
     def __init__(self, kfc: KFC, optimizer: Optimizer) -> None:
         self.kfc = kfc
@@ -59,6 +59,7 @@ class KFCStepper(Stepper):
         loss.backward()
         self.kfc.precondition(optimizer=self.optimizer)
         self.optimizer.step()
+        self.kfc.review(compute_loss, optimizer=self.optimizer)
 
 
 class AveragingStepper(Stepper):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from benchmarks.optimizers import Contestant, Stepper
 from benchmarks.report import Results, markdown, overview
 from benchmarks.tasks import TASKS, Goal, Task
 from benchmarks.tuning import Trial, Tuning
+from lightning_kfc import KFCCallback
 from lightning_kfc.schedule import RefreshSchedule
 
 
@@ -115,6 +117,18 @@ def test_all_contestants_of_a_seed_start_from_the_same_weights_and_see_the_same_
     assert harness.Run(task, CONTESTANTS["sgd"], 0.1, seed=4).curve.losses != runs[0].curve.losses
     one, two = task.batches(3), task.batches(3)
     assert all(torch.equal(next(one)[0], next(two)[0]) for _ in range(10))
+
+
+def test_kfc_competes_with_the_callback_s_defaults_and_its_steps_are_reviewed() -> None:
+    task = tiny_task()
+    run = harness.Run(task, CONTESTANTS["kfc"], 0.5, seed=3)
+    settings = run._stepper.kfc.settings
+    for name, option in inspect.signature(KFCCallback).parameters.items():
+        if hasattr(settings, name) and name != "seed":
+            assert getattr(settings, name) == option.default, name
+    # A run whose steps nobody reviews warns, and goes on with fixed values.
+    run.advance(3)
+    assert run._stepper.kfc.reviews
 
 
 def test_an_epoch_of_batches_holds_no_example_twice() -> None:
