@@ -151,16 +151,16 @@ class TrustRegion:
         return Verdict(ratio, undo, poor or undo, -expected, -growth)
 
     def state_dict(self) -> dict[str, float]:
-        """What changes in training, as plain numbers."""
-        return {name: float(getattr(self, name)) for name in _changing()}
+        """What changes in training, as plain numbers; what is a fixed setting is not a part of it."""
+        return {name: float(getattr(self, name)) for name in self._changing()}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Take over what :meth:`state_dict` gave; what is now a fixed setting stays as it is set."""
-        for name in _changing():
-            kept = (name == "radius" and not self.adapts_radius) or (name == "damping" and not self.adapts_damping)
-            if name in state and not kept:
+        for name in self._changing():
+            if name in state:
                 setattr(self, name, type(getattr(self, name))(state[name]))
 
-
-def _changing() -> list[str]:
-    return [field.name for field in fields(TrustRegion) if not field.name.startswith("adapts_")]
+    def _changing(self) -> list[str]:
+        adapts = {"radius": self.adapts_radius, "damping": self.adapts_damping}
+        names = [field.name for field in fields(self) if not field.name.startswith("adapts_")]
+        return [name for name in names if adapts.get(name, True)]
