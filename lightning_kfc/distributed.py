@@ -125,9 +125,9 @@ def all_finite(gradients: Sequence[Tensor]) -> bool:
     """
     parts = [own_part(gradient) for gradient in gradients]
     dense = [gradient._values() if gradient.is_sparse else gradient for gradient in parts]
-    # The largest magnitude keeps NaN and infinity, and unlike a sum of squares does not itself overflow.
-    norm = torch.nn.utils.get_total_norm([gradient for gradient in dense if gradient.numel()], math.inf)
-    finite = bool(torch.isfinite(norm))
+    some = [gradient for gradient in dense if gradient.numel()]
+    # Both norms keep NaN and infinity. The sum of squares is many times cheaper on a CPU, but may itself overflow.
+    finite = any(bool(torch.isfinite(torch.nn.utils.get_total_norm(some, order))) for order in (2.0, math.inf))
     if initialised() and any(map(is_sharded, gradients)):
         return Team().all_agree(finite, gradients[0].device)
     return finite

@@ -57,9 +57,7 @@ def natural_step(
     updates = [inverse.solve(gradient) for inverse, gradient in zip(inverses, gradients, strict=True)]
     if not updates:
         return NaturalStep((), 1.0, 0.0)
-    products = torch.stack(
-        [torch.sum(update * gradient).double() for update, gradient in zip(updates, gradients, strict=True)]
-    ).tolist()
+    products = torch.stack([_dot(*pair).double() for pair in zip(updates, gradients, strict=True)]).tolist()
     failed, restored = [], []
     for i, product in enumerate(products):
         if _is_usable(product):
@@ -75,8 +73,15 @@ def natural_step(
     clip = 1.0
     if kl_clip is not None and quadratic > kl_clip:
         clip = math.sqrt(kl_clip / quadratic)
-        updates = [update if i in failed else update * clip for i, update in enumerate(updates)]
+        updates = [update if i in failed else update.mul_(clip) for i, update in enumerate(updates)]
     return NaturalStep(tuple(updates), clip, quadratic, tuple(failed), tuple(restored))
+
+
+def _dot(update: Tensor, gradient: Tensor) -> Tensor:
+    """Their inner product, in one pass where both lie in one piece."""
+    if update.is_contiguous() and gradient.is_contiguous():
+        return torch.dot(update.view(-1), gradient.view(-1))
+    return torch.sum(update * gradient)
 
 
 def _is_usable(product: float) -> bool:

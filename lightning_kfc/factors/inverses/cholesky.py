@@ -10,7 +10,14 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lightning_kfc.factors.damping import add_diagonal, split_damping
-from lightning_kfc.factors.inverses.base import FactorisationError, Factors, Inverse, check_damping, sandwich
+from lightning_kfc.factors.inverses.base import (
+    FactorisationError,
+    Factors,
+    Inverse,
+    aligned,
+    check_damping,
+    sandwich,
+)
 
 #: A factor that will not factorise is tried again in float64, then with its own rounding added to its diagonal
 #: and the damping grown by these ratios.
@@ -71,6 +78,11 @@ class CholeskyInverse(Inverse):
     A_inverse: Tensor
     G_inverse: Tensor
     name: ClassVar[str] = "cholesky"
+
+    def __post_init__(self) -> None:
+        """Align the rows, also of what a checkpoint brings: a resumed run then rounds alike."""
+        object.__setattr__(self, "A_inverse", aligned(self.A_inverse))
+        object.__setattr__(self, "G_inverse", aligned(self.G_inverse))
 
     @classmethod
     def factorise(cls, factors: Factors, damping: float) -> Self:

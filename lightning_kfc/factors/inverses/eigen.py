@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lightning_kfc.factors.eigenbasis import Eigenbasis, moments_in_basis
-from lightning_kfc.factors.inverses.base import FactorisationError, Factors, Inverse, check_damping
+from lightning_kfc.factors.inverses.base import FactorisationError, Factors, Inverse, aligned, check_damping
 from lightning_kfc.factors.running import RunningAverage
 
 
@@ -63,6 +63,11 @@ class EighInverse(Inverse):
     values: Tensor
     damping: float
     name: ClassVar[str] = "eigh"
+
+    def __post_init__(self) -> None:
+        """Align the rows, also of what a checkpoint brings: a resumed run then rounds alike."""
+        object.__setattr__(self, "A_vectors", aligned(self.A_vectors))
+        object.__setattr__(self, "G_vectors", aligned(self.G_vectors))
 
     @property
     def basis(self) -> Eigenbasis:
