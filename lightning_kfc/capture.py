@@ -209,9 +209,10 @@ class Recorder:
         with torch.no_grad():
             forward = whole_forward(forward)
         inputs = KeptInputs.of(forward) if keep_inputs else None
-        # Autocast would form the statistics in half precision.
         part = self.times.part("statistics")
-        with part, torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+        # Autocast would form the statistics in half precision; what looks for the loss would look at each operation.
+        off = torch.autocast(output.device.type, enabled=False), torch._C.DisableTorchFunction()
+        with part, torch.no_grad(), off[0], off[1]:
             recorded = adapter.record(forward)
             probe = None if direction is None else adapter.project(forward, direction())
         self.calls.append(Call(layer, adapter, recorded, output_edge(output), output.shape, probe, inputs))

@@ -53,6 +53,7 @@ def find_layers(
     exclude: Sequence[str] | None = None,
     weight_sharing: str = "expand",
     max_factor_dim: int | None = None,
+    rows_per_dim: int | None = None,
 ) -> Found:
     """Find the layers of a model.
 
@@ -65,6 +66,8 @@ def find_layers(
         exclude: Glob patterns over module names: these are not.
         weight_sharing: ``"expand"`` or ``"reduce"``.
         max_factor_dim: Above this many dimensions a factor is held as its diagonal.
+        rows_per_dim: Statistics are taken from a part of a batch's rows that has so many times a factor's dimensions;
+            None for all rows.
 
     Raises:
         ValueError: If a pattern matches no module that has parameters of its own, or no layer with an adapter is left.
@@ -95,6 +98,7 @@ def find_layers(
         for name, adapters in use.items():
             for adapter in adapters:
                 adapter.max_factor_dim = max_factor_dim
+                adapter.rows_per_dim = rows_per_dim
             found.layers[name] = Layer(name, adapters)
     if not any(layer.adapter.own_parameters() for layer in found.layers.values()):
         _raise_no_layer(owners, include, exclude, held)

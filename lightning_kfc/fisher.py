@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from lightning_kfc.arrivals import Arrivals
 from lightning_kfc.capture import Call
 from lightning_kfc.discovery import LossTerm
 from lightning_kfc.factors.statistics import Statistics
@@ -31,12 +33,10 @@ UNDIFFERENTIABLE = {
 }
 
 
-def _grad(
-    outputs: Sequence[GradientEdge], inputs: Sequence[GradientEdge], values: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """Derivatives of outputs, weighted by values, with respect to inputs; None where there is none."""
+def _explained(differentiate: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Call what differentiates; where the graph does not allow it, say why and what to do."""
     try:
-        return list(torch.autograd.grad(outputs, inputs, values, retain_graph=True, allow_unused=True))
+        return differentiate(*arguments, **options)
     except RuntimeError as error:
         for said, way_out in UNDIFFERENTIABLE.items():
             if said in str(error):
@@ -116,7 +116,8 @@ def weighted_terms(
     derivatives: Iterator[Tensor | None] = iter(())
     if edges:
         start = torch.full_like(loss, 1.0 / loss_scale)
-        derivatives = iter(_grad([loss_edge(loss)], edges, [start]))
+        found = _explained(torch.autograd.grad, [loss_edge(loss)], edges, [start], retain_graph=True, allow_unused=True)
+        derivatives = iter(found)
     kept = []
     for term in terms:
         derivative = term.logits.new_tensor(loss_fraction) if term.value_edge is None else next(derivatives)
@@ -198,12 +199,18 @@ def _empirical_seed(weighted: WeightedTerm, generator: torch.Generator) -> Seeds
 
 def derivatives(seeds: Seeds, inputs: Sequence[GradientEdge], scale: float = 1.0) -> list[Tensor | None]:
     """Back-propagate seeds, scaled, to the inputs; None where they do not arrive."""
-    outputs = [edge for edge, _ in seeds]
+    outputs, values = _laid_out(seeds, scale)
+    found = _explained(torch.autograd.grad, outputs, inputs, values, retain_graph=True, allow_unused=True)
+    return list(found)
+
+
+def _laid_out(seeds: Seeds, scale: float) -> tuple[list[GradientEdge], list[Tensor]]:
+    """The edges of seeds, and the seeds, scaled, as back-propagation takes them there."""
     values = []
     for edge, seed in seeds:
         metadata = edge.node._input_metadata[edge.output_nr]
         values.append((seed * scale).to(metadata.dtype).reshape(metadata.shape))
-    return _grad(outputs, inputs, values)
+    return [edge for edge, _ in seeds], values
 
 
 def reaches(loss: Tensor, calls: Sequence[Call]) -> bool:
@@ -241,33 +248,39 @@ def back_propagate(
     edges = [call.edge for call in calls]
     factors = _factors(calls, scale, mean_fraction)
     reached: dict[int, Statistics] = {}
+    jointly: dict[str, list[tuple[int, Call, Tensor]]] = {}
+
+    def take(index: int, gradient: Tensor) -> None:
+        call, factor = calls[index], factors[index]
+        arrived = call.output_gradient(gradient)
+        with torch.no_grad():
+            if test is not None:
+                test.take(call, gradient)
+            one = call.adapter.statistics(call.record, arrived)
+            sums = {name: total * factor for name, total in one.sums.items()}
+            if index in reached:
+                sums = {name: total + reached[index].sums[name] for name, total in sums.items()}
+            reached[index] = Statistics(one.means, sums, one.rows)
+        if examples and call.layer in examples:
+            jointly.setdefault(call.layer, []).append((index, call, arrived))
+
+    arrivals: Arrivals | None = None
     for seeds in passes:
         extra = test.parameters() if test is not None else []
         if not edges and not extra:
             break
-        found = derivatives(seeds, [*edges, *extra], scale)
-        gradients = found[: len(edges)]
+        outputs, values = _laid_out(seeds, scale)
+        if arrivals is None:
+            arrivals = Arrivals(outputs, edges)
+        found = _explained(arrivals.send, outputs, values, take, extra)
         if test is not None:
-            test.check(calls, gradients, found[len(edges) :])
-        jointly: dict[str, list[tuple[int, Call, Tensor]]] = {}
-        for index, (call, gradient) in enumerate(zip(calls, gradients, strict=True)):
-            if gradient is None:
-                continue
-            arrived = call.output_gradient(gradient)
-            factor = factors[index]
-            with torch.no_grad():
-                one = call.adapter.statistics(call.record, arrived)
-                sums = {name: total * factor for name, total in one.sums.items()}
-                if index in reached:
-                    sums = {name: total + reached[index].sums[name] for name, total in sums.items()}
-                reached[index] = Statistics(one.means, sums, one.rows)
-            if examples and call.layer in examples:
-                jointly.setdefault(call.layer, []).append((index, call, arrived))
-            gradients[index] = None
+            test.check(calls, found)
         with torch.no_grad():
             for layer, parts in jointly.items():
                 assert examples is not None
+                parts.sort(key=lambda part: part[0])
                 examples[layer].add([(call, arrived) for _, call, arrived in parts], factors[parts[0][0]])
+        jointly.clear()
     return dict(sorted(reached.items()))
 
 

@@ -63,6 +63,8 @@ class KFCHooks:
         rule: How gradients and inverses make an update. "natural": the paper's.
         weight_sharing: "expand": each use of a weight counts by itself; "reduce": the uses by an example count as one.
         max_factor_dim: A layer's factor with more dimensions than this is kept as its diagonal; null for no bound.
+        rows_per_dim: Where a batch has more rows (locations of images, positions of sequences) for each dimension of a
+            layer's input factor than this, the factor comes from a part of them; null for all rows.
         include: Glob patterns over module names, such as "encoder.*": only these modules are preconditioned.
         exclude: Glob patterns over module names that are not preconditioned.
         seed: Seed of the sampled targets. The global random stream is never touched.
@@ -102,6 +104,7 @@ class KFCHooks:
         rule: Literal["natural"] = "natural",
         weight_sharing: Literal["expand", "reduce"] = "expand",
         max_factor_dim: int | None = 10_000,
+        rows_per_dim: int | None = 16,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         seed: int = 0,
@@ -127,6 +130,7 @@ class KFCHooks:
             rule=rule,
             weight_sharing=weight_sharing,
             max_factor_dim=max_factor_dim,
+            rows_per_dim=rows_per_dim,
             include=include,
             exclude=exclude,
             seed=seed,

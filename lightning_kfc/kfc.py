@@ -77,6 +77,8 @@ class KFC:
         max_factor_dim: A factor of more dimensions is held as its diagonal, which :meth:`coverage` shows; None for no
             bound. The default admits every layer of the usual convolutional nets and transformers (d_in 4,609 in a
             ResNet-50, 9,217 in the widest ResNets), and no vocabulary; a factor with its inverse takes 0.8 GB there.
+        rows_per_dim: A is estimated from a part of a batch's rows, at least so many times its dimensions, where there
+            are more: every k-th example gives every k-th of its positions, k at most 16. None for all rows.
         include: Glob patterns over module names; only these are preconditioned. None for all.
         exclude: Glob patterns over module names that are not preconditioned.
         seed: Seed of the sampling of targets; the global random stream is never touched.
@@ -110,6 +112,7 @@ class KFC:
         rule: str = "natural",
         weight_sharing: str = "expand",
         max_factor_dim: int | None = 10_000,
+        rows_per_dim: int | None = 16,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         seed: int = 0,
@@ -130,6 +133,7 @@ class KFC:
             rule=rule,
             weight_sharing=weight_sharing,
             max_factor_dim=max_factor_dim,
+            rows_per_dim=rows_per_dim,
             include=include,
             exclude=exclude,
             seed=seed,
@@ -150,7 +154,12 @@ class KFC:
         self._team = distributed.Team(process_group)
         self._model = model
         self._found = find_layers(
-            model, settings.include, settings.exclude, settings.weight_sharing, settings.max_factor_dim
+            model,
+            settings.include,
+            settings.exclude,
+            settings.weight_sharing,
+            settings.max_factor_dim,
+            settings.rows_per_dim,
         )
         self._dropped: dict[str, str] = {}
         self._said: set[str] = set()

@@ -44,6 +44,25 @@ class _Place:
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
 
+@dataclass(frozen=True)
+class _Sums:
+    """What a layer's rows say of its gradient times the direction, ``(groups, d_out)``.
+
+    Attributes:
+        rebuilt: The sum over rows.
+        spread: The sum of the squares of its terms.
+        tolerance: What the derivatives' precision allows, relative.
+    """
+
+    rebuilt: Tensor
+    spread: Tensor
+    tolerance: float
+
+    def __add__(self, other: _Sums) -> _Sums:
+        rebuilt, spread = self.rebuilt + other.rebuilt, self.spread + other.spread
+        return _Sums(rebuilt, spread, max(self.tolerance, other.tolerance))
+
+
 class SelfTest:
     """One check of every layer, made when seeds first bring it a derivative that is not zero.
 
@@ -58,6 +77,7 @@ class SelfTest:
         self._directions: dict[str, Tensor] = {}
         self._owners: list[tuple[str, str, _Place]] = []
         self._used: dict[str, dict[str, _Place]] = {}
+        self._arrived: dict[str, _Sums] = {}
         #: The layers that have not been checked yet.
         self.waiting: list[str] = list(layers)
         #: The layers that are recorded in this step; no other one can be checked.
@@ -66,7 +86,8 @@ class SelfTest:
         self.never_called: list[str] = []
 
     def parameters(self) -> list[GradientEdge]:
-        """Where the derivatives by parameters arrive that the next check needs."""
+        """Where the derivatives by parameters arrive that the next check needs; it begins anew with this call."""
+        self._arrived.clear()
         self._owners = [
             (layer, role, place)
             for layer in self.waiting
@@ -87,15 +108,33 @@ class SelfTest:
             self._directions[layer] = torch.randn((groups, d_in), generator=self._generator, dtype=torch.float64)
         return self._directions[layer]
 
-    def check(
-        self, calls: Sequence[Call], gradients: Sequence[Tensor | None], of_parameters: Sequence[Tensor | None]
-    ) -> None:
-        """Compare the gradients rebuilt from rows with autograd's own.
+    def take(self, call: Call, gradient: Tensor) -> None:
+        """Take the derivative that arrived at a call's output, for the next check."""
+        if call.probe is None:
+            return
+        dtype = factor_dtype(gradient.dtype)
+        rows = call.adapter.output_rows(call.output_gradient(gradient).to(dtype))
+        probe = call.probe.to(dtype)
+        d_out = self._layers[call.layer].adapter.matrix_shape()[1]
+        if rows.shape != (*probe.shape, d_out):
+            raise SelfTestError(
+                f"{type(call.adapter).__name__}.output_rows() made rows of shape {tuple(rows.shape)} "
+                f"for {call.layer!r}; its input rows and its gradient ask for {(*probe.shape, d_out)}."
+            )
+        sums = _Sums(
+            torch.einsum("ntgo,ntg->go", rows, probe),
+            torch.einsum("ntgo,ntg->go", rows.square(), probe.square()),
+            TOLERANCE.get(gradient.dtype, 0.1),
+        )
+        earlier = self._arrived.get(call.layer)
+        self._arrived[call.layer] = sums if earlier is None else earlier + sums
+
+    def check(self, calls: Sequence[Call], of_parameters: Sequence[Tensor | None]) -> None:
+        """Compare the gradients rebuilt from the rows of what was taken with autograd's own.
 
         Args:
             calls: What was recorded in the forward.
-            gradients: The derivatives that arrived at the calls; None where none did.
-            of_parameters: Those that arrived at :meth:`parameters`.
+            of_parameters: The derivatives that arrived at :meth:`parameters`; None where none did.
 
         Raises:
             SelfTestError: If they differ for a layer.
@@ -107,13 +146,9 @@ class SelfTest:
             if gradient is not None:
                 reached.add(layer)
         self._used.clear()
-        by_layer: dict[str, list[tuple[Call, Tensor]]] = {}
-        for call, gradient in zip(calls, gradients, strict=True):
-            if gradient is not None and call.probe is not None:
-                by_layer.setdefault(call.layer, []).append((call, gradient))
         for layer in own:
-            if layer in by_layer:
-                if self._check_layer(layer, by_layer[layer], own[layer]):
+            if layer in self._arrived:
+                if self._check_layer(layer, self._arrived[layer], own[layer]):
                     self.waiting.remove(layer)
             elif layer in reached:
                 if any(call.layer == layer for call in calls):
@@ -122,29 +157,15 @@ class SelfTest:
                 self.waiting.remove(layer)
 
     @torch.no_grad()
-    def _check_layer(self, layer: str, arrived: Sequence[tuple[Call, Tensor]], own: Mapping[str, Tensor]) -> bool:
+    def _check_layer(self, layer: str, sums: _Sums, own: Mapping[str, Tensor]) -> bool:
         """Whether there was anything to compare: derivatives of 0 (dead units, ignored targets) show nothing."""
         expected_matrix = self._layers[layer].adapter.matrix(own)
-        dtype = factor_dtype(expected_matrix.dtype)
-        expected_matrix = expected_matrix.to(dtype)
+        expected_matrix = expected_matrix.to(factor_dtype(expected_matrix.dtype))
         expected = torch.einsum("goi,gi->go", expected_matrix, self.direction(layer).to(expected_matrix))
-        rebuilt, spread = torch.zeros_like(expected), torch.zeros_like(expected)
-        for call, gradient in arrived:
-            assert call.probe is not None
-            rows = call.adapter.output_rows(call.output_gradient(gradient).to(dtype))
-            probe = call.probe.to(dtype)
-            if rows.shape[:-1] != probe.shape or rows.shape[-1] != expected.shape[-1]:
-                raise SelfTestError(
-                    f"{type(call.adapter).__name__}.output_rows() made rows of shape {tuple(rows.shape)} "
-                    f"for {layer!r}; its input rows and its gradient ask for {(*probe.shape, expected.shape[-1])}."
-                )
-            rebuilt += torch.einsum("ntgo,ntg->go", rows, probe)
-            spread += torch.einsum("ntgo,ntg->go", rows.square(), probe.square())
         # Rounding grows with the terms of the sum, which may all but cancel in it.
-        size = float(expected.norm()) + float(spread.sum().sqrt())
-        error = float((rebuilt - expected).norm())
-        precision = min((gradient.dtype for _, gradient in arrived), key=lambda d: -TOLERANCE.get(d, 0.1))
-        if error > TOLERANCE.get(precision, 0.1) * size:
+        size = float(expected.norm()) + float(sums.spread.sum().sqrt())
+        error = float((sums.rebuilt - expected).norm())
+        if error > sums.tolerance * size:
             self._fail(layer, error / size)
         return size > 0
 

@@ -42,6 +42,7 @@ class Settings:
     rule: str = "natural"
     weight_sharing: str = "expand"
     max_factor_dim: int | None = 10_000
+    rows_per_dim: int | None = 16
     include: Sequence[str] | None = None
     exclude: Sequence[str] | None = None
     seed: int = 0
@@ -68,6 +69,8 @@ class Settings:
         check_choice("weight_sharing", self.weight_sharing, WEIGHT_SHARINGS)
         if self.max_factor_dim is not None:
             check_integer("max_factor_dim", self.max_factor_dim, minimum=1)
+        if self.rows_per_dim is not None:
+            check_integer("rows_per_dim", self.rows_per_dim, minimum=1)
         check_integer("seed", self.seed, minimum=0)
         check_placement(self.placement, self.inverse)
         check_choice("reduce_precision", self.reduce_precision, PRECISIONS)

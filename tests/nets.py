@@ -46,6 +46,7 @@ def engine(model: nn.Module, **settings: Any) -> KFC:
         "inverse_every_n_steps": 1,
         "damping": 1e-2,
         "kl_clip": None,
+        "rows_per_dim": None,
     }
     return KFC(model, **{**defaults, **settings})
 

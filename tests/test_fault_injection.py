@@ -61,7 +61,7 @@ PARTS = [
     "kfc.KFC.back_propagate",
     "observation.weighted_terms",
     "observation.seed_passes",
-    "fisher.derivatives",
+    "fisher._laid_out",
     "kfc.KFC.precondition",
     "kfc.KFC._refresh",
     "layer.Layer.fold",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -137,14 +138,31 @@ class Geometry:
                 found.append(_AxisPhase(taps, step, (-start, end - (n - 1))))
         return found
 
+    def every(self, steps: Sequence[int], offsets: Sequence[int]) -> Geometry:
+        """Some steps apart along each axis, the output locations from an offset on; for zero padding.
+
+        Args:
+            steps: The distance of the locations, per axis.
+            offsets: The first location, per axis.
+        """
+        stride = tuple(s * step for s, step in zip(self.stride, steps, strict=True))
+        starts = zip(self.padding, self.stride, offsets, strict=True)
+        padding = tuple((before - s * offset, after) for (before, after), s, offset in starts)
+        return replace(self, stride=stride, padding=padding)
+
     def positions(self, space: Sequence[int]) -> int:
         """The number of output locations on an input of the given size."""
-        count = 1
-        for n, k, s, (before, after), d, up in zip(
-            space, self.kernel_size, self.stride, self.padding, self.dilation, self.upsampling, strict=True
-        ):
-            count *= ((n - 1) * up + 1 + before + after - d * (k - 1) - 1) // s + 1
-        return count
+        return math.prod(self.outputs(axis, size) for axis, size in enumerate(space))
+
+    def outputs(self, axis: int, size: int) -> int:
+        """The number of output locations along one axis of an input of the given size there."""
+        reach = self.dilation[axis] * (self.kernel_size[axis] - 1)
+        spread_out = (size - 1) * self.upsampling[axis] + 1 + sum(self.padding[axis])
+        return (spread_out - reach - 1) // self.stride[axis] + 1
+
+    def without_padding(self) -> Geometry:
+        """The same geometry on an input that is padded already."""
+        return replace(self, padding=((0, 0),) * len(self.padding), padding_mode="zeros")
 
 
 def pad(images: Tensor, geometry: Geometry) -> Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from lightning_kfc.factors.geometry import Geometry, pad, spread
+from lightning_kfc.factors.gram import gram
 from lightning_kfc.factors.lagged import lagged_second_moment
+from lightning_kfc.factors.parts import offsets, steps_along_axes
 from lightning_kfc.factors.statistics import homogeneous_total
 
 #: At most this many bytes of patches are materialised at once; more would leave a processor's cache, and be slower.
@@ -86,6 +89,45 @@ def patch_second_moment(
     return _second_moment_by_patches(images, geometry, homogeneous=homogeneous, reduce=reduce)
 
 
+def part_of_patch_second_moment(
+    images: Tensor, geometry: Geometry, parts: int, *, homogeneous: bool
+) -> tuple[Tensor, int]:
+    r"""As :func:`patch_second_moment`, estimated from one of so many parts of the patches (``factors/parts.py``).
+
+    Args:
+        images: Inputs of the convolution, shape ``(examples, channels, *space)``.
+        geometry: Where the convolution reads them, without upsampling.
+        parts: The number of parts.
+        homogeneous: Whether rows carry a trailing 1, for a bias.
+
+    Returns:
+        The total, shape ``(groups, d, d)``, scaled to stand for all patches, and their number.
+    """
+    space = images.shape[2:]
+    rows = len(images) * geometry.positions(space)
+    if geometry.padding_mode != "zeros":
+        images, geometry = pad(images, geometry), geometry.without_padding()
+    steps = steps_along_axes(parts, [geometry.outputs(axis, size) for axis, size in enumerate(images.shape[2:])])
+    parts = math.prod(steps)
+    taken = [
+        patch_columns(images[j::parts], geometry.every(steps, offset)).flatten(2)
+        for j, offset in enumerate(offsets(steps))
+    ]
+    columns = torch.cat(taken, -1)
+    total = gram(columns).mul_(rows / columns.shape[-1])
+    if homogeneous:
+        total = homogeneous_total(total, columns.sum(-1).mul_(rows / columns.shape[-1]), rows)
+    return total, rows
+
+
+def part_is_cheaper(geometry: Geometry, parts: int, images: Tensor) -> bool:
+    """Whether a part by patches takes fewer multiply-adds than all rows by lags, where those serve."""
+    if not _lags_serve(images, geometry):
+        return True
+    lags = math.prod(2 * size - 1 for size in geometry.kernel_size)
+    return bool(parts * lags > math.prod(geometry.kernel_size) ** 2)
+
+
 def _second_moment_by_phases(images: Tensor, geometry: Geometry, *, homogeneous: bool) -> tuple[Tensor, int]:
     """The total over output locations that read the same kernel offsets, and zeros at the others, at a time."""
     groups, depth = geometry.groups, images.shape[1] // geometry.groups
@@ -142,7 +184,7 @@ def _second_moment_by_patches(
     for chunk in image_chunks(images, geometry):
         columns = patch_columns(chunk, geometry)
         columns = columns.mean(-1) if reduce else columns.flatten(2)
-        part = columns @ columns.transpose(1, 2)
+        part = gram(columns)
         total = part if total is None else total + part
         rows += columns.shape[-1]
         if homogeneous:

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_kfc.factors.finite import all_finite
+from lightning_kfc.factors.gram import gram
+
 
 def factor_dtype(dtype: torch.dtype) -> torch.dtype:
     """The precision in which statistics of ``dtype`` are formed: float32, or float64 where that is given."""
@@ -32,12 +35,14 @@ def second_moment_total(rows: Tensor) -> Tensor:
     Returns:
         Symmetric matrices, shape ``(groups, d, d)``.
     """
-    flat = rows.flatten(0, 1)
-    if flat.shape[1] == 1:
-        matrix = flat[:, 0]
-        return (matrix.T @ matrix).unsqueeze(0)
-    by_group = flat.transpose(0, 1)
-    return by_group.transpose(1, 2) @ by_group
+    examples, positions, groups, d = rows.shape
+    if rows.stride(1) == 1 and rows.stride(3) != 1 and positions > 1:
+        # Neighbouring positions lie side by side, as in images: they need not be brought apart.
+        columns = rows.permute(2, 0, 3, 1)
+        if positions >= 8 * d:
+            return (columns @ columns.transpose(2, 3)).sum(1)
+        return gram(columns.transpose(1, 2).reshape(groups, d, examples * positions))
+    return gram(rows.flatten(0, 1).permute(1, 2, 0))
 
 
 def second_moment_diagonal(rows: Tensor) -> Tensor:
@@ -131,4 +136,4 @@ class Statistics:
 
     def is_finite(self) -> bool:
         """Whether every number in the statistics is finite."""
-        return all(bool(torch.isfinite(total).all()) for total in (*self.means.values(), *self.sums.values()))
+        return all(all_finite(total) for total in (*self.means.values(), *self.sums.values()))

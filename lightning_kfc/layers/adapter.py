@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_kfc.factors.inverse import Inverse
+from lightning_kfc.factors.parts import number_of_parts, one_part
 from lightning_kfc.factors.statistics import (
     InputStatistic,
     Statistics,
@@ -86,6 +87,8 @@ class Adapter(ABC):
     mean_factors: ClassVar[frozenset[str]] = frozenset({"A"})
     #: Above this many dimensions a factor is held as its diagonal; None for no bound.
     max_factor_dim: int | None = None
+    #: Statistics are taken from a part of a batch's rows that has so many times a factor's dimensions; None for all.
+    rows_per_dim: int | None = None
 
     #: The likely reason why the parameters get a derivative although no forward of the module was seen.
     unseen: ClassVar[str] = "its weight is used without calling the module"
@@ -257,7 +260,16 @@ class Adapter(ABC):
         rows = self.input_rows(forward)
         if self.weight_sharing == "reduce":
             rows = share_by_reduction(rows, average=True)
-        return InputStatistic(self.second_moment(rows), rows.shape[0] * rows.shape[1])
+        return InputStatistic(self._second_moment_of_part(rows), rows.shape[0] * rows.shape[1])
+
+    def _second_moment_of_part(self, rows: Tensor) -> Tensor:
+        """The second-moment total of rows, from a part of them where they are many, scaled to stand for all."""
+        examples, positions, _, d = rows.shape
+        parts = number_of_parts(examples, positions, d, self.rows_per_dim)
+        if parts == 1:
+            return self.second_moment(rows)
+        part = one_part(rows, parts)
+        return self.second_moment(part).mul_(examples * positions / part.shape[1])
 
     def record(self, forward: Forward) -> Any:
         """What :meth:`statistics` will need of one forward call; made inside that forward.

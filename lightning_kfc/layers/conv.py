@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_kfc.factors.geometry import Geometry
+from lightning_kfc.factors.parts import number_of_parts
 from lightning_kfc.factors.patches import (
     image_chunks,
+    part_is_cheaper,
+    part_of_patch_second_moment,
     patch_rows,
     patch_second_moment,
     patch_second_moment_diagonal,
@@ -87,6 +90,17 @@ class ConvAdapter(Adapter):
         if "weight" not in own:
             return super().input_statistic(forward)
         images, geometry, homogeneous = self._images(forward), self.geometry(forward), "bias" in own
+        parts = self._parts(images, geometry)
+        if parts > 1:
+            return InputStatistic(*part_of_patch_second_moment(images, geometry, parts, homogeneous=homogeneous))
         form = patch_second_moment_diagonal if "A" in self.large_sides() else patch_second_moment
         reduce = self.weight_sharing == "reduce"
         return InputStatistic(*form(images, geometry, homogeneous=homogeneous, reduce=reduce))
+
+    def _parts(self, images: Tensor, geometry: Geometry) -> int:
+        """How many parts of the patches to take one of; 1 where all of them are wanted, or are cheaper."""
+        if "A" in self.large_sides() or self.weight_sharing == "reduce" or any(up > 1 for up in geometry.upsampling):
+            return 1
+        positions = geometry.positions(images.shape[2:])
+        parts = number_of_parts(len(images), positions, self.matrix_shape()[2], self.rows_per_dim)
+        return parts if part_is_cheaper(geometry, parts, images) else 1

@@ -119,10 +119,20 @@ class BatchNormAdapter(ScaleShiftAdapter):
     module: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
     def context(self, forward: Forward) -> _Moments | None:
-        """The running averages, where they normalise: a later call may change them."""
+        """What normalises: the running averages, which a later call may change, or the batch's own moments.
+
+        Those are autograd's, where it shows them; looking at what it saved would set off saved-tensor hooks, though.
+        """
         m = self.module
         own = m.training or (m.running_mean is None and m.running_var is None)
-        return None if own else _running_moments(m)
+        if not own:
+            return _running_moments(m)
+        node = getattr(forward.output, "grad_fn", None)
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None or node is None:
+            return None
+        if node.name() not in ("NativeBatchNormBackward0", "CudnnBatchNormBackward0"):
+            return None
+        return _moments(node._saved_result1, node._saved_result2, m.eps)
 
     def normalised(self, input: Tensor, context: _Moments | None) -> Tensor:
         """The module's own, without scale and shift."""
@@ -145,7 +155,7 @@ class SyncBatchNormAdapter(BatchNormAdapter):
         if node is None or node.name() != "SyncBatchNormBackward":
             return super().context(forward)
         _, _, mean, inverse_deviation, _ = node.saved_tensors
-        return mean, inverse_deviation.double().pow(-2).sub(self.module.eps).to(inverse_deviation.dtype)
+        return _moments(mean, inverse_deviation, self.module.eps)
 
 
 def _running_moments(module: Any) -> _Moments:
@@ -153,3 +163,7 @@ def _running_moments(module: Any) -> _Moments:
     assert isinstance(mean, torch.Tensor)
     assert isinstance(variance, torch.Tensor)
     return mean.clone(), variance.clone()
+
+
+def _moments(mean: Tensor, inverse_deviation: Tensor, eps: float) -> _Moments:
+    return mean, inverse_deviation.double().pow(-2).sub(eps).to(inverse_deviation.dtype)

@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lightning_kfc.factors.damping import add_diagonal, split_damping
+from lightning_kfc.factors.finite import all_finite
 from lightning_kfc.factors.inverses.base import (
     FactorisationError,
     Factors,
@@ -26,7 +27,7 @@ RETRIES = ((False, 1.0), (True, 1.0), (True, 10.0), (True, 100.0), (True, 1000.0
 
 def _inverse_by_cholesky(matrix: Tensor) -> Tensor | None:
     """The inverse of a symmetric positive definite batch, or None where it is not one numerically."""
-    if not bool(torch.isfinite(matrix).all()):
+    if not all_finite(matrix):
         return None
     if matrix.ndim == 2:
         if not bool((matrix > 0).all()):
@@ -37,7 +38,7 @@ def _inverse_by_cholesky(matrix: Tensor) -> Tensor | None:
         if bool(info.any()):
             return None
         inverse = torch.cholesky_inverse(triangle)
-    return inverse if bool(torch.isfinite(inverse).all()) else None
+    return inverse if all_finite(inverse) else None
 
 
 def _attempt(factor: Tensor, in_double: bool, growth: float) -> Tensor:
@@ -54,10 +55,10 @@ def _attempt(factor: Tensor, in_double: bool, growth: float) -> Tensor:
 
 def _in_precision_of(factor: Tensor, inverse: Tensor | None) -> Tensor | None:
     """The inverse in the factor's own precision, or None where that cannot hold it."""
-    if inverse is None:
-        return None
+    if inverse is None or inverse.dtype == factor.dtype:
+        return inverse
     inverse = inverse.to(factor.dtype)
-    return inverse if bool(torch.isfinite(inverse).all()) else None
+    return inverse if all_finite(inverse) else None
 
 
 def _failure(damping: float) -> FactorisationError:

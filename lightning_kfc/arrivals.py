@@ -1,0 +1,90 @@
+"""Back-propagation that hands on each derivative when it arrives, so that none waits for the others in memory.
+
+``torch.autograd.grad`` keeps the derivative at every edge it was asked for until the last one is there: as much memory
+as all activations once more. Here it is asked for the lowest edges alone; at all others the graph's nodes are watched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+#: Called with the position of an edge and the derivative there.
+Take = Callable[[int, Tensor], None]
+
+
+class Arrivals:
+    """The edges at which derivatives are wanted.
+
+    Args:
+        starts: Where back-propagation may start.
+        edges: Where derivatives are wanted.
+    """
+
+    def __init__(self, starts: Sequence[GradientEdge], edges: Sequence[GradientEdge]) -> None:
+        self._edges = edges
+        self._positions: dict[Node, list[int]] = {}
+        for position, edge in enumerate(edges):
+            self._positions.setdefault(edge.node, []).append(position)
+        above = _nodes_above(starts, self._positions)
+        self._watched = [node for node in self._positions if node in above]
+        self._lowest = [i for node, positions in self._positions.items() if node not in above for i in positions]
+
+    def send(
+        self,
+        outputs: Sequence[GradientEdge],
+        values: Sequence[Tensor],
+        take: Take,
+        others: Sequence[GradientEdge] = (),
+    ) -> list[Tensor | None]:
+        """Back-propagate once; the graph is kept.
+
+        Args:
+            outputs: Where to start.
+            values: The derivatives there.
+            take: Called with each derivative that arrives, in the order of arrival.
+            others: Edges whose derivatives are returned, after all others have been taken; None where none arrived.
+        """
+        inputs = [self._edges[position] for position in self._lowest] + list(others)
+        if not inputs:
+            return []
+        with contextlib.ExitStack() as handles:
+            for node in self._watched:
+                handle = node.register_prehook(partial(self._arrived, take, self._positions[node]))
+                handles.callback(handle.remove)
+            found = torch.autograd.grad(outputs, inputs, values, retain_graph=True, allow_unused=True)
+        for position, gradient in zip(self._lowest, found, strict=False):
+            if gradient is not None:
+                take(position, gradient)
+        return list(found[len(self._lowest) :])
+
+    def _arrived(self, take: Take, positions: Sequence[int], gradients: tuple[Any, ...]) -> None:
+        for position in positions:
+            gradient = gradients[self._edges[position].output_nr]
+            if gradient is not None:
+                take(position, gradient)
+
+
+def _nodes_above(starts: Sequence[GradientEdge], wanted: dict[Node, list[int]]) -> set[Node]:
+    """The nodes below which there is another wanted node: back-propagation to the lowest passes through them."""
+    below: dict[Node, bool] = {}
+    pending = [edge.node for edge in starts]
+    while pending:
+        node = pending[-1]
+        if node in below:
+            pending.pop()
+            continue
+        children = [child for child, _ in node.next_functions if child is not None]
+        unknown = [child for child in children if child not in below]
+        if unknown:
+            pending += unknown
+            continue
+        below[node] = any(below[child] or child in wanted for child in children)
+        pending.pop()
+    return {node for node, has in below.items() if has}
