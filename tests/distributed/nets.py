@@ -17,7 +17,13 @@ from lightning_kfc.layers.norm import SyncBatchNormAdapter
 
 CLASSES = 3
 #: Exact Fisher, so that nothing is drawn; refreshed at every step, so that every step tests everything.
-EXACT: dict[str, Any] = {"fisher": "exact", "factor_every_n_steps": 1, "inverse_every_n_steps": 1, "damping": 0.05}
+EXACT: dict[str, Any] = {
+    "fisher": "exact",
+    "rows_per_dim": None,
+    "factor_every_n_steps": 1,
+    "inverse_every_n_steps": 1,
+    "damping": 0.05,
+}
 
 
 class SyncBatchNorm(torch.autograd.Function):
