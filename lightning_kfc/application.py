@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_kfc.factors.inverse import Inverse
 from lightning_kfc.layer import Layer
 from lightning_kfc.monitor import Events, StepNumbers, listed
+from lightning_kfc.rules.adam import adam_step
 from lightning_kfc.rules.natural import NaturalStep, natural_step
 
 
@@ -53,6 +54,7 @@ def solve(ready: Sequence[Ready], damping: float, kl_clip: float | None) -> Natu
 
 
 def replace_gradients(
+    rule: str,
     ready: Sequence[Ready],
     step: int,
     damping: float,
@@ -65,6 +67,7 @@ def replace_gradients(
     """Write the update of each layer in the place of its gradient.
 
     Args:
+        rule: How gradients and inverses make an update.
         ready: The layers.
         step: The optimizer step.
         damping: In force at this step, for inverses that can follow it.
@@ -74,6 +77,8 @@ def replace_gradients(
         before_writing: Called with the squared norm of the step before clipping, while gradients are still the loss's.
         inspect: Called with the updates, likewise.
     """
+    if rule == "adam":
+        return _replace_by_adam(ready, step, damping, kl_clip, loss_scale, events, before_writing, inspect)
     result = solve(ready, damping, kl_clip)
     before_writing(result.quadratic)
     if inspect is not None:
@@ -94,5 +99,42 @@ def replace_gradients(
         )
     if plain:
         what = f"no inverse gives {listed(plain)} a usable update; the gradient is used"
+        events.report("nonfinite_updates", step, what)
+    return StepNumbers(step, damping, result.clip, result.quadratic / 2, kl_clip)
+
+
+def _replace_by_adam(
+    ready: Sequence[Ready],
+    step: int,
+    damping: float,
+    kl_clip: float | None,
+    loss_scale: float,
+    events: Events,
+    before_writing: Callable[[float], None],
+    inspect: Inspection | None,
+) -> StepNumbers:
+    """The same by the rule "adam", which has moments to keep, and needs no other inverse to fall back upon."""
+    layers = [entry.layer for entry in ready]
+    result = adam_step(
+        [entry.gradient for entry in ready],
+        [layer.moments for layer in layers],
+        [layer.inverse for layer in layers if layer.inverse is not None],
+        [layer.curvature() for layer in layers],
+        [entry.learning_rate for entry in ready],
+        kl_clip,
+    )
+    before_writing(result.quadratic)
+    if inspect is not None:
+        inspect(ready, result.updates)
+    unwritten = []
+    for layer, update, moments in zip(layers, result.updates, result.moments, strict=True):
+        layer.moments, layer.previous_inverse = moments, None
+        if not layer.write(update if loss_scale == 1 else update * loss_scale):
+            unwritten.append(layer.name)
+    if result.failed:
+        names = listed(layers[position].name for position in result.failed)
+        events.report("nonfinite_updates", step, f"the update of {names} is not finite; nothing moves there")
+    if unwritten:
+        what = f"float16 cannot hold the update of {listed(unwritten)}; the gradient is used"
         events.report("nonfinite_updates", step, what)
     return StepNumbers(step, damping, result.clip, result.quadratic / 2, kl_clip)

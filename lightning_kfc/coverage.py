@@ -200,13 +200,14 @@ def _shorten(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(_cut(name, WIDTH - len("    ,")) for name in names[:most]) + more
 
 
-def coverage_of(model: nn.Module, found: Found, inverse: type[Inverse]) -> Coverage:
+def coverage_of(model: nn.Module, found: Found, inverse: type[Inverse], moments: int = 0) -> Coverage:
     """Make the coverage of a model from what was found in it.
 
     Args:
         model: The model.
         found: What :func:`~lightning_kfc.find_layers.find_layers` returned.
         inverse: The user's kind of inverse.
+        moments: How many numbers the rule keeps for each parameter; they count as memory of the inverse.
     """
     owners: dict[int, list[Layer]] = {}
     for layer in found.layers.values():
@@ -222,7 +223,7 @@ def coverage_of(model: nn.Module, found: Found, inverse: type[Inverse]) -> Cover
             row = CoverageRow(name, module, kind, "frozen", "requires_grad is False", {}, 0, parameter.numel())
         elif layers:
             adapter = layers[0].adapter
-            held = sum(layer.nbytes(inverse) for layer in layers if layer.name not in counted)
+            held = sum(layer.nbytes(inverse, moments) for layer in layers if layer.name not in counted)
             counted |= {layer.name for layer in layers}
             why = layers[0].reason or adapter.approximation()
             shapes = _shapes(layers)
@@ -231,16 +232,16 @@ def coverage_of(model: nn.Module, found: Found, inverse: type[Inverse]) -> Cover
             kind, reason = found.plain[id(parameter)]
             row = CoverageRow(name, module, kind, "plain", reason, {}, 0, parameter.numel())
         rows.append(row)
-    return Coverage(tuple(rows), tuple(_lines(found.layers.values(), inverse)))
+    return Coverage(tuple(rows), tuple(_lines(found.layers.values(), inverse, moments)))
 
 
-def _lines(layers: Iterable[Layer], inverse: type[Inverse]) -> Iterator[_Line]:
+def _lines(layers: Iterable[Layer], inverse: type[Inverse], moments: int) -> Iterator[_Line]:
     for layer in layers:
         adapter = layer.adapter
         if adapter.own_parameters():
             factors = _sides(adapter.factor_shapes())
             numel = prod(adapter.matrix_shape())
-            held = layer.nbytes(inverse)
+            held = layer.nbytes(inverse, moments)
             yield _Line(layer.name, adapter.kind, adapter.treatment, factors, numel, held)
 
 

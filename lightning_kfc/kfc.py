@@ -72,7 +72,9 @@ class KFC:
             ``"eigh"`` (E6: exact damping, that of the present step); ``"ekfac"``: E6 with the running second moments of
             the examples' gradients as eigenvalues (George et al. 2018). That one keeps what the layers read, and the
             derivatives at their outputs, through the backward of the steps that refresh inverses.
-        rule: How gradients and inverses make an update: ``"natural"``, the paper's KFC-pre.
+        rule: How gradients and inverses make an update: ``"natural"``, the paper's KFC-pre; ``"adam"``: Adam in the
+            eigenbasis of the factors (:mod:`lightning_kfc.rules.adam`), beside ``SGD(lr=0.02)`` without momentum. It
+            implies ``inverse="eigh"``, and ``damping`` has no part in it.
         weight_sharing: ``"expand"``: each use of a weight is a row; ``"reduce"``: each example is one.
         max_factor_dim: A factor of more dimensions is held as its diagonal, which :meth:`coverage` shows; None for no
             bound. The default admits every layer of the usual convolutional nets and transformers (d_in 4,609 in a
@@ -211,7 +213,8 @@ class KFC:
 
     def coverage(self) -> Coverage:
         """Every parameter with how it is treated and why; prints as a table."""
-        return coverage_of(self._model, self._found, INVERSES[self.settings.inverse])
+        moments = 2 if self.settings.rule == "adam" else 0
+        return coverage_of(self._model, self._found, INVERSES[self.settings.inverse], moments)
 
     def _cannot_explain(self, layer: str, reason: str) -> None:
         if self._team.size == 1:
@@ -434,6 +437,7 @@ class KFC:
                 damping, parameters = self.damping, self._stepped_by(optimizer)
                 ready = self._exchange.solved(ready, damping)
                 numbers = replace_gradients(
+                    self.settings.rule,
                     ready,
                     self.step,
                     damping,
@@ -499,6 +503,9 @@ class KFC:
         evaluations = [evaluate] if callable(evaluate) else list(evaluate)
         with self.times.part("reviews"):
             verdict = self._reviewer.review(evaluations, self.layers.values(), optimizer)
+        if verdict is not None and verdict.undo:
+            for name in self.layers if optimizer is None else self.learning_rates(optimizer):
+                self._found.layers[name].forget_momentum()
         if verdict is not None and verdict.refresh:
             self._due.hasten(self.layers, self.step + 1)
         return verdict
@@ -657,8 +664,10 @@ class KFC:
                 with_factors=self._exchange.has_factors(layer),
                 with_inverse=self._exchange.has_inverse(layer),
             )
+            if self.settings.rule != "adam":
+                layer.moments = None
             if reason is not None:
-                layer.averages, layer.inverse = {}, None
+                layer.averages, layer.inverse, layer.moments = {}, None, None
                 self._due.forget(name)
                 problems.append(f"layer {name!r} starts anew: {reason}")
         if not any(self._due.has_statistics(name) for name in self._found.layers):

@@ -18,6 +18,7 @@ from lightning_kfc.factors.statistics import Statistics, factor_dtype
 from lightning_kfc.held import Elsewhere
 from lightning_kfc.layers import Adapter
 from lightning_kfc.per_example import ExampleGradients
+from lightning_kfc.rules.adam import Moments
 from lightning_kfc.sharding import whole, write
 
 
@@ -38,6 +39,8 @@ class Layer:
         self.inverse: Inverse | None = None
         #: The last inverse that gave a usable update, until the present one has given one.
         self.previous_inverse: Inverse | None = None
+        #: What the rule "adam" remembers, in the eigenbasis of the inverse.
+        self.moments: Moments | None = None
         # A sharded module shows the whole parameters from its forward to its backward: the gradients, and the
         # optimizer, are of the parts.
         self._parts = {role: p for role, p in self.adapter.parameters().items() if is_sharded(p)}
@@ -123,7 +126,7 @@ class Layer:
             and all(self.averages[name].value.shape == f.shape for name, f in factors.items())
         )
         if not kept:
-            self.averages, self.inverse, self.previous_inverse = {}, None, None
+            self.averages, self.inverse, self.previous_inverse, self.moments = {}, None, None, None
         self.roles = self._pending_roles
         for name, value in factors.items():
             if name in self.averages:
@@ -154,9 +157,10 @@ class Layer:
         r""":math:`\delta^\top F\delta` of a change ``(groups, d_out, d_in)`` of the parameters; 0 without factors."""
         if not self.averages:
             return 0.0
-        return float(quadratic_form(self._estimate(), delta))
+        return float(quadratic_form(self.curvature(), delta))
 
-    def _estimate(self) -> Mapping[str, Tensor]:
+    def curvature(self) -> Mapping[str, Tensor]:
+        """The factors that are inverted: the running ones, or what the adapter makes of them."""
         draws = min(average.draws for average in self.averages.values())
         return self.adapter.estimate(self.factors, draws)
 
@@ -167,12 +171,19 @@ class Layer:
 
     def refreshed(self, inverse: type[Inverse], damping: float) -> Inverse:
         """A new inverse from the running factors, with what the present one has learnt."""
-        return self.inverse_type(inverse).factorise(self._estimate(), damping).succeeding(self.inverse)
+        return self.inverse_type(inverse).factorise(self.curvature(), damping).succeeding(self.inverse)
 
     def take(self, fresh: Inverse) -> None:
         """Use a new inverse from now on; the last one is kept until the new one has given a usable update."""
         self.previous_inverse = self.previous_inverse or self.inverse
+        if self.moments is not None:
+            self.moments = self.moments.in_basis(self.inverse, fresh)
         self.inverse = fresh
+
+    def forget_momentum(self) -> None:
+        """Let go of the momentum of the rule "adam", where there is one."""
+        if self.moments is not None:
+            self.moments = self.moments.without_momentum()
 
     def collect_examples(self, *, basis_changes: bool) -> ExampleGradients:
         """What takes the gradients of single examples in this step.
@@ -238,14 +249,20 @@ class Layer:
         write(self.adapter, matrix, gradients)
         return True
 
-    def nbytes(self, inverse: type[Inverse]) -> int:
-        """Bytes that factors and inverse hold, or will hold once there are some, given the user's kind of inverse."""
+    def nbytes(self, inverse: type[Inverse], moments: int = 0) -> int:
+        """Bytes that factors and inverse hold, or will hold once there are some, given the user's kind of inverse.
+
+        Args:
+            inverse: The user's kind of inverse.
+            moments: How many numbers the rule keeps for each parameter.
+        """
         if not self.averages or self.inverse is None:
             dtype = factor_dtype(next(iter(self.adapter.parameters().values())).dtype)
             shapes = self.adapter.factor_shapes()
             numel = sum(map(math.prod, shapes.values())) + self.inverse_type(inverse).numel(shapes)
-            return numel * dtype.itemsize
-        return sum(average.value.nbytes for average in self.averages.values()) + self.inverse.nbytes()
+            return (numel + moments * math.prod(self.adapter.matrix_shape())) * dtype.itemsize
+        kept = self.moments.momentum.nbytes + self.moments.second_moment.nbytes if self.moments is not None else 0
+        return sum(average.value.nbytes for average in self.averages.values()) + self.inverse.nbytes() + kept
 
     def state_dict(self) -> dict[str, Any]:
         """Factors and inverse in plain tensors and numbers."""
@@ -256,6 +273,8 @@ class Layer:
         }
         if self.inverse is not None:
             state["inverse"] = {"kind": self.inverse.name, **self.inverse.state()}
+        if self.moments is not None:
+            state["moments"] = self.moments.state_dict()
         return state
 
     def load_state_dict(
@@ -290,13 +309,19 @@ class Layer:
         }
         self.roles = tuple(self.adapter.own_parameters())
         saved = dict(state.get("inverse", {}))
-        self.inverse = self.previous_inverse = None
+        self.inverse = self.previous_inverse = self.moments = None
         kind = saved.pop("kind", None)
         if not with_inverse and kind in (inverse.name, Elsewhere.name):
             self.inverse = Elsewhere()
         elif kind == inverse.name:
-            self.inverse = inverse(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in saved.items()})
+            self.inverse = inverse(**_on(device, saved))
+            # Moments mean nothing without the basis that they are in.
+            self.moments = Moments(**_on(device, state["moments"])) if "moments" in state else None
         return None
+
+
+def _on(device: torch.device, saved: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in saved.items()}
 
 
 def _is_zero(gradient: Tensor) -> bool:

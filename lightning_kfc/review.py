@@ -64,7 +64,8 @@ class Before:
                 continue
             matrix = layer.matrix(known)
             curvature += 0.5 * layer.quadratic(matrix)
-            squared_length += _dot(matrix, matrix)
+            # Damping is a part of the model only where it made the step: Adam's is not damped.
+            squared_length += _dot(matrix, matrix) if layer.moments is None else 0.0
         return Outcome(loss_before, loss_after, slope, curvature, squared_length)
 
     def take_back(self, optimizer: Optimizer | None) -> None:

@@ -22,7 +22,7 @@ from lightning_kfc.schedule import RefreshSchedule
 from lightning_kfc.trust_region import TrustRegion
 
 FISHERS = ("mc", "exact", "empirical")
-RULES = ("natural",)
+RULES = ("natural", "adam")
 WEIGHT_SHARINGS = ("expand", "reduce")
 
 
@@ -52,7 +52,9 @@ class Settings:
 
     def trust_region(self) -> TrustRegion:
         """The trust region at the start of training."""
-        return TrustRegion(adapts_radius=self.kl_clip == "auto", adapts_damping=self.damping == "auto")
+        # Adam's steps are not damped: there is nothing in them that a damping could adapt.
+        adapts_damping = self.damping == "auto" and self.rule == "natural"
+        return TrustRegion(adapts_radius=self.kl_clip == "auto", adapts_damping=adapts_damping)
 
     def __post_init__(self) -> None:
         """Check every setting."""
@@ -66,6 +68,20 @@ class Settings:
             check_positive_or_auto("kl_clip", self.kl_clip)
         check_choice("inverse", self.inverse, INVERSES)
         check_choice("rule", self.rule, RULES)
+        if self.rule == "adam":
+            if self.inverse == "ekfac":
+                raise ValueError(
+                    "rule='adam' keeps second moments of its own in the eigenbasis that inverse='eigh' has, and cannot "
+                    "use those of inverse='ekfac'. Leave `inverse` out, or choose rule='natural'."
+                )
+            if self.placement not in ("auto", "comm-opt", 1):
+                raise ValueError(
+                    f"placement={self.placement!r} leaves ranks without the eigenbases in which rule='adam' keeps its "
+                    "moments. Use placement='comm-opt', or rule='natural'."
+                )
+            # The defaults are for the other rule.
+            object.__setattr__(self, "inverse", "eigh")
+            object.__setattr__(self, "placement", "comm-opt")
         check_choice("weight_sharing", self.weight_sharing, WEIGHT_SHARINGS)
         if self.max_factor_dim is not None:
             check_integer("max_factor_dim", self.max_factor_dim, minimum=1)

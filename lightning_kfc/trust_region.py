@@ -47,7 +47,7 @@ class Outcome:
         loss_after: :math:`h(\theta+\delta)` on the same batch.
         slope: :math:`\langle\nabla h, \delta\rangle`, momentum and weight decay included in :math:`\delta`.
         curvature: :math:`\tfrac12\delta^\top F\delta` by the factors.
-        squared_length: :math:`\|\delta\|^2` over the preconditioned layers.
+        squared_length: :math:`\|\delta\|^2` over the layers whose update was damped.
     """
 
     loss_before: float

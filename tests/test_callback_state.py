@@ -23,7 +23,8 @@ from lightning_kfc import KFCCallback
 from tests.lightning_nets import QUIET, ConvNet, Regression, images, loader, trainer, vectors
 from tests.resumed_run import ByStep, new_callback, run
 
-pytestmark = QUIET
+# The runs are short, and a long momentum is a part of the state that counts.
+pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore:KFCCallback. a momentum of 0.9")]
 
 
 def differences(first, second, path="state"):
