@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -17,6 +19,7 @@ from lightning_kfc.coverage import wrapped
 from lightning_kfc.kfc import KFC
 from lightning_kfc.likelihood import Bernoulli, Categorical, Gaussian
 from lightning_kfc.monitor import History
+from lightning_kfc.partners import Advice, advice
 from lightning_kfc.replay import Replay, why_no_replay
 from lightning_kfc.reporting import Reporting, ReportSettings
 from lightning_kfc.schedule import ExponentialSchedule, LinearSchedule
@@ -60,7 +63,8 @@ class KFCHooks:
             damping is; null for none.
         inverse: How the damped curvature is inverted. "cholesky": damping split over both factors, the cheapest;
             "eigh": damping applied exactly; "ekfac": also with the second moments of single examples' gradients.
-        rule: How gradients and inverses make an update. "natural": the paper's.
+        rule: How gradients and inverses make an update. "natural": the paper's. "adam": Adam in the eigenbasis of the
+            curvature, for which the optimizer is SGD without momentum, its learning rate 0.02.
         weight_sharing: "expand": each use of a weight counts by itself; "reduce": the uses by an example count as one.
         max_factor_dim: A layer's factor with more dimensions than this is kept as its diagonal; null for no bound.
         rows_per_dim: Where a batch has more rows (locations of images, positions of sequences) for each dimension of a
@@ -101,7 +105,7 @@ class KFCHooks:
         ema_decay: float = 0.95,
         kl_clip: float | Literal["auto"] | None = "auto",
         inverse: Literal["cholesky", "eigh", "ekfac"] = "cholesky",
-        rule: Literal["natural"] = "natural",
+        rule: Literal["natural", "adam"] = "natural",
         weight_sharing: Literal["expand", "reduce"] = "expand",
         max_factor_dim: int | None = 10_000,
         rows_per_dim: int | None = 16,
@@ -275,6 +279,20 @@ class KFCHooks:
         self._fix_what_cannot_be_reviewed(trainer, pl_module)
         self._warn_of_split_layers(trainer.optimizers)
         rank_zero_info(self._report())
+        self._advise(trainer)
+
+    def _advise(self, trainer: Any) -> None:
+        said: dict[Advice, None] = {}
+        for optimizer in trainer.optimizers:
+            covered = {id(p) for name in self.kfc.learning_rates(optimizer) for p in self.kfc.layers[name].parameters()}
+            groups = [group for group in optimizer.param_groups if covered & set(map(id, group["params"]))]
+            schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+            own = [scheduler for scheduler in schedulers if getattr(scheduler, "optimizer", None) is optimizer]
+            found = advice(optimizer, self._settings, groups=groups, schedulers=own, steps=_planned_steps(trainer))
+            said |= dict.fromkeys(found)
+        for each in said:
+            say = rank_zero_warn if each.severe else rank_zero_info
+            say(f"KFCCallback: {each.text}")
 
     def _take_over(self, state: dict[str, Any]) -> None:
         for problem in self.kfc.load_state_dict(state):
@@ -480,6 +498,15 @@ def _data_parallel_group(strategy: Any) -> Any:
     """The ranks between which the batch is split, where these are not all: others share a layer among them."""
     mesh = getattr(strategy, "_device_mesh", None)
     return mesh["data_parallel"].get_group() if mesh is not None else None
+
+
+def _planned_steps(trainer: Any) -> float:
+    """How many optimizer steps a fit has; infinity where that is not known."""
+    try:
+        steps = trainer.estimated_stepping_batches
+    except MisconfigurationException:  # the number of accumulated batches changes with the epoch
+        return math.inf
+    return float(steps) if steps > 0 else math.inf
 
 
 def _resumed_from(trainer: Any) -> str | None:

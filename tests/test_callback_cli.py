@@ -102,6 +102,7 @@ def test_the_short_name_of_an_imported_class_is_enough(cli, tmp_path):
         ("likelihood", entry("lightning_kfc.Gaussian", output_of="net"), Gaussian(output_of="net")),
         ("likelihood", entry("lightning_kfc.Bernoulli", output_of="net", reduction="sum"), Bernoulli("net", "sum")),
         ("likelihood", "categorical", "categorical"),
+        ("rule", "adam", "adam"),
         ("include", "net.[07]", ("net.[07]",)),
     ],
 )
