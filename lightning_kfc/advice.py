@@ -32,6 +32,7 @@ class Facts:
         damping: In force.
         automatic_damping: Whether it sets itself.
         grown_damping: Whether it has grown since it began to.
+        damped: Whether the damping has a part in the updates; the rule "adam" does without.
         below_damping: Layers whose largest curvature was below the damping whenever it was looked at lately.
         layers: The number of layers that were looked at.
         timed_steps: Steps after the warm-up that were timed.
@@ -53,6 +54,7 @@ class Facts:
     damping: float = 0.01
     automatic_damping: bool = False
     grown_damping: bool = False
+    damped: bool = True
     below_damping: Sequence[str] = ()
     layers: int = 0
     timed_steps: int = 0
@@ -85,7 +87,7 @@ def clip_sets_the_step(facts: Facts) -> str | None:
 def damping_above_curvature(facts: Facts) -> str | None:
     """Some layers have no direction whose curvature reaches the damping."""
     # One that sets itself stays where steps do well; near the end of a training curvature vanishes below it.
-    if not facts.below_damping or (facts.automatic_damping and not facts.grown_damping):
+    if not facts.damped or not facts.below_damping or (facts.automatic_damping and not facts.grown_damping):
         return None
     names = _listed(facts.below_damping)
     found = (

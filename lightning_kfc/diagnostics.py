@@ -174,6 +174,7 @@ class Diagnostics:
             damping=kfc.damping,
             automatic_damping=kfc.settings.damping == "auto",
             grown_damping=kfc.damping > START_DAMPING,
+            damped=kfc.settings.rule != "adam",
             below_damping=tuple(name for name in kfc.layers if full and all(name in look for look in self._looks)),
             layers=len(kfc.layers),
             timed_steps=kfc.times.steps - self._first_timed if started else 0,
@@ -208,11 +209,15 @@ def summary(by_layer: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def bytes_held(kfc: KFC) -> int:
-    """Bytes of factors and inverses on this rank, with those that are kept until the next ones have proved usable."""
+    """Bytes of factors, inverses and the moments of the rule "adam" on this rank.
+
+    Inverses that are kept until the next ones have proved usable are among them.
+    """
     held = 0
     for layer in kfc.layers.values():
         held += sum(average.value.nbytes for average in layer.averages.values())
         held += sum(inverse.nbytes() for inverse in (layer.inverse, layer.previous_inverse) if inverse is not None)
+        held += layer.moments.nbytes() if layer.moments is not None else 0
     return held
 
 

@@ -261,7 +261,7 @@ class Layer:
             shapes = self.adapter.factor_shapes()
             numel = sum(map(math.prod, shapes.values())) + self.inverse_type(inverse).numel(shapes)
             return (numel + moments * math.prod(self.adapter.matrix_shape())) * dtype.itemsize
-        kept = self.moments.momentum.nbytes + self.moments.second_moment.nbytes if self.moments is not None else 0
+        kept = self.moments.nbytes() if self.moments is not None else 0
         return sum(average.value.nbytes for average in self.averages.values()) + self.inverse.nbytes() + kept
 
     def state_dict(self) -> dict[str, Any]:

@@ -64,6 +64,7 @@ def test_the_damping_rule_names_the_layers() -> None:
     assert damping_above_curvature(replace(facts, automatic_damping=True)) is None
     grown = damping_above_curvature(replace(facts, automatic_damping=True, grown_damping=True))
     assert "lower the learning rate" in str(grown)
+    assert damping_above_curvature(replace(facts, damped=False)) is None
 
 
 @pytest.mark.parametrize(
@@ -163,6 +164,14 @@ def test_a_damping_beyond_all_curvature_is_noticed() -> None:
     said = advice(KFCCallback(damping=1e4, kl_clip=None), steps=20)
     assert spoken("damping (1e+04) is above the largest curvature of net.1, net.3, 2 of 2 layers", said)
     assert not spoken("damping", advice(KFCCallback(damping=1e-3, kl_clip=0.01), steps=20))
+
+
+def test_a_damping_that_has_no_part_in_the_steps_is_not_blamed(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        callback = KFCCallback(damping=1e4, kl_clip=None, rule="adam")
+        assert not spoken("damping", advice(callback, Classifier(dense_net(), optimizer=sgd(0.02)), steps=20))
+    # What there is to say of it was said at the start, once.
+    assert sum("damping has no part" in record.getMessage() for record in caplog.records) == 1
 
 
 def wide() -> Classifier:

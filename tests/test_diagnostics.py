@@ -127,13 +127,14 @@ def step(kfc: KFC, model: nn.Module, diagnostics: Diagnostics, lr: float = 0.1, 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kl_clip", [None, 1e-4])
+@pytest.mark.parametrize("rule", ["natural", "adam"])
 def test_cosine_and_update_to_weight_are_those_of_the_gradients_before_and_after(
-    bias: bool, kl_clip: float | None
+    bias: bool, kl_clip: float | None, rule: str
 ) -> None:
     torch.manual_seed(0)
     # Without a bias the engine's matrix is a view of the gradient that it overwrites.
     model = nn.Sequential(nn.Conv2d(1, 4, 3, bias=bias), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3, bias=bias)).double()
-    kfc = KFC(model, kl_clip=kl_clip)
+    kfc = KFC(model, kl_clip=kl_clip, rule=rule)
     diagnostics = Diagnostics(lambda: kfc, log_layers=True)
     before = step(kfc, model, diagnostics)
     after = [p.grad for p in model.parameters() if p.grad is not None]
@@ -164,13 +165,15 @@ def test_the_clipped_share_is_that_of_the_steps_since_it_was_last_asked_for() ->
     assert diagnostics.numbers()["kfc/clipped_share"] == 0
 
 
-def test_bytes_are_those_of_the_tensors_that_are_held() -> None:
+# "adam" holds eigenvalues and two moments for each parameter.
+@pytest.mark.parametrize(("rule", "numbers_a_parameter"), [("natural", 0), ("adam", 3)])
+def test_bytes_are_those_of_the_tensors_that_are_held(rule: str, numbers_a_parameter: int) -> None:
     model = conv_net()
-    kfc = KFC(model)
+    kfc = KFC(model, rule=rule)
     diagnostics = Diagnostics(lambda: kfc)
     step(kfc, model, diagnostics)
     # Factors and inverses of 10 and 4, then of 65 and 3 dimensions, in float32.
-    assert bytes_held(kfc) == 2 * 4 * (10**2 + 4**2 + 65**2 + 3**2)
+    assert bytes_held(kfc) == 4 * (2 * (10**2 + 4**2 + 65**2 + 3**2) + numbers_a_parameter * (10 * 4 + 65 * 3))
 
 
 def test_decreases_are_those_of_the_last_review() -> None:

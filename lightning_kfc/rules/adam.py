@@ -89,6 +89,10 @@ class Moments:
         """After a step that was taken back: the momentum led astray."""
         return replace(self, momentum=torch.zeros_like(self.momentum))
 
+    def nbytes(self) -> int:
+        """Bytes held by the tensors."""
+        return self.momentum.nbytes + self.second_moment.nbytes
+
     def state_dict(self) -> dict[str, Tensor | int]:
         """Plain tensors and a number."""
         return {"momentum": self.momentum, "second_moment": self.second_moment, "count": self.count}
