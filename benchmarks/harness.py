@@ -19,6 +19,8 @@ BLOCK = 5
 SPACING = 16
 #: The held-out loss, each time they have grown by this part.
 HELD_OUT_SPACING = 4
+#: A run of a contest ends after so many times the iterations it took to the hardest target: no more is reported.
+PAST_THE_TARGET = 1.5
 
 
 def evaluation_due(iteration: int, spacing: int = SPACING) -> bool:
@@ -143,7 +145,9 @@ def interleave(runs: Sequence[Run], until: Callable[[Run], bool] = Run.over, blo
 
 
 def compete(task: Task, contestants: Sequence[Contestant], lrs: Mapping[str, float], seed: int) -> dict[str, Curve]:
-    """Run all contestants with their learning rates on one seed, over the whole budget or the task's seconds.
+    """Run all contestants with their learning rates on one seed.
+
+    A run ends some way past the task's hardest target, at the budget, or after the task's seconds.
 
     Returns:
         Each contestant's curve.
@@ -152,5 +156,10 @@ def compete(task: Task, contestants: Sequence[Contestant], lrs: Mapping[str, flo
         Run(task, contestant, lrs[contestant.name], seed, measure_held_out=True, seconds=task.goal.seconds)
         for contestant in contestants
     ]
-    interleave(runs)
+    interleave(runs, until=_far_past_its_target)
     return {run.contestant.name: run.curve for run in runs}
+
+
+def _far_past_its_target(run: Run) -> bool:
+    reached = run.curve.reach(run.task.targets[-1]).iterations
+    return run.curve.iterations[-1] >= PAST_THE_TARGET * reached

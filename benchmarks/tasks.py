@@ -166,7 +166,7 @@ TASKS = {
             loss=summed_cross_entropy,
             data=data.flat_pixels,
             goals={
-                512: Goal((159.5, 120.0, 100.4), 600, seconds=60.0),
+                512: Goal((159.5, 120.0, 100.4), 600, seconds=50.0),
                 128: Goal((159.5, 120.0, 94.7), 1100, seconds=45.0),
             },
             batch_size=512,

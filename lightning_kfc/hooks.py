@@ -102,7 +102,7 @@ class KFCHooks:
         factor_every_n_steps: int = 10,
         inverse_every_n_steps: int = 20,
         warmup_steps: int = 10,
-        ema_decay: float = 0.95,
+        ema_decay: float = 0.8,
         kl_clip: float | Literal["auto"] | None = "auto",
         inverse: Literal["cholesky", "eigh", "ekfac"] = "cholesky",
         rule: Literal["natural", "adam"] = "natural",

@@ -108,7 +108,7 @@ class KFC:
         factor_every_n_steps: int = 10,
         inverse_every_n_steps: int = 20,
         warmup_steps: int = 10,
-        ema_decay: float = 0.95,
+        ema_decay: float = 0.8,
         kl_clip: float | Literal["auto"] | None = 0.03,
         inverse: str = "cholesky",
         rule: str = "natural",

@@ -598,7 +598,9 @@ def test_benchmark_tunes_competes_and_writes_table_and_plot(small: Callable[...,
     results = Results.load(tmp_path / "r" / "contest_tiny_b8.json")
     assert results.lrs == {"sgd": 0.1, "kfc": 0.5}
     assert [list(curves) for curves in results.curves.values()] == [[0, 1], [0, 1]]
-    assert all(curve.iterations[-1] == 30 for curves in results.curves.values() for curve in curves.values())
+    for curve in (curve for curves in results.curves.values() for curve in curves.values()):
+        far_enough = PAST_THE_TARGET * curve.reach(results.targets[-1]).iterations
+        assert curve.iterations[-1] == 30 or far_enough <= curve.iterations[-1] <= far_enough + BLOCK
     names = ["contest.md", "contest_tiny_b8.json", "contest_tiny_b8.md", "tuning_tiny_b8.json"]
     assert sorted(path.name for path in (tmp_path / "r").iterdir()) == names
     assert (tmp_path / "r_plots" / "contest_tiny_b8.svg").read_text().startswith("<?xml")
