@@ -19,6 +19,7 @@ from benchmarks import batch_size, convergence, data, harness, step_cost, tuning
 from benchmarks.contestants import ABLATION, CONTESTANTS, PEERS, hidden_matrices, kfc
 from benchmarks.curves import NEVER, Curve, HeldOut, Reach, at_edge, median_ratio
 from benchmarks.data import Split
+from benchmarks.harness import BLOCK, PAST_THE_TARGET
 from benchmarks.networks import AUTOENCODER_WIDTHS, deep_autoencoder, resnet20
 from benchmarks.optimizers import Contestant, Stepper
 from benchmarks.report import Results, markdown, overview
