@@ -47,13 +47,18 @@ class RefreshSchedule:
         """The latest step, up to this one, at which statistics are taken."""
         return self._last(self.factors_due, step, self.factor_every_n_steps)
 
-    def last_inverses_due(self, step: int) -> int:
-        """The latest step, up to this one, at which inverses are refreshed."""
-        return self._last(self.inverses_due, step, self.inverse_every_n_steps)
+    def last_inverses_due(self, step: int, slot: int = 0) -> int:
+        """The latest step, up to this one, at which inverses are refreshed.
 
-    def _last(self, due: Callable[[int], bool], step: int, period: int) -> int:
+        Args:
+            step: Counted from 0.
+            slot: After the warm-up, so many steps later than without: below the period.
+        """
+        return self._last(self.inverses_due, step, self.inverse_every_n_steps, slot)
+
+    def _last(self, due: Callable[[int], bool], step: int, period: int, slot: int = 0) -> int:
         if step > self.warmup_steps:
-            return max(step - step % period, self._last(due, self.warmup_steps, period))
+            return max(step - (step - slot) % period, self._last(due, self.warmup_steps, period))
         # Step 0 is a date of both kinds, so that this ends.
         return next(past for past in range(step, -1, -1) if due(past))
 
