@@ -18,8 +18,7 @@ class Due:
 
     Args:
         schedule: The dates.
-        slots: After the warm-up, by how many steps each layer's inverse is due later than the schedule says, so that
-            no step makes all of them.
+        slots: At which step of the period each layer's inverse is due after the warm-up, so that no step makes all.
 
     Attributes:
         started_at: The step from which the schedule counts, so that a restart without statistics warms up again.
@@ -32,7 +31,7 @@ class Due:
         self._folded: dict[str, int] = {}
         self._factorised: dict[str, tuple[int, float]] = {}
         self._waiting: dict[str, int] = {}
-        self._dates: tuple[int, int, dict[int, int]] | None = None
+        self._dates: tuple[int, int, dict[int | None, int]] | None = None
 
     def date(self, step: int) -> bool:
         """Whether a step is one at which all layers' statistics are taken."""
@@ -75,7 +74,12 @@ class Due:
 
     def new_inverse(self, layer: str, step: int) -> bool:
         """Whether a layer's inverse will be refreshed at a step that takes its statistics."""
-        return layer not in self._factorised or self._factorised[layer][0] < self._last_inverse_date(layer, step)
+        if layer not in self._factorised:
+            return True
+        at, date = self._factorised[layer][0], self._last_inverse_date(layer, step)
+        # A date of its own that no statistics have preceded is passed over. Were it made up for when they come, all
+        # layers that have passed theirs over would be inverted at that step.
+        return at < date and (self._slot(layer, step) is None or at < self._last_factors_before(date))
 
     def inverse(self, layer: str, step: int, damping: float) -> bool:
         """Whether a layer's inverse is due, and would not come out as it is."""
@@ -88,22 +92,28 @@ class Due:
         """Note that a layer's inverse was refreshed, or that the attempt failed."""
         self._factorised[layer] = (step, damping)
 
-    def _last_dates(self, step: int) -> tuple[int, dict[int, int]]:
+    def _last_dates(self, step: int) -> tuple[int, dict[int | None, int]]:
         """The latest steps, up to this one, at which statistics and, by slot, inverses were due; the latter as asked.
 
         Kept, since every layer asks at every step.
         """
         if self._dates is None or self._dates[0] != step:
-            self._dates = step, self._schedule.last_factors_due(step - self.started_at) + self.started_at, {}
+            self._dates = step, self._last_factors_before(step), {}
         return self._dates[1:]
 
+    def _last_factors_before(self, step: int) -> int:
+        return self._schedule.last_factors_due(step - self.started_at) + self.started_at
+
     def _last_inverse_date(self, layer: str, step: int) -> int:
-        since, (_, dates) = step - self.started_at, self._last_dates(step)
-        # During the warm-up all are due together; its end is when the layers are known.
-        slot = self._slots.of(layer) if since > self._schedule.warmup_steps else 0
+        slot, (_, dates) = self._slot(layer, step), self._last_dates(step)
         if slot not in dates:
-            dates[slot] = self._schedule.last_inverses_due(since, slot) + self.started_at
+            dates[slot] = self._schedule.last_inverses_due(step - self.started_at, slot) + self.started_at
         return dates[slot]
+
+    def _slot(self, layer: str, step: int) -> int | None:
+        # Slots are given out when the first step has shown which layers stay.
+        since = step - self.started_at
+        return self._slots.of(layer) if since >= self._schedule.warmup_steps and since > 0 else None
 
     def hasten(self, layers: Iterable[str], step: int) -> None:
         """Have layers take statistics and refresh their inverses at their first step from this one on."""

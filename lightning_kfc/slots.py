@@ -8,6 +8,7 @@ cannot be divided. Small layers so stay together, which several ranks factorise 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -22,15 +23,14 @@ def open_slots(schedule: RefreshSchedule, *, with_statistics: bool) -> Iterator[
     at such a date, which is dear enough without inverses.
 
     Args:
-        schedule: The periods. Where statistics are taken less often than inverses are due, these follow the former, and
-            slot 0 is the only one.
-        with_statistics: Whether only slots at dates of statistics are open; slot 0 alone where the period of the
+        schedule: The periods. There are no slots where statistics are taken less often than inverses are due.
+        with_statistics: Whether only slots at dates of statistics are open; there are none where the period of the
             inverses is no multiple of that of the statistics.
     """
     factors, inverses = schedule.factor_every_n_steps, schedule.inverse_every_n_steps
     if inverses < factors or (with_statistics and inverses % factors):
-        return iter([0])
-    ages = [0] if with_statistics else [*range(1, factors), 0]
+        return iter(())
+    ages = [0] if with_statistics else itertools.chain(range(1, factors), [0])
     return (slot for age in ages for slot in range(age, inverses, factors))
 
 
@@ -42,12 +42,16 @@ def shared_out(costs: Mapping[str, float], slots: Iterator[int]) -> tuple[list[i
         slots: Those that are open.
     """
     used = list(itertools.islice(slots, len(costs)))
-    for count in range(1, len(used) + 1):
+    if not used:
+        return [], {}
+    longest = max(costs.values())
+    count = min(len(used), math.ceil(sum(costs.values()) / longest) if longest else 1)
+    while True:
         loads = [0.0] * count
         seats = longest_first(costs, count, loads)
-        if max(loads) <= max(costs.values()) or count == len(used):
+        if max(loads) <= longest or count == len(used):
             return used[:count], {name: used[seat] for name, seat in seats.items()}
-    return used, {}
+        count += 1
 
 
 class Slots:
@@ -56,7 +60,7 @@ class Slots:
     Args:
         schedule: The periods.
         costs: Gives the cost of each present layer by name.
-        staggered: Whether layers have slots of their own; all have slot 0 otherwise.
+        staggered: Whether layers have slots of their own.
         with_statistics: Whether inverses are to be made only at dates of statistics.
     """
 
@@ -72,21 +76,19 @@ class Slots:
         self._costs = costs
         self._staggered = staggered
         self._with_statistics = with_statistics
-        self._used: list[int] = []
-        self._given: dict[str, int] = {}
+        self.clear()
 
-    def of(self, layer: str) -> int:
-        """A layer's slot; first asked for when the warm-up is over, and the layers are those that will stay."""
-        if not self._staggered:
-            return 0
+    def of(self, layer: str) -> int | None:
+        """A layer's slot; None where layers have no slots of their own."""
+        if not (self._staggered and self._possible):
+            return None
         if layer not in self._given:
             self._add(self._costs())
-        return self._given.get(layer, 0)
+        return self._given.get(layer)
 
     def _add(self, costs: Mapping[str, float]) -> None:
-        if not self._given:
+        if not self._used:
             self._used, self._given = shared_out(costs, self._open())
-            return
         loads = [sum(costs.get(n, 0.0) for n, own in self._given.items() if own == slot) for slot in self._used]
         new = {name: cost for name, cost in costs.items() if name not in self._given}
         seats = longest_first(new, len(self._used), loads)
@@ -98,7 +100,9 @@ class Slots:
     def clear(self, schedule: RefreshSchedule | None = None) -> None:
         """Give out the slots anew, of another schedule where one is given."""
         self._schedule = schedule or self._schedule
-        self._used, self._given = [], {}
+        self._used: list[int] = []
+        self._given: dict[str, int] = {}
+        self._possible = next(self._open(), None) is not None
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and dicts."""
