@@ -76,6 +76,8 @@ class Slots:
         self._costs = costs
         self._staggered = staggered
         self._with_statistics = with_statistics
+        self._used: list[int] = []
+        self._given: dict[str, int] = {}
         self.clear()
 
     def of(self, layer: str) -> int | None:
@@ -100,8 +102,7 @@ class Slots:
     def clear(self, schedule: RefreshSchedule | None = None) -> None:
         """Give out the slots anew, of another schedule where one is given."""
         self._schedule = schedule or self._schedule
-        self._used: list[int] = []
-        self._given: dict[str, int] = {}
+        self._used, self._given = [], {}
         self._possible = next(self._open(), None) is not None
 
     def state_dict(self) -> dict[str, Any]:

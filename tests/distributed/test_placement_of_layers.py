@@ -185,9 +185,7 @@ def train_staggered(placement: str, inverse: str, batch_size: int) -> tuple[dict
     return {name: value.detach() for name, value in module.named_parameters()}, inverted
 
 
-@pytest.mark.parametrize(
-    ("placement", "inverse"), [("comm-opt", "cholesky"), ("comm-opt", "ekfac"), ("mem-opt", "eigh")]
-)
+@pytest.mark.parametrize(("placement", "inverse"), [("comm-opt", "cholesky"), ("mem-opt", "eigh")])
 def test_two_ranks_invert_the_same_layers_at_the_same_steps_as_one(
     two_ranks: Ranks, placement: str, inverse: str
 ) -> None:
@@ -195,7 +193,7 @@ def test_two_ranks_invert_the_same_layers_at_the_same_steps_as_one(
     whole, alone = train_staggered(placement, inverse, 8)
     assert inverted == others == alone
     after = [names for names in inverted[1:] if names]
-    assert len(after) > 3 + 3 * (inverse != "ekfac")
+    assert len(after) >= 5
     assert len({tuple(names) for names in after}) > 1
     assert difference(first, second) == 0
     found = difference(first, whole)
