@@ -134,6 +134,7 @@ ABLATION = (
     kfc("kfc_fixed", "KFC, damping and KL clip fixed", damping=0.01, kl_clip=0.03),
     kfc("kfc_empirical", "KFC, empirical Fisher", fisher="empirical"),
     kfc("kfc_often", "KFC, T_cov 5, T_inv 10", factor_every_n_steps=5, inverse_every_n_steps=10),
+    kfc("kfc_together", "KFC, all inverses at one step", stagger_inverses=False),
     kfc("kfc_rarely", "KFC, T_cov 20, T_inv 100", factor_every_n_steps=20, inverse_every_n_steps=100),
 )
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning_kfc.schedule import RefreshSchedule
+from lightning_kfc.slots import Slots
 
 
 class Due:
@@ -17,18 +18,20 @@ class Due:
 
     Args:
         schedule: The dates.
+        slots: At which step of the period each layer's inverse is due after the warm-up, so that no step makes all.
 
     Attributes:
         started_at: The step from which the schedule counts, so that a restart without statistics warms up again.
     """
 
-    def __init__(self, schedule: RefreshSchedule) -> None:
+    def __init__(self, schedule: RefreshSchedule, slots: Slots) -> None:
         self._schedule = schedule
+        self._slots = slots
         self.started_at = 0
         self._folded: dict[str, int] = {}
         self._factorised: dict[str, tuple[int, float]] = {}
         self._waiting: dict[str, int] = {}
-        self._dates: tuple[int, int, int] | None = None
+        self._dates: tuple[int, int, dict[int | None, int]] | None = None
 
     def date(self, step: int) -> bool:
         """Whether a step is one at which all layers' statistics are taken."""
@@ -62,8 +65,7 @@ class Due:
 
     def trained_unrecorded(self, layer: str, step: int) -> None:
         """Note that a layer was trained at a step that did not record it; if it missed a date, it waits from now."""
-        missed, _ = self._last_dates(step)
-        if self._folded.get(layer, -1) < missed:
+        if self._folded.get(layer, -1) < self._last_dates(step)[0]:
             self._waiting[layer] = step
 
     def give_up(self, layer: str) -> None:
@@ -72,7 +74,12 @@ class Due:
 
     def new_inverse(self, layer: str, step: int) -> bool:
         """Whether a layer's inverse will be refreshed at a step that takes its statistics."""
-        return layer not in self._factorised or self._factorised[layer][0] < self._last_dates(step)[1]
+        if layer not in self._factorised:
+            return True
+        at, date = self._factorised[layer][0], self._last_inverse_date(layer, step)
+        # A date of its own that no statistics have preceded is passed over. Were it made up for when they come, all
+        # layers that have passed theirs over would be inverted at that step.
+        return at < date and (self._slot(layer, step) is None or at < self._last_factors_before(date))
 
     def inverse(self, layer: str, step: int, damping: float) -> bool:
         """Whether a layer's inverse is due, and would not come out as it is."""
@@ -85,13 +92,28 @@ class Due:
         """Note that a layer's inverse was refreshed, or that the attempt failed."""
         self._factorised[layer] = (step, damping)
 
-    def _last_dates(self, step: int) -> tuple[int, int]:
-        """The latest steps, up to this one, at which statistics and inverses were due; asked for every layer."""
+    def _last_dates(self, step: int) -> tuple[int, dict[int | None, int]]:
+        """The latest steps, up to this one, at which statistics and, by slot, inverses were due; the latter as asked.
+
+        Kept, since every layer asks at every step.
+        """
         if self._dates is None or self._dates[0] != step:
-            since, start = step - self.started_at, self.started_at
-            factors, inverses = self._schedule.last_factors_due(since), self._schedule.last_inverses_due(since)
-            self._dates = step, factors + start, inverses + start
+            self._dates = step, self._last_factors_before(step), {}
         return self._dates[1:]
+
+    def _last_factors_before(self, step: int) -> int:
+        return self._schedule.last_factors_due(step - self.started_at) + self.started_at
+
+    def _last_inverse_date(self, layer: str, step: int) -> int:
+        slot, (_, dates) = self._slot(layer, step), self._last_dates(step)
+        if slot not in dates:
+            dates[slot] = self._schedule.last_inverses_due(step - self.started_at, slot) + self.started_at
+        return dates[slot]
+
+    def _slot(self, layer: str, step: int) -> int | None:
+        # Slots are given out when the first step has shown which layers stay.
+        since = step - self.started_at
+        return self._slots.of(layer) if since >= self._schedule.warmup_steps and since > 0 else None
 
     def hasten(self, layers: Iterable[str], step: int) -> None:
         """Have layers take statistics and refresh their inverses at their first step from this one on."""
@@ -108,6 +130,7 @@ class Due:
         """Start anew: the warm-up begins at this step."""
         self.started_at = step
         self._dates = None
+        self._slots.clear()
         for kept in (self._folded, self._factorised, self._waiting):
             kept.clear()
 
@@ -118,6 +141,7 @@ class Due:
             "folded": dict(self._folded),
             "factorised": {name: [at, damping] for name, (at, damping) in self._factorised.items()},
             "waiting": dict(self._waiting),
+            "slots": self._slots.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -126,3 +150,5 @@ class Due:
         self._folded = {name: int(at) for name, at in state["folded"].items()}
         self._factorised = {name: (int(at), float(damping)) for name, (at, damping) in state["factorised"].items()}
         self._waiting = {name: int(at) for name, at in state["waiting"].items()}
+        # States of versions without slots have none, and get theirs as at the start.
+        self._slots.load_state_dict(state.get("slots", {}))

@@ -25,10 +25,12 @@ from lightning_kfc.layer import Layer
 from lightning_kfc.likelihood import Likelihood
 from lightning_kfc.monitor import Events, StepNumbers
 from lightning_kfc.observation import Observation
+from lightning_kfc.placement import factorisation_cost
 from lightning_kfc.refresh import Refresh
 from lightning_kfc.review import Evaluation, Reviewer
 from lightning_kfc.schedule import value_at
 from lightning_kfc.settings import Settings
+from lightning_kfc.slots import Slots
 from lightning_kfc.step_times import StepTimes
 from lightning_kfc.trust_region import FIXED_DAMPING, FIXED_RADIUS, Verdict
 
@@ -90,6 +92,8 @@ class KFC:
             parameters are sharded, else ``"comm-opt"``.
         reduce_precision: How statistics travel between ranks: ``"full"``: as they are; ``"bfloat16"``: at half the
             bytes, each rank's numbers rounded, their sum made in float32.
+        stagger_inverses: Whether, after the warm-up, layers refresh their inverses at different steps of the period,
+            so that no step makes all of them; else all at the same step.
         process_group: The ranks between which a batch is split, where these are not all: the data-parallel group
             of a mesh that also has tensor-parallel ranks. It must be the same ranks' group on all of them.
 
@@ -120,6 +124,7 @@ class KFC:
         seed: int = 0,
         placement: str | float = "auto",
         reduce_precision: str = "full",
+        stagger_inverses: bool = True,
         process_group: Any = None,
     ) -> None:
         settings = Settings(
@@ -141,6 +146,7 @@ class KFC:
             seed=seed,
             placement=placement,
             reduce_precision=reduce_precision,
+            stagger_inverses=stagger_inverses,
         )
         self._start(model, settings, process_group)
 
@@ -165,7 +171,7 @@ class KFC:
         )
         self._dropped: dict[str, str] = {}
         self._said: set[str] = set()
-        self._due = Due(settings.schedule)
+        self._due = Due(settings.schedule, self._slots())
         # Layers whose .grad holds a part of which no statistics were taken: what is taken then would not belong to it.
         self._unseen: set[str] = set()
         self._stepped = False
@@ -198,6 +204,17 @@ class KFC:
             lambda line: self.say(line),
         )
         self._reviewer = Reviewer(model, settings.trust_region(), self.events, self._exchange.total)
+
+    def _slots(self) -> Slots:
+        settings, found = self.settings, self._found
+        # EKFAC's eigenvalues, carried over into a new basis, are best corrected by the statistics of the same step.
+        with_statistics = INVERSES[settings.inverse].wants_examples
+        return Slots(
+            settings.schedule,
+            lambda: {name: factorisation_cost(layer.adapter.factor_shapes()) for name, layer in found.layers.items()},
+            staggered=settings.stagger_inverses,
+            with_statistics=with_statistics,
+        )
 
     # What is covered.
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from lightning_kfc.checks import (
     check_choice,
+    check_flag,
     check_fraction,
     check_integer,
     check_patterns,
@@ -48,6 +49,7 @@ class Settings:
     seed: int = 0
     placement: str | float = "auto"
     reduce_precision: str = "full"
+    stagger_inverses: bool = True
     schedule: RefreshSchedule = field(init=False)
 
     def trust_region(self) -> TrustRegion:
@@ -90,6 +92,7 @@ class Settings:
         check_integer("seed", self.seed, minimum=0)
         check_placement(self.placement, self.inverse)
         check_choice("reduce_precision", self.reduce_precision, PRECISIONS)
+        check_flag("stagger_inverses", self.stagger_inverses)
         object.__setattr__(self, "include", check_patterns("include", self.include))
         object.__setattr__(self, "exclude", check_patterns("exclude", self.exclude))
         schedule = RefreshSchedule(self.factor_every_n_steps, self.inverse_every_n_steps, self.warmup_steps)

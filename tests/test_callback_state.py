@@ -102,10 +102,12 @@ def checkpoint_of(folder, step, **options):
 
 
 def test_a_changed_schedule_takes_the_factors_over_and_then_rules(tmp_path):
-    path = checkpoint_of(tmp_path, 7)
+    together = {"stagger_inverses": False}
+    path = checkpoint_of(tmp_path, 7, callback=new_callback(**together))
     state = torch.load(path, weights_only=True)["callbacks"]["KFCCallback"]
     seen = Recorded()
-    callback = new_callback(factor_every_n_steps=5, inverse_every_n_steps=5, warmup_steps=0, damping=0.3, kl_clip=0.03)
+    schedule = {"factor_every_n_steps": 5, "inverse_every_n_steps": 5, "warmup_steps": 0}
+    callback = new_callback(**schedule, **together, damping=0.3, kl_clip=0.03)
     taken = []
 
     class Taken(Callback):
@@ -212,11 +214,12 @@ def test_after_a_checkpoint_of_weights_only_training_starts_with_a_warm_up(tmp_p
 
 
 def test_without_factors_a_checkpoint_is_small_and_a_resumed_run_warms_up_and_says_so(tmp_path):
-    path = checkpoint_of(tmp_path / "small", 7, callback=new_callback(save_factors=False))
+    together = {"stagger_inverses": False}
+    path = checkpoint_of(tmp_path / "small", 7, callback=new_callback(save_factors=False, **together))
     state = torch.load(path, weights_only=True)["callbacks"]["KFCCallback"]
     assert state["layers"] is None
     assert not [value for value in state.values() if isinstance(value, torch.Tensor)]
-    callback, seen = new_callback(save_factors=False), Recorded()
+    callback, seen = new_callback(save_factors=False, **together), Recorded()
     with pytest.warns(UserWarning, match="holds no factors: curvature is estimated anew, beginning with a warm-up"):
         run(str(tmp_path / "resumed"), seen, callback=callback, ckpt_path=path)
     assert seen.factors == [7, 8, 9, 11]
@@ -224,7 +227,7 @@ def test_without_factors_a_checkpoint_is_small_and_a_resumed_run_warms_up_and_sa
     # The schedule of the damping goes on.
     assert seen.damping[0] == pytest.approx(0.1 * 0.1**0.7)
     # What is saved after the restart goes on from the restart.
-    again, seen = new_callback(save_factors=True), Recorded()
+    again, seen = new_callback(save_factors=True, **together), Recorded()
     with pytest.warns(UserWarning, match="holds no factors"):
         run(str(tmp_path / "third"), seen, callback=again, ckpt_path=str(tmp_path / "resumed" / "step=9.ckpt"))
     assert seen.factors == [9, 10, 11, 13]

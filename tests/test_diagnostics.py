@@ -66,7 +66,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("log_layers", [False, True])
 def test_loggers_get_all_numbers_at_each_logged_step(log_layers: bool, tmp_path: Path) -> None:
-    train(KFCCallback(log_layers=log_layers), logger=CSVLogger(tmp_path))
+    train(KFCCallback(log_layers=log_layers, stagger_inverses=False), logger=CSVLogger(tmp_path))
     found = rows(tmp_path)
     assert [int(row["step"]) for row in found] == [0, 5, 10, 15, 20]
     expected = OF_ALL | {f"kfc/{key}_{kind}" for key in PER_LAYER for kind in ("min", "median", "max")}
@@ -197,7 +197,7 @@ def test_a_factor_is_looked_at_once_for_each_refresh_of_its_inverse(monkeypatch:
 
     monkeypatch.setattr(module, "spectra_of", noted)
     model = conv_net()
-    kfc = KFC(model, warmup_steps=0, factor_every_n_steps=2, inverse_every_n_steps=4)
+    kfc = KFC(model, warmup_steps=0, factor_every_n_steps=2, inverse_every_n_steps=4, stagger_inverses=False)
     diagnostics = Diagnostics(lambda: kfc)
     for _ in range(9):
         step(kfc, model, diagnostics)

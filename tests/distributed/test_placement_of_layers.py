@@ -7,6 +7,7 @@ import warnings
 from dataclasses import replace
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
@@ -159,3 +160,42 @@ def test_where_one_rank_cannot_review_its_steps_none_does(two_ranks: Ranks) -> N
     assert not reviews
     assert not others
     assert difference(first, second) == 0
+
+
+#: Long enough that every layer has its own turn after the warm-up, at steps without statistics too.
+STAGGERED = {"factor_every_n_steps": 2, "inverse_every_n_steps": 4, "warmup_steps": 1, "kl_clip": 1e-3}
+
+
+def train_staggered(placement: str, inverse: str, batch_size: int) -> tuple[dict[str, Tensor], list[list[str]]]:
+    """Weights, and who was inverted at each step."""
+    callback, module = KFCCallback(**{**EXACT, **STAGGERED}, placement=placement, inverse=inverse), Net(branched_net)
+    inverted: list[list[str]] = []
+
+    class Noted(pl.Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            layers, step = callback.kfc.layers, callback.kfc.step
+            inverted.append([name for name, layer in layers.items() if layer.factorised_at == step])
+
+    several = dist.is_initialized()
+    ddp = DDPStrategy(process_group_backend="gloo", find_unused_parameters=True)
+    options = {"strategy": ddp, "devices": 2} if several else {}
+    fitted = trainer(callback, **options)
+    fitted.callbacks.append(Noted())
+    fitted.fit(module, loader(images(120), batch_size))
+    return {name: value.detach() for name, value in module.named_parameters()}, inverted
+
+
+@pytest.mark.parametrize(("placement", "inverse"), [("comm-opt", "cholesky"), ("mem-opt", "eigh")])
+def test_two_ranks_invert_the_same_layers_at_the_same_steps_as_one(
+    two_ranks: Ranks, placement: str, inverse: str
+) -> None:
+    (first, inverted), (second, others) = two_ranks.run(train_staggered, placement, inverse, 4)
+    whole, alone = train_staggered(placement, inverse, 8)
+    assert inverted == others == alone
+    after = [names for names in inverted[1:] if names]
+    assert len(after) >= 5
+    assert len({tuple(names) for names in after}) > 1
+    assert difference(first, second) == 0
+    found = difference(first, whole)
+    print(f"{placement}, {inverse}: largest relative difference: {found:.2g}")
+    assert found < 1e-9
