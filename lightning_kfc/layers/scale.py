@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from lightning_kfc.factors.inverse import BlockInverse, Inverse
 from lightning_kfc.factors.statistics import Statistics, factor_dtype, second_moment_total
-from lightning_kfc.layers.adapter import Adapter, Forward
+from lightning_kfc.layers.adapter import Adapter, Forward, Probe, append_ones
 from lightning_kfc.layers.registry import register_adapter
+
+#: At most so many bytes of normalised inputs are formed at a time.
+CHUNK_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,10 @@ class ScaleShiftAdapter(Adapter):
         """What :meth:`normalised` needs besides the input, and may change after the forward; by default nothing."""
         return None
 
+    def couples_examples(self, context: Any) -> bool:
+        """Whether :meth:`normalised` of some examples depends on the others."""
+        return False
+
     @property
     def groups(self) -> int:
         """The number of units, each a group of its own."""
@@ -110,6 +117,19 @@ class ScaleShiftAdapter(Adapter):
         """The derivative at each unit."""
         return self._rows(output_gradient)
 
+    def probe(self, forward: Forward, record: Any, direction: Tensor) -> Probe:
+        """See :class:`Adapter`; from the input that is kept anyway, since the products would be as many numbers."""
+        own = self.own_parameters()
+        if "weight" not in own:
+            return super().probe(forward, record, direction)
+
+        def products() -> Tensor:
+            scaled = self._scaled_rows(record.unchanged_input(), record.context)
+            rows = append_ones(scaled) if "bias" in own else scaled
+            return torch.einsum("ntgi,gi->ntg", rows, direction.to(rows))
+
+        return products
+
     # Statistics.
 
     def record(self, forward: Forward) -> _Recorded:
@@ -125,11 +145,25 @@ class ScaleShiftAdapter(Adapter):
         own = self.own_parameters()
         gradients = []
         if "weight" in own:
-            scaled = self._scaled_rows(record.unchanged_input(), record.context)
-            gradients.append((rows * scaled.to(rows.dtype)).sum(1, keepdim=True))
+            gradients.append(self._gradients_of_scale(rows, record.unchanged_input(), record.context))
         if "bias" in own:
             gradients.append(rows.sum(1, keepdim=True))
         return Statistics({}, {"F": second_moment_total(torch.cat(gradients, -1))}, len(rows))
+
+    def _gradients_of_scale(self, rows: Tensor, input: Tensor, context: Any) -> Tensor:
+        """The sum over positions of derivative times normalised input, ``(examples, 1, units, 1)``."""
+        examples = rows.shape[0]
+        if self.batch_axis == 0 and len(input) == examples and not self.couples_examples(context):
+            # What is formed for a moment stays in a core's cache, and small.
+            size = max(1, CHUNK_BYTES * examples // max(1, rows.numel() * rows.itemsize))
+        else:
+            size = max(1, examples)
+        parts = [input] if size >= examples else torch.split(input, size)
+        products = [
+            (some * self._scaled_rows(part, context).to(some.dtype)).sum(1, keepdim=True)
+            for some, part in zip(torch.split(rows, size), parts, strict=True)
+        ]
+        return torch.cat(products)
 
 
 def _only(forward: Forward) -> Tensor:
