@@ -3,8 +3,8 @@
 For three convolutions of stride 1, the CPU time of A's exact total over all patches (E1), over that of the layer's own
 forward and backward (to its weight and to its input) on the same batch. *This library* is what it does
 (:mod:`lightning_kfc.factors.patches`: products by lag, no patches); *unfolding* makes all patches by
-``torch.nn.functional.unfold`` and multiplies them by their transpose; *unfolding by chunks* never holds more than 16 MiB
-of them, and multiplies half of each symmetric product. Each round does all of them once, the order reversed every other
+``torch.nn.functional.unfold`` and multiplies them by their transpose; *unfolding by chunks* holds 16 MiB of them
+at most, and multiplies half of each symmetric product. Each round does all of them once, the order reversed every other
 round; numbers are medians over rounds of the quotients within a round.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_kfc.factors.inverse import BlockInverse, Inverse
 from lightning_kfc.factors.statistics import Statistics, factor_dtype, second_moment_total
-from lightning_kfc.layers.adapter import Adapter, Forward, Probe, append_ones
+from lightning_kfc.layers.adapter import Adapter, Forward, Probe
 from lightning_kfc.layers.registry import register_adapter
 
 #: At most so many bytes of normalised inputs are formed at a time.
@@ -124,9 +125,11 @@ class ScaleShiftAdapter(Adapter):
             return super().probe(forward, record, direction)
 
         def products() -> Tensor:
-            scaled = self._scaled_rows(record.unchanged_input(), record.context)
-            rows = append_ones(scaled) if "bias" in own else scaled
-            return torch.einsum("ntgi,gi->ntg", rows, direction.to(rows))
+            kept = record.unchanged_input()
+            along = direction.to(kept.device, factor_dtype(kept.dtype))
+            shift = along[:, 1] if "bias" in own else along.new_zeros(())
+            chunks = self._scaled_chunks(kept, record.context)
+            return torch.cat([rows.squeeze(-1) * along[:, 0] + shift for rows in chunks])
 
         return products
 
@@ -152,18 +155,22 @@ class ScaleShiftAdapter(Adapter):
 
     def _gradients_of_scale(self, rows: Tensor, input: Tensor, context: Any) -> Tensor:
         """The sum over positions of derivative times normalised input, ``(examples, 1, units, 1)``."""
-        examples = rows.shape[0]
-        if self.batch_axis == 0 and len(input) == examples and not self.couples_examples(context):
-            # What is formed for a moment stays in a core's cache, and small.
-            size = max(1, CHUNK_BYTES * examples // max(1, rows.numel() * rows.itemsize))
-        else:
-            size = max(1, examples)
-        parts = [input] if size >= examples else torch.split(input, size)
-        products = [
-            (some * self._scaled_rows(part, context).to(some.dtype)).sum(1, keepdim=True)
-            for some, part in zip(torch.split(rows, size), parts, strict=True)
-        ]
+        first, products = 0, []
+        for scaled in self._scaled_chunks(input, context):
+            some = rows[first : first + len(scaled)]
+            products.append((some * scaled.to(some.dtype)).sum(1, keepdim=True))
+            first += len(scaled)
         return torch.cat(products)
+
+    def _scaled_chunks(self, input: Tensor, context: Any) -> Iterator[Tensor]:
+        """The normalised inputs as rows, some examples at a time where they are many and do not depend on each other.
+
+        What is formed for a moment then stays in a core's cache, and leaves no holes in memory.
+        """
+        alone = self._rows(input).shape[0] != len(input) or self.batch_axis != 0 or self.couples_examples(context)
+        size = CHUNK_BYTES * len(input) // max(1, input.nbytes)
+        for part in [input] if alone else torch.split(input, max(1, size)):
+            yield self._scaled_rows(part, context)
 
 
 def _only(forward: Forward) -> Tensor:
