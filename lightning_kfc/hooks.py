@@ -76,6 +76,8 @@ class KFCHooks:
             sends the preconditioned gradient at every step; a number: that fraction of the ranks; "auto": "mem-opt"
             where parameters are sharded, else "comm-opt".
         reduce_precision: How statistics travel between ranks. "full": as they are; "bfloat16": at half the bytes.
+        factor_storage: How factors are kept between refreshes. "full": on the device, as they are; "bfloat16": rounded,
+            at half the memory; "cpu": in the memory of the CPU.
         save_factors: Whether checkpoints hold the factors and inverses. Without them checkpoints stay small, and a
             resumed run warms up again.
         pictures_every_n_steps: Every so many optimizer steps, pictures of the curvature go to each logger that takes
@@ -114,6 +116,7 @@ class KFCHooks:
         seed: int = 0,
         placement: Literal["auto", "comm-opt", "mem-opt"] | float = "auto",
         reduce_precision: Literal["full", "bfloat16"] = "full",
+        factor_storage: Literal["full", "bfloat16", "cpu"] = "full",
         save_factors: bool = True,
         pictures_every_n_steps: int | None = None,
         report_dir: str | None = None,
@@ -140,6 +143,7 @@ class KFCHooks:
             seed=seed,
             placement=placement,
             reduce_precision=reduce_precision,
+            factor_storage=factor_storage,
         )
         check_flag("save_factors", save_factors)
         self._save_factors = save_factors

@@ -90,6 +90,9 @@ class KFC:
             parameters are sharded, else ``"comm-opt"``.
         reduce_precision: How statistics travel between ranks: ``"full"``: as they are; ``"bfloat16"``: at half the
             bytes, each rank's numbers rounded, their sum made in float32.
+        factor_storage: How factors are kept between refreshes, always as triangles: ``"full"``: on their layer's
+            device, as they are; ``"bfloat16"``: rounded, at half the memory; ``"cpu"``: in the memory of the CPU, to
+            which each step that takes statistics copies them.
         process_group: The ranks between which a batch is split, where these are not all: the data-parallel group
             of a mesh that also has tensor-parallel ranks. It must be the same ranks' group on all of them.
 
@@ -120,6 +123,7 @@ class KFC:
         seed: int = 0,
         placement: str | float = "auto",
         reduce_precision: str = "full",
+        factor_storage: str = "full",
         process_group: Any = None,
     ) -> None:
         settings = Settings(
@@ -141,6 +145,7 @@ class KFC:
             seed=seed,
             placement=placement,
             reduce_precision=reduce_precision,
+            factor_storage=factor_storage,
         )
         self._start(model, settings, process_group)
 
@@ -162,6 +167,7 @@ class KFC:
             settings.weight_sharing,
             settings.max_factor_dim,
             settings.rows_per_dim,
+            settings.factor_storage,
         )
         self._dropped: dict[str, str] = {}
         self._said: set[str] = set()

@@ -128,10 +128,12 @@ class Refresh:
         finite = self._finite_on_their_owners(found)
         unusable: list[str] = []
         empty: list[str] = []
-        for name, reduced in found.items():
-            layer = by_name[name]
+        for name in list(found):
+            layer, reduced = by_name[name], found[name]
             layer.pending = None
             statistics = reduced.statistics
+            # Let go of each when it is folded: together they are as large as all factors.
+            found[name] = replace(reduced, statistics=None)
             if reduced.present == 0:
                 continue
             if not finite[name]:

@@ -62,7 +62,7 @@ def patch_columns(images: Tensor, geometry: Geometry) -> Tensor:
 
 
 def image_chunks(images: Tensor, geometry: Geometry, at_once: int | None = None) -> Iterator[Tensor]:
-    """A few examples at a time, so that at most so many bytes of patches are formed at once, ``PATCH_BYTES`` by default."""
+    """A few examples at a time, so that their patches take at most so many bytes, ``PATCH_BYTES`` by default."""
     taps = torch.Size(geometry.kernel_size).numel()
     numel = geometry.positions(images.shape[2:]) * images.shape[1] * taps
     most = PATCH_BYTES if at_once is None else at_once
