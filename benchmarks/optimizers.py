@@ -55,8 +55,9 @@ class KFCStepper(Stepper):
         self.optimizer.zero_grad()
         with self.kfc.capture():
             loss = compute_loss()
-        self.kfc.update(loss)
+        self.kfc.back_propagate(loss)
         loss.backward()
+        # It refreshes first what is due, as the callback does: when the memory of the graph is free again.
         self.kfc.precondition(optimizer=self.optimizer)
         self.optimizer.step()
         self.kfc.review(compute_loss, optimizer=self.optimizer)

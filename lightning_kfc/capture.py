@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from lightning_kfc.layers import Adapter, Forward
-from lightning_kfc.layers.adapter import dense
+from lightning_kfc.layers.adapter import Probe, dense
 from lightning_kfc.sharding import whole, whole_forward
 from lightning_kfc.step_times import StepTimes
 
@@ -84,7 +84,7 @@ class Call:
         record: What the adapter recorded in the forward.
         edge: Where the derivative at the module's own output arrives.
         output_shape: The shape of that output.
-        probe: Input rows times the self-test's direction, or None when no self-test is due.
+        probe: Gives input rows times the self-test's direction; None when no self-test is due.
         inputs: What the module read, where the gradients of single examples are wanted.
     """
 
@@ -93,7 +93,7 @@ class Call:
     record: Any
     edge: GradientEdge
     output_shape: torch.Size
-    probe: Tensor | None
+    probe: Probe | None
     inputs: KeptInputs | None = None
 
     def output_gradient(self, gradient: Tensor) -> Tensor:
@@ -214,5 +214,5 @@ class Recorder:
         off = torch.autocast(output.device.type, enabled=False), torch._C.DisableTorchFunction()
         with part, torch.no_grad(), off[0], off[1]:
             recorded = adapter.record(forward)
-            probe = None if direction is None else adapter.project(forward, direction())
+            probe = None if direction is None else adapter.probe(forward, recorded, direction())
         self.calls.append(Call(layer, adapter, recorded, output_edge(output), output.shape, probe, inputs))

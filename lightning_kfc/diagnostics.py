@@ -215,7 +215,7 @@ def bytes_held(kfc: KFC) -> int:
     """
     held = 0
     for layer in kfc.layers.values():
-        held += sum(average.value.nbytes for average in layer.averages.values())
+        held += sum(average.nbytes for average in layer.averages.values())
         held += sum(inverse.nbytes() for inverse in (layer.inverse, layer.previous_inverse) if inverse is not None)
         held += layer.moments.nbytes() if layer.moments is not None else 0
     return held

@@ -78,6 +78,8 @@ class KFCHooks:
         reduce_precision: How statistics travel between ranks. "full": as they are; "bfloat16": at half the bytes.
         stagger_inverses: Whether layers refresh their inverses at different steps of the period, so that no step takes
             as long as all of them together.
+        factor_storage: How factors are kept between refreshes. "full": on the device, as they are; "bfloat16": rounded,
+            at half the memory; "cpu": in the memory of the CPU.
         save_factors: Whether checkpoints hold the factors and inverses. Without them checkpoints stay small, and a
             resumed run warms up again.
         pictures_every_n_steps: Every so many optimizer steps, pictures of the curvature go to each logger that takes
@@ -117,6 +119,7 @@ class KFCHooks:
         placement: Literal["auto", "comm-opt", "mem-opt"] | float = "auto",
         reduce_precision: Literal["full", "bfloat16"] = "full",
         stagger_inverses: bool = True,
+        factor_storage: Literal["full", "bfloat16", "cpu"] = "full",
         save_factors: bool = True,
         pictures_every_n_steps: int | None = None,
         report_dir: str | None = None,
@@ -144,6 +147,7 @@ class KFCHooks:
             placement=placement,
             reduce_precision=reduce_precision,
             stagger_inverses=stagger_inverses,
+            factor_storage=factor_storage,
         )
         check_flag("save_factors", save_factors)
         self._save_factors = save_factors

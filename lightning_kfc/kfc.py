@@ -94,6 +94,9 @@ class KFC:
             bytes, each rank's numbers rounded, their sum made in float32.
         stagger_inverses: Whether, after the warm-up, layers refresh their inverses at different steps of the period,
             so that no step makes all of them; else all at the same step.
+        factor_storage: How factors are kept between refreshes, always as triangles: ``"full"``: on their layer's
+            device, as they are; ``"bfloat16"``: rounded, at half the memory; ``"cpu"``: in the memory of the CPU, to
+            which each step that takes statistics copies them.
         process_group: The ranks between which a batch is split, where these are not all: the data-parallel group
             of a mesh that also has tensor-parallel ranks. It must be the same ranks' group on all of them.
 
@@ -125,6 +128,7 @@ class KFC:
         placement: str | float = "auto",
         reduce_precision: str = "full",
         stagger_inverses: bool = True,
+        factor_storage: str = "full",
         process_group: Any = None,
     ) -> None:
         settings = Settings(
@@ -147,6 +151,7 @@ class KFC:
             placement=placement,
             reduce_precision=reduce_precision,
             stagger_inverses=stagger_inverses,
+            factor_storage=factor_storage,
         )
         self._start(model, settings, process_group)
 
@@ -168,6 +173,7 @@ class KFC:
             settings.weight_sharing,
             settings.max_factor_dim,
             settings.rows_per_dim,
+            settings.factor_storage,
         )
         self._dropped: dict[str, str] = {}
         self._said: set[str] = set()
@@ -597,7 +603,7 @@ class KFC:
         gradients = self._gradients(optimizer)
         finite = distributed.all_finite(gradients)
         # Where messages follow, no rank may be the only one to wait for them, whatever its own gradients are.
-        if self._team.size > 1 and self._refresh_layers.expects(layers):
+        if self._team.size > 1 and self._refresh_layers.exchanges(layers, self.step, self.damping):
             return self._team.all_agree(finite, next(self._model.parameters()).device)
         return finite
 

@@ -15,6 +15,7 @@ from lightning_kfc.factors.inverse import EighInverse, EkfacInverse, Inverse
 from lightning_kfc.factors.quadratic import quadratic_form
 from lightning_kfc.factors.running import RunningAverage
 from lightning_kfc.factors.statistics import Statistics, factor_dtype
+from lightning_kfc.factors.stored import StoredAverage, stored_nbytes
 from lightning_kfc.held import Elsewhere
 from lightning_kfc.layers import Adapter
 from lightning_kfc.per_example import ExampleGradients
@@ -29,13 +30,15 @@ class Layer:
         name: The name of its (first) module in the model.
         adapters: The adapters of all modules that share the layer's parameters, the first one's first.
         reason: Why the layer has no Kronecker factors; empty where it has.
+        factor_storage: How the running factors are kept; see :mod:`lightning_kfc.factors.stored`.
     """
 
-    def __init__(self, name: str, adapters: Sequence[Adapter], reason: str = "") -> None:
+    def __init__(self, name: str, adapters: Sequence[Adapter], reason: str = "", factor_storage: str = "full") -> None:
         self.name = name
+        self.factor_storage = factor_storage
         self.reason = reason
         self.adapters = list(adapters)
-        self.averages: dict[str, RunningAverage] = {}
+        self.averages: dict[str, StoredAverage] = {}
         self.inverse: Inverse | None = None
         #: The last inverse that gave a usable update, until the present one has given one.
         self.previous_inverse: Inverse | None = None
@@ -123,7 +126,7 @@ class Layer:
         factors = statistics.factors()
         kept = not self.averages or (
             self.roles == self._pending_roles
-            and all(self.averages[name].value.shape == f.shape for name, f in factors.items())
+            and all(self.averages[name].shape == f.shape for name, f in factors.items())
         )
         if not kept:
             self.averages, self.inverse, self.previous_inverse, self.moments = {}, None, None, None
@@ -132,7 +135,7 @@ class Layer:
             if name in self.averages:
                 self.averages[name] = self.averages[name].updated(value, decay)
             else:
-                self.averages[name] = RunningAverage.start(value, decay)
+                self.averages[name] = StoredAverage.start(value, decay, self.factor_storage)
         return kept
 
     def fold_elsewhere(self) -> bool:
@@ -259,10 +262,11 @@ class Layer:
         if not self.averages or self.inverse is None:
             dtype = factor_dtype(next(iter(self.adapter.parameters().values())).dtype)
             shapes = self.adapter.factor_shapes()
-            numel = sum(map(math.prod, shapes.values())) + self.inverse_type(inverse).numel(shapes)
-            return (numel + moments * math.prod(self.adapter.matrix_shape())) * dtype.itemsize
+            kept = sum(stored_nbytes(shape, dtype, self.factor_storage) for shape in shapes.values())
+            numel = self.inverse_type(inverse).numel(shapes) + moments * math.prod(self.adapter.matrix_shape())
+            return kept + numel * dtype.itemsize
         kept = self.moments.nbytes() if self.moments is not None else 0
-        return sum(average.value.nbytes for average in self.averages.values()) + self.inverse.nbytes() + kept
+        return sum(average.nbytes for average in self.averages.values()) + self.inverse.nbytes() + kept
 
     def state_dict(self) -> dict[str, Any]:
         """Factors and inverse in plain tensors and numbers."""
@@ -303,7 +307,10 @@ class Layer:
         if found and found != expected:
             return f"its factors have shapes {found} in the checkpoint, {expected} now"
         self.averages = {
-            name: RunningAverage(entry["value"].to(device), float(entry["weight"]), float(entry["squares"]))
+            name: StoredAverage.of(
+                RunningAverage(entry["value"].to(device), float(entry["weight"]), float(entry["squares"])),
+                self.factor_storage,
+            )
             for name, entry in state["factors"].items()
             if with_factors
         }

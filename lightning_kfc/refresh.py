@@ -74,6 +74,11 @@ class Refresh:
         """Whether statistics of any of these layers may wait, on this rank or on another one."""
         return self._begun is not None or not self._expected.isdisjoint(layers)
 
+    def exchanges(self, layers: Iterable[str], step: int, damping: float) -> bool:
+        """Whether a refresh of these layers at this step sends anything between ranks."""
+        layers = list(layers)
+        return self.expects(layers) or any(self._inverse_due(name, step, damping) for name in layers)
+
     def give_up_together(self, layer: str, reason: str) -> None:
         """Have all ranks give a layer up with the next statistics, though only this one may have the reason."""
         self._given_up[layer] = reason
@@ -128,10 +133,12 @@ class Refresh:
         finite = self._finite_on_their_owners(found)
         unusable: list[str] = []
         empty: list[str] = []
-        for name, reduced in found.items():
-            layer = by_name[name]
+        for name in list(found):
+            layer, reduced = by_name[name], found[name]
             layer.pending = None
             statistics = reduced.statistics
+            # Let go of each when it is folded: together they are as large as all factors.
+            found[name] = replace(reduced, statistics=None)
             if reduced.present == 0:
                 continue
             if not finite[name]:
@@ -196,14 +203,16 @@ class Refresh:
 
     # Inverses.
 
+    def _inverse_due(self, layer: str, step: int, damping: float) -> bool:
+        return self._due.has_statistics(layer) and self._due.inverse(layer, step, damping)
+
     def _refresh_inverses(self, layers: Sequence[Layer], step: int, damping: float) -> None:
         chosen = INVERSES[self._settings.inverse]
         due = [
             layer
             for layer in layers
             if (layer.averages or not self._exchange.has_factors(layer))
-            and self._due.has_statistics(layer.name)
-            and self._due.inverse(layer.name, step, damping)
+            and self._inverse_due(layer.name, step, damping)
         ]
         if not due:
             return

@@ -22,6 +22,9 @@ from lightning_kfc.sharding import whole
 #: The relative error that rounding may leave, by the precision of the derivatives.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 1e-1}
 
+#: At most so many bytes of derivatives are squared at a time.
+CHUNK_BYTES = 2**20
+
 
 class SelfTestError(RuntimeError):
     """The rows recorded for a layer do not rebuild the gradient of its parameters."""
@@ -114,7 +117,7 @@ class SelfTest:
             return
         dtype = factor_dtype(gradient.dtype)
         rows = call.adapter.output_rows(call.output_gradient(gradient).to(dtype))
-        probe = call.probe.to(dtype)
+        probe = call.probe().to(dtype)
         d_out = self._layers[call.layer].adapter.matrix_shape()[1]
         if rows.shape != (*probe.shape, d_out):
             raise SelfTestError(
@@ -122,8 +125,7 @@ class SelfTest:
                 f"for {call.layer!r}; its input rows and its gradient ask for {(*probe.shape, d_out)}."
             )
         sums = _Sums(
-            torch.einsum("ntgo,ntg->go", rows, probe),
-            torch.einsum("ntgo,ntg->go", rows.square(), probe.square()),
+            *_products(rows, probe),
             TOLERANCE.get(gradient.dtype, 0.1),
         )
         earlier = self._arrived.get(call.layer)
@@ -178,3 +180,17 @@ class SelfTest:
             "re-parametrised; a hook with another order changes what goes in or comes out. "
             f"Add {layer!r} to `exclude` to train it with its plain gradient."
         )
+
+
+def _products(rows: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums over rows of derivative times probe, and of its square, ``(groups, d_out)``.
+
+    Some examples at a time: squares of all of them would be as large as the activation, and leave holes in memory.
+    """
+    _, positions, groups, d_out = rows.shape
+    size = max(1, CHUNK_BYTES // max(1, positions * groups * d_out * rows.itemsize))
+    rebuilt = spread = rows.new_zeros((groups, d_out))
+    for some, along in zip(torch.split(rows, size), torch.split(probe, size), strict=True):
+        rebuilt = rebuilt + torch.einsum("ntgo,ntg->go", some, along)
+        spread = spread + torch.einsum("ntgo,ntg->go", some.square(), along.square())
+    return rebuilt, spread

@@ -16,6 +16,7 @@ from lightning_kfc.checks import (
     check_positive_or_auto,
 )
 from lightning_kfc.factors.inverse import INVERSES
+from lightning_kfc.factors.stored import STORAGES
 from lightning_kfc.likelihood import LIKELIHOODS, Likelihood
 from lightning_kfc.placement import PLACEMENTS
 from lightning_kfc.reduction import PRECISIONS
@@ -50,6 +51,7 @@ class Settings:
     placement: str | float = "auto"
     reduce_precision: str = "full"
     stagger_inverses: bool = True
+    factor_storage: str = "full"
     schedule: RefreshSchedule = field(init=False)
 
     def trust_region(self) -> TrustRegion:
@@ -93,6 +95,7 @@ class Settings:
         check_placement(self.placement, self.inverse)
         check_choice("reduce_precision", self.reduce_precision, PRECISIONS)
         check_flag("stagger_inverses", self.stagger_inverses)
+        check_choice("factor_storage", self.factor_storage, STORAGES)
         object.__setattr__(self, "include", check_patterns("include", self.include))
         object.__setattr__(self, "exclude", check_patterns("exclude", self.exclude))
         schedule = RefreshSchedule(self.factor_every_n_steps, self.inverse_every_n_steps, self.warmup_steps)

@@ -175,8 +175,14 @@ class _Borders:
         self._images = images
         self._vertical, self._horizontal = vertical, horizontal
         down, across = range(vertical.taps), range(-horizontal.taps + 1, horizontal.taps)
-        self._rows = {dy: self._strips(images, vertical, dy, horizontal, across) for dy in down}
-        self._columns = {dx: self._strips(images.transpose(2, 3), horizontal, dx, vertical, down) for dx in across}
+        # Of two lags that are each other's mirror image, one is asked for: (0, dx) with dx >= 0.
+        self._rows = {
+            dy: self._strips(images, vertical, dy, horizontal, across if dy else range(horizontal.taps)) for dy in down
+        }
+        mirrored = images.transpose(2, 3)
+        self._columns = {
+            dx: self._strips(mirrored, horizontal, dx, vertical, down if dx >= 0 else down[1:]) for dx in across
+        }
 
     def sums(self, dy: int, dx: int) -> Tensor:
         """For each pair of first offsets, the sum over the pairs ``(dy, dx)`` apart that they do not reach.
@@ -187,17 +193,19 @@ class _Borders:
         by_row, rows = self._rows[dy]
         by_column, columns = self._columns[dx]
         channels = self._images.shape[1]
-        result = rows.new_zeros((by_row.shape[0], by_column.shape[0], channels, channels))
+        result = self._images.new_zeros((by_row.shape[0], by_column.shape[0], channels, channels))
         if by_row.shape[1]:
-            result += torch.einsum("ir,rab->iab", by_row, rows[:, :, dx + self._horizontal.taps - 1]).unsqueeze(1)
+            result += torch.einsum("ir,rab->iab", by_row, rows[dx]).unsqueeze(1)
         if by_column.shape[1]:
-            result += torch.einsum("jc,cab->jab", by_column, columns[:, :, dy]).unsqueeze(0)
+            result += torch.einsum("jc,cab->jab", by_column, columns[dy]).unsqueeze(0)
         if by_row.shape[1] and by_column.shape[1]:
             result -= torch.einsum("ir,jc,rcab->ijab", by_row, by_column, self._corners(dy, dx))
         return result
 
     @staticmethod
-    def _strips(images: Tensor, across: _Axis, lag: int, along: _Axis, lags_along: range) -> tuple[Tensor, Tensor]:
+    def _strips(
+        images: Tensor, across: _Axis, lag: int, along: _Axis, lags_along: range
+    ) -> tuple[Tensor, dict[int, Tensor]]:
         """The border lines of one direction, and their products with the lines ``lag`` offsets away.
 
         Args:
@@ -205,26 +213,24 @@ class _Borders:
             across: The axis of the lines.
             lag: In offsets; negative where the first pixel of a pair is the farther one.
             along: The axis along a line.
-            lags_along: The lags along the line, all of which are formed at once.
+            lags_along: The lags along the line that are wanted, in offsets.
 
         Returns:
-            For each first offset and border line whether it is out of reach, ``(offsets, lines)``, and the products,
-            ``(lines, C, lags along, C)``.
+            For each first offset and border line whether it is out of reach, ``(offsets, lines)``, and by lag along the
+            line the products, ``(lines, C, C)``.
         """
         places, outside = across.excluded(abs(lag))
         outside = outside.to(images)
-        channels = images.shape[1]
         if not places:
-            return outside, images.new_zeros((0, channels, len(lags_along), channels))
+            return outside, {}
         ahead = [place + abs(lag) * across.dilation for place in places]
-        first, second = _lines(images, places if lag >= 0 else ahead), _lines(images, ahead if lag >= 0 else places)
-        length = first.shape[2]
+        # Zeros between the lines of different examples: a lag is then a shift of all of them at once.
         reach = (along.taps - 1) * along.dilation
-        padded = F.pad(second, (0, 0, reach, reach))
-        starts = [reach + step * along.dilation for step in lags_along]
-        shifted = torch.cat([padded[:, :, start : start + length] for start in starts], dim=-1)
-        products = first.reshape(len(places), -1, channels).transpose(1, 2) @ shifted.flatten(1, 2)
-        return outside, products.reshape(len(places), channels, len(lags_along), channels)
+        first = _lines(images, places, reach).flatten(1, 2)
+        second = first if lag == 0 else _lines(images, ahead, reach).flatten(1, 2)
+        if lag < 0:
+            first, second = second, first
+        return outside, {step: _shifted_products(first, second, step * along.dilation) for step in lags_along}
 
     def _corners(self, dy: int, dx: int) -> Tensor:
         """Products of the border pixels of both directions, ``(rows, columns, C, C)``."""
@@ -236,6 +242,18 @@ class _Borders:
         return torch.einsum("rnca,rncb->rcab", first, second)
 
 
-def _lines(images: Tensor, places: list[int]) -> Tensor:
-    """Some lines of images ``(examples, C, lines, length)``, as ``(lines, examples, length, C)``."""
-    return torch.stack([images.select(2, place) for place in places]).transpose(2, 3)
+def _lines(images: Tensor, places: list[int], gap: int = 0) -> Tensor:
+    """Some lines of images ``(examples, C, lines, length)``, as ``(lines, examples, length + gap, C)``, zeros last."""
+    examples, channels, _, length = images.shape
+    lines = images.new_empty((len(places), examples, length + gap, channels))
+    for line, place in zip(lines, places, strict=True):
+        line[:, :length].copy_(images.select(2, place).transpose(1, 2))
+    lines[:, :, length:].zero_()
+    return lines
+
+
+def _shifted_products(first: Tensor, second: Tensor, shift: int) -> Tensor:
+    """Sums of outer products of rows ``(lines, rows, C)``, the second ones ``shift`` rows ahead: ``(lines, C, C)``."""
+    rows = first.shape[1]
+    first = first[:, max(0, -shift) : rows - max(0, shift)]
+    return first.mT @ second[:, max(0, shift) : rows - max(0, -shift)]

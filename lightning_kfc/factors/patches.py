@@ -61,11 +61,12 @@ def patch_columns(images: Tensor, geometry: Geometry) -> Tensor:
     return windows.permute(order).reshape(geometry.groups, depth, examples, windows.shape[2 : 2 + n].numel())
 
 
-def image_chunks(images: Tensor, geometry: Geometry) -> Iterator[Tensor]:
-    """A few examples at a time, so that at most ``PATCH_BYTES`` of patches are materialised at once."""
+def image_chunks(images: Tensor, geometry: Geometry, at_once: int | None = None) -> Iterator[Tensor]:
+    """A few examples at a time, so that their patches take at most so many bytes, ``PATCH_BYTES`` by default."""
     taps = torch.Size(geometry.kernel_size).numel()
     numel = geometry.positions(images.shape[2:]) * images.shape[1] * taps
-    yield from torch.split(images, max(1, PATCH_BYTES // max(1, numel * images.element_size())))
+    most = PATCH_BYTES if at_once is None else at_once
+    yield from torch.split(images, max(1, most // max(1, numel * images.element_size())))
 
 
 def patch_second_moment(

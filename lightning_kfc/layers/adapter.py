@@ -26,6 +26,9 @@ from lightning_kfc.factors.statistics import (
 #: Called as ``hook(module, args, kwargs, output)``.
 ForwardHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
 
+#: Gives input rows times one direction, ``(examples, positions, groups)``.
+Probe = Callable[[], Tensor]
+
 
 def dense(tensor: Tensor) -> Tensor:
     """The tensor, a sparse gradient as a dense one."""
@@ -252,6 +255,19 @@ class Adapter(ABC):
                 f"included; the gradient asks for (examples, positions, {', '.join(map(str, direction.shape))})."
             )
         return torch.einsum("ntgi,gi->ntg", rows, direction.to(rows))
+
+    def probe(self, forward: Forward, record: Any, direction: Tensor) -> Probe:
+        """What gives :meth:`project` once the derivative has arrived; made inside the forward.
+
+        By default the products themselves, so that no activation is kept for them.
+
+        Args:
+            forward: The forward call.
+            record: What :meth:`record` made of it.
+            direction: Shape ``(groups, d_in)``.
+        """
+        products = self.project(forward, direction)
+        return lambda: products
 
     # Statistics.
 

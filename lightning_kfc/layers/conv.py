@@ -22,6 +22,9 @@ from lightning_kfc.factors.statistics import InputStatistic, append_ones, factor
 from lightning_kfc.layers.adapter import Adapter, Forward
 from lightning_kfc.layers.registry import register_adapter
 
+#: Patches that are projected on a direction at a time, in the forward, where larger pieces leave holes in memory.
+PROJECTED_BYTES = 2**20
+
 
 @register_adapter(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class ConvAdapter(Adapter):
@@ -80,7 +83,8 @@ class ConvAdapter(Adapter):
         if "weight" not in own:
             return super().project(forward, direction)
         geometry = self.geometry(forward)
-        chunks = (patch_rows(images, geometry) for images in image_chunks(self._images(forward), geometry))
+        parts = image_chunks(self._images(forward), geometry, PROJECTED_BYTES)
+        chunks = (patch_rows(images, geometry) for images in parts)
         rows = (append_ones(chunk) if "bias" in own else chunk for chunk in chunks)
         return torch.cat([torch.einsum("ntgi,gi->ntg", chunk, direction.to(chunk)) for chunk in rows])
 

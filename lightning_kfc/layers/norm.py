@@ -134,6 +134,10 @@ class BatchNormAdapter(ScaleShiftAdapter):
             return None
         return _moments(node._saved_result1, node._saved_result2, m.eps)
 
+    def couples_examples(self, context: _Moments | None) -> bool:
+        """Where the batch's own moments are yet to be taken."""
+        return context is None
+
     def normalised(self, input: Tensor, context: _Moments | None) -> Tensor:
         """The module's own, without scale and shift."""
         if context is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,8 +12,11 @@ from torch import Tensor, nn
 
 from lightning_kfc.factors.inverse import BlockInverse, Inverse
 from lightning_kfc.factors.statistics import Statistics, factor_dtype, second_moment_total
-from lightning_kfc.layers.adapter import Adapter, Forward
+from lightning_kfc.layers.adapter import Adapter, Forward, Probe
 from lightning_kfc.layers.registry import register_adapter
+
+#: At most so many bytes of normalised inputs are formed at a time.
+CHUNK_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,10 @@ class ScaleShiftAdapter(Adapter):
         """What :meth:`normalised` needs besides the input, and may change after the forward; by default nothing."""
         return None
 
+    def couples_examples(self, context: Any) -> bool:
+        """Whether :meth:`normalised` of some examples depends on the others."""
+        return False
+
     @property
     def groups(self) -> int:
         """The number of units, each a group of its own."""
@@ -110,6 +118,21 @@ class ScaleShiftAdapter(Adapter):
         """The derivative at each unit."""
         return self._rows(output_gradient)
 
+    def probe(self, forward: Forward, record: Any, direction: Tensor) -> Probe:
+        """See :class:`Adapter`; from the input that is kept anyway, since the products would be as many numbers."""
+        own = self.own_parameters()
+        if "weight" not in own:
+            return super().probe(forward, record, direction)
+
+        def products() -> Tensor:
+            kept = record.unchanged_input()
+            along = direction.to(kept.device, factor_dtype(kept.dtype))
+            shift = along[:, 1] if "bias" in own else along.new_zeros(())
+            chunks = self._scaled_chunks(kept, record.context)
+            return torch.cat([rows.squeeze(-1) * along[:, 0] + shift for rows in chunks])
+
+        return products
+
     # Statistics.
 
     def record(self, forward: Forward) -> _Recorded:
@@ -125,11 +148,29 @@ class ScaleShiftAdapter(Adapter):
         own = self.own_parameters()
         gradients = []
         if "weight" in own:
-            scaled = self._scaled_rows(record.unchanged_input(), record.context)
-            gradients.append((rows * scaled.to(rows.dtype)).sum(1, keepdim=True))
+            gradients.append(self._gradients_of_scale(rows, record.unchanged_input(), record.context))
         if "bias" in own:
             gradients.append(rows.sum(1, keepdim=True))
         return Statistics({}, {"F": second_moment_total(torch.cat(gradients, -1))}, len(rows))
+
+    def _gradients_of_scale(self, rows: Tensor, input: Tensor, context: Any) -> Tensor:
+        """The sum over positions of derivative times normalised input, ``(examples, 1, units, 1)``."""
+        first, products = 0, []
+        for scaled in self._scaled_chunks(input, context):
+            some = rows[first : first + len(scaled)]
+            products.append((some * scaled.to(some.dtype)).sum(1, keepdim=True))
+            first += len(scaled)
+        return torch.cat(products)
+
+    def _scaled_chunks(self, input: Tensor, context: Any) -> Iterator[Tensor]:
+        """The normalised inputs as rows, some examples at a time where they are many and do not depend on each other.
+
+        What is formed for a moment then stays in a core's cache, and leaves no holes in memory.
+        """
+        alone = self._rows(input).shape[0] != len(input) or self.batch_axis != 0 or self.couples_examples(context)
+        size = CHUNK_BYTES * len(input) // max(1, input.nbytes)
+        for part in [input] if alone else torch.split(input, max(1, size)):
+            yield self._scaled_rows(part, context)
 
 
 def _only(forward: Forward) -> Tensor:

@@ -1,0 +1,170 @@
+"""What an engine holds in memory, measured: every tensor that can be reached from it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable
+from types import FunctionType, ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_kfc import KFC
+from lightning_kfc.factors.running import RunningAverage
+from lightning_kfc.factors.stored import StoredAverage, stored_nbytes
+from tests.nets import classes, data, train_step
+
+STORAGES = ("full", "bfloat16", "cpu")
+
+
+def reachable_tensors(*roots: object, stop: Iterable[object] = ()) -> list[Tensor]:
+    """All tensors that objects hold, directly or through others; modules' parameters are not theirs."""
+    seen = {id(entry) for entry in stop}
+    pending, found = list(roots), []
+    while pending:
+        entry = pending.pop()
+        if id(entry) in seen or isinstance(entry, (type, ModuleType, nn.Module)):
+            continue
+        seen.add(id(entry))
+        if isinstance(entry, Tensor):
+            if not isinstance(entry, nn.Parameter):
+                found.append(entry)
+        elif isinstance(entry, FunctionType):
+            pending += [cell.cell_contents for cell in entry.__closure__ or ()]
+        else:
+            pending += gc.get_referents(entry)
+    return found
+
+
+def held_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of memory that tensors keep alive; those that share memory count once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def net() -> nn.Sequential:
+    """Large and small layers with and without bias; a norm; factors on both sides of what is packed."""
+    return nn.Sequential(
+        nn.Conv2d(17, 40, 3, bias=False),
+        nn.BatchNorm2d(40),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(40 * 4, 200),
+        nn.Tanh(),
+        nn.Linear(200, 3),
+    )
+
+
+def trained(steps: int, **settings: Any) -> tuple[KFC, nn.Sequential, list[Tensor]]:
+    torch.manual_seed(0)
+    model = net()
+    options = {"factor_every_n_steps": 1, "inverse_every_n_steps": 1, "kl_clip": None, "damping": 0.1, **settings}
+    kfc = KFC(model, **options)  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    x, y = data(24, 17, 4, 4).float(), classes(24, count=3)
+    updates: list[Tensor] = []
+    for step in range(steps):
+        train_step(kfc, optimizer, lambda: F.cross_entropy(model(x), y))
+        if step == steps - 1:
+            updates = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    kfc.release()
+    return kfc, model, updates
+
+
+@pytest.mark.parametrize("factor_storage", STORAGES)
+@pytest.mark.parametrize("inverse", ["cholesky", "eigh", "ekfac"])
+def test_the_memory_that_coverage_tells_is_what_an_engine_holds(inverse: str, factor_storage: str) -> None:
+    foretold = sum(row.bytes for row in KFC(net(), inverse=inverse, factor_storage=factor_storage).coverage())
+    kfc, model, _ = trained(3, inverse=inverse, factor_storage=factor_storage)
+    told = sum(row.bytes for row in kfc.coverage())
+    measured = held_bytes(reachable_tensors(kfc, stop=[model, *model.parameters(), *model.buffers()]))
+    assert told == foretold
+    assert measured / told == pytest.approx(1, abs=0.1)
+
+
+def test_factors_in_bfloat16_take_half_and_triangles_little_more_than_half_of_that() -> None:
+    d = 1000
+    square = 4 * d * d
+    assert 0.5 < stored_nbytes((1, d, d), torch.float32) / square < 0.54
+    assert 0.25 < stored_nbytes((1, d, d), torch.float32, "bfloat16") / square < 0.27
+    for storage in STORAGES:
+        average = StoredAverage.start(torch.eye(d).unsqueeze(0), 0.9, storage)
+        assert average.nbytes == stored_nbytes((1, d, d), torch.float32, storage)
+        assert average.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("shape", [(1, 300, 300), (2, 130, 130), (1, 5, 5), (3, 7)])
+@pytest.mark.parametrize("storage", ["full", "cpu"])
+def test_a_kept_average_is_that_of_whole_factors_to_the_last_bit(shape: tuple[int, ...], storage: str) -> None:
+    values = [data(*shape, seed=seed) for seed in range(3)]
+    values = [value + value.mT for value in values] if len(shape) == 3 else values
+    kept, whole = StoredAverage.start(values[0], 0.9, storage), RunningAverage.start(values[0], 0.9)
+    for value in values[1:]:
+        kept, whole = kept.updated(value, 0.9), whole.updated(value, 0.9)
+    assert torch.equal(kept.value, whole.value)
+    assert (kept.weight, kept.squares, kept.draws) == (whole.weight, whole.squares, whole.draws)
+
+
+def test_an_average_in_bfloat16_is_off_by_its_roundings() -> None:
+    """Each update rounds by at most 2^-9 of a number, of which each later one leaves 0.9."""
+    values = [value + value.mT for value in (data(1, 200, 200, seed=seed).abs() for seed in range(40))]
+    kept, whole = StoredAverage.start(values[0], 0.9, "bfloat16"), RunningAverage.start(values[0], 0.9)
+    for value in values[1:]:
+        kept, whole = kept.updated(value, 0.9), whole.updated(value, 0.9)
+    assert kept.value.dtype == torch.float64
+    error = ((kept.value - whole.value) / whole.value).abs()
+    assert 2**-10 < float(error.max()) <= 10 * 2**-9
+    assert float((kept.value - whole.value).norm() / whole.value.norm()) < 2**-8
+
+
+def test_an_update_from_factors_on_the_cpu_is_the_same_and_from_bfloat16_close() -> None:
+    runs = {storage: torch.cat([u.flatten() for u in trained(6, factor_storage=storage)[2]]) for storage in STORAGES}
+    assert torch.equal(runs["full"], runs["cpu"])
+    difference = float((runs["full"] - runs["bfloat16"]).norm() / runs["full"].norm())
+    assert 0 < difference < 0.02
+
+
+def test_a_state_fits_any_storage() -> None:
+    kfc, _, _ = trained(2)
+    other = KFC(net(), factor_storage="bfloat16")
+    assert other.load_state_dict(kfc.state_dict()) == []
+    for name, layer in other.layers.items():
+        for key, factor in layer.factors.items():
+            assert torch.equal(factor, kfc.layers[name].factors[key].bfloat16().float())
+
+
+def test_between_forward_and_backward_only_the_inputs_of_norms_are_kept_and_nothing_after_release() -> None:
+    torch.manual_seed(0)
+    model = net()
+    kfc = KFC(model, factor_every_n_steps=1)
+    activations: dict[int, str] = {}
+    for name, module in model.named_children():
+
+        def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
+            activations[args[0].untyped_storage().data_ptr()] = name
+
+        module.register_forward_hook(note)
+    x, y = data(24, 17, 4, 4).float(), classes(24, count=3)
+
+    def kept() -> tuple[set[str], list[Tensor]]:
+        tensors = reachable_tensors(kfc, stop=[model, *model.parameters(), *model.buffers()])
+        return {activations.get(t.untyped_storage().data_ptr(), "") for t in tensors} - {""}, tensors
+
+    with kfc.capture():
+        loss = F.cross_entropy(model(x), y)
+    # The batch norm's own input, which autograd keeps as well.
+    names, tensors = kept()
+    assert names == {"1"}
+    rows = 24 * 4
+    probes = 4 * rows + 2 * 4 * 24  # of the self-test, one number for each row of the convolution and the linear layers
+    statistics = 4 * (153**2 + 161**2 + 201**2)
+    norm_input = 4 * rows * 40
+    assert held_bytes(tensors) < 1.1 * (probes + statistics + norm_input) + 10_000
+    kfc.update(loss)
+    loss.backward()
+    kfc.precondition(lr=0.1)
+    kfc.release()
+    assert kept()[0] == set()
