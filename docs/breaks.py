@@ -12,7 +12,7 @@ from sphinx.application import Sphinx
 
 _NAME = re.compile(r'(?<=<span class="pre">)[^<]+')
 #: After an underscore, a dot and the like, before a capital letter within a word.
-_JOINT = re.compile(r"(?<=[_./:=(\[,])(?=[^\s_.])|(?<=[a-z])(?=[A-Z])")
+_JOINT = re.compile(r"(?<=[_./:])(?=[^\W\d_])|(?<=[a-z])(?=[A-Z])")
 
 
 def with_breaks(html: str) -> str:
