@@ -38,8 +38,8 @@ def steps(page: str) -> tuple[str, str, str]:
     return install, program, run
 
 
-def timed(commands: str, folder: Path) -> float:
-    """Seconds of commands in a shell.
+def timed(commands: str, folder: Path) -> tuple[float, str]:
+    """Seconds of commands in a shell, and what they print.
 
     Raises:
         RuntimeError: If one of them fails, with what it printed.
@@ -62,7 +62,7 @@ def timed(commands: str, folder: Path) -> float:
     if done.returncode:
         raise RuntimeError(f"{commands!r} ended with status {done.returncode}:\n{done.stdout}")
     print(done.stdout, flush=True)
-    return seconds
+    return seconds, done.stdout
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -73,15 +73,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     install, program, run = steps(PAGE.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        cloning = timed(f"git clone --quiet '{ROOT}' lightning-kfc", folder)
-        installing = timed(install, folder)
+        cloning, _ = timed(f"git clone --quiet '{ROOT}' lightning-kfc", folder)
+        installing, _ = timed(install, folder)
         (folder / "first_run.py").write_text(program, encoding="utf-8")
         activate = next(line for line in install.splitlines() if "activate" in line)
-        first, second = (timed(f"{activate}\n{run}", folder) for _ in range(2))
+        (first, _), (second, _) = (timed(f"{activate}\n{run}", folder) for _ in range(2))
+        _, torch = timed(f"{activate}\npython -c 'import torch; print(torch.__version__)'", folder)
     text = (
         f"Followed by a script on a machine of {os.cpu_count()} cores ({platform.system()}, Python "
-        f"{platform.python_version()}): {cloning + installing:.0f} seconds to clone and install, most of them the download "
-        f"of torch; {first:.0f} seconds for the first run of `first_run.py`, {second:.0f} for the next. Reading and copying "
+        f"{platform.python_version()}): {cloning + installing:.0f} seconds to clone and install, most of them for torch "
+        f"{torch.strip()}; {first:.0f} seconds for the first run of `first_run.py`, {second:.0f} for the next. Reading and copying "
         "come on top."
     )
     (options.results / "quickstart.md").write_text(text + "\n", encoding="utf-8")
