@@ -128,9 +128,10 @@ def pieces() -> list[tuple[str, int]]:
 def markdown(found: Found) -> str:
     """The compared metric at the first validation, in the middle and at the end; then the seconds of all."""
     names = ["KFC", "SGD", "Adam"]
+    seeds = min((len(found[name]) for name in COMPARISONS if name in found), default=0)
     lines = [
-        f"Medians of {min(len(found[name]) for name in COMPARISONS if name in found)} seeds, lowest and highest in parentheses; the best median is bold. *CPU seconds*: those "
-        "of the whole run with its validations on one thread, as a multiple of SGD's.",
+        f"Medians of {seeds} seeds, lowest and highest in parentheses; the best median is bold. *CPU seconds*: those of "
+        "the whole run with its validations on one thread, as a multiple of SGD's.",
         "",
         f"| example | what | step | {' | '.join(names)} | CPU seconds: KFC / SGD |",
         "|---|---|---|" + "---|" * (len(names) + 1),
@@ -151,8 +152,8 @@ def markdown(found: Found) -> str:
             last = f"{ratio:.1f}" if moment == len(steps) - 1 else ""
             lines.append(f"| `{example}` | {metric} | {steps[moment]} | {' | '.join(cells)} | {last} |")
     lines += ["", "| example | seconds of the whole command, on one thread |", "|---|---|"]
-    for example, seeds in found.items():
-        lines.append(f"| `{example}` | {median(entry['wall'] for entry in seeds.values()):.0f} |")
+    for example, of_seeds in found.items():
+        lines.append(f"| `{example}` | {median(entry['wall'] for entry in of_seeds.values()):.0f} |")
     return "\n".join(lines)
 
 

@@ -1,8 +1,9 @@
 """How long the quickstart takes: ``python -m benchmarks.quickstart_time``.
 
-The page is followed to the letter: a fresh clone of this repository in an empty folder, the commands of step 1 in a fresh
-environment without a cache of packages, the Python of steps 2 to 5 put into ``first_run.py``, and the command of step 3.
-What a reader spends on reading and copying is not in the numbers; most of the installation is the download of torch.
+The page is followed to the letter: a fresh clone of this repository in an empty folder, the commands of step 1 in a
+fresh environment without a cache of packages, the Python of steps 2 to 5 put into ``first_run.py``, and the command of
+step 3. What a reader spends on reading and copying is not in the numbers; most of the installation is the download of
+torch.
 """
 
 from __future__ import annotations
@@ -79,11 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         activate = next(line for line in install.splitlines() if "activate" in line)
         (first, _), (second, _) = (timed(f"{activate}\n{run}", folder) for _ in range(2))
         _, torch = timed(f"{activate}\npython -c 'import torch; print(torch.__version__)'", folder)
+    machine = f"a machine of {os.cpu_count()} cores ({platform.system()}, Python {platform.python_version()})"
     text = (
-        f"Followed by a script on a machine of {os.cpu_count()} cores ({platform.system()}, Python "
-        f"{platform.python_version()}): {cloning + installing:.0f} seconds to clone and install, most of them for torch "
-        f"{torch.strip()}; {first:.0f} seconds for the first run of `first_run.py`, {second:.0f} for the next. Reading and copying "
-        "come on top."
+        f"Followed by a script on {machine}: {cloning + installing:.0f} seconds to clone and install, most of them for "
+        f"torch {torch.strip()}; {first:.0f} seconds for the first run of `first_run.py`, {second:.0f} for the next. "
+        "Reading and copying come on top."
     )
     (options.results / "quickstart.md").write_text(text + "\n", encoding="utf-8")
     print(text)
