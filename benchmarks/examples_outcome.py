@@ -130,8 +130,8 @@ def markdown(found: Found) -> str:
     names = ["KFC", "SGD", "Adam"]
     seeds = min((len(found[name]) for name in COMPARISONS if name in found), default=0)
     lines = [
-        f"Medians of {seeds} seeds, lowest and highest in parentheses; the best median is bold. *CPU seconds*: those of "
-        "the whole run with its validations on one thread, as a multiple of SGD's.",
+        f"Medians of {seeds} seeds, lowest and highest in parentheses; the best median is bold. *CPU seconds*: those "
+        "of the whole run with its validations on one thread, as a multiple of SGD's.",
         "",
         f"| example | what | step | {' | '.join(names)} | CPU seconds: KFC / SGD |",
         "|---|---|---|" + "---|" * (len(names) + 1),
