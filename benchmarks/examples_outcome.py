@@ -130,8 +130,8 @@ def markdown(found: Found) -> str:
     names = ["KFC", "SGD", "Adam"]
     seeds = min((len(found[name]) for name in COMPARISONS if name in found), default=0)
     lines = [
-        f"Medians of {seeds} seeds, lowest and highest in parentheses; the best median is bold. *CPU seconds*: those "
-        "of the whole run with its validations on one thread, as a multiple of SGD's.",
+        f"Medians of {seeds} seed{'s' * (seeds > 1)}, lowest and highest in parentheses; the best median is bold. "
+        "*CPU seconds*: those of the whole run with its validations on one thread, as a multiple of SGD's.",
         "",
         f"| example | what | step | {' | '.join(names)} | CPU seconds: KFC / SGD |",
         "|---|---|---|" + "---|" * (len(names) + 1),
@@ -163,7 +163,8 @@ def _finite(value: float) -> float:
 
 def _spread(values: Sequence[float], bold: bool) -> str:
     middle, lowest, highest = (_number(value) for value in (median(values), min(values), max(values)))
-    return f"{f'**{middle}**' if bold else middle} ({lowest} to {highest})"
+    # A blank and a dash at which no line breaks in a narrow column.
+    return f"{f'**{middle}**' if bold else middle}\u00a0({lowest}\u2060\u2013\u2060{highest})"
 
 
 def _number(value: float) -> str:
