@@ -5,7 +5,7 @@ value projections and its output projection, layer norm an exact 2x2 block for e
 embedding and class token, which belong to no layer, a diagonal.
 
 What to expect: see the table in docs/examples.md. SGD, here at the better of two learning rates, hardly leaves the
-plateau at the start; Adam has the better of two as well, starts later than KFC and comes level with it.
+plateau at the start; Adam has the better of two as well, and starts later than KFC.
 
 python examples/vit_tiny.py
 """
