@@ -11,7 +11,7 @@ copyright = author
 version = release = __version__
 
 sys.path.insert(0, str(Path(__file__).parent))
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "mathml"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "mathml", "breaks"]
 html_math_renderer = "mathml"
 exclude_patterns = ["_build"]
 

@@ -17,6 +17,14 @@ from sphinx.writers.html5 import HTML5Translator
 
 _TAG = re.compile(r"\s*\\tag\{([^}]*)\}")
 
+#: What the converter leaves to the browser, and browsers do other than TeX: bars that grow and keep their distance, and
+#: names of functions that stand too far from, or too close to, what is around them.
+_SPACING = (
+    (re.compile(r"<mo[^>]*>(&#x0007C;|&#x02016;)</mo>"), r'<mo stretchy="false" lspace="0" rspace="0">\1</mo>'),
+    (re.compile(r"<mo>(tr|diag)</mo>"), r'<mo lspace="0.1em" rspace="0.1em">\1</mo>'),
+    (re.compile(r"(<mi>(?:log|dim)</mi>)(?=<m[is])"), r'\1<mspace width="0.17em"/>'),
+)
+
 
 def to_mathml(latex: str, display: str) -> str:
     """One formula.
@@ -34,6 +42,8 @@ def to_mathml(latex: str, display: str) -> str:
         raise ValueError(f"MathML has no counterpart of {', '.join(unknown)} in {latex!r}: write it in another way.")
     if re.search(r'mathvariant="(?!normal)', mathml):
         raise ValueError(f"A letter of {latex!r} would lose its style: write \\mathbb{{E}}, with braces.")
+    for pattern, spaced in _SPACING:
+        mathml = pattern.sub(spaced, mathml)
     return mathml
 
 

@@ -25,6 +25,9 @@ MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 #: A name, the optimizer, and the callbacks of a run.
 Runs = Mapping[str, tuple[MakeOptimizer, Sequence[Callback]]]
 
+#: Of the weights and the batches of every run that is compared.
+SEED = 0
+
 #: Arguments of every Trainer here: no files, no bars, and the table at the end instead.
 QUIET: Mapping[str, Any] = {
     "accelerator": "cpu",
@@ -102,7 +105,7 @@ def compare(runs: Runs, fit: Callable[[MakeOptimizer, list[Callback]], object]) 
     histories: dict[str, History] = {}
     for name, (optimizer, callbacks) in runs.items():
         print(f"\n==> {name}", flush=True)
-        L.seed_everything(0, verbose=False)
+        L.seed_everything(SEED, verbose=False)
         histories[name] = History()
         fit(optimizer, [histories[name], *callbacks])
     print("\n" + table(histories))

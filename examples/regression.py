@@ -4,9 +4,9 @@ How many miles do 392 cars of the years 1970 to 1982 go on a gallon of fuel, giv
 weight, acceleration, year and origin? For a squared error the Fisher matrix is the Gauss-Newton matrix, so that a
 step with KFC is close to that of a Levenberg-Marquardt fit.
 
-What to expect: the training error falls two to three times faster than with SGD or Adam, and the held-out score
-does not gain by it. On so few cars, a net that fits them all soon predicts worse: here from about step 35 on with
-KFC. Stop early. The score of a linear regression is printed for comparison.
+What to expect: the training error falls faster than with SGD or Adam (docs/examples.md), and the held-out score does
+not gain by it: on so few cars, a net that fits them all soon predicts worse. Stop early. The score of a linear
+regression is printed for comparison.
 
 python examples/regression.py
 """

@@ -1,4 +1,4 @@
-r"""Who factorises what, and who holds it: a pure function of the layers' costs (KAISA, Pauloski et al. 2021, sec. 3).
+r"""Who factorises what, and who holds it: a pure function of the layers' costs (KAISA, Pauloski et al. 2021).
 
 The W ranks form W/k groups of k *gradient workers*. Each layer has an owner, that factorises it; all workers of the
 owner's group get the inverse and precondition the layer's gradient, and each of them sends the result to one

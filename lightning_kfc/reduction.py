@@ -1,7 +1,7 @@
 r"""One sum over ranks for the statistics of all layers: flat buffers of packed triangles, filled and sent in buckets.
 
 The loss is the mean over the W ranks, so :math:`G = (1/W)\sum G_\mathrm{rank}`, while totals and numbers of rows behind
-A add up (KFC.md sec. 6).
+A add up.
 
 What ranks found may differ: a branch that only some took, a rank without examples. So each of them sends the same
 layout, with zeros for what it has not, and beside it a header that says what it has. No rank ever waits for a

@@ -1,6 +1,6 @@
 r"""Which of KFC's three assumptions costs how much, on one layer and one batch.
 
-The paper's theorem 1 (arXiv:1602.01407, sec. 3.1) comes from :math:`F = E[\sum_{tt'} a_t a_{t'}^\top \otimes
+The paper's theorem 1 (arXiv:1602.01407) comes from :math:`F = E[\sum_{tt'} a_t a_{t'}^\top \otimes
 g_t g_{t'}^\top]` in three steps; here they are taken one after the other, expectations being means over the batch:
 
 1. independent activations and derivatives:

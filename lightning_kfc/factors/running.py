@@ -13,7 +13,7 @@ class RunningAverage:
 
     After k updates with decay :math:`\rho` it equals
     :math:`\sum_j \rho^{k-j}(1-\rho) F_j / (1-\rho^k)`: the first update counts fully, and no trace of an
-    initial identity is left (KFC.md sec. 2; the debiasing of Kingma & Ba 2015, sec. 3).
+    initial identity is left (the debiasing of Adam, Kingma & Ba 2015).
 
     Attributes:
         value: The average, already debiased.

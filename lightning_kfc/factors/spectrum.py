@@ -1,7 +1,7 @@
 r"""What a factor's spectrum looks like, at the cost of a few matrix-vector products instead of a decomposition.
 
 Largest eigenvalues come from :data:`LANCZOS_STEPS` steps of Lanczos' method. It is never too
-large, and what it finds first are the ends of a spectrum (Golub & Van Loan, 4th ed., sec. 10.1).
+large, and what it finds first are the ends of a spectrum (Golub & Van Loan, 4th ed., ch. 10).
 """
 
 from __future__ import annotations

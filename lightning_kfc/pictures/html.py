@@ -21,7 +21,12 @@ pre { overflow-x: auto; background: #f6f6f6; padding: .8rem; font-size: .85rem; 
 table { border-collapse: collapse; } td, th { text-align: left; padding: .15rem 1.2rem .15rem 0; vertical-align: top; }
 th { font-weight: 600; } figure { margin: 1rem 0; overflow-x: auto; } img { max-width: 100%; height: auto; }
 p { max-width: 46rem; } code { font-size: .9em; }
+@media (max-width: 40rem) { .wide img { max-width: none; width: 44rem; } pre { font-size: .7rem; } }
 """
+
+
+#: A figure wider than this, in inches, is not shrunk to a phone: it scrolls.
+_WIDE = 6.0
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,8 @@ def as_image(figure: Figure, alternative: str) -> str:
         alternative: What is said in its place where it is not seen.
     """
     data = base64.b64encode(svg(figure).encode()).decode()
-    return f'<figure><img alt="{escape(alternative)}" src="data:image/svg+xml;base64,{data}"></figure>'
+    kind = ' class="wide"' if figure.get_figwidth() > _WIDE else ""
+    return f'<figure{kind}><img alt="{escape(alternative)}" src="data:image/svg+xml;base64,{data}"></figure>'
 
 
 def render(title: str, sections: Sequence[Section]) -> str:

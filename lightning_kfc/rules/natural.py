@@ -42,7 +42,7 @@ def natural_step(
 
     :math:`V = G_\lambda^{-1}\nabla\bar W A_\lambda^{-1}` (E5), then
     :math:`V \leftarrow \nu V`, :math:`\nu = \min(1, \sqrt{\kappa / \sum \alpha^2\langle V,\nabla\bar W\rangle})`
-    (E7; Ba, Grosse & Martens 2017, sec. 4), with the learning rate of each layer's own parameter group.
+    (E7; Ba, Grosse & Martens 2017), with the learning rate of each layer's own parameter group.
 
     A V is usable if it is finite and a descent direction, :math:`\langle V,\nabla\bar W\rangle \ge 0`, which
     rounding can take from an inverse of very unequal eigenvalues.
