@@ -418,7 +418,7 @@ class KFC:
                 unscaling to a fused optimizer. They are multiplied by it afterwards, too.
 
         Returns:
-            Whether the gradients were finite. Where they were not, skip the step: it would spoil the weights.
+            Whether the gradients were finite. Where they were not, skip the step, as it would spoil the weights.
 
         Raises:
             ValueError: If neither ``lr`` nor ``optimizer`` is given, or both are.

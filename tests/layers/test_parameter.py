@@ -74,7 +74,7 @@ def test_the_tensor_s_mean_counts_as_one_sample_more() -> None:
         gradient = model.position.grad.clone()
         kfc.precondition(lr=0.1)
         # Equal shares, were there no decay: here they are decay^0, decay^1, ... over their sum.
-        shares = torch.tensor([0.95**age for age in range(draws)]).double()
+        shares = torch.tensor([kfc.settings.ema_decay**age for age in range(draws)]).double()
         n = float(shares.sum() ** 2 / shares.square().sum())
         f = kfc.layers["position"].factors["F"].reshape(2, 3)
         expected = gradient / ((f.mean() + n * f) / (1 + n) + 0.01)
