@@ -1,4 +1,7 @@
-"""What a step costs: ``python -m benchmarks.step_cost`` for time, ``--memory`` for memory.
+"""What a step costs: ``python -m benchmarks.step_cost`` measures time and memory of two networks.
+
+The numbers are added to ``results/step_cost.json`` by network, threads and clock, and ``results/step_cost.md`` has the
+tables of all that is there.
 
 Time: each round makes one step of every kind, the order reversed every other round, so that all meet the same state
 of the machine; a kind's cost is the median over rounds of its time divided by that round's plain SGD step.
@@ -7,8 +10,9 @@ Kinds of KFC step: *between* refreshes (gradients are only preconditioned), *fac
 (statistics and inverses). A schedule's amortised cost follows from them:
 between + (factors - between) / T_cov + (refresh - factors) / T_inv.
 
-Memory: each kind runs in a process of its own; its growth is the peak of the resident memory over the whole run,
-less what was resident before the first step, and is divided by SGD's. Linux only.
+Memory: each kind runs in processes of its own; the growth of one is the peak of its resident memory over the whole run,
+less what was resident before the first step. The median over processes (what the C library's allocator makes of the
+same requests varies) is divided by SGD's. Linux only.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,10 +72,10 @@ def _sgd(model: nn.Module) -> Stepper:
     return CONTESTANTS["sgd"].make(model, 0.01, 0)
 
 
-def _kfc(factors: int, inverses: int) -> Callable[[nn.Module], Stepper]:
+def _kfc(factors: int, inverses: int, **settings: Any) -> Callable[[nn.Module], Stepper]:
     def make(model: nn.Module) -> Stepper:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.5)
-        kfc = KFC(model, factor_every_n_steps=factors, inverse_every_n_steps=inverses, warmup_steps=1)
+        kfc = KFC(model, factor_every_n_steps=factors, inverse_every_n_steps=inverses, warmup_steps=1, **settings)
         return KFCStepper(kfc, optimizer)
 
     return make
@@ -82,7 +87,9 @@ KINDS: dict[str, Callable[[nn.Module], Stepper]] = {
     "between": _kfc(NEVER, NEVER),
     "factors": _kfc(1, NEVER),
     "refresh": _kfc(1, 1),
+    "exact": _kfc(1, NEVER, rows_per_dim=None),
 }
+RESULTS = Path(__file__).parent / "results" / "step_cost.json"
 #: T_cov and T_inv of the schedules whose amortised cost is reported.
 SCHEDULES = {"T_cov 10, T_inv 100": (10, 100), "defaults": (10, 20)}
 
@@ -145,60 +152,104 @@ def memory_growth(workload: Workload, kind: str, batch_size: int, steps: int = 3
     return resident("VmHWM") - before
 
 
-def measure_memory(name: str, batch_size: int, threads: int) -> dict[str, float]:
-    """The growth of each kind's own process, SGD's being 1; ``sgd_bytes`` has that."""
+def measure_memory(name: str, batch_size: int, threads: int, processes: int) -> dict[str, float]:
+    """The growth of processes that make steps of one kind, SGD's being 1; ``sgd_bytes`` has that."""
     grown = {}
-    for kind in ("sgd", "refresh"):
+    for kind in ("sgd", "between", "refresh"):
         command = [sys.executable, "-m", "benchmarks.step_cost", name, "--memory-of", kind]
         command += ["--batch-size", str(batch_size), "--threads", str(threads)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-        grown[kind] = int(done.stdout)
-    return {"sgd_bytes": grown["sgd"], "kfc": grown["refresh"] / grown["sgd"]}
+        root = Path(__file__).parent.parent
+        done = [subprocess.run(command, check=True, capture_output=True, text=True, cwd=root) for _ in range(processes)]
+        grown[kind] = median(int(process.stdout) for process in done)
+    ratios = {kind: grown[kind] / grown["sgd"] for kind in ("between", "refresh")}
+    return {"sgd_bytes": grown["sgd"], **ratios}
 
 
-def time_table(costs: dict[str, float]) -> str:
-    """The kinds of step and the schedules as a markdown table."""
-    rows = [("plain SGD step", costs["sgd"]), ("KFC, step between refreshes", costs["between"])]
-    rows += [("KFC, step that takes statistics", costs["factors"]), ("KFC, refreshing step", costs["refresh"])]
-    rows += [
-        (f"KFC, amortised, {title}", amortised(costs["between"], costs["factors"], costs["refresh"], *periods))
-        for title, periods in SCHEDULES.items()
-    ]
-    return "\n".join(["| step | cost |", "|---|---|", *(f"| {title} | {cost:.2f} |" for title, cost in rows)])
+def time_rows(costs: dict[str, float]) -> dict[str, float]:
+    """The kinds of step and the schedules by their titles."""
+    between, factors, refresh, exact = (costs[kind] for kind in ("between", "factors", "refresh", "exact"))
+    rows = {
+        "plain SGD step": costs["sgd"],
+        "KFC, step between refreshes": between,
+        "KFC, step that takes statistics": factors,
+        "KFC, step that takes statistics of all rows": exact,
+        "KFC, refreshing step": refresh,
+    }
+    for title, periods in SCHEDULES.items():
+        rows[f"KFC, amortised, {title}"] = amortised(between, factors, refresh, *periods)
+    title, periods = next(iter(SCHEDULES.items()))
+    rows[f"KFC, amortised, {title}, statistics of all rows"] = amortised(
+        between, exact, exact + refresh - factors, *periods
+    )
+    return rows
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown: a column for each measurement of one network, a row for each kind of step and schedule, then memory.
+
+    Args:
+        found: By threads and clock, what :func:`measure_time` gave; by ``"memory"``, what :func:`measure_memory` did.
+    """
+    times = {key: time_rows(costs) for key, costs in found.items() if key != "memory"}
+    lines = [f"| step | {' | '.join(times)} |", f"|---|{'---|' * len(times)}"] if times else []
+    titles = next(iter(times.values()), {})
+    lines += [f"| {title} | {' | '.join(f'{rows[title]:.2f}' for rows in times.values())} |" for title in titles]
+    if "memory" in found:
+        memory = found["memory"]
+        lines += [
+            "",
+            f"Peak memory: SGD grows the process by {memory['sgd_bytes'] / 2**20:.0f} MiB; KFC by "
+            f"{memory['between']:.2f} times that where only the first steps refresh, by {memory['refresh']:.2f} times "
+            "that where every step does.",
+        ]
+    return "\n".join(lines)
+
+
+def report(results: dict[str, dict[str, Any]]) -> str:
+    """Markdown of all results."""
+    parts = []
+    for name, found in results.items():
+        workload = WORKLOADS[name]
+        parts.append(f"**{workload.title}, batch {workload.batch_size}** (plain SGD step = 1)\n\n{table(found)}\n")
+    return "\n".join(parts)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure and print."""
+    """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workload", choices=WORKLOADS, nargs="?", default="resnet20")
+    parser.add_argument("workload", choices=WORKLOADS, nargs="?", help="one network; both by default")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--batch-size", type=int, help="the workload's own by default")
+    parser.add_argument("--batch-size", type=int, help="another than the network's own; then nothing is written")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=CLOCKS, default="cpu")
-    parser.add_argument("--memory", action="store_true", help="measure peak memory instead of time")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory alone")
+    parser.add_argument("--no-memory", action="store_true", help="measure time alone")
+    parser.add_argument("--processes", type=int, default=5, help="for each kind of step whose memory is measured")
     parser.add_argument("--memory-of", choices=KINDS, help=argparse.SUPPRESS)
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(options.threads)
-    workload = WORKLOADS[options.workload]
-    batch_size = options.batch_size or workload.batch_size
     if options.memory_of:
-        print(memory_growth(workload, options.memory_of, batch_size))
+        workload = WORKLOADS[options.workload]
+        print(memory_growth(workload, options.memory_of, options.batch_size or workload.batch_size))
         return
-    print(f"{workload.title}, batch {batch_size}, {options.threads} thread(s)")
-    if options.memory:
-        numbers = measure_memory(options.workload, batch_size, options.threads)
-        print(
-            f"SGD grows the process by {numbers['sgd_bytes'] / 2**20:.0f} MiB, KFC by {numbers['kfc']:.2f} times that."
-        )
-    else:
-        numbers = measure_time(workload, options.rounds, batch_size, CLOCKS[options.clock])
-        print(f"{options.clock} time, medians of {options.rounds} rounds, plain SGD step = 1\n")
-        print(time_table(numbers))
-    if options.json:
+    results: dict[str, dict[str, Any]] = json.loads(options.json.read_text()) if options.json.exists() else {}
+    for name in [options.workload] if options.workload else WORKLOADS:
+        workload = WORKLOADS[name]
+        batch_size = options.batch_size or workload.batch_size
+        found: dict[str, Any] = {}
+        if not options.memory:
+            key = f"{options.clock} time, {options.threads} thread{'s' if options.threads > 1 else ''}"
+            found[key] = measure_time(workload, options.rounds, batch_size, CLOCKS[options.clock])
+        if not options.no_memory:
+            found["memory"] = measure_memory(name, batch_size, options.threads, options.processes)
+        print(f"{workload.title}, batch {batch_size}\n\n{table(found)}\n", flush=True)
+        results.setdefault(name, {}).update(found)
+    if options.batch_size is None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(numbers, indent=1) + "\n")
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        options.json.with_suffix(".md").write_text(report(results))
 
 
 if __name__ == "__main__":

@@ -75,10 +75,12 @@ def trained(steps: int, **settings: Any) -> tuple[KFC, nn.Sequential, list[Tenso
 
 
 @pytest.mark.parametrize("factor_storage", STORAGES)
-@pytest.mark.parametrize("inverse", ["cholesky", "eigh", "ekfac"])
-def test_the_memory_that_coverage_tells_is_what_an_engine_holds(inverse: str, factor_storage: str) -> None:
-    foretold = sum(row.bytes for row in KFC(net(), inverse=inverse, factor_storage=factor_storage).coverage())
-    kfc, model, _ = trained(3, inverse=inverse, factor_storage=factor_storage)
+@pytest.mark.parametrize(
+    "form", [{"inverse": "cholesky"}, {"inverse": "eigh"}, {"inverse": "ekfac"}, {"rule": "adam", "inverse": "eigh"}]
+)
+def test_the_memory_that_coverage_tells_is_what_an_engine_holds(form: dict[str, str], factor_storage: str) -> None:
+    foretold = sum(row.bytes for row in KFC(net(), factor_storage=factor_storage, **form).coverage())  # type: ignore
+    kfc, model, _ = trained(3, factor_storage=factor_storage, **form)
     told = sum(row.bytes for row in kfc.coverage())
     measured = held_bytes(reachable_tensors(kfc, stop=[model, *model.parameters(), *model.buffers()]))
     assert told == foretold
