@@ -7,6 +7,9 @@ Kinds of KFC step: *between* refreshes (gradients are only preconditioned), *fac
 (statistics and inverses). A schedule's amortised cost follows from them:
 between + (factors - between) / T_cov + (refresh - factors) / T_inv.
 
+Spread (``--spread``): the shipped schedule, step after step, with inverses refreshed in turns and all at one step. The
+median, the 99th percentile and the longest step, the median SGD step being 1: what a mean does not tell.
+
 Memory: each kind runs in a process of its own; its growth is the peak of the resident memory over the whole run,
 less what was resident before the first step, and is divided by SGD's. Linux only.
 """
@@ -21,7 +24,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,10 +71,10 @@ def _sgd(model: nn.Module) -> Stepper:
     return CONTESTANTS["sgd"].make(model, 0.01, 0)
 
 
-def _kfc(factors: int, inverses: int) -> Callable[[nn.Module], Stepper]:
+def _kfc(factors: int, inverses: int, **settings: Any) -> Callable[[nn.Module], Stepper]:
     def make(model: nn.Module) -> Stepper:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.5)
-        kfc = KFC(model, factor_every_n_steps=factors, inverse_every_n_steps=inverses, warmup_steps=1)
+        kfc = KFC(model, factor_every_n_steps=factors, inverse_every_n_steps=inverses, warmup_steps=1, **settings)
         return KFCStepper(kfc, optimizer)
 
     return make
@@ -85,6 +89,13 @@ KINDS: dict[str, Callable[[nn.Module], Stepper]] = {
 }
 #: T_cov and T_inv of the schedules whose amortised cost is reported.
 SCHEDULES = {"T_cov 10, T_inv 100": (10, 100), "defaults": (10, 20)}
+
+#: Runs of the schedule "defaults" whose steps are looked at one by one.
+RUNS: dict[str, Callable[[nn.Module], Stepper]] = {
+    "sgd": _sgd,
+    "in turns": _kfc(*SCHEDULES["defaults"]),
+    "at one step": _kfc(*SCHEDULES["defaults"], stagger_inverses=False),
+}
 
 
 class Steps:
@@ -124,6 +135,35 @@ def measure_time(workload: Workload, rounds: int, batch_size: int, clock: Callab
         for kind, seconds in taken.items():
             ratios[kind].append(seconds / taken["sgd"])
     return {kind: median(values) for kind, values in ratios.items()}
+
+
+def measure_spread(
+    workload: Workload, steps: int, batch_size: int, clock: Callable[[], float]
+) -> dict[str, dict[str, float]]:
+    """The median, 99th percentile and maximum over steps of each run, the median plain SGD step being 1."""
+    runs = {name: Steps(workload, make, batch_size) for name, make in RUNS.items()}
+    for run in runs.values():
+        # The first period has the warm-up in it.
+        for _ in range(SCHEDULES["defaults"][1]):
+            run.step()
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(steps):
+        for name, run in runs.items():
+            started = clock()
+            run.step()
+            taken[name].append(clock() - started)
+    one = median(taken["sgd"])
+    return {
+        name: {"p50": median(t) / one, "p99": quantiles(t, n=100, method="inclusive")[98] / one, "max": max(t) / one}
+        for name, t in taken.items()
+    }
+
+
+def spread_table(numbers: dict[str, dict[str, float]]) -> str:
+    """The spread of steps as a markdown table."""
+    titles = {"sgd": "plain SGD", "in turns": "KFC, inverses in turns", "at one step": "KFC, all inverses at one step"}
+    rows = [f"| {titles[name]} | {n['p50']:.2f} | {n['p99']:.2f} | {n['max']:.2f} |" for name, n in numbers.items()]
+    return "\n".join(["| run | p50 | p99 | longest step |", "|---|---|---|---|", *rows])
 
 
 def resident(field: str) -> int:
@@ -175,6 +215,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, help="the workload's own by default")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=CLOCKS, default="cpu")
+    parser.add_argument("--spread", type=int, metavar="STEPS", help="the spread over so many steps of a run instead")
     parser.add_argument("--memory", action="store_true", help="measure peak memory instead of time")
     parser.add_argument("--memory-of", choices=KINDS, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="also write the numbers here")
@@ -187,7 +228,12 @@ def main(arguments: list[str] | None = None) -> None:
         print(memory_growth(workload, options.memory_of, batch_size))
         return
     print(f"{workload.title}, batch {batch_size}, {options.threads} thread(s)")
-    if options.memory:
+    numbers: Any
+    if options.spread:
+        numbers = measure_spread(workload, options.spread, batch_size, CLOCKS[options.clock])
+        print(f"{options.clock} time of {options.spread} steps, median plain SGD step = 1\n")
+        print(spread_table(numbers))
+    elif options.memory:
         numbers = measure_memory(options.workload, batch_size, options.threads)
         print(
             f"SGD grows the process by {numbers['sgd_bytes'] / 2**20:.0f} MiB, KFC by {numbers['kfc']:.2f} times that."
