@@ -10,6 +10,9 @@ Kinds of KFC step: *between* refreshes (gradients are only preconditioned), *fac
 (statistics and inverses). A schedule's amortised cost follows from them:
 between + (factors - between) / T_cov + (refresh - factors) / T_inv.
 
+Spread (``--spread``): the shipped schedule, step after step, with inverses refreshed in turns and all at one step. The
+median, the 99th percentile and the longest step, the median SGD step being 1: what a mean does not tell.
+
 Memory: each kind runs in processes of its own; the growth of one is the peak of its resident memory over the whole run,
 less what was resident before the first step. The median over processes (what the C library's allocator makes of the
 same requests varies) is divided by SGD's. Linux only.
@@ -25,7 +28,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -93,6 +96,13 @@ RESULTS = Path(__file__).parent / "results" / "step_cost.json"
 #: T_cov and T_inv of the schedules whose amortised cost is reported.
 SCHEDULES = {"T_cov 10, T_inv 100": (10, 100), "defaults": (10, 20)}
 
+#: Runs of the schedule "defaults" whose steps are looked at one by one.
+RUNS: dict[str, Callable[[nn.Module], Stepper]] = {
+    "sgd": _sgd,
+    "in turns": _kfc(*SCHEDULES["defaults"]),
+    "at one step": _kfc(*SCHEDULES["defaults"], stagger_inverses=False),
+}
+
 
 class Steps:
     """Repeats one kind of step on one batch."""
@@ -131,6 +141,35 @@ def measure_time(workload: Workload, rounds: int, batch_size: int, clock: Callab
         for kind, seconds in taken.items():
             ratios[kind].append(seconds / taken["sgd"])
     return {kind: median(values) for kind, values in ratios.items()}
+
+
+def measure_spread(
+    workload: Workload, steps: int, batch_size: int, clock: Callable[[], float]
+) -> dict[str, dict[str, float]]:
+    """The median, 99th percentile and maximum over steps of each run, the median plain SGD step being 1."""
+    runs = {name: Steps(workload, make, batch_size) for name, make in RUNS.items()}
+    for run in runs.values():
+        # The first period has the warm-up in it.
+        for _ in range(SCHEDULES["defaults"][1]):
+            run.step()
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(steps):
+        for name, run in runs.items():
+            started = clock()
+            run.step()
+            taken[name].append(clock() - started)
+    one = median(taken["sgd"])
+    return {
+        name: {"p50": median(t) / one, "p99": quantiles(t, n=100, method="inclusive")[98] / one, "max": max(t) / one}
+        for name, t in taken.items()
+    }
+
+
+def spread_table(numbers: dict[str, dict[str, float]]) -> str:
+    """The spread of steps as a markdown table."""
+    titles = {"sgd": "plain SGD", "in turns": "KFC, inverses in turns", "at one step": "KFC, all inverses at one step"}
+    rows = [f"| {titles[name]} | {n['p50']:.2f} | {n['p99']:.2f} | {n['max']:.2f} |" for name, n in numbers.items()]
+    return "\n".join(["| run | p50 | p99 | longest step |", "|---|---|---|---|", *rows])
 
 
 def resident(field: str) -> int:
@@ -190,7 +229,7 @@ def table(found: dict[str, Any]) -> str:
     Args:
         found: By threads and clock, what :func:`measure_time` gave; by ``"memory"``, what :func:`measure_memory` did.
     """
-    times = {key: time_rows(costs) for key, costs in found.items() if key != "memory"}
+    times = {key: time_rows(costs) for key, costs in found.items() if key not in ("memory", "spread")}
     lines = [f"| step | {' | '.join(times)} |", f"|---|{'---|' * len(times)}"] if times else []
     titles = next(iter(times.values()), {})
     lines += [f"| {title} | {' | '.join(f'{rows[title]:.2f}' for rows in times.values())} |" for title in titles]
@@ -202,6 +241,8 @@ def table(found: dict[str, Any]) -> str:
             f"{memory['between']:.2f} times that where only the first steps refresh, by {memory['refresh']:.2f} times "
             "that where every step does.",
         ]
+    for title, numbers in found.get("spread", {}).items():
+        lines += ["", f"Spread over the steps of the default schedule ({title}):", "", spread_table(numbers)]
     return "\n".join(lines)
 
 
@@ -222,6 +263,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, help="another than the network's own; then nothing is written")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=CLOCKS, default="cpu")
+    parser.add_argument("--spread", type=int, metavar="STEPS", help="measure the spread over so many steps alone")
     parser.add_argument("--memory", action="store_true", help="measure peak memory alone")
     parser.add_argument("--no-memory", action="store_true", help="measure time alone")
     parser.add_argument("--processes", type=int, default=5, help="for each kind of step whose memory is measured")
@@ -239,10 +281,13 @@ def main(arguments: list[str] | None = None) -> None:
         workload = WORKLOADS[name]
         batch_size = options.batch_size or workload.batch_size
         found: dict[str, Any] = {}
-        if not options.memory:
+        if options.spread:
+            spread = measure_spread(workload, options.spread, batch_size, CLOCKS[options.clock])
+            found["spread"] = {f"{options.clock} time, {options.spread} steps": spread}
+        elif not options.memory:
             key = f"{options.clock} time, {options.threads} thread{'s' if options.threads > 1 else ''}"
             found[key] = measure_time(workload, options.rounds, batch_size, CLOCKS[options.clock])
-        if not options.no_memory:
+        if not options.no_memory and not options.spread:
             found["memory"] = measure_memory(name, batch_size, options.threads, options.processes)
         print(f"{workload.title}, batch {batch_size}\n\n{table(found)}\n", flush=True)
         results.setdefault(name, {}).update(found)

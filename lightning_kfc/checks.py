@@ -39,6 +39,14 @@ def check_integer(name: str, value: Any, *, minimum: int | None = None) -> None:
         raise ValueError(f"{name} must be at least {minimum}, got {value!r}.")
 
 
+def check_period(name: str, value: Any) -> None:
+    """Require a whole number of steps, at least 1, or ``"auto"``."""
+    if isinstance(value, str) and value != "auto":
+        raise TypeError(f"{name} must be a whole number or 'auto', got {value!r} of type {type(value).__name__}.")
+    if value != "auto":
+        check_integer(name, value, minimum=1)
+
+
 def check_flag(name: str, value: Any) -> None:
     """Require true or false."""
     if not isinstance(value, bool):

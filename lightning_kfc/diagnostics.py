@@ -127,6 +127,7 @@ class Diagnostics:
             "kfc/undone_steps": float(events["undone_steps"]),
             "kfc/bytes_held": float(bytes_held(kfc)),
             **self._ages(),
+            **self._chosen_periods(),
             **self._shares_since(),
             **self._layers(),
         }
@@ -138,6 +139,15 @@ class Diagnostics:
         factors, inverses = ([age for age in part if age is not None] for part in zip(*ages, strict=True))
         found = {"kfc/factor_age": factors, "kfc/inverse_age": inverses}
         return {name: float(max(part)) for name, part in found.items() if part}
+
+    def _chosen_periods(self) -> dict[str, float]:
+        kfc = self._kfc()
+        if not kfc.settings.automatic_periods:
+            return {}
+        return {
+            "kfc/factor_every_n_steps": float(kfc.schedule.factor_every_n_steps),
+            "kfc/inverse_every_n_steps": float(kfc.schedule.inverse_every_n_steps),
+        }
 
     def _shares_since(self) -> dict[str, float]:
         """The share of the time since the last call by part, in percent."""
@@ -179,8 +189,8 @@ class Diagnostics:
             layers=len(kfc.layers),
             timed_steps=kfc.times.steps - self._first_timed if started else 0,
             time_shares=_shares(kfc.times.seconds(), self._first_seconds or {}) if started else {},
-            factor_every_n_steps=kfc.settings.factor_every_n_steps,
-            inverse_every_n_steps=kfc.settings.inverse_every_n_steps,
+            factor_every_n_steps=kfc.schedule.factor_every_n_steps,
+            inverse_every_n_steps=kfc.schedule.inverse_every_n_steps,
             undone_steps=self._events_since("undone_steps"),
             covered_parameters=sum(row.numel for row in trainable if row.treatment in ("kfc", "block")),
             trainable_parameters=sum(row.numel for row in trainable),

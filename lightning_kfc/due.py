@@ -126,6 +126,11 @@ class Due:
         self._folded.pop(layer, None)
         self._factorised.pop(layer, None)
 
+    def reschedule(self, schedule: RefreshSchedule) -> None:
+        """Follow another schedule from now on."""
+        self._schedule, self._dates = schedule, None
+        self._slots.clear(schedule)
+
     def restart(self, step: int) -> None:
         """Start anew: the warm-up begins at this step."""
         self.started_at = step

@@ -55,8 +55,9 @@ class KFCHooks:
         likelihood: What the loss is the negative logarithm of. "auto" recognises it by the loss functions
             called in `training_step`. A likelihood object with `output_of` names the module whose output is
             the logits, for losses that are computed otherwise.
-        factor_every_n_steps: Curvature statistics are taken every so many optimizer steps.
-        inverse_every_n_steps: Inverses are refreshed every so many optimizer steps.
+        factor_every_n_steps: Curvature statistics are taken every so many optimizer steps. "auto": chosen soon after
+            the warm-up, by the time that the parts of a step have taken, to keep to `max_overhead`.
+        inverse_every_n_steps: Inverses are refreshed every so many optimizer steps, or "auto".
         warmup_steps: During the first so many optimizer steps, statistics are taken at every step.
         ema_decay: Decay of the running averages of the statistics, at least 0 and below 1.
         kl_clip: Bound on the size of a step, measured in how much it changes the model's predictions. "auto": set as
@@ -80,6 +81,7 @@ class KFCHooks:
             as long as all of them together.
         factor_storage: How factors are kept between refreshes. "full": on the device, as they are; "bfloat16": rounded,
             at half the memory; "cpu": in the memory of the CPU.
+        max_overhead: By which share a step may take longer in the mean, where a period is "auto".
         save_factors: Whether checkpoints hold the factors and inverses. Without them checkpoints stay small, and a
             resumed run warms up again.
         pictures_every_n_steps: Every so many optimizer steps, pictures of the curvature go to each logger that takes
@@ -103,8 +105,8 @@ class KFCHooks:
         | Categorical
         | Bernoulli
         | Gaussian = "auto",
-        factor_every_n_steps: int = 10,
-        inverse_every_n_steps: int = 20,
+        factor_every_n_steps: int | Literal["auto"] = 10,
+        inverse_every_n_steps: int | Literal["auto"] = 20,
         warmup_steps: int = 10,
         ema_decay: float = 0.8,
         kl_clip: float | Literal["auto"] | None = "auto",
@@ -120,6 +122,7 @@ class KFCHooks:
         reduce_precision: Literal["full", "bfloat16"] = "full",
         stagger_inverses: bool = True,
         factor_storage: Literal["full", "bfloat16", "cpu"] = "full",
+        max_overhead: float = 0.15,
         save_factors: bool = True,
         pictures_every_n_steps: int | None = None,
         report_dir: str | None = None,
@@ -148,6 +151,7 @@ class KFCHooks:
             reduce_precision=reduce_precision,
             stagger_inverses=stagger_inverses,
             factor_storage=factor_storage,
+            max_overhead=max_overhead,
         )
         check_flag("save_factors", save_factors)
         self._save_factors = save_factors

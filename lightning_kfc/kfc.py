@@ -25,10 +25,11 @@ from lightning_kfc.layer import Layer
 from lightning_kfc.likelihood import Likelihood
 from lightning_kfc.monitor import Events, StepNumbers
 from lightning_kfc.observation import Observation
+from lightning_kfc.period_choice import PeriodChoice
 from lightning_kfc.placement import factorisation_cost
 from lightning_kfc.refresh import Refresh
 from lightning_kfc.review import Evaluation, Reviewer
-from lightning_kfc.schedule import value_at
+from lightning_kfc.schedule import RefreshSchedule, value_at
 from lightning_kfc.settings import Settings
 from lightning_kfc.slots import Slots
 from lightning_kfc.step_times import StepTimes
@@ -64,8 +65,9 @@ class KFC:
             functions that are called; ``"categorical"``, ``"bernoulli"`` and ``"gaussian"`` keep only terms of that
             kind; a :class:`~lightning_kfc.likelihood.Likelihood` with ``output_of`` names the module whose output is
             the logits, for losses computed otherwise.
-        factor_every_n_steps: Statistics are taken every so many optimizer steps (the paper's T_cov).
-        inverse_every_n_steps: Inverses are refreshed every so many optimizer steps (the paper's T_inv).
+        factor_every_n_steps: Statistics are taken every so many optimizer steps (the paper's T_cov). ``"auto"``: chosen
+            soon after the warm-up, by the time that the parts of a step have taken, to keep to ``max_overhead``.
+        inverse_every_n_steps: Inverses are refreshed every so many optimizer steps (the paper's T_inv), or ``"auto"``.
         warmup_steps: During the first so many optimizer steps statistics are taken at every step.
         ema_decay: :math:`\rho`, the decay of the factors' zero-debiased running averages, at least 0, below 1.
         kl_clip: :math:`\kappa` of E7, the bound on the squared norm of a step in the Fisher metric; ``"auto"`` sets
@@ -97,6 +99,7 @@ class KFC:
         factor_storage: How factors are kept between refreshes, always as triangles: ``"full"``: on their layer's
             device, as they are; ``"bfloat16"``: rounded, at half the memory; ``"cpu"``: in the memory of the CPU, to
             which each step that takes statistics copies them.
+        max_overhead: By which share a step may take longer in the mean, where a period is ``"auto"``.
         process_group: The ranks between which a batch is split, where these are not all: the data-parallel group
             of a mesh that also has tensor-parallel ranks. It must be the same ranks' group on all of them.
 
@@ -112,8 +115,8 @@ class KFC:
         damping: float | Callable[[int], float] | Literal["auto"] = 0.01,
         fisher: str = "mc",
         likelihood: str | Likelihood = "auto",
-        factor_every_n_steps: int = 10,
-        inverse_every_n_steps: int = 20,
+        factor_every_n_steps: int | Literal["auto"] = 10,
+        inverse_every_n_steps: int | Literal["auto"] = 20,
         warmup_steps: int = 10,
         ema_decay: float = 0.8,
         kl_clip: float | Literal["auto"] | None = 0.03,
@@ -129,6 +132,7 @@ class KFC:
         reduce_precision: str = "full",
         stagger_inverses: bool = True,
         factor_storage: str = "full",
+        max_overhead: float = 0.15,
         process_group: Any = None,
     ) -> None:
         settings = Settings(
@@ -152,6 +156,7 @@ class KFC:
             reduce_precision=reduce_precision,
             stagger_inverses=stagger_inverses,
             factor_storage=factor_storage,
+            max_overhead=max_overhead,
         )
         self._start(model, settings, process_group)
 
@@ -177,6 +182,9 @@ class KFC:
         )
         self._dropped: dict[str, str] = {}
         self._said: set[str] = set()
+        #: Where the time of a step goes; runs only between its own begin_step() and end_step().
+        self.times = StepTimes()
+        self._periods = PeriodChoice(settings, self.times)
         self._due = Due(settings.schedule, self._slots())
         # Layers whose .grad holds a part of which no statistics were taken: what is taken then would not belong to it.
         self._unseen: set[str] = set()
@@ -194,8 +202,6 @@ class KFC:
         self._exchange = Exchange(
             self._team, settings.placement, INVERSES[settings.inverse], self._found.layers, self.communication
         )
-        #: Where the time of a step goes; runs only between its own begin_step() and end_step().
-        self.times = StepTimes()
         self._observation = Observation(
             model, settings, self._found, self._due, self._cannot_explain, self._team, self.times
         )
@@ -233,6 +239,11 @@ class KFC:
     def recorded(self) -> tuple[str, ...]:
         """The layers whose statistics are taken at this step."""
         return tuple(self._observation.recorded)
+
+    @property
+    def schedule(self) -> RefreshSchedule:
+        """When statistics and inverses are due; where a period is ``"auto"``, the default's until it is chosen."""
+        return self._periods.schedule
 
     def coverage(self) -> Coverage:
         """Every parameter with how it is treated and why; prints as a table."""
@@ -615,6 +626,11 @@ class KFC:
             if self._reviewer.due:
                 self._say_unreviewed()
             self._reviewer.begin_step()
+            taken, device = bool(self._observation.recorded), next(self._model.parameters()).device
+            chosen = self._periods.step_begins(self.step - self._due.started_at, statistics=taken, device=device)
+            if chosen is not None:
+                self._due.reschedule(self.schedule)
+                self.say(chosen)
 
     # State.
 
@@ -636,6 +652,7 @@ class KFC:
             "step": self.step + int(self._stepped),
             "layers": layers,
             "due": self._due.state_dict(),
+            "periods": self._periods.state_dict(),
             "dropped": dict(self._dropped),
             "self_test_done": self._observation.self_test_done,
             "events": self.events.state_dict(),
@@ -663,6 +680,8 @@ class KFC:
                 self._dropped[name] = reason
                 self._found.replace_by_parameters(name, self._model, reason)
         self._observation.restart_self_test(done=bool(state["self_test_done"]))
+        self._periods.load_state_dict(state.get("periods", {}))
+        self._due.reschedule(self.schedule)
         self._due.load_state_dict(state["due"])
         self.events.load_state_dict(state["events"])
         self._reviewer.region.load_state_dict(state.get("trust_region", {}))

@@ -12,6 +12,7 @@ from lightning_kfc.checks import (
     check_fraction,
     check_integer,
     check_patterns,
+    check_period,
     check_positive,
     check_positive_or_auto,
 )
@@ -25,6 +26,8 @@ from lightning_kfc.trust_region import TrustRegion
 
 FISHERS = ("mc", "exact", "empirical")
 RULES = ("natural", "adam")
+#: Steps of a warm-up from which periods can be chosen: after the first one, some that take statistics and inverses.
+LEAST_WARMUP = 4
 WEIGHT_SHARINGS = ("expand", "reduce")
 
 
@@ -35,8 +38,8 @@ class Settings:
     damping: float | Callable[[int], float] | Literal["auto"] = 0.01
     fisher: str = "mc"
     likelihood: str | Likelihood = "auto"
-    factor_every_n_steps: int = 10
-    inverse_every_n_steps: int = 20
+    factor_every_n_steps: int | Literal["auto"] = 10
+    inverse_every_n_steps: int | Literal["auto"] = 20
     warmup_steps: int = 10
     ema_decay: float = 0.8
     kl_clip: float | Literal["auto"] | None = 0.03
@@ -52,6 +55,8 @@ class Settings:
     reduce_precision: str = "full"
     stagger_inverses: bool = True
     factor_storage: str = "full"
+    max_overhead: float = 0.15
+    #: Until periods that are "auto" are chosen, those of the defaults.
     schedule: RefreshSchedule = field(init=False)
 
     def trust_region(self) -> TrustRegion:
@@ -98,8 +103,28 @@ class Settings:
         check_choice("factor_storage", self.factor_storage, STORAGES)
         object.__setattr__(self, "include", check_patterns("include", self.include))
         object.__setattr__(self, "exclude", check_patterns("exclude", self.exclude))
-        schedule = RefreshSchedule(self.factor_every_n_steps, self.inverse_every_n_steps, self.warmup_steps)
-        object.__setattr__(self, "schedule", schedule)
+        object.__setattr__(self, "schedule", self._first_schedule())
+
+    @property
+    def automatic_periods(self) -> bool:
+        """Whether a period is chosen by what the first steps cost."""
+        return "auto" in (self.factor_every_n_steps, self.inverse_every_n_steps)
+
+    def _first_schedule(self) -> RefreshSchedule:
+        check_positive("max_overhead", self.max_overhead)
+        periods = {}
+        for name in ("factor_every_n_steps", "inverse_every_n_steps"):
+            value = getattr(self, name)
+            check_period(name, value)
+            if value != "auto":
+                periods[name] = value
+        schedule = RefreshSchedule(**periods, warmup_steps=self.warmup_steps)
+        if self.automatic_periods and self.warmup_steps < LEAST_WARMUP:
+            raise ValueError(
+                "periods that are 'auto' are chosen by the times of the warm-up, which must have at least "
+                f"{LEAST_WARMUP} steps, got warmup_steps={self.warmup_steps}. Give numbers, or a longer warm-up."
+            )
+        return schedule
 
 
 def check_placement(placement: Any, inverse: str) -> None:

@@ -28,9 +28,11 @@ class StepTimes:
 
     Attributes:
         steps: The number of steps that have ended.
+        also: Another clock, with steps of its own, that is told of the same parts.
     """
 
     steps: int = 0
+    also: StepTimes | None = None
     _seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     _running: list[str] = field(default_factory=list)
     _since: Mark = 0.0
@@ -53,6 +55,15 @@ class StepTimes:
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Count what runs inside to a part of the step."""
+        if self.also is None:
+            with self._own_part(name):
+                yield
+        else:
+            with self.also.part(name), self._own_part(name):
+                yield
+
+    @contextlib.contextmanager
+    def _own_part(self, name: str) -> Iterator[None]:
         if not self._running:
             yield
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import sys
 from collections.abc import Callable
@@ -674,6 +675,28 @@ def test_costs_are_ratios_to_the_same_rounds_sgd_step(monkeypatch: pytest.Monkey
     costs = step_cost.measure_time(step_cost.WORKLOADS["autoencoder"], 20, 1, lambda: clock[0])
     assert costs["sgd"] == 1
     assert costs["slow"] == pytest.approx(3, rel=0.01)
+
+
+def test_the_spread_tells_of_the_dear_step_that_a_median_hides(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+
+    def taking(period: int, seconds: float) -> Callable[[nn.Module], SimpleNamespace]:
+        numbers = itertools.count()
+
+        def step(compute_loss: Callable[[], Tensor]) -> None:
+            clock[0] += seconds if next(numbers) % period == 0 else 1.0
+
+        return lambda model: SimpleNamespace(step=step)
+
+    monkeypatch.setattr(
+        step_cost, "RUNS", {"sgd": taking(1, 1.0), "in turns": taking(2, 2.0), "at one step": taking(20, 9.0)}
+    )
+    workload = step_cost.WORKLOADS["autoencoder"]
+    found = step_cost.measure_spread(workload, 100, 1, lambda: clock[0])
+    assert found["sgd"] == {"p50": 1, "p99": 1, "max": 1}
+    assert found["in turns"] == {"p50": 1.5, "p99": 2, "max": 2}
+    assert found["at one step"] == {"p50": 1, "p99": 9, "max": 9}
+    assert "| KFC, all inverses at one step | 1.00 | 9.00 | 9.00 |" in step_cost.spread_table(found)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")

@@ -42,10 +42,13 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
         for v, error, message in (
             (0, ValueError, "{} must be at least 1, got 0"),
             (2.0, TypeError, "{} must be a whole number, got 2.0 of type float"),
+            ("often", TypeError, "{} must be a whole number or 'auto', got 'often' of type str"),
             (True, TypeError, "{} must be a whole number, got True of type bool"),
         )
     ],
     ("warmup_steps", -1, ValueError, "warmup_steps must be at least 0, got -1"),
+    ("max_overhead", 0.0, ValueError, "max_overhead must be a positive number, got 0.0"),
+    ("stagger_inverses", 1, TypeError, "stagger_inverses must be true or false, got 1"),
     ("seed", -1, ValueError, "seed must be at least 0, got -1"),
     ("seed", "0", TypeError, "seed must be a whole number, got '0' of type str"),
     ("include", [3], TypeError, r"include takes glob patterns over module names.*got 3 of type int"),
