@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import batch_size, convergence, data, harness, step_cost, tuning
+from benchmarks import batch_size, convergence, data, goals, harness, step_cost, tuning
 from benchmarks.contestants import ABLATION, CONTESTANTS, PEERS, hidden_matrices, kfc
 from benchmarks.curves import NEVER, Curve, HeldOut, Reach, at_edge, median_ratio
 from benchmarks.data import Split
@@ -772,3 +772,30 @@ def test_a_batch_size_is_measured_with_the_rate_that_was_searched_for_it() -> No
     task = batch_size.sized(falling_task(), 3, budget=200, target=math.exp(-10))
     contestant = falling(lambda lr, seed: {1: 0.1, 2: 0.2, 4: 0.5, 8: 0.25}[int(lr)])
     assert batch_size.measure(task, contestant, 2.0, [0, 1]) == {"lr": 4.0, "iterations": [20.0, 20.0]}
+
+
+def contest_of(task: str, **seconds_to_one: list[float]) -> Results:
+    """A contest in which each contestant halves its loss at so many iterations and seconds, one a seed."""
+    results = Results(task, task, 8, 100, 10.0, (1.0,))
+    for name, ends in seconds_to_one.items():
+        results.titles[name], results.lrs[name] = name, 0.1
+        curves = [Curve([0, int(end)], [0.0, end], [2.0, 1.0]) for end in ends]
+        results.curves[name] = dict(enumerate(curves))
+    return results
+
+
+def test_goals_compare_what_the_contest_measured() -> None:
+    results = contest_of("conv", kfc=[2.0, 4.0, 3.0], sgd=[8.0, 20.0, 6.0], adam=[1.0, 1.0, 9.0], soap=[2.0, 4.0, 3.0])
+    results.curves["sgd"][2].losses[-1] = 1.5
+    assert goals.Goal("conv_b512", "sgd", "seconds", 5.0).measured(results) == 5.0
+    assert goals.Goal("conv_b512", "adam", "iterations", 1.0).measured(results) == 0.5
+    assert math.isnan(goals.Goal("conv_b512", "muon", "seconds", 1.0).measured(results))
+    results.curves["kfc"][1].losses[-1] = 3.0
+    assert goals.diverged(results) == 1
+    # A run that never got there counts as beaten by any that did.
+    assert goals.Goal("conv_b512", "soap", "seconds", 1.0).measured(results) == 1.0
+    rows = goals.table({"conv_b512": results}).splitlines()
+    assert "| conv, batch 8 | soap | seconds | 1.25 | 1.00 | **no** |" in rows
+    assert "| conv, batch 8 | sgd | iterations | 10 | 4.00 | **no** |" in rows
+    assert "| conv, batch 8 | muon | seconds | 1 | - | **no** |" in rows
+    assert "Of KFC's 3 runs, 1 diverged." in rows[-1]

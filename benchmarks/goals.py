@@ -1,0 +1,115 @@
+"""Which goals of the project the contest's results meet: ``python -m benchmarks.goals``, after ``benchmarks.convergence``.
+
+KFC has the callback's defaults on every task, the others the learning rate that suited them best. A ratio is the
+median over seeds of what the other needed over what KFC needed, to the task's hardest loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.curves import median_ratio
+from benchmarks.report import Results
+
+FOLDER = Path(__file__).parent / "results"
+OWN = "kfc"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One thing that was set out for.
+
+    Attributes:
+        task: The label of a contest, such as ``"conv_b512"``.
+        other: The contestant compared with.
+        unit: ``"iterations"`` or ``"seconds"``.
+        ratio: How many times more of them the other was to need, at least.
+    """
+
+    task: str
+    other: str
+    unit: str
+    ratio: float
+
+    def measured(self, results: Results) -> float:
+        """The ratio in these results; NaN where neither got there, or where it was not measured."""
+        if self.other not in results.curves or OWN not in results.curves:
+            return math.nan
+        target = results.targets[-1]
+        ours, theirs = ([getattr(c.reach(target), self.unit) for c in results.of(name)] for name in (OWN, self.other))
+        return median_ratio(ours, theirs)
+
+
+def goals(labels: list[str]) -> Iterator[Goal]:
+    """All goals: those set for single tasks, and those of every task.
+
+    Args:
+        labels: The tasks that were measured.
+    """
+    yield Goal("conv_b512", "sgd", "iterations", 10.0)
+    yield Goal("conv_b512", "sgd", "seconds", 5.0)
+    yield Goal("conv_b512", "soap", "seconds", 1.25)
+    yield Goal("autoencoder_b512", "adam", "iterations", 10.0)
+    yield Goal("autoencoder_b512", "muon", "seconds", 1.0)
+    for task in ("conv_b128", "autoencoder_b128"):
+        for other in ("sgd", "adam"):
+            yield Goal(task, other, "seconds", 2.0)
+    for label in labels:
+        yield Goal(label, "adam", "seconds", 1.0)
+        if not label.startswith("autoencoder"):
+            yield Goal(label, "soap", "seconds", 1.0)
+            yield Goal(label, "muon", "seconds", 1.0)
+
+
+def diverged(results: Results) -> int:
+    """The number of KFC's runs that ended above the loss they began with, or at none."""
+    return sum(not curve.losses[-1] < curve.losses[0] for curve in results.of(OWN))
+
+
+def table(contests: Mapping[str, Results]) -> str:
+    """Every goal with what was measured.
+
+    Args:
+        contests: By label.
+    """
+    lines = ["| task | other | of what | goal: times more than KFC | measured | met |", "|---|---|---|---|---|---|"]
+    met = []
+    for goal in goals(list(contests)):
+        if goal.task not in contests:
+            continue
+        results = contests[goal.task]
+        ratio = goal.measured(results)
+        met.append(ratio >= goal.ratio)
+        task, other = f"{results.title}, batch {results.batch_size}", results.titles.get(goal.other, goal.other)
+        lines.append(f"| {task} | {other} | {goal.unit} | {goal.ratio:g} | {_shown(ratio)} | {_word(met[-1])} |")
+    runs, bad = sum(len(r.of(OWN)) for r in contests.values()), sum(map(diverged, contests.values()))
+    return "\n".join([*lines, "", f"{sum(met)} of {len(met)} are met. Of KFC's {runs} runs, {bad} diverged."])
+
+
+def _shown(ratio: float) -> str:
+    if math.isnan(ratio):
+        return "-"
+    return "the other never got there" if math.isinf(ratio) else f"{ratio:.2f}"
+
+
+def _word(met: bool) -> str:
+    return "yes" if met else "**no**"
+
+
+def main() -> int:
+    """Write the table beside the results, and print it."""
+    contests = {
+        path.stem.removeprefix("contest_"): Results.load(path) for path in sorted(FOLDER.glob("contest_*.json"))
+    }
+    complete = {label: results for label, results in contests.items() if results.seeds()}
+    text = table(complete)
+    (FOLDER / "goals.md").write_text(text + "\n")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
