@@ -1,4 +1,4 @@
-"""Which goals of the project the contest's results meet: ``python -m benchmarks.goals``, after ``benchmarks.convergence``.
+"""Which goals the contest's results meet: ``python -m benchmarks.goals``, after ``python -m benchmarks.convergence``.
 
 KFC has the callback's defaults on every task, the others the learning rate that suited them best. A ratio is the
 median over seeds of what the other needed over what KFC needed, to the task's hardest loss.

@@ -50,7 +50,7 @@ def test_quick_demo_trains_twice_logs_both_and_counts_no_evaluation_as_time(
     demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = [0.0]
-    original_step, original_loss = demo.ConvNet.training_step, demo.LossOverTime._loss
+    original_step, original_loss = demo.ConvNet.training_step, demo.LossOverTime.loss_of
 
     def step_of_one_second(self: Any, *args: Any) -> Any:
         clock[0] += 1.0
@@ -62,7 +62,7 @@ def test_quick_demo_trains_twice_logs_both_and_counts_no_evaluation_as_time(
 
     monkeypatch.setattr(demo, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(demo.ConvNet, "training_step", step_of_one_second)
-    monkeypatch.setattr(demo.LossOverTime, "_loss", evaluation_of_a_hundred)
+    monkeypatch.setattr(demo.LossOverTime, "loss_of", evaluation_of_a_hundred)
 
     plain, kfc = demo.main(["--quick", "--log-dir", str(tmp_path)])
 
@@ -77,14 +77,20 @@ def test_quick_demo_trains_twice_logs_both_and_counts_no_evaluation_as_time(
     assert pictures(tmp_path / "kfc") == sorted(f"kfc/{name}" for name in PICTURES)
     assert "KFC: training of ConvNet" in (tmp_path / "kfc_report" / "report.html").read_text("utf-8")
     printed = capsys.readouterr().out
-    for row in ("to training loss 0.3", "to training loss 0.03", "test accuracy at the end", "SGD / KFC"):
+    for row in (
+        "to training loss 0.3",
+        "to training loss 0.03",
+        "... of averaged weights",
+        "test accuracy of these",
+        "SGD / KFC",
+    ):
         assert row in printed
 
 
 def test_table_shows_what_each_run_needed_and_the_ratios(demo: ModuleType) -> None:
     def outcome(iterations: list[int], seconds: list[float], losses: list[float]) -> Any:
         history = demo.LossOverTime(None, None, iterations, seconds, losses)
-        return demo.Outcome(history, 0.9)
+        return demo.Outcome(history, 0.01, 0.9)
 
     plain = outcome([10, 60, 90], [1.0, 6.0, 9.0], [0.5, 0.25, 0.09])
     kfc = outcome([10, 12, 20], [4.0, 5.0, 6.0], [0.5, 0.2, 0.01])
@@ -98,7 +104,7 @@ def test_table_shows_what_each_run_needed_and_the_ratios(demo: ModuleType) -> No
 def test_demo_trains_the_benchmarks_conv_net_at_the_benchmarks_learning_rates(demo: ModuleType) -> None:
     shapes = {name.removeprefix("net."): p.shape for name, p in demo.ConvNet(0.1, 0.9).named_parameters()}
     assert shapes == {name: p.shape for name, p in conv_net().named_parameters()}
-    results = json.loads((ROOT / "benchmarks" / "results" / "convergence_conv.json").read_text())
+    results = json.loads((ROOT / "benchmarks" / "results" / "contest_conv_b512.json").read_text())
     assert demo.SGD_ALONE[0] == results["lrs"]["sgd"]
     assert demo.SGD_WITH_KFC[0] == results["lrs"]["kfc"]
 
