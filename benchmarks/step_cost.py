@@ -160,7 +160,7 @@ def measure_spread(
 
 
 def spread_table(numbers: dict[str, dict[str, float]]) -> str:
-    """The spread of steps as a markdown table."""
+    """As a markdown table."""
     titles = {"sgd": "plain SGD", "in turns": "KFC, inverses in turns", "at one step": "KFC, all inverses at one step"}
     rows = [f"| {titles[name]} | {n['p50']:.2f} | {n['p99']:.2f} | {n['max']:.2f} |" for name, n in numbers.items()]
     return "\n".join(["| run | p50 | p99 | longest step |", "|---|---|---|---|", *rows])
@@ -228,9 +228,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(memory_growth(workload, options.memory_of, batch_size))
         return
     print(f"{workload.title}, batch {batch_size}, {options.threads} thread(s)")
-    numbers: Any
     if options.spread:
-        numbers = measure_spread(workload, options.spread, batch_size, CLOCKS[options.clock])
+        numbers: Any = measure_spread(workload, options.spread, batch_size, CLOCKS[options.clock])
         print(f"{options.clock} time of {options.spread} steps, median plain SGD step = 1\n")
         print(spread_table(numbers))
     elif options.memory:
