@@ -81,6 +81,8 @@ class KFCHooks:
             as long as all of them together.
         factor_storage: How factors are kept between refreshes. "full": on the device, as they are; "bfloat16": rounded,
             at half the memory; "cpu": in the memory of the CPU.
+        inverse_precision: The precision of inverses, and of the products that each step makes with them: "full", or
+            "bfloat16" (with inverse "cholesky") at half the memory, and faster where the hardware has it.
         max_overhead: By which share a step may take longer in the mean, where a period is "auto".
         save_factors: Whether checkpoints hold the factors and inverses. Without them checkpoints stay small, and a
             resumed run warms up again.
@@ -122,6 +124,7 @@ class KFCHooks:
         reduce_precision: Literal["full", "bfloat16"] = "full",
         stagger_inverses: bool = True,
         factor_storage: Literal["full", "bfloat16", "cpu"] = "full",
+        inverse_precision: Literal["full", "bfloat16"] = "full",
         max_overhead: float = 0.15,
         save_factors: bool = True,
         pictures_every_n_steps: int | None = None,
@@ -151,6 +154,7 @@ class KFCHooks:
             reduce_precision=reduce_precision,
             stagger_inverses=stagger_inverses,
             factor_storage=factor_storage,
+            inverse_precision=inverse_precision,
             max_overhead=max_overhead,
         )
         check_flag("save_factors", save_factors)

@@ -21,7 +21,7 @@ from lightning_kfc.exchange import Exchange
 from lightning_kfc.factors.inverse import INVERSES
 from lightning_kfc.find_layers import find_layers
 from lightning_kfc.isolation import full_precision
-from lightning_kfc.layer import Layer
+from lightning_kfc.layer import Keeping, Layer
 from lightning_kfc.likelihood import Likelihood
 from lightning_kfc.monitor import Events, StepNumbers
 from lightning_kfc.observation import Observation
@@ -99,6 +99,8 @@ class KFC:
         factor_storage: How factors are kept between refreshes, always as triangles: ``"full"``: on their layer's
             device, as they are; ``"bfloat16"``: rounded, at half the memory; ``"cpu"``: in the memory of the CPU, to
             which each step that takes statistics copies them.
+        inverse_precision: ``"full"``: inverses, and the products with them, in float32; ``"bfloat16"``: both in half
+            of that, with ``inverse="cholesky"`` alone. Factorisations are always in float32 or better.
         max_overhead: By which share a step may take longer in the mean, where a period is ``"auto"``.
         process_group: The ranks between which a batch is split, where these are not all: the data-parallel group
             of a mesh that also has tensor-parallel ranks. It must be the same ranks' group on all of them.
@@ -132,6 +134,7 @@ class KFC:
         reduce_precision: str = "full",
         stagger_inverses: bool = True,
         factor_storage: str = "full",
+        inverse_precision: str = "full",
         max_overhead: float = 0.15,
         process_group: Any = None,
     ) -> None:
@@ -156,6 +159,7 @@ class KFC:
             reduce_precision=reduce_precision,
             stagger_inverses=stagger_inverses,
             factor_storage=factor_storage,
+            inverse_precision=inverse_precision,
             max_overhead=max_overhead,
         )
         self._start(model, settings, process_group)
@@ -178,7 +182,7 @@ class KFC:
             settings.weight_sharing,
             settings.max_factor_dim,
             settings.rows_per_dim,
-            settings.factor_storage,
+            Keeping(settings.factor_storage, settings.inverse_precision),
         )
         self._dropped: dict[str, str] = {}
         self._said: set[str] = set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_kfc.distributed import is_sharded
 from lightning_kfc.factors.eigenbasis import Eigenbasis
-from lightning_kfc.factors.inverse import EighInverse, EkfacInverse, Inverse
+from lightning_kfc.factors.inverse import CholeskyInverse, EighInverse, EkfacInverse, Inverse
 from lightning_kfc.factors.quadratic import quadratic_form
 from lightning_kfc.factors.running import RunningAverage
 from lightning_kfc.factors.statistics import Statistics, factor_dtype
@@ -23,6 +24,19 @@ from lightning_kfc.rules.adam import Moments
 from lightning_kfc.sharding import whole, write
 
 
+@dataclass(frozen=True)
+class Keeping:
+    """How layers keep what they hold.
+
+    Attributes:
+        factors: The running factors; see :mod:`lightning_kfc.factors.stored`.
+        inverse: The precision of Cholesky inverses, and of the products with them: ``"full"`` or ``"bfloat16"``.
+    """
+
+    factors: str = "full"
+    inverse: str = "full"
+
+
 class Layer:
     """What :class:`~lightning_kfc.KFC` keeps for one layer.
 
@@ -30,12 +44,14 @@ class Layer:
         name: The name of its (first) module in the model.
         adapters: The adapters of all modules that share the layer's parameters, the first one's first.
         reason: Why the layer has no Kronecker factors; empty where it has.
-        factor_storage: How the running factors are kept; see :mod:`lightning_kfc.factors.stored`.
+        keeping: How factors and inverse are kept.
     """
 
-    def __init__(self, name: str, adapters: Sequence[Adapter], reason: str = "", factor_storage: str = "full") -> None:
+    def __init__(
+        self, name: str, adapters: Sequence[Adapter], reason: str = "", keeping: Keeping | None = None
+    ) -> None:
         self.name = name
-        self.factor_storage = factor_storage
+        self.keeping = keeping or Keeping()
         self.reason = reason
         self.adapters = list(adapters)
         self.averages: dict[str, StoredAverage] = {}
@@ -135,7 +151,7 @@ class Layer:
             if name in self.averages:
                 self.averages[name] = self.averages[name].updated(value, decay)
             else:
-                self.averages[name] = StoredAverage.start(value, decay, self.factor_storage)
+                self.averages[name] = StoredAverage.start(value, decay, self.keeping.factors)
         return kept
 
     def fold_elsewhere(self) -> bool:
@@ -181,7 +197,15 @@ class Layer:
         self.previous_inverse = self.previous_inverse or self.inverse
         if self.moments is not None:
             self.moments = self.moments.in_basis(self.inverse, fresh)
-        self.inverse = fresh
+        self.inverse = self._kept(fresh)
+
+    def _kept(self, inverse: Inverse) -> Inverse:
+        return inverse.in_precision(self._inverse_dtype())
+
+    def _inverse_dtype(self) -> torch.dtype:
+        if self.keeping.inverse == "bfloat16":
+            return torch.bfloat16
+        return factor_dtype(next(iter(self.adapter.parameters().values())).dtype)
 
     def forget_momentum(self) -> None:
         """Let go of the momentum of the rule "adam", where there is one."""
@@ -262,9 +286,10 @@ class Layer:
         if not self.averages or self.inverse is None:
             dtype = factor_dtype(next(iter(self.adapter.parameters().values())).dtype)
             shapes = self.adapter.factor_shapes()
-            kept = sum(stored_nbytes(shape, dtype, self.factor_storage) for shape in shapes.values())
-            numel = self.inverse_type(inverse).numel(shapes) + moments * math.prod(self.adapter.matrix_shape())
-            return kept + numel * dtype.itemsize
+            kept = sum(stored_nbytes(shape, dtype, self.keeping.factors) for shape in shapes.values())
+            kind = self.inverse_type(inverse)
+            kept += kind.numel(shapes) * (self._inverse_dtype() if kind is CholeskyInverse else dtype).itemsize
+            return kept + moments * math.prod(self.adapter.matrix_shape()) * dtype.itemsize
         kept = self.moments.nbytes() if self.moments is not None else 0
         return sum(average.nbytes for average in self.averages.values()) + self.inverse.nbytes() + kept
 
@@ -309,7 +334,7 @@ class Layer:
         self.averages = {
             name: StoredAverage.of(
                 RunningAverage(entry["value"].to(device), float(entry["weight"]), float(entry["squares"])),
-                self.factor_storage,
+                self.keeping.factors,
             )
             for name, entry in state["factors"].items()
             if with_factors
@@ -321,7 +346,7 @@ class Layer:
         if not with_inverse and kind in (inverse.name, Elsewhere.name):
             self.inverse = Elsewhere()
         elif kind == inverse.name:
-            self.inverse = inverse(**_on(device, saved))
+            self.inverse = self._kept(inverse(**_on(device, saved)))
             # Moments mean nothing without the basis that they are in.
             self.moments = Moments(**_on(device, state["moments"])) if "moments" in state else None
         return None

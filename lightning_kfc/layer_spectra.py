@@ -48,7 +48,7 @@ def spectra_of(layers: Mapping[str, Layer], damping: float) -> dict[str, LayerSp
     """
     factors = {(name, key): factor for name, layer in layers.items() for key, factor in layer.factors.items()}
     inverses = {
-        (name, key): inverse
+        (name, key): inverse.to(factors[name, key].dtype)
         for name, layer in layers.items()
         if isinstance(layer.inverse, CholeskyInverse)
         for key, inverse in (("A", layer.inverse.A_inverse), ("G", layer.inverse.G_inverse))

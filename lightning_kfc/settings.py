@@ -55,6 +55,7 @@ class Settings:
     reduce_precision: str = "full"
     stagger_inverses: bool = True
     factor_storage: str = "full"
+    inverse_precision: str = "full"
     max_overhead: float = 0.15
     #: Until periods that are "auto" are chosen, those of the defaults.
     schedule: RefreshSchedule = field(init=False)
@@ -101,6 +102,12 @@ class Settings:
         check_choice("reduce_precision", self.reduce_precision, PRECISIONS)
         check_flag("stagger_inverses", self.stagger_inverses)
         check_choice("factor_storage", self.factor_storage, STORAGES)
+        check_choice("inverse_precision", self.inverse_precision, PRECISIONS)
+        if self.inverse_precision != "full" and self.inverse != "cholesky":
+            raise ValueError(
+                f"inverse_precision={self.inverse_precision!r} rounds too much of an eigenbasis, which inverse="
+                f"{self.inverse!r} keeps. Use inverse='cholesky', or leave inverse_precision out."
+            )
         object.__setattr__(self, "include", check_patterns("include", self.include))
         object.__setattr__(self, "exclude", check_patterns("exclude", self.exclude))
         object.__setattr__(self, "schedule", self._first_schedule())

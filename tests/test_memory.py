@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_kfc import KFC
+from lightning_kfc.factors.inverse import CholeskyInverse
 from lightning_kfc.factors.running import RunningAverage
 from lightning_kfc.factors.stored import StoredAverage, stored_nbytes
 from tests.nets import classes, data, train_step
 
 STORAGES = ("full", "bfloat16", "cpu")
+DTYPES = {"full": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def reachable_tensors(*roots: object, stop: Iterable[object] = ()) -> list[Tensor]:
@@ -170,3 +172,38 @@ def test_between_forward_and_backward_only_the_inputs_of_norms_are_kept_and_noth
     kfc.precondition(lr=0.1)
     kfc.release()
     assert kept()[0] == set()
+
+
+def test_inverses_in_bfloat16_take_half_and_give_nearly_the_same_update() -> None:
+    def update(precision: str) -> tuple[Tensor, int]:
+        kfc, model, updates = trained(6, inverse_precision=precision)
+        foretold = sum(row.bytes for row in KFC(net(), inverse_precision=precision).coverage())
+        held = held_bytes(reachable_tensors(kfc, stop=[model, *model.parameters(), *model.buffers()]))
+        assert held / foretold == pytest.approx(1, abs=0.1)
+        inverses = [layer.inverse for layer in kfc.layers.values() if isinstance(layer.inverse, CholeskyInverse)]
+        assert {inverse.A_inverse.dtype for inverse in inverses} == {DTYPES[precision]}
+        return torch.cat([u.flatten() for u in updates]), sum(inverse.nbytes() for inverse in inverses)
+
+    (full, whole), (rounded, half) = update("full"), update("bfloat16")
+    assert whole == 2 * half
+    assert rounded.dtype == torch.float32
+    assert 0 < float((full - rounded).norm() / full.norm()) < 0.02
+    assert float(F.cosine_similarity(full, rounded, dim=0)) > 0.9999
+
+
+@pytest.mark.parametrize(("saved", "resumed"), [("full", "bfloat16"), ("bfloat16", "full"), ("bfloat16", "bfloat16")])
+def test_an_inverse_is_resumed_in_the_precision_that_is_asked_for(saved: str, resumed: str) -> None:
+    kfc, _, _ = trained(2, inverse_precision=saved)
+    other = KFC(net(), inverse_precision=resumed)
+    assert other.load_state_dict(kfc.state_dict()) == []
+    for name, layer in other.layers.items():
+        if isinstance(layer.inverse, CholeskyInverse):
+            before = kfc.layers[name].inverse
+            assert isinstance(before, CholeskyInverse)
+            assert layer.inverse.A_inverse.dtype == DTYPES[resumed]
+            assert torch.equal(layer.inverse.A_inverse.bfloat16(), before.A_inverse.bfloat16())
+
+
+def test_an_eigenbasis_in_bfloat16_is_refused_with_the_way_out() -> None:
+    with pytest.raises(ValueError, match="Use inverse='cholesky'"):
+        KFC(net(), inverse="eigh", inverse_precision="bfloat16")

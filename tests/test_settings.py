@@ -35,6 +35,7 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
     ("placement", 1.5, ValueError, "placement is a fraction of the ranks, at most 1, got 1.5"),
     ("placement", None, TypeError, "placement must be a number, got None"),
     ("reduce_precision", "half", ValueError, "reduce_precision must be one of 'full', 'bfloat16', got 'half'"),
+    ("inverse_precision", "half", ValueError, "inverse_precision must be one of 'full', 'bfloat16', got 'half'"),
     ("factor_storage", "disk", ValueError, "factor_storage must be one of 'full', 'bfloat16', 'cpu', got 'disk'"),
     *[
         (name, v, error, message.format(name))

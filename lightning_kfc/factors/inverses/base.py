@@ -56,6 +56,10 @@ class Inverse(ABC):
         """This inverse with what the one that it replaces has learnt; itself where that is nothing."""
         return self
 
+    def in_precision(self, dtype: torch.dtype) -> Inverse:
+        """This inverse, kept and applied in another precision, where its kind can be; else itself."""
+        return self
+
     def state(self) -> dict[str, Tensor | float]:
         """The fields, for a checkpoint."""
         return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]

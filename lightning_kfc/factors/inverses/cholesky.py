@@ -100,7 +100,13 @@ class CholeskyInverse(Inverse):
 
     def solve(self, gradient: Tensor) -> Tensor:
         """E5; see :class:`Inverse`."""
-        return sandwich(self.G_inverse, gradient, self.A_inverse)
+        return sandwich(self.G_inverse, gradient.to(self.A_inverse.dtype), self.A_inverse).to(gradient.dtype)
+
+    def in_precision(self, dtype: torch.dtype) -> CholeskyInverse:
+        """Both inverses rounded, and the products with them made of rounded numbers; see :class:`Inverse`."""
+        if self.A_inverse.dtype == dtype:
+            return self
+        return CholeskyInverse(self.A_inverse.to(dtype), self.G_inverse.to(dtype))
 
 
 @dataclass(frozen=True)
