@@ -10,8 +10,9 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
-from benchmarks.curves import median_ratio
+from benchmarks.curves import Curve, median_ratio
 from benchmarks.report import Results
 
 FOLDER = Path(__file__).parent / "results"
@@ -89,6 +90,39 @@ def table(contests: Mapping[str, Results]) -> str:
     return "\n".join([*lines, "", f"{sum(met)} of {len(met)} are met. Of KFC's {runs} runs, {bad} diverged."])
 
 
+def cost_table(contests: Mapping[str, Results], plain: str = "sgd", start: int = 10) -> str:
+    """What KFC's steps cost in each contest, in steps of plain SGD: those of the warm-up, and the later ones.
+
+    Args:
+        contests: By label.
+        plain: Whose steps are the unit.
+        start: The length of the warm-up.
+    """
+    lines = [
+        f"| task | first {start} steps, each | later steps, each | share of the first {start} in the time to the loss |",
+        "|---|---|---|---|",
+    ]
+    for results in contests.values():
+        if plain not in results.curves:
+            continue
+        pairs = list(zip(results.of(OWN), results.of(plain), strict=True))
+        units = [sgd.seconds[-1] / sgd.iterations[-1] for _, sgd in pairs]
+        early = [_seconds_at(own, start) for own, _ in pairs]
+        first = median(seconds / start / unit for seconds, unit in zip(early, units, strict=True))
+        later = median(
+            (own.seconds[-1] - seconds) / (own.iterations[-1] - start) / unit
+            for (own, _), seconds, unit in zip(pairs, early, units, strict=True)
+        )
+        share = median(s / own.reach(results.targets[-1]).seconds for (own, _), s in zip(pairs, early, strict=True))
+        title = f"{results.title}, batch {results.batch_size}"
+        lines.append(f"| {title} | {first:.1f} | {later:.2f} | {100 * share:.0f} % |")
+    return "\n".join(lines)
+
+
+def _seconds_at(curve: Curve, iteration: int) -> float:
+    return curve.seconds[curve.iterations.index(iteration)]
+
+
 def _shown(ratio: float) -> str:
     if math.isnan(ratio):
         return "-"
@@ -107,7 +141,9 @@ def main() -> int:
     complete = {label: results for label, results in contests.items() if results.seeds()}
     text = table(complete)
     (FOLDER / "goals.md").write_text(text + "\n")
-    print(text)
+    costs = cost_table(complete)
+    (FOLDER / "contest_cost.md").write_text(costs + "\n")
+    print(f"{text}\n\n{costs}")
     return 0
 
 

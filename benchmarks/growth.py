@@ -102,7 +102,7 @@ def measure(stack: Stack, steps: int, clock: Callable[[], float] = time.process_
     inputs = torch.randn(stack.batch, stack.width, stack.side, stack.side)
     targets = torch.randint(10, (stack.batch,))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    kfc = KFC(model, factor_every_n_steps=1, inverse_every_n_steps=1, rows_per_dim=None, kl_clip=1.0)
+    kfc = KFC(model, factor_every_n_steps=1, inverse_every_n_steps=1, warmup_steps=0, rows_per_dim=None, kl_clip=1.0)
     # The processor's time rather than the wall's: others may run beside.
     kfc.times._mark = clock  # type: ignore[method-assign]
     taken: dict[str, list[float]] = {part: [] for part in PARTS}

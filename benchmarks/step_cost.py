@@ -91,6 +91,8 @@ KINDS: dict[str, Callable[[nn.Module], Stepper]] = {
     "factors": _kfc(1, NEVER),
     "refresh": _kfc(1, 1),
     "exact": _kfc(1, NEVER, rows_per_dim=None),
+    "between_bfloat16": _kfc(NEVER, NEVER, inverse_precision="bfloat16"),
+    "refresh_bfloat16": _kfc(1, 1, inverse_precision="bfloat16", factor_storage="bfloat16"),
 }
 RESULTS = Path(__file__).parent / "results" / "step_cost.json"
 #: T_cov and T_inv of the schedules whose amortised cost is reported.
@@ -194,13 +196,13 @@ def memory_growth(workload: Workload, kind: str, batch_size: int, steps: int = 3
 def measure_memory(name: str, batch_size: int, threads: int, processes: int) -> dict[str, float]:
     """The growth of processes that make steps of one kind, SGD's being 1; ``sgd_bytes`` has that."""
     grown = {}
-    for kind in ("sgd", "between", "refresh"):
+    for kind in ("sgd", "between", "refresh", "refresh_bfloat16"):
         command = [sys.executable, "-m", "benchmarks.step_cost", name, "--memory-of", kind]
         command += ["--batch-size", str(batch_size), "--threads", str(threads)]
         root = Path(__file__).parent.parent
         done = [subprocess.run(command, check=True, capture_output=True, text=True, cwd=root) for _ in range(processes)]
         grown[kind] = median(int(process.stdout) for process in done)
-    ratios = {kind: grown[kind] / grown["sgd"] for kind in ("between", "refresh")}
+    ratios = {kind: bytes_grown / grown["sgd"] for kind, bytes_grown in grown.items() if kind != "sgd"}
     return {"sgd_bytes": grown["sgd"], **ratios}
 
 
@@ -213,6 +215,8 @@ def time_rows(costs: dict[str, float]) -> dict[str, float]:
         "KFC, step that takes statistics": factors,
         "KFC, step that takes statistics of all rows": exact,
         "KFC, refreshing step": refresh,
+        "KFC, step between refreshes, inverses in bfloat16": costs["between_bfloat16"],
+        "KFC, refreshing step, all in bfloat16": costs["refresh_bfloat16"],
     }
     for title, periods in SCHEDULES.items():
         rows[f"KFC, amortised, {title}"] = amortised(between, factors, refresh, *periods)
@@ -239,7 +243,8 @@ def table(found: dict[str, Any]) -> str:
             "",
             f"Peak memory: SGD grows the process by {memory['sgd_bytes'] / 2**20:.0f} MiB; KFC by "
             f"{memory['between']:.2f} times that where only the first steps refresh, by {memory['refresh']:.2f} times "
-            "that where every step does.",
+            f"that where every step does, and by {memory['refresh_bfloat16']:.2f} times that with factors and inverses "
+            "in bfloat16.",
         ]
     for title, numbers in found.get("spread", {}).items():
         lines += ["", f"Spread over the steps of the default schedule ({title}):", "", spread_table(numbers)]

@@ -799,3 +799,11 @@ def test_goals_compare_what_the_contest_measured() -> None:
     assert "| conv, batch 8 | sgd | iterations | 10 | 4.00 | **no** |" in rows
     assert "| conv, batch 8 | muon | seconds | 1 | - | **no** |" in rows
     assert "Of KFC's 3 runs, 1 diverged." in rows[-1]
+
+
+def test_costs_of_steps_are_in_steps_of_plain_sgd() -> None:
+    results = Results("conv", "conv", 8, 100, 10.0, (1.0,))
+    # SGD: 2 seconds a step. KFC: 6 for each of the first ten, then 3; it is there after 20 steps and 90 seconds.
+    results.curves["sgd"] = {0: Curve([0, 10, 20], [0.0, 20.0, 40.0], [2.0, 2.0, 2.0])}
+    results.curves["kfc"] = {0: Curve([0, 10, 20, 30], [0.0, 60.0, 90.0, 120.0], [2.0, 2.0, 1.0, 0.5])}
+    assert goals.cost_table({"conv_b8": results}).splitlines()[-1] == "| conv, batch 8 | 3.0 | 1.50 | 67 % |"

@@ -137,7 +137,7 @@ def test_the_help_explains_every_option(cli, capsys):
         ("damping", "abc", r'"damping"[\s\S]*Given value: abc'),
         ("damping", -1.0, r"damping must be a positive number, got -1.0"),
         ("fisher", "true", r""""fisher":\s+Expected a typing.Literal\['mc', 'exact', 'empirical'\]. Got value: true"""),
-        ("factor_every_n_steps", 1.5, r""""factor_every_n_steps":\s+Expected a <class 'int'>. Got value: 1.5"""),
+        ("factor_every_n_steps", 1.5, r""""factor_every_n_steps":[\s\S]*Given value: 1.5"""),
         ("warmup_steps", "ten", r""""warmup_steps":\s+Expected a <class 'int'>. Got value: ten"""),
         ("ema_decay", 2, r"ema_decay must be at least 0 and below 1, got 2"),
         ("dampng", 0.1, r"'dampng' is not accepted"),
