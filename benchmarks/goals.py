@@ -99,7 +99,7 @@ def cost_table(contests: Mapping[str, Results], plain: str = "sgd", start: int =
         start: The length of the warm-up.
     """
     lines = [
-        f"| task | first {start} steps, each | later steps, each | share of the first {start} in the time to the loss |",
+        f"| task | first {start} steps, each | later steps, each | the first {start}'s share of the time to the loss |",
         "|---|---|---|---|",
     ]
     for results in contests.values():

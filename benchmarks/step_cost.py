@@ -196,7 +196,7 @@ def memory_growth(workload: Workload, kind: str, batch_size: int, steps: int = 3
 def measure_memory(name: str, batch_size: int, threads: int, processes: int) -> dict[str, float]:
     """The growth of processes that make steps of one kind, SGD's being 1; ``sgd_bytes`` has that."""
     grown = {}
-    for kind in ("sgd", "between", "refresh", "refresh_bfloat16"):
+    for kind in ("sgd", "between", "refresh"):
         command = [sys.executable, "-m", "benchmarks.step_cost", name, "--memory-of", kind]
         command += ["--batch-size", str(batch_size), "--threads", str(threads)]
         root = Path(__file__).parent.parent
@@ -243,8 +243,7 @@ def table(found: dict[str, Any]) -> str:
             "",
             f"Peak memory: SGD grows the process by {memory['sgd_bytes'] / 2**20:.0f} MiB; KFC by "
             f"{memory['between']:.2f} times that where only the first steps refresh, by {memory['refresh']:.2f} times "
-            f"that where every step does, and by {memory['refresh_bfloat16']:.2f} times that with factors and inverses "
-            "in bfloat16.",
+            "that where every step does.",
         ]
     for title, numbers in found.get("spread", {}).items():
         lines += ["", f"Spread over the steps of the default schedule ({title}):", "", spread_table(numbers)]
