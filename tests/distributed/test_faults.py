@@ -180,3 +180,35 @@ def test_fsdp1_is_refused_when_fitting_starts_with_the_alternative(two_ranks: Ra
         pl.Trainer(accelerator="cpu", strategy=FSDPStrategy())
     for said in two_ranks.run(refused):
         assert said == "KFCCallback does not work with FSDPStrategy: use ModelParallelStrategy (FSDP2) instead."
+
+
+def one_rank_not_finite_where_only_an_inverse_is_due() -> tuple[list[bool], list[int]]:
+    """Whether each step was taken, and how many inverses it made, where the second rank gets NaN at such a step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    kfc = KFC(model, warmup_steps=1, factor_every_n_steps=4, inverse_every_n_steps=4)
+    taken, made = [], []
+    for step in range(8):
+        generator = torch.Generator().manual_seed(2 * step + dist.get_rank())
+        x = torch.randn(8, 5, generator=generator, dtype=torch.float64)
+        model.zero_grad()
+        with kfc.capture():
+            loss = F.cross_entropy(model(x), torch.randint(3, (8,), generator=generator))
+        # As Lightning's hooks have it: what is due waits until the gradients are there.
+        kfc.update(loss, accumulate=True)
+        loss.backward()
+        # Without a strategy that averages gradients, NaN stays on the rank that has it.
+        if step == 5 and dist.get_rank() == 1:
+            model[0].weight.grad.fill_(float("nan"))
+        taken.append(kfc.precondition(lr=0.1))
+        made.append(sum(kfc.ages(name)[1] == 0 for name in kfc.layers) if taken[-1] else 0)
+    return taken, made
+
+
+def test_nan_on_one_rank_at_a_step_that_only_inverts_is_skipped_by_all(two_ranks: Ranks) -> None:
+    told = two_ranks.run(one_rank_not_finite_where_only_an_inverse_is_due)
+    assert told[0] == told[1]
+    taken, made = told[0]
+    assert taken == [True] * 5 + [False] + [True] * 2
+    # Statistics are taken at step 4; the inverses follow one by one, the first a step later than it would have been.
+    assert made[4:] == [0, 0, 1, 1]
