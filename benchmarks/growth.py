@@ -104,7 +104,7 @@ def measure(stack: Stack, steps: int, clock: Callable[[], float] = time.process_
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     kfc = KFC(model, factor_every_n_steps=1, inverse_every_n_steps=1, warmup_steps=0, rows_per_dim=None, kl_clip=1.0)
     # The processor's time rather than the wall's: others may run beside.
-    kfc.times._mark = clock  # type: ignore[method-assign]
+    kfc.times._mark = clock
     taken: dict[str, list[float]] = {part: [] for part in PARTS}
     for step in range(steps + 1):
         before = kfc.times.seconds()

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_kfc.factors.inverse import Inverse
 from lightning_kfc.layer import Layer
 from lightning_kfc.monitor import Events, StepNumbers, listed
-from lightning_kfc.rules.adam import adam_step
+from lightning_kfc.rules.adam import AdamStep, adam_step
 from lightning_kfc.rules.natural import NaturalStep, natural_step
 
 
@@ -77,18 +77,24 @@ def replace_gradients(
         before_writing: Called with the squared norm of the step before clipping, while gradients are still the loss's.
         inspect: Called with the updates, likewise.
     """
-    if rule == "adam":
-        return _replace_by_adam(ready, step, damping, kl_clip, loss_scale, events, before_writing, inspect)
-    result = solve(ready, damping, kl_clip)
+    result = _adam(ready, kl_clip) if rule == "adam" else solve(ready, damping, kl_clip)
     before_writing(result.quadratic)
     if inspect is not None:
         inspect(ready, result.updates)
+    if isinstance(result, AdamStep):
+        _write_adam(ready, result, step, loss_scale, events)
+    else:
+        _write_natural(ready, result, step, loss_scale, events)
+    return StepNumbers(step, damping, result.clip, result.quadratic / 2, kl_clip)
+
+
+def _write_natural(ready: Sequence[Ready], result: NaturalStep, step: int, loss_scale: float, events: Events) -> None:
     plain = []
     for position, (entry, update) in enumerate(zip(ready, result.updates, strict=True)):
         layer = entry.layer
         if position in result.restored:
             layer.inverse = layer.previous_inverse
-        if position in result.failed or not layer.write(update if loss_scale == 1 else update * loss_scale):
+        if position in result.failed or not _write(layer, update, loss_scale):
             plain.append(layer.name)
         else:
             layer.previous_inverse = None
@@ -100,22 +106,11 @@ def replace_gradients(
     if plain:
         what = f"no inverse gives {listed(plain)} a usable update; the gradient is used"
         events.report("nonfinite_updates", step, what)
-    return StepNumbers(step, damping, result.clip, result.quadratic / 2, kl_clip)
 
 
-def _replace_by_adam(
-    ready: Sequence[Ready],
-    step: int,
-    damping: float,
-    kl_clip: float | None,
-    loss_scale: float,
-    events: Events,
-    before_writing: Callable[[float], None],
-    inspect: Inspection | None,
-) -> StepNumbers:
-    """The same by the rule "adam", which has moments to keep, and needs no other inverse to fall back upon."""
+def _adam(ready: Sequence[Ready], kl_clip: float | None) -> AdamStep:
     layers = [entry.layer for entry in ready]
-    result = adam_step(
+    return adam_step(
         [entry.gradient for entry in ready],
         [layer.moments for layer in layers],
         [layer.inverse for layer in layers if layer.inverse is not None],
@@ -123,18 +118,23 @@ def _replace_by_adam(
         [entry.learning_rate for entry in ready],
         kl_clip,
     )
-    before_writing(result.quadratic)
-    if inspect is not None:
-        inspect(ready, result.updates)
+
+
+def _write_adam(ready: Sequence[Ready], result: AdamStep, step: int, loss_scale: float, events: Events) -> None:
+    """Keep the moments, too; there is no other inverse to fall back upon."""
     unwritten = []
-    for layer, update, moments in zip(layers, result.updates, result.moments, strict=True):
+    for entry, update, moments in zip(ready, result.updates, result.moments, strict=True):
+        layer = entry.layer
         layer.moments, layer.previous_inverse = moments, None
-        if not layer.write(update if loss_scale == 1 else update * loss_scale):
+        if not _write(layer, update, loss_scale):
             unwritten.append(layer.name)
     if result.failed:
-        names = listed(layers[position].name for position in result.failed)
+        names = listed(ready[position].layer.name for position in result.failed)
         events.report("nonfinite_updates", step, f"the update of {names} is not finite; nothing moves there")
     if unwritten:
         what = f"float16 cannot hold the update of {listed(unwritten)}; the gradient is used"
         events.report("nonfinite_updates", step, what)
-    return StepNumbers(step, damping, result.clip, result.quadratic / 2, kl_clip)
+
+
+def _write(layer: Layer, update: Tensor, loss_scale: float) -> bool:
+    return layer.write(update if loss_scale == 1 else update * loss_scale)

@@ -36,7 +36,7 @@ def test_every_derivative_that_autograd_finds_arrives_once() -> None:
     expected = torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)
     assert expected[4] is None
     assert set(arrived) == {i for i, gradient in enumerate(expected) if gradient is not None}
-    assert all(len(found) == 1 and torch.equal(found[0], expected[i]) for i, found in arrived.items())  # type: ignore[arg-type]
+    assert all(len(found) == 1 and torch.equal(found[0], expected[i]) for i, found in arrived.items())
 
 
 def test_other_edges_are_returned_and_nothing_stays_attached() -> None:
@@ -64,7 +64,7 @@ def test_a_derivative_is_let_go_before_the_next_one_arrives() -> None:
 
     def take(position: int, gradient: Tensor) -> None:
         nonlocal most
-        alive.append(weakref.ref(gradient.untyped_storage()))  # type: ignore[arg-type]
+        alive.append(weakref.ref(gradient.untyped_storage()))
         most = max(most, sum(found() is not None for found in alive))
 
     loss = outputs[-1].sum()

@@ -64,7 +64,7 @@ def trained(steps: int, **settings: Any) -> tuple[KFC, nn.Sequential, list[Tenso
     torch.manual_seed(0)
     model = net()
     options = {"factor_every_n_steps": 1, "inverse_every_n_steps": 1, "kl_clip": None, "damping": 0.1, **settings}
-    kfc = KFC(model, **options)  # type: ignore[arg-type]
+    kfc = KFC(model, **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     x, y = data(24, 17, 4, 4).float(), classes(24, count=3)
     updates: list[Tensor] = []
@@ -81,7 +81,7 @@ def trained(steps: int, **settings: Any) -> tuple[KFC, nn.Sequential, list[Tenso
     "form", [{"inverse": "cholesky"}, {"inverse": "eigh"}, {"inverse": "ekfac"}, {"rule": "adam", "inverse": "eigh"}]
 )
 def test_the_memory_that_coverage_tells_is_what_an_engine_holds(form: dict[str, str], factor_storage: str) -> None:
-    foretold = sum(row.bytes for row in KFC(net(), factor_storage=factor_storage, **form).coverage())  # type: ignore
+    foretold = sum(row.bytes for row in KFC(net(), factor_storage=factor_storage, **form).coverage())
     kfc, model, _ = trained(3, factor_storage=factor_storage, **form)
     told = sum(row.bytes for row in kfc.coverage())
     measured = held_bytes(reachable_tensors(kfc, stop=[model, *model.parameters(), *model.buffers()]))

@@ -27,6 +27,7 @@ from typing_extensions import Self
 from lightning_kfc.factors.eigenbasis import Eigenbasis
 from lightning_kfc.factors.inverse import EighInverse, Inverse
 from lightning_kfc.factors.quadratic import quadratic_form
+from lightning_kfc.rules.natural import clip_factor
 
 #: The decays of Adam's first and second moment.
 MOMENTUM_DECAY, SECOND_MOMENT_DECAY = 0.9, 0.95
@@ -182,8 +183,7 @@ def adam_step(
         old = moments[i]
         updates[i], after[i], sizes[i] = torch.zeros_like(updates[i]), old or Moments.none(updates[i]), 0.0
     quadratic = sum(rate**2 * size for rate, size in zip(learning_rates, sizes, strict=True))
-    clip = 1.0
-    if kl_clip is not None and quadratic > kl_clip:
-        clip = math.sqrt(kl_clip / quadratic)
+    clip = clip_factor(quadratic, kl_clip)
+    if clip < 1:
         updates = [update * clip for update in updates]
     return AdamStep(tuple(updates), tuple(after), clip, quadratic, failed)

@@ -70,11 +70,15 @@ def natural_step(
         failed += [i] if found is None else []
         updates[i], products[i] = (gradients[i], 0.0) if found is None else found
     quadratic = sum(rate**2 * product for rate, product in zip(learning_rates, products, strict=True))
-    clip = 1.0
-    if kl_clip is not None and quadratic > kl_clip:
-        clip = math.sqrt(kl_clip / quadratic)
+    clip = clip_factor(quadratic, kl_clip)
+    if clip < 1:
         updates = [update if i in failed else update.mul_(clip) for i, update in enumerate(updates)]
     return NaturalStep(tuple(updates), clip, quadratic, tuple(failed), tuple(restored))
+
+
+def clip_factor(quadratic: float, kl_clip: float | None) -> float:
+    r""":math:`\nu` of E7: what a step of this squared norm is multiplied by to stay within the bound."""
+    return math.sqrt(kl_clip / quadratic) if kl_clip is not None and quadratic > kl_clip else 1.0
 
 
 def _dot(update: Tensor, gradient: Tensor) -> Tensor:
