@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_kfc.distributed import is_sharded
 from lightning_kfc.factors.eigenbasis import Eigenbasis
 from lightning_kfc.factors.inverse import CholeskyInverse, EighInverse, EkfacInverse, Inverse
-from lightning_kfc.factors.quadratic import quadratic_form
+from lightning_kfc.factors.quadratic import estimated_quadratic_form
 from lightning_kfc.factors.running import RunningAverage
 from lightning_kfc.factors.statistics import Statistics, factor_dtype
 from lightning_kfc.factors.stored import StoredAverage, stored_nbytes
@@ -173,10 +173,13 @@ class Layer:
         return EighInverse if own is EkfacInverse and not self.adapter.pairs_rows else own
 
     def quadratic(self, delta: Tensor) -> float:
-        r""":math:`\delta^\top F\delta` of a change ``(groups, d_out, d_in)`` of the parameters; 0 without factors."""
+        r""":math:`\delta^\top F\delta` of a change ``(groups, d_out, d_in)`` of the parameters; 0 without factors.
+
+        Estimated where that is far cheaper: see :func:`~lightning_kfc.factors.quadratic.estimated_quadratic_form`.
+        """
         if not self.averages:
             return 0.0
-        return float(quadratic_form(self.curvature(), delta))
+        return float(estimated_quadratic_form(self.curvature(), delta))
 
     def curvature(self) -> Mapping[str, Tensor]:
         """The factors that are inverted: the running ones, or what the adapter makes of them."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_kfc.factors.geometry import Geometry, pad, spread
 from lightning_kfc.factors.gram import gram
@@ -59,6 +60,24 @@ def patch_columns(images: Tensor, geometry: Geometry) -> Tensor:
     order = (1, *range(2 + n, 2 + 2 * n), 0, *range(2, 2 + n))
     depth = channels // geometry.groups * torch.Size(geometry.kernel_size).numel()
     return windows.permute(order).reshape(geometry.groups, depth, examples, windows.shape[2 : 2 + n].numel())
+
+
+def project_patches(images: Tensor, geometry: Geometry, direction: Tensor) -> Tensor:
+    """The patches of :func:`patch_rows` times one direction, without patches: a convolution with one filter a group.
+
+    Args:
+        images: Inputs of the convolution, shape ``(examples, channels, *space)``.
+        geometry: Where the convolution reads them.
+        direction: Shape ``(groups, channels / groups * prod(kernel_size))``.
+
+    Returns:
+        Shape ``(examples, positions, groups)``.
+    """
+    padded = pad(spread(images, geometry), geometry)
+    kernel = direction.reshape(geometry.groups, images.shape[1] // geometry.groups, *geometry.kernel_size)
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[len(geometry.kernel_size) - 1]
+    found = convolve(padded, kernel, None, geometry.stride, 0, geometry.dilation, geometry.groups)
+    return found.flatten(2).transpose(1, 2)
 
 
 def image_chunks(images: Tensor, geometry: Geometry, at_once: int | None = None) -> Iterator[Tensor]:

@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from lightning_kfc.factors.geometry import Geometry
 from lightning_kfc.factors.parts import number_of_parts
 from lightning_kfc.factors.patches import (
-    image_chunks,
     part_is_cheaper,
     part_of_patch_second_moment,
     patch_rows,
     patch_second_moment,
     patch_second_moment_diagonal,
+    project_patches,
 )
-from lightning_kfc.factors.statistics import InputStatistic, append_ones, factor_dtype
+from lightning_kfc.factors.statistics import InputStatistic, factor_dtype
 from lightning_kfc.layers.adapter import Adapter, Forward
 from lightning_kfc.layers.registry import register_adapter
 
-#: Patches that are projected on a direction at a time, in the forward, where larger pieces leave holes in memory.
+#: Images that are projected on a direction at a time, in the forward, where larger pieces leave holes in memory.
 PROJECTED_BYTES = 2**20
 
 
@@ -78,15 +78,17 @@ class ConvAdapter(Adapter):
             yield self.input_rows(Forward((images,), {}, forward.output))
 
     def project(self, forward: Forward, direction: Tensor) -> Tensor:
-        """Patches times one direction, a chunk of patches at a time."""
+        """Patches times one direction, a few images at a time."""
         own = self.own_parameters()
         if "weight" not in own:
             return super().project(forward, direction)
-        geometry = self.geometry(forward)
-        parts = image_chunks(self._images(forward), geometry, PROJECTED_BYTES)
-        chunks = (patch_rows(images, geometry) for images in parts)
-        rows = (append_ones(chunk) if "bias" in own else chunk for chunk in chunks)
-        return torch.cat([torch.einsum("ntgi,gi->ntg", chunk, direction.to(chunk)) for chunk in rows])
+        images, geometry = self._images(forward), self.geometry(forward)
+        along = direction.to(images)
+        depth = self.matrix_shape()[2] - ("bias" in own)
+        at_once = max(1, PROJECTED_BYTES * len(images) // max(1, images.nbytes))
+        parts = [project_patches(some, geometry, along[:, :depth]) for some in torch.split(images, at_once)]
+        products = torch.cat(parts)
+        return products + along[:, depth] if "bias" in own else products
 
     def input_statistic(self, forward: Forward) -> InputStatistic:
         """The patches' second moment, a chunk of patches at a time."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +12,7 @@ from torch.nn import functional as F
 
 from lightning_kfc.factors import patches
 from lightning_kfc.factors.geometry import Geometry
-from lightning_kfc.factors.patches import patch_rows, patch_second_moment
+from lightning_kfc.factors.patches import patch_rows, patch_second_moment, project_patches
 from tests import oracles
 from tests.nets import data
 
@@ -48,3 +50,29 @@ def test_second_moment_of_an_empty_batch_is_zero() -> None:
     total, count = patch_second_moment(data(0, 2, 4, 4), Geometry.of((2, 2), (1, 1), (0, 0), (1, 1)), homogeneous=True)
     assert count == 0
     assert torch.equal(total, torch.zeros(1, 9, 9).double())
+
+
+@given(
+    space=st.integers(1, 3),
+    groups=st.integers(1, 2),
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 2),
+    padding=st.integers(0, 2),
+    dilation=st.integers(1, 2),
+    upsampling=st.integers(1, 2),
+    mode=st.sampled_from(["zeros", "circular", "reflect"]),
+)
+def test_projected_patches_are_the_patches_times_the_direction(
+    space: int, groups: int, kernel: int, stride: int, padding: int, dilation: int, upsampling: int, mode: str
+) -> None:
+    def every(n: int) -> tuple[int, ...]:
+        return (n,) * space
+
+    geometry = Geometry.of(every(kernel), every(stride), every(padding), every(dilation), mode, groups)
+    if upsampling > 1:
+        geometry = replace(geometry.without_padding(), padding=geometry.padding, stride=every(1))
+        geometry = replace(geometry, upsampling=every(upsampling))
+    images = data(2, 2 * groups, *(5, 6, 5)[:space])
+    direction = data(groups, 2 * kernel**space)
+    expected = torch.einsum("ntgi,gi->ntg", patch_rows(images, geometry), direction)
+    oracles.assert_equal(project_patches(images, geometry, direction), expected, what="projection")
