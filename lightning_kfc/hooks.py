@@ -19,7 +19,7 @@ from lightning_kfc.coverage import wrapped
 from lightning_kfc.kfc import KFC
 from lightning_kfc.likelihood import Bernoulli, Categorical, Gaussian
 from lightning_kfc.monitor import History
-from lightning_kfc.partners import Advice, advice
+from lightning_kfc.partners import Advice, advice, advice_on_rule
 from lightning_kfc.replay import Replay, why_no_replay
 from lightning_kfc.reporting import Reporting, ReportSettings
 from lightning_kfc.schedule import ExponentialSchedule, LinearSchedule
@@ -298,7 +298,7 @@ class KFCHooks:
         self._advise(trainer)
 
     def _advise(self, trainer: Any) -> None:
-        said: dict[Advice, None] = {}
+        said: dict[Advice, None] = dict.fromkeys(advice_on_rule(self._module, self._settings))
         for optimizer in trainer.optimizers:
             covered = {id(p) for name in self.kfc.learning_rates(optimizer) for p in self.kfc.layers[name].parameters()}
             groups = [group for group in optimizer.param_groups if covered & set(map(id, group["params"]))]

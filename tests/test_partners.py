@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from lightning_kfc import KFCCallback
-from lightning_kfc.partners import Advice, advice
+from lightning_kfc.partners import Advice, advice, advice_on_rule
 from lightning_kfc.settings import Settings
 from tests.harness import QUIET, Classifier, fit
 
@@ -173,3 +173,11 @@ def test_the_callback_warns_where_training_would_be_clearly_worse() -> None:
     module = Classifier(optimizer=lambda p: SGD(p, lr=0.5, momentum=0.9))
     with pytest.warns(UserWarning, match="a momentum of 0.9 averages over 10 steps, much of a run of 2,"):
         fit(module, kfc=KFCCallback(), max_steps=2)
+
+
+def test_a_model_with_attention_hears_of_the_other_rule() -> None:
+    transformer = nn.Sequential(nn.Linear(4, 4), nn.TransformerEncoderLayer(4, 2, 8, batch_first=True))
+    told = text(advice_on_rule(transformer, Settings()))
+    assert re.search(r"attention \('1.self_attn'\).*rule='adam' with SGD\(lr=0.02\)", told)
+    assert advice_on_rule(transformer, Settings(rule="adam")) == []
+    assert advice_on_rule(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), Settings()) == []
