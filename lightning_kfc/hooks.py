@@ -79,8 +79,8 @@ class KFCHooks:
         reduce_precision: How statistics travel between ranks. "full": as they are; "bfloat16": at half the bytes.
         stagger_inverses: Whether layers refresh their inverses at different steps of the period, so that no step takes
             as long as all of them together.
-        inverse_tolerance: A layer's inverse is not refreshed where its curvature, and the damping, have moved by no more
-            than this share since it was made; 0 to refresh it always.
+        inverse_tolerance: A layer's inverse is not refreshed where its curvature, and the damping, have moved by at
+            most this share since it was made; 0 to refresh it always.
         background_inverses: Whether inverses are made beside the training, and used from the next step on.
         factor_storage: How factors are kept between refreshes. "full": on the device, as they are; "bfloat16": rounded,
             at half the memory; "cpu": in the memory of the CPU.
