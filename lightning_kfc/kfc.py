@@ -363,7 +363,10 @@ class KFC:
         self._observation.count_again({name})
 
     def ages(self, layer: str) -> tuple[int | None, int | None]:
-        """Steps since a layer's statistics, and its inverse, were last refreshed; None where they never were."""
+        """Steps since a layer's statistics, and its inverse, were last refreshed; None where they never were.
+
+        An inverse that was due and was not refreshed, as ``inverse_tolerance`` has it, counts as refreshed.
+        """
         folded, factorised = self._due.refreshed_at(layer)
         return (None if folded is None else self.step - folded), (
             None if factorised is None else self.step - factorised
