@@ -1,8 +1,8 @@
 """What making inverses beside the training does to the time of steps: ``python -m benchmarks.background_inverses``.
 
-The deep autoencoder with the shipped schedule, after its warm-up; wall time. Runs take turns by periods of the inverses,
-not by steps, since what one of them does beside its own steps must not fall into those of another: each ends its part
-with :meth:`~lightning_kfc.KFC.join`. The order is reversed every other round.
+The deep autoencoder with the shipped schedule, after its warm-up; wall time. Runs take turns by periods of the
+inverses, not by steps, since what one of them does beside its own steps must not fall into those of another: each ends
+its part with :meth:`~lightning_kfc.KFC.join`. The order is reversed every other round.
 
 Written to ``results/background_inverses.md``: the median, the 99th percentile and the longest step, and the mean, in
 milliseconds and with the median plain SGD step as 1.

@@ -1,8 +1,8 @@
-"""What ``inverse_tolerance`` and ``background_inverses`` cost in iterations: ``python -m benchmarks.inverse_tolerance``.
+"""What skipped and late inverses cost in iterations: ``python -m benchmarks.inverse_tolerance``.
 
-KFC with the callback's defaults on a task of the contest, on seeds of the contest, with one thing changed at a time: the
-iterations until each training loss is reached, and the share of the inverses that were due, after each layer's first
-one, and were skipped.
+KFC with the callback's defaults on tasks and seeds of the contest, with one thing changed at a time: the iterations
+until each training loss is reached, and the share of the inverses that were due, after each layer's first one, and
+were skipped.
 
 Written to ``results/inverse_tolerance.md``.
 """
@@ -10,6 +10,7 @@ Written to ``results/inverse_tolerance.md``.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -57,17 +58,10 @@ def measure(task: Task, seeds: list[int]) -> dict[str, list[tuple[list[int | Non
     """By variant, for each seed, the iterations to each target, and the share that was skipped."""
     found: dict[str, list[tuple[list[int | None], float]]] = {name: [] for name in VARIANTS}
     for seed in seeds:
-        runs, steppers = [], {}
+        runs: list[Run] = []
+        steppers: dict[str, Counted] = {}
         for name, settings in VARIANTS.items():
-
-            def make(
-                model: nn.Module, rate: float, seed: int, name: str = name, settings: dict[str, Any] = settings
-            ) -> Stepper:
-                optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.5)
-                steppers[name] = Counted(KFC(model, seed=seed, **{**SHIPPED, **settings}), optimizer)
-                return steppers[name]
-
-            runs.append(Run(task, Contestant(name, name, make, (0.5,)), 0.5, seed))
+            runs.append(Run(task, Contestant(name, name, _making(name, settings, steppers), (0.5,)), 0.5, seed))
         interleave(runs, until=lambda run: min(run.curve.losses) <= task.targets[-1])
         for run in runs:
             reached = [_first(run, target) for target in task.targets]
@@ -75,6 +69,19 @@ def measure(task: Task, seeds: list[int]) -> dict[str, list[tuple[list[int | Non
             stepper.kfc.join()
             found[run.contestant.name].append((reached, stepper.skipped()))
     return found
+
+
+def _making(
+    name: str, settings: dict[str, Any], made: dict[str, Counted]
+) -> Callable[[nn.Module, float, int], Stepper]:
+    """What makes a variant, and keeps what it has made."""
+
+    def make(model: nn.Module, rate: float, seed: int) -> Stepper:
+        optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.5)
+        made[name] = Counted(KFC(model, seed=seed, **{**SHIPPED, **settings}), optimizer)
+        return made[name]
+
+    return make
 
 
 def _first(run: Run, target: float) -> int | None:
