@@ -93,7 +93,7 @@ def _write_natural(ready: Sequence[Ready], result: NaturalStep, step: int, loss_
     for position, (entry, update) in enumerate(zip(ready, result.updates, strict=True)):
         layer = entry.layer
         if position in result.restored:
-            layer.inverse = layer.previous_inverse
+            layer.go_back()
         if position in result.failed or not _write(layer, update, loss_scale):
             plain.append(layer.name)
         else:

@@ -16,10 +16,15 @@ from lightning_kfc.distributed import Communication, Team, is_sharded
 from lightning_kfc.factors.inverse import FactorisationError, Inverse
 from lightning_kfc.factors.packing import Shape, pack, packed_numel, unpack
 from lightning_kfc.factors.statistics import factor_dtype
-from lightning_kfc.held import Elsewhere, Solved
+from lightning_kfc.held import Elsewhere, Solved, Unmoved
 from lightning_kfc.layer import Layer
 from lightning_kfc.placement import Grid, Placement, factorisation_cost, gradient_workers, longest_first
 from lightning_kfc.progress import announced
+
+#: What came of a layer's refresh, as its owner tells it; what failed is NaN.
+MADE, KEPT = 0.0, 1.0
+#: The result of a layer's refresh.
+Outcome = Inverse | FactorisationError | Unmoved
 
 #: What became of a layer's update on the ranks that hold its inverse.
 USABLE, RESTORED, FAILED = 0.0, 1.0, 2.0
@@ -54,6 +59,11 @@ class Exchange:
         self._groups: dict[tuple[int, ...], Any] = {}
 
     # Who holds what.
+
+    @property
+    def layers(self) -> Mapping[str, Layer]:
+        """All present layers by name."""
+        return self._layers
 
     @property
     def placement(self) -> Placement:
@@ -100,32 +110,41 @@ class Exchange:
 
     # Inverses.
 
+    def inverters(self, layers: Sequence[Layer]) -> dict[str, int]:
+        """The rank that makes each layer's inverse, given the layers that are due together; the same on every rank."""
+        if self.replicated:
+            # What is due together is spread over all ranks, whatever else they own.
+            return longest_first({e.name: factorisation_cost(_shapes(e)) for e in layers}, self._team.size)
+        return {layer.name: self.owner(layer) or 0 for layer in layers}
+
+    def inverts_here(self, inverter: int) -> bool:
+        """Whether this rank is the one of the team."""
+        return inverter == self._team.rank
+
     def refreshed(
         self,
         layers: Sequence[Layer],
-        factorise: Callable[[Layer], Inverse],
+        factorise: Callable[[Layer], Inverse | Unmoved],
         kinds: Callable[[Layer], type[Inverse]],
+        owners: Mapping[str, int],
         say: Callable[[str], None] | None = None,
-    ) -> dict[str, Inverse | FactorisationError]:
+    ) -> dict[str, Outcome]:
         """New inverses of layers, each factorised by one rank.
 
         Args:
             layers: The layers that are due, the same on every rank.
-            factorise: Makes a layer's inverse; called on its owner.
+            factorise: Makes a layer's inverse, or says that the last one will do; called on its owner, which so decides
+                for all ranks.
             kinds: The kind of a layer's inverse.
+            owners: The rank that makes each one, as :meth:`inverters` has it.
             say: Takes a line that tells how this rank's part gets on, where it takes long.
 
         Returns:
-            By layer: the inverse, one that says that another rank has it, or why there is none.
+            By layer: the inverse, one that says that another rank has it, that the last one stays, or why there is
+            none.
         """
-        costs = {layer.name: factorisation_cost(_shapes(layer)) for layer in layers}
-        if self.replicated:
-            # What is due together is spread over all ranks, whatever else they own.
-            owners = longest_first(costs, self._team.size)
-        else:
-            owners = {layer.name: self.owner(layer) or 0 for layer in layers}
-        outcome: dict[str, Inverse | FactorisationError] = {}
-        own = [layer for layer in layers if owners[layer.name] == self._team.rank]
+        outcome: dict[str, Outcome] = {}
+        own = [layer for layer in layers if self.inverts_here(owners[layer.name])]
         for layer in announced(own, "KFC makes the first inverses", say):
             outcome[layer.name] = _attempted(factorise, layer)
         if self._team.size == 1:
@@ -134,11 +153,13 @@ class Exchange:
             layer.name: _Layout.of(kinds(layer), _shapes(layer), layer.adapter.matrix_shape()) for layer in layers
         }
         numbers = self._numbers_of_owners(layers, layouts, outcome)
-        whole = [layer for layer in layers if not math.isnan(numbers[layer.name][0])]
+        whole = [layer for layer in layers if numbers[layer.name][0] == MADE]
         shared = self._broadcast_inverses(whole, owners, layouts, outcome, numbers)
-        result: dict[str, Inverse | FactorisationError] = {}
+        result: dict[str, Outcome] = {}
         for layer in layers:
-            if math.isnan(numbers[layer.name][0]):
+            if numbers[layer.name][0] == KEPT:
+                result[layer.name] = Unmoved()
+            elif math.isnan(numbers[layer.name][0]):
                 said = f"rank {owners[layer.name]} found no factorisation"
                 result[layer.name] = outcome.get(layer.name, FactorisationError(said))
             else:
@@ -149,16 +170,17 @@ class Exchange:
         self,
         layers: Sequence[Layer],
         layouts: Mapping[str, _Layout],
-        made: Mapping[str, Inverse | FactorisationError],
+        made: Mapping[str, Outcome],
     ) -> dict[str, list[float]]:
-        """For each layer 0, or NaN where it failed, then its inverse's numbers; every rank must ask."""
+        """For each layer what came of it, NaN where it failed, then its inverse's numbers; every rank must ask."""
         own: list[float] = []
         for layer in layers:
             result, names = made.get(layer.name), layouts[layer.name].numbers
             if isinstance(result, Inverse):
-                own += [0.0, *(float(getattr(result, name)) for name in names)]
+                own += [MADE, *(float(getattr(result, name)) for name in names)]
             else:
-                own += [-math.inf if result is None else math.inf, *[-math.inf] * len(names)]
+                said = math.inf if isinstance(result, FactorisationError) else KEPT
+                own += [-math.inf if result is None else said, *[-math.inf] * len(names)]
         device = next(iter(layers[0].adapter.parameters().values())).device if layers else torch.device("cpu")
         told = self._team.largest(torch.tensor(own, dtype=torch.float64, device=device)).tolist() if layers else []
         self.communication.add("inverses", 8 * len(told))
@@ -175,7 +197,7 @@ class Exchange:
         layers: Sequence[Layer],
         owners: Mapping[str, int],
         layouts: Mapping[str, _Layout],
-        made: Mapping[str, Inverse | FactorisationError],
+        made: Mapping[str, Outcome],
         numbers: Mapping[str, list[float]],
     ) -> dict[str, Inverse]:
         """The inverses that this rank is to hold, from their owners in its group."""
@@ -325,7 +347,7 @@ class _Layout:
         return self.kind(**tensors, **dict(zip(self.numbers, numbers, strict=True)))
 
 
-def _attempted(factorise: Callable[[Layer], Inverse], layer: Layer) -> Inverse | FactorisationError:
+def _attempted(factorise: Callable[[Layer], Inverse | Unmoved], layer: Layer) -> Outcome:
     try:
         return factorise(layer)
     except FactorisationError as error:

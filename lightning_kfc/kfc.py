@@ -96,6 +96,11 @@ class KFC:
             bytes, each rank's numbers rounded, their sum made in float32.
         stagger_inverses: Whether, after the warm-up, layers refresh their inverses at different steps of the period,
             so that no step makes all of them; else all at the same step.
+        inverse_tolerance: A layer's inverse is not refreshed where its factors, and the damping, have moved by no more
+            than this share since it was made (:mod:`lightning_kfc.factors.sketch`); 0 to refresh it always.
+        background_inverses: Whether inverses are made beside the training, by one thread and, on an accelerator, on a
+            stream of its own, from the factors of the step at which they are due; each is used from the next step on,
+            which waits for it if it must. The first one is made at once.
         factor_storage: How factors are kept between refreshes, always as triangles: ``"full"``: on their layer's
             device, as they are; ``"bfloat16"``: rounded, at half the memory; ``"cpu"``: in the memory of the CPU, to
             which each step that takes statistics copies them.
@@ -133,6 +138,8 @@ class KFC:
         placement: str | float = "auto",
         reduce_precision: str = "full",
         stagger_inverses: bool = True,
+        inverse_tolerance: float = 0.0,
+        background_inverses: bool = False,
         factor_storage: str = "full",
         inverse_precision: str = "full",
         max_overhead: float = 0.15,
@@ -158,6 +165,8 @@ class KFC:
             placement=placement,
             reduce_precision=reduce_precision,
             stagger_inverses=stagger_inverses,
+            inverse_tolerance=inverse_tolerance,
+            background_inverses=background_inverses,
             factor_storage=factor_storage,
             inverse_precision=inverse_precision,
             max_overhead=max_overhead,
@@ -182,7 +191,7 @@ class KFC:
             settings.weight_sharing,
             settings.max_factor_dim,
             settings.rows_per_dim,
-            Keeping(settings.factor_storage, settings.inverse_precision),
+            Keeping(settings.factor_storage, settings.inverse_precision, settings.inverse_tolerance > 0),
         )
         self._dropped: dict[str, str] = {}
         self._said: set[str] = set()
@@ -354,11 +363,26 @@ class KFC:
         self._observation.count_again({name})
 
     def ages(self, layer: str) -> tuple[int | None, int | None]:
-        """Steps since a layer's statistics, and its inverse, were last refreshed; None where they never were."""
+        """Steps since a layer's statistics, and its inverse, were last refreshed; None where they never were.
+
+        An inverse that was due and was not refreshed, as ``inverse_tolerance`` has it, counts as refreshed.
+        """
         folded, factorised = self._due.refreshed_at(layer)
         return (None if folded is None else self.step - folded), (
             None if factorised is None else self.step - factorised
         )
+
+    @property
+    def inverses_skipped(self) -> int:
+        """How many inverses were due and not refreshed, as ``inverse_tolerance`` has it; summed over layers."""
+        return self._refresh_layers.inverting.skipped
+
+    def join(self) -> None:
+        """Wait for inverses that are made beside the training, and end their thread; they are still used in their turn.
+
+        To be called where training ends; the callback does. A next step has a new thread.
+        """
+        self._refresh_layers.inverting.join()
 
     def release(self) -> None:
         """Let go of what was recorded of the last forward and its graph."""
@@ -660,6 +684,7 @@ class KFC:
             "dropped": dict(self._dropped),
             "self_test_done": self._observation.self_test_done,
             "events": self.events.state_dict(),
+            "inverses_skipped": self.inverses_skipped,
             "trust_region": self._reviewer.region.state_dict(),
         }
 
@@ -688,6 +713,7 @@ class KFC:
         self._due.reschedule(self.schedule)
         self._due.load_state_dict(state["due"])
         self.events.load_state_dict(state["events"])
+        self._refresh_layers.inverting.skipped = int(state.get("inverses_skipped", 0))
         self._reviewer.region.load_state_dict(state.get("trust_region", {}))
         if state["layers"] is None:
             self._due.restart(self.step)
@@ -713,7 +739,8 @@ class KFC:
             if self.settings.rule != "adam":
                 layer.moments = None
             if reason is not None:
-                layer.averages, layer.inverse, layer.moments = {}, None, None
+                layer.averages, layer.moments = {}, None
+                layer.forget_inverses()
                 self._due.forget(name)
                 problems.append(f"layer {name!r} starts anew: {reason}")
         if not any(self._due.has_statistics(name) for name in self._found.layers):

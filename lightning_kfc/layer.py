@@ -14,11 +14,12 @@ from lightning_kfc.distributed import is_sharded
 from lightning_kfc.factors.eigenbasis import Eigenbasis
 from lightning_kfc.factors.inverse import CholeskyInverse, EighInverse, EkfacInverse, Inverse
 from lightning_kfc.factors.quadratic import estimated_quadratic_form
-from lightning_kfc.factors.running import RunningAverage
+from lightning_kfc.factors.sketch import sketch_shape
 from lightning_kfc.factors.statistics import Statistics, factor_dtype
 from lightning_kfc.factors.stored import StoredAverage, stored_nbytes
 from lightning_kfc.held import Elsewhere
 from lightning_kfc.layers import Adapter
+from lightning_kfc.origin import Origin, Snapshot, average_state, averages_of
 from lightning_kfc.per_example import ExampleGradients
 from lightning_kfc.rules.adam import Moments
 from lightning_kfc.sharding import whole, write
@@ -31,10 +32,12 @@ class Keeping:
     Attributes:
         factors: The running factors; see :mod:`lightning_kfc.factors.stored`.
         inverse: The precision of Cholesky inverses, and of the products with them: ``"full"`` or ``"bfloat16"``.
+        origins: Whether it is kept what an inverse was made from, to tell how far the factors have moved since.
     """
 
     factors: str = "full"
     inverse: str = "full"
+    origins: bool = False
 
 
 class Layer:
@@ -58,6 +61,10 @@ class Layer:
         self.inverse: Inverse | None = None
         #: The last inverse that gave a usable update, until the present one has given one.
         self.previous_inverse: Inverse | None = None
+        #: What the inverse was made from, where that is kept and known.
+        self.origin: Origin | None = None
+        #: What the next inverse is made from, from the step at which it is due until it is taken over.
+        self.coming: Snapshot | None = None
         #: What the rule "adam" remembers, in the eigenbasis of the inverse.
         self.moments: Moments | None = None
         # A sharded module shows the whole parameters from its forward to its backward: the gradients, and the
@@ -145,7 +152,8 @@ class Layer:
             and all(self.averages[name].shape == f.shape for name, f in factors.items())
         )
         if not kept:
-            self.averages, self.inverse, self.previous_inverse, self.moments = {}, None, None, None
+            self.averages, self.moments = {}, None
+            self.forget_inverses()
         self.roles = self._pending_roles
         for name, value in factors.items():
             if name in self.averages:
@@ -162,9 +170,13 @@ class Layer:
         """
         kept = self.roles in ((), self._pending_roles)
         if not kept:
-            self.inverse = self.previous_inverse = None
+            self.forget_inverses()
         self.roles = self._pending_roles
         return kept
+
+    def forget_inverses(self) -> None:
+        """Have no inverse, and let none come."""
+        self.inverse = self.previous_inverse = self.origin = self.coming = None
 
     def inverse_type(self, chosen: type[Inverse]) -> type[Inverse]:
         """The kind of inverse of this layer, given the one that the user chose."""
@@ -183,8 +195,16 @@ class Layer:
 
     def curvature(self) -> Mapping[str, Tensor]:
         """The factors that are inverted: the running ones, or what the adapter makes of them."""
-        draws = min(average.draws for average in self.averages.values())
-        return self.adapter.estimate(self.factors, draws)
+        return self.curvature_of(self.averages)
+
+    def curvature_of(self, averages: Mapping[str, StoredAverage]) -> Mapping[str, Tensor]:
+        """The factors that are inverted, given the running ones."""
+        draws = min(average.draws for average in averages.values())
+        return self.adapter.estimate({name: average.value for name, average in averages.items()}, draws)
+
+    def origin_of(self, damping: float) -> Origin:
+        """What is kept of what an inverse would be made from now."""
+        return Origin.of(self.curvature(), damping)
 
     def factorise(self, inverse: type[Inverse], damping: float, step: int) -> None:
         """Refresh the inverse from the running factors; see :meth:`Inverse.factorise` for what it raises."""
@@ -195,12 +215,22 @@ class Layer:
         """A new inverse from the running factors, with what the present one has learnt."""
         return self.inverse_type(inverse).factorise(self.curvature(), damping).succeeding(self.inverse)
 
-    def take(self, fresh: Inverse) -> None:
-        """Use a new inverse from now on; the last one is kept until the new one has given a usable update."""
+    def take(self, fresh: Inverse, origin: Origin | None = None) -> None:
+        """Use a new inverse from now on; the last one is kept until the new one has given a usable update.
+
+        Args:
+            fresh: The new inverse.
+            origin: What it was made from.
+        """
+        self.origin = origin
         self.previous_inverse = self.previous_inverse or self.inverse
         if self.moments is not None:
             self.moments = self.moments.in_basis(self.inverse, fresh)
         self.inverse = self._kept(fresh)
+
+    def go_back(self) -> None:
+        """Use the last inverse again, as the new one gave no usable update; what it was made from is not known."""
+        self.inverse, self.origin = self.previous_inverse, None
 
     def _kept(self, inverse: Inverse) -> Inverse:
         return inverse.in_precision(self._inverse_dtype())
@@ -292,21 +322,24 @@ class Layer:
             kept = sum(stored_nbytes(shape, dtype, self.keeping.factors) for shape in shapes.values())
             kind = self.inverse_type(inverse)
             kept += kind.numel(shapes) * (self._inverse_dtype() if kind is CholeskyInverse else dtype).itemsize
+            if self.keeping.origins:
+                kept += sum(math.prod(sketch_shape(shape)) for shape in shapes.values()) * dtype.itemsize
             return kept + moments * math.prod(self.adapter.matrix_shape()) * dtype.itemsize
         kept = self.moments.nbytes() if self.moments is not None else 0
+        kept += self.origin.nbytes if self.origin is not None else 0
         return sum(average.nbytes for average in self.averages.values()) + self.inverse.nbytes() + kept
 
     def state_dict(self) -> dict[str, Any]:
         """Factors and inverse in plain tensors and numbers."""
-        state: dict[str, Any] = {
-            "factors": {
-                name: {"value": a.value, "weight": a.weight, "squares": a.squares} for name, a in self.averages.items()
-            }
-        }
+        state: dict[str, Any] = {"factors": average_state(self.averages)}
         if self.inverse is not None:
             state["inverse"] = {"kind": self.inverse.name, **self.inverse.state()}
         if self.moments is not None:
             state["moments"] = self.moments.state_dict()
+        if self.origin is not None:
+            state["origin"] = self.origin.state_dict()
+        if self.coming is not None:
+            state["coming"] = self.coming.state_dict(self.averages)
         return state
 
     def load_state_dict(
@@ -334,17 +367,13 @@ class Layer:
         found = {name: tuple(entry["value"].shape) for name, entry in state["factors"].items()}
         if found and found != expected:
             return f"its factors have shapes {found} in the checkpoint, {expected} now"
-        self.averages = {
-            name: StoredAverage.of(
-                RunningAverage(entry["value"].to(device), float(entry["weight"]), float(entry["squares"])),
-                self.keeping.factors,
-            )
-            for name, entry in state["factors"].items()
-            if with_factors
-        }
+        self.averages = averages_of(state["factors"], device, self.keeping.factors) if with_factors else {}
         self.roles = tuple(self.adapter.own_parameters())
         saved = dict(state.get("inverse", {}))
-        self.inverse = self.previous_inverse = self.moments = None
+        self.forget_inverses()
+        self.moments = None
+        if "coming" in state:
+            self.coming = Snapshot.from_state(state["coming"], self.averages, device, self.keeping.factors)
         kind = saved.pop("kind", None)
         if not with_inverse and kind in (inverse.name, Elsewhere.name):
             self.inverse = Elsewhere()
@@ -352,6 +381,8 @@ class Layer:
             self.inverse = self._kept(inverse(**_on(device, saved)))
             # Moments mean nothing without the basis that they are in.
             self.moments = Moments(**_on(device, state["moments"])) if "moments" in state else None
+            if self.keeping.origins and with_factors and "origin" in state:
+                self.origin = Origin.from_state(state["origin"], device)
         return None
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
-from lightning_kfc import distributed
 from lightning_kfc.distributed import Team
 from lightning_kfc.due import Due
 from lightning_kfc.exchange import Exchange
-from lightning_kfc.factors.inverse import INVERSES, EkfacInverse, Inverse
+from lightning_kfc.factors.inverse import EkfacInverse
 from lightning_kfc.factors.statistics import Statistics, factor_dtype
+from lightning_kfc.inverting import Inverting
 from lightning_kfc.layer import Layer
 from lightning_kfc.monitor import Events, listed
 from lightning_kfc.reduction import Outline, Reduced, Reduction
@@ -37,6 +36,7 @@ class Refresh:
 
     Attributes:
         communication: What the ranks have sent each other.
+        inverting: What refreshes the inverses.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class Refresh:
         self._exchange = exchange
         self._give_up = give_up
         self._times = times
-        self._say: Callable[[str], None] | None = say
         self._expected: set[str] = set()
         self._given_up: dict[str, str] = {}
         self._begun: tuple[list[Layer], Reduction] | None = None
         self._asked: list[Layer] = []
         self.communication = exchange.communication
+        self.inverting = Inverting(settings, due, events, exchange, say)
 
     # What all ranks must know of each other before they fold.
 
@@ -77,7 +77,7 @@ class Refresh:
     def exchanges(self, layers: Iterable[str], step: int, damping: float) -> bool:
         """Whether a refresh of these layers at this step sends anything between ranks."""
         layers = list(layers)
-        return self.expects(layers) or any(self._inverse_due(name, step, damping) for name in layers)
+        return self.expects(layers) or self.inverting.sends(layers, step, damping)
 
     def give_up_together(self, layer: str, reason: str) -> None:
         """Have all ranks give a layer up with the next statistics, though only this one may have the reason."""
@@ -120,9 +120,12 @@ class Refresh:
         with self._times.part("statistics"):
             dropped = self._fold_pending(layers, step)
         with self._times.part("inverses"):
-            self._refresh_inverses(layers, step, damping)
+            self.inverting.at_once(layers, step, damping)
         with self._times.part("statistics"):
             self._fold_second_moments(layers, step)
+        # Second moments are of the basis that the forward has seen; what replaces it carries them over.
+        with self._times.part("inverses"):
+            self.inverting.beside(layers, step, damping)
         return dropped
 
     # Statistics.
@@ -201,38 +204,7 @@ class Refresh:
             if reduced.flagged:
                 self._give_up(name, self._given_up.pop(name, layers[name].adapter.unseen))
 
-    # Inverses.
-
-    def _inverse_due(self, layer: str, step: int, damping: float) -> bool:
-        return self._due.has_statistics(layer) and self._due.inverse(layer, step, damping)
-
-    def _refresh_inverses(self, layers: Sequence[Layer], step: int, damping: float) -> None:
-        chosen = INVERSES[self._settings.inverse]
-        due = [
-            layer
-            for layer in layers
-            if (layer.averages or not self._exchange.has_factors(layer))
-            and self._inverse_due(layer.name, step, damping)
-        ]
-        if not due:
-            return
-        self.communication.begin("inverses")
-        # The later ones take as long, which is known by then.
-        say, self._say = self._say, None
-        fresh = self._exchange.refreshed(
-            due, lambda layer: layer.refreshed(chosen, damping), lambda layer: layer.inverse_type(chosen), say
-        )
-        for layer in due:
-            self._due.factorised(layer.name, step, damping)
-            layer.factorised_at = step
-            result = fresh[layer.name]
-            if isinstance(result, Inverse):
-                layer.take(result)
-                continue
-            self._events.count("failed_factorisations")
-            kept = "the last good inverse is kept" if layer.inverse is not None else "its plain gradient is used"
-            if distributed.rank() == 0:
-                warnings.warn(f"KFC at step {step}, layer {layer.name!r}: {result}; {kept}.", stacklevel=2)
+    # Second moments.
 
     def _fold_second_moments(self, layers: Sequence[Layer], step: int) -> None:
         by_name = {layer.name: layer for layer in layers}
