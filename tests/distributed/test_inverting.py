@@ -123,7 +123,7 @@ def test_the_rank_that_makes_an_inverse_decides_for_all(
 
 
 @pytest.mark.parametrize("placement", ["comm-opt", "mem-opt"])
-def test_a_resumed_run_of_two_ranks_is_the_uninterrupted_one_bit_for_bit(
+def test_a_run_of_two_ranks_resumed_with_inverses_on_their_way_is_bit_for_bit_the_uninterrupted_one(
     two_ranks: Ranks, tmp_path: Path, placement: str
 ) -> None:
     # The first epoch ends with the last step of the warm-up, at which all inverses are due.
