@@ -30,12 +30,12 @@ from lightning_kfc.part import Evaluation as PartEvaluation
 from lightning_kfc.period_choice import PeriodChoice
 from lightning_kfc.placement import factorisation_cost
 from lightning_kfc.refresh import Refresh
-from lightning_kfc.review import Evaluation, Reviewer
+from lightning_kfc.review import Evaluation, PartLoss, Reviewer
 from lightning_kfc.schedule import RefreshSchedule, value_at
 from lightning_kfc.settings import Settings
 from lightning_kfc.slots import Slots
 from lightning_kfc.step_times import StepTimes
-from lightning_kfc.trust_region import FIXED_DAMPING, FIXED_RADIUS, Verdict
+from lightning_kfc.trust_region import FIXED_DAMPING, FIXED_RADIUS, REVIEWED_AT_FIRST, Verdict
 
 STATE_VERSION = 1
 
@@ -136,7 +136,7 @@ class KFC:
         rule: str = "natural",
         weight_sharing: str = "expand",
         max_factor_dim: int | None = 10_000,
-        rows_per_dim: int | None = 16,
+        rows_per_dim: int | None = 8,
         factor_examples: int | None = None,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
@@ -613,13 +613,22 @@ class KFC:
         """
         evaluations = [evaluate] if callable(evaluate) else list(evaluate)
         with self.times.part("reviews"):
-            verdict = self._reviewer.review(evaluations, self.layers.values(), optimizer)
+            verdict = self._reviewer.review(evaluations, self.layers.values(), optimizer, self._losses_of_parts())
         if verdict is not None and verdict.undo:
             for name in self.layers if optimizer is None else self.learning_rates(optimizer):
                 self._found.layers[name].forget_momentum()
         if verdict is not None and verdict.refresh:
             self._due.hasten(self.layers, self.step + 1)
         return verdict
+
+    def _losses_of_parts(self) -> Sequence[PartLoss]:
+        """What the first reviews look at again in the place of the whole batch, where there is anything.
+
+        There the loss falls on nearly every example; later a part shows little of what the whole does.
+        """
+        losses, self._parts.losses = self._parts.losses, []
+        at_first = self.step < REVIEWED_AT_FIRST
+        return losses if at_first and len(losses) == self._reviewer.losses_seen else ()
 
     def fix_trust_region(self) -> None:
         """Give ``damping="auto"`` and ``kl_clip="auto"`` their fixed values, where steps cannot be reviewed."""
@@ -703,6 +712,7 @@ class KFC:
             if self._reviewer.due:
                 self._say_unreviewed()
             self._reviewer.begin_step()
+            self._parts.losses = []
             taken, device = bool(self._observation.recorded), next(self._model.parameters()).device
             chosen = self._periods.step_begins(self.step - self._due.started_at, statistics=taken, device=device)
             if chosen is not None:

@@ -11,8 +11,10 @@ the whole: its statistics are those of smaller batches.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +22,10 @@ from torch import Tensor, nn
 
 from lightning_kfc.distributed import Team, is_sharded
 from lightning_kfc.factors.statistics import Statistics
-from lightning_kfc.isolation import leaving_no_trace
+from lightning_kfc.isolation import RandomStreams, leaving_no_trace
 from lightning_kfc.observation import Observation
 from lightning_kfc.part_law import LAWS, NotDivisibleError, law_of
+from lightning_kfc.review import PartLoss
 from lightning_kfc.settings import Settings
 from lightning_kfc.step_times import StepTimes
 
@@ -75,6 +78,7 @@ class Parts:
         expected: The layers whose statistics the next loss brings by way of a part; empty where none is used.
         law: How the loss depends on the size of a batch, once that is known; one of ``LAWS``.
         reason: Why whole batches are used from now on; None where they are not.
+        losses: Those of the parts that this step's statistics came from.
     """
 
     def __init__(
@@ -100,6 +104,7 @@ class Parts:
         self.expected: list[str] = []
         self.law: str | None = None
         self.reason: str | None = None
+        self.losses: list[PartLoss] = []
 
     @property
     def used(self) -> bool:
@@ -220,6 +225,7 @@ class Parts:
         try:
             with self._times.part("statistics"), leaving_no_trace(self._model), torch.enable_grad():
                 try:
+                    streams = RandomStreams.of(self._model)
                     with observation.capture(step):
                         loss = batch.evaluate(chosen)
                 except Exception as error:
@@ -228,6 +234,9 @@ class Parts:
                     return {}
                 if loss is None:
                     return {}
+                self.losses.append(
+                    PartLoss(loss.detach() / share, partial(_again, batch.evaluate, chosen, share, streams))
+                )
                 return observation.statistics(
                     loss, step, micro_batch, loss_scale=share, loss_fraction=loss_fraction / share, unseen=unseen
                 )
@@ -291,6 +300,12 @@ class Parts:
         self.law = state.get("law")
         if (reason := state.get("reason")) is not None:
             self.reason, self._lasting = str(reason), True
+
+
+def _again(evaluate: Evaluation, chosen: Tensor, share: float, streams: RandomStreams) -> Tensor | float:
+    streams.restore()
+    loss = evaluate(chosen)
+    return math.nan if loss is None else loss / share
 
 
 def _raised(error: Exception) -> str:

@@ -48,7 +48,7 @@ class Settings:
     rule: str = "natural"
     weight_sharing: str = "expand"
     max_factor_dim: int | None = 10_000
-    rows_per_dim: int | None = 16
+    rows_per_dim: int | None = 8
     factor_examples: int | None = None
     include: Sequence[str] | None = None
     exclude: Sequence[str] | None = None
