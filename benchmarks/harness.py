@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from benchmarks.curves import Curve
-from benchmarks.optimizers import Contestant
+from benchmarks.optimizers import BatchLoss, Contestant
 from benchmarks.tasks import Task
 
 #: Steps that one run makes before the next one's turn: a disturbance of the machine then meets them all.
@@ -108,7 +108,7 @@ class Run:
     def _step(self) -> None:
         inputs, targets = next(self._batches)
         started = time.process_time()
-        self._stepper.step(lambda: self.task.loss(self.model(inputs), targets))
+        self._stepper.step(BatchLoss(self.model, self.task.loss, inputs, targets))
         self._seconds += time.process_time() - started
         self._iteration += 1
         if evaluation_due(self._iteration, self._spacing) or self._exhausted():

@@ -14,6 +14,39 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_kfc import KFC
 
 
+@dataclass(frozen=True)
+class BatchLoss:
+    """The loss of a batch, or of some of its examples.
+
+    Attributes:
+        model: The model.
+        loss: Outputs and targets to a scalar.
+        inputs: One for each example.
+        targets: One for each example.
+    """
+
+    model: Callable[[Tensor], Tensor]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    inputs: Tensor
+    targets: Tensor
+
+    @property
+    def examples(self) -> int:
+        """How many there are."""
+        return len(self.inputs)
+
+    def __call__(self, part: Tensor | None = None) -> Tensor:
+        """Evaluate it.
+
+        Args:
+            part: The indices of the examples; None for all.
+        """
+        inputs, targets = self.inputs, self.targets
+        if part is not None:
+            inputs, targets = inputs[part], targets[part]
+        return self.loss(self.model(inputs), targets)
+
+
 class Stepper(ABC):
     """Makes training steps.
 
@@ -24,7 +57,7 @@ class Stepper(ABC):
     averaged: nn.Module | None = None
 
     @abstractmethod
-    def step(self, compute_loss: Callable[[], Tensor]) -> None:
+    def step(self, compute_loss: BatchLoss) -> None:
         """Forward, backward and update on the batch that ``compute_loss`` looks at."""
 
 
@@ -34,7 +67,7 @@ class PlainStepper(Stepper):
     def __init__(self, *optimizers: Optimizer) -> None:
         self.optimizers = optimizers
 
-    def step(self, compute_loss: Callable[[], Tensor]) -> None:
+    def step(self, compute_loss: BatchLoss) -> None:
         """See :class:`Stepper`."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
@@ -50,10 +83,10 @@ class KFCStepper(Stepper):
         self.kfc = kfc
         self.optimizer = optimizer
 
-    def step(self, compute_loss: Callable[[], Tensor]) -> None:
+    def step(self, compute_loss: BatchLoss) -> None:
         """See :class:`Stepper`."""
         self.optimizer.zero_grad()
-        with self.kfc.capture():
+        with self.kfc.capture(compute_loss, examples=compute_loss.examples):
             loss = compute_loss()
         self.kfc.back_propagate(loss)
         loss.backward()
@@ -81,7 +114,7 @@ class AveragingStepper(Stepper):
         self._average = AveragedModel(model, avg_fn=mix)
         self.averaged = self._average
 
-    def step(self, compute_loss: Callable[[], Tensor]) -> None:
+    def step(self, compute_loss: BatchLoss) -> None:
         """See :class:`Stepper`."""
         self._stepper.step(compute_loss)
         self._average.update_parameters(self._model)

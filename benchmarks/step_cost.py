@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.networks import deep_autoencoder, resnet20
-from benchmarks.optimizers import KFCStepper, Stepper
+from benchmarks.optimizers import BatchLoss, KFCStepper, Stepper
 from benchmarks.tasks import summed_cross_entropy
 from lightning_kfc import KFC
 
@@ -118,8 +118,7 @@ class Steps:
 
     def step(self) -> None:
         """One step."""
-        inputs, targets = self._batch
-        self._stepper.step(lambda: self._workload.loss(self._model(inputs), targets))
+        self._stepper.step(BatchLoss(self._model, self._workload.loss, *self._batch))
 
 
 def amortised(between: float, factors: float, refresh: float, t_cov: int, t_inv: int) -> float:

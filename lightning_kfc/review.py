@@ -24,6 +24,19 @@ MOMENTA = ("momentum_buffer", "exp_avg", "momentum")
 
 
 @dataclass(frozen=True)
+class PartLoss:
+    """The loss of a part of a (micro-)batch, on the scale of the whole, and how it is had again.
+
+    Attributes:
+        value: At the weights of the step's forward.
+        again: Gives it at the present weights, with the random numbers of that time.
+    """
+
+    value: Tensor
+    again: Callable[[], Tensor | float]
+
+
+@dataclass(frozen=True)
 class Before:
     """What is kept of the time before a step.
 
@@ -163,9 +176,19 @@ class Reviewer:
             self._before = Before.of(parameters, loss_scale, loss, size)
 
     def review(
-        self, evaluations: Sequence[Evaluation], layers: Iterable[Layer], optimizer: Optimizer | None
+        self,
+        evaluations: Sequence[Evaluation],
+        layers: Iterable[Layer],
+        optimizer: Optimizer | None,
+        parts: Sequence[PartLoss] = (),
     ) -> Verdict | None:
         """Evaluate the step's batch again, adjust the region, and take the step back where it went wrong.
+
+        Args:
+            evaluations: Give the losses of the step's micro-batches.
+            layers: The layers.
+            optimizer: The one that made the step.
+            parts: Losses of parts of them, which are looked at instead; none to look at the whole.
 
         Returns:
             What followed; None where no review was due, or nothing has changed.
@@ -182,11 +205,12 @@ class Reviewer:
         error: Exception | None = None
         loss_after = float("nan")
         try:
-            loss_after = self._evaluate(evaluations)
+            loss_after = self._evaluate([part.again for part in parts] or evaluations)
         except Exception as raised:
             error = raised
+        own = sum(float(part.value) for part in parts) if parts else before.loss
         # A rank that cannot evaluate says so, instead of leaving the others to wait for its loss.
-        loss_before, loss_after, failed = distributed.mean([before.loss, loss_after, float(error is not None)], device)
+        loss_before, loss_after, failed = distributed.mean([own, loss_after, float(error is not None)], device)
         if failed:
             raise error or RuntimeError("another rank could not evaluate its loss")
         with torch.no_grad(), full_precision(self._model):
