@@ -130,6 +130,8 @@ ABLATION = (
     kfc("kfc_adam", "KFC, rule adam", lr=0.02, momentum=0.0, rule="adam"),
     kfc("kfc_slow", "KFC, decay 0.95", ema_decay=0.95),
     kfc("kfc_all_rows", "KFC, statistics of all rows", rows_per_dim=None),
+    kfc("kfc_part", "KFC, statistics of 128 examples", factor_examples=128),
+    kfc("kfc_part64", "KFC, statistics of 64 examples", factor_examples=64),
     kfc("kfc_averaged", "KFC, averaged weights", average=0.9),
     kfc("kfc_fixed", "KFC, damping and KL clip fixed", damping=0.01, kl_clip=0.03),
     kfc("kfc_empirical", "KFC, empirical Fisher", fisher="empirical"),

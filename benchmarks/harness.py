@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks.curves import Curve
 from benchmarks.optimizers import Contestant
@@ -107,8 +108,13 @@ class Run:
 
     def _step(self) -> None:
         inputs, targets = next(self._batches)
+
+        def loss(part: Tensor | None = None) -> Tensor:
+            x, y = (inputs, targets) if part is None else (inputs[part], targets[part])
+            return self.task.loss(self.model(x), y)
+
         started = time.process_time()
-        self._stepper.step(lambda: self.task.loss(self.model(inputs), targets))
+        self._stepper.step(loss, len(inputs))
         self._seconds += time.process_time() - started
         self._iteration += 1
         if evaluation_due(self._iteration, self._spacing) or self._exhausted():

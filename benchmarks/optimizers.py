@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,18 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_kfc import KFC
+
+
+class BatchLoss(Protocol):
+    """The loss of a batch, or of some of its examples."""
+
+    def __call__(self, part: Tensor | None = None) -> Tensor:
+        """Evaluate it.
+
+        Args:
+            part: The indices of the examples; None for all.
+        """
+        ...
 
 
 class Stepper(ABC):
@@ -24,8 +37,8 @@ class Stepper(ABC):
     averaged: nn.Module | None = None
 
     @abstractmethod
-    def step(self, compute_loss: Callable[[], Tensor]) -> None:
-        """Forward, backward and update on the batch that ``compute_loss`` looks at."""
+    def step(self, compute_loss: BatchLoss, examples: int) -> None:
+        """Forward, backward and update on the batch that ``compute_loss`` looks at, of so many examples."""
 
 
 class PlainStepper(Stepper):
@@ -34,7 +47,7 @@ class PlainStepper(Stepper):
     def __init__(self, *optimizers: Optimizer) -> None:
         self.optimizers = optimizers
 
-    def step(self, compute_loss: Callable[[], Tensor]) -> None:
+    def step(self, compute_loss: BatchLoss, examples: int) -> None:
         """See :class:`Stepper`."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
@@ -50,10 +63,10 @@ class KFCStepper(Stepper):
         self.kfc = kfc
         self.optimizer = optimizer
 
-    def step(self, compute_loss: Callable[[], Tensor]) -> None:
+    def step(self, compute_loss: BatchLoss, examples: int) -> None:
         """See :class:`Stepper`."""
         self.optimizer.zero_grad()
-        with self.kfc.capture():
+        with self.kfc.capture(compute_loss, examples=examples):
             loss = compute_loss()
         self.kfc.back_propagate(loss)
         loss.backward()
@@ -81,9 +94,9 @@ class AveragingStepper(Stepper):
         self._average = AveragedModel(model, avg_fn=mix)
         self.averaged = self._average
 
-    def step(self, compute_loss: Callable[[], Tensor]) -> None:
+    def step(self, compute_loss: BatchLoss, examples: int) -> None:
         """See :class:`Stepper`."""
-        self._stepper.step(compute_loss)
+        self._stepper.step(compute_loss, examples)
         self._average.update_parameters(self._model)
 
 

@@ -119,7 +119,12 @@ class Steps:
     def step(self) -> None:
         """One step."""
         inputs, targets = self._batch
-        self._stepper.step(lambda: self._workload.loss(self._model(inputs), targets))
+
+        def loss(part: torch.Tensor | None = None) -> torch.Tensor:
+            x, y = (inputs, targets) if part is None else (inputs[part], targets[part])
+            return self._workload.loss(self._model(x), y)
+
+        self._stepper.step(loss, len(inputs))
 
 
 def amortised(between: float, factors: float, refresh: float, t_cov: int, t_inv: int) -> float:

@@ -23,6 +23,7 @@ class Attachment:
         trainer: The trainer.
         active: Whether the callback takes part now.
         kfc: Gives the engine; a checkpoint may have replaced it since.
+        capture: Opens its capture of the present batch.
         on_unseen_backward: Called when a gradient arrives outside of Lightning's own backward.
         on_step: Called with an optimizer that has stepped as Lightning had announced, before anything else sees the
             new weights.
@@ -36,6 +37,7 @@ class Attachment:
         *,
         active: Callable[[], bool],
         kfc: Callable[[], KFC],
+        capture: Callable[[], contextlib.AbstractContextManager[None]],
         on_unseen_backward: Callable[[], None],
         on_step: Callable[[Optimizer], None],
         on_unseen_step: Callable[[Optimizer], None],
@@ -43,6 +45,7 @@ class Attachment:
     ) -> None:
         self._active = active
         self._kfc = kfc
+        self._capture = capture
         self._on_unseen_backward = on_unseen_backward
         self._on_step = on_step
         self._on_unseen_step = on_unseen_step
@@ -79,7 +82,7 @@ class Attachment:
             return
         # A backward that raised has not ended.
         self._in_backward = False
-        with self._kfc().capture(), self._gradients_watched(), self._observing():
+        with self._capture(), self._gradients_watched(), self._observing():
             yield
 
     @contextlib.contextmanager

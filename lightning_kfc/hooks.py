@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Sequence
@@ -70,6 +71,8 @@ class KFCHooks:
         max_factor_dim: A layer's factor with more dimensions than this is kept as its diagonal; null for no bound.
         rows_per_dim: Where a batch has more rows (locations of images, positions of sequences) for each dimension of a
             layer's input factor than this, the factor comes from a part of them; null for all rows.
+        factor_examples: Statistics are taken from at most so many examples of each batch, by running training_step once
+            more on these; where that cannot be, from all of them, as a line says. Null for all.
         include: Glob patterns over module names, such as "encoder.*": only these modules are preconditioned.
         exclude: Glob patterns over module names that are not preconditioned.
         seed: Seed of the sampled targets. The global random stream is never touched.
@@ -120,6 +123,7 @@ class KFCHooks:
         weight_sharing: Literal["expand", "reduce"] = "expand",
         max_factor_dim: int | None = 10_000,
         rows_per_dim: int | None = 16,
+        factor_examples: int | None = None,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         seed: int = 0,
@@ -152,6 +156,7 @@ class KFCHooks:
             weight_sharing=weight_sharing,
             max_factor_dim=max_factor_dim,
             rows_per_dim=rows_per_dim,
+            factor_examples=factor_examples,
             include=include,
             exclude=exclude,
             seed=seed,
@@ -278,6 +283,7 @@ class KFCHooks:
             # a sharded optimizer's state is loaded by way of a step that moves nothing.
             active=lambda: self._training and any(callback is self for callback in trainer.callbacks),
             kfc=lambda: self.kfc,
+            capture=self._capture,
             on_unseen_backward=self._warn_bare_backward,
             on_step=self._review_step,
             on_unseen_step=self._after_unseen_step,
@@ -299,7 +305,7 @@ class KFCHooks:
             )
         self.kfc.say = rank_zero_info
         self._tells.engine_replaced()
-        self._fix_what_cannot_be_reviewed(trainer, pl_module)
+        self._do_without_replay(trainer, pl_module)
         self._warn_of_split_layers(trainer.optimizers)
         rank_zero_info(self._report())
         self._advise(trainer)
@@ -329,6 +335,8 @@ class KFCHooks:
             lines += wrapped(f"Each checkpoint holds the factors and inverses, {size} (save_factors=False: none).")
         else:
             lines += wrapped("Checkpoints hold no factors (save_factors=False): a resumed run warms up again.")
+        if self._settings.factor_examples is not None:
+            lines += wrapped(f"Statistics come from {self.kfc.statistics_source}.")
         return "\n".join(lines)
 
     def _warn_of_split_layers(self, optimizers: Sequence[Any]) -> None:
@@ -342,10 +350,11 @@ class KFCHooks:
                     "Give its weight and its bias to the same optimizer, or add it to `exclude` to silence this."
                 )
 
-    def _fix_what_cannot_be_reviewed(self, trainer: Any, pl_module: Any) -> None:
+    def _do_without_replay(self, trainer: Any, pl_module: Any) -> None:
         reason = why_no_replay(trainer, pl_module)
         if reason is None:
             return
+        self.kfc.use_whole_batches(f"with {reason}, the loss of a step cannot be evaluated again")
         automatic = [name for name in ("damping", "kl_clip") if getattr(self._settings, name) == "auto"]
         self.kfc.fix_trust_region()
         if automatic:
@@ -389,8 +398,13 @@ class KFCHooks:
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Keep the batch, on which the step may be reviewed, and start the clock, where the time of steps is wanted."""
         self._reports.step_begins()
-        if self._replay is not None and self.kfc.reviews:
+        if self._replay is not None and (self.kfc.reviews or self.kfc.takes_parts):
             self._replay.keep(batch, batch_idx)
+
+    def _capture(self) -> contextlib.AbstractContextManager[None]:
+        if self._replay is None or not self.kfc.takes_parts:
+            return self.kfc.capture()
+        return self._replay.capture(self.kfc, self._reports.observing)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         """Take the statistics of this loss, while its graph lives."""

@@ -25,6 +25,8 @@ from lightning_kfc.layer import Keeping, Layer
 from lightning_kfc.likelihood import Likelihood
 from lightning_kfc.monitor import Events, StepNumbers
 from lightning_kfc.observation import Observation
+from lightning_kfc.part import Batch, Parts
+from lightning_kfc.part import Evaluation as PartEvaluation
 from lightning_kfc.period_choice import PeriodChoice
 from lightning_kfc.placement import factorisation_cost
 from lightning_kfc.refresh import Refresh
@@ -85,6 +87,9 @@ class KFC:
             ResNet-50, 9,217 in the widest ResNets), and no vocabulary; a factor with its inverse takes 0.8 GB there.
         rows_per_dim: A is estimated from a part of a batch's rows, at least so many times its dimensions, where there
             are more: every k-th example gives every k-th of its positions, k at most 16. None for all rows.
+        factor_examples: Statistics are taken from at most so many examples of each (micro-)batch, chosen at random, by
+            evaluating the loss on them once more; :meth:`capture` takes what does that. None for all examples, by a
+            record of the forward itself. See :mod:`lightning_kfc.part`.
         include: Glob patterns over module names; only these are preconditioned. None for all.
         exclude: Glob patterns over module names that are not preconditioned.
         seed: Seed of the sampling of targets; the global random stream is never touched.
@@ -132,6 +137,7 @@ class KFC:
         weight_sharing: str = "expand",
         max_factor_dim: int | None = 10_000,
         rows_per_dim: int | None = 16,
+        factor_examples: int | None = None,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         seed: int = 0,
@@ -159,6 +165,7 @@ class KFC:
             weight_sharing=weight_sharing,
             max_factor_dim=max_factor_dim,
             rows_per_dim=rows_per_dim,
+            factor_examples=factor_examples,
             include=include,
             exclude=exclude,
             seed=seed,
@@ -208,7 +215,7 @@ class KFC:
         self.events = Events()
         self.last_step: StepNumbers | None = None
         #: Takes a line that tells how a long start gets on; says nothing where it is not set.
-        self.say: Callable[[str], None] = lambda line: None
+        self.say: Callable[[str], None] = _say_nothing
         #: Where set, called at each step with the layers, their gradients and their updates; both may be views.
         self.inspect: Inspection | None = None
         self.communication = distributed.Communication()
@@ -218,6 +225,7 @@ class KFC:
         self._observation = Observation(
             model, settings, self._found, self._due, self._cannot_explain, self._team, self.times
         )
+        self._parts = Parts(model, settings, self._team, self._observation, self.times, self._say_or_warn)
         self._refresh_layers = Refresh(
             settings,
             self._due,
@@ -258,6 +266,30 @@ class KFC:
         """When statistics and inverses are due; where a period is ``"auto"``, the default's until it is chosen."""
         return self._periods.schedule
 
+    @property
+    def takes_parts(self) -> bool:
+        """Whether statistics come from parts of batches (``factor_examples``), as far as is known."""
+        return self._parts.used
+
+    @property
+    def statistics_source(self) -> str:
+        """What statistics are taken from, in words: so many examples, or whole batches with the reason why."""
+        return self._parts.described()
+
+    def use_whole_batches(self, reason: str) -> None:
+        """Do without ``factor_examples`` in this process.
+
+        Args:
+            reason: What is said about it.
+        """
+        self._parts.refuse(reason, lasting=False)
+
+    def _say_or_warn(self, line: str) -> None:
+        if self.say is not _say_nothing:
+            self.say(line)
+        elif distributed.rank() == 0:
+            warnings.warn(line, stacklevel=5)
+
     def coverage(self) -> Coverage:
         """Every parameter with how it is treated and why; prints as a table."""
         moments = 2 if self.settings.rule == "adam" else 0
@@ -282,16 +314,32 @@ class KFC:
     # A step, in the order of its parts.
 
     @contextlib.contextmanager
-    def capture(self) -> Iterator[None]:
+    def capture(self, evaluate: PartEvaluation | None = None, *, examples: int = 0, whole: str = "") -> Iterator[None]:
         """Record what the forward and the loss of this (micro-)batch show, if this step is due; else do nothing.
 
         Compute the loss inside. Compiled code runs eagerly there, and only there.
+
+        Args:
+            evaluate: With ``factor_examples``: gives the loss of some examples of the batch, those of a tensor of
+                indices, as the loss of the whole is computed (and divided, where micro-batches are accumulated), but
+                without a gradient scaler's factor. :meth:`update` calls it where a part is looked at; then nothing is
+                recorded inside. Buffers and random streams are put back afterwards.
+            examples: With ``factor_examples``: the number of examples in the batch.
+            whole: Why this batch must be taken as a whole, if it must.
+
+        Raises:
+            ValueError: If the step is due, and ``factor_examples`` is set, but none of these is given.
         """
         self._begin_step_if_over()
         if not self._ranks_agree:
             check_agreement(self.settings, self._found.layers, next(self._model.parameters()).device)
             self._ranks_agree = True
         self._reviewer.forward_begins()
+        due = self._due.recorded_at(self.step, self._found.layers)
+        if self._parts.begin(Batch(evaluate, examples, whole), self.step, due):
+            self._observation.pass_over()
+            yield
+            return
         with self._observation.capture(self.step):
             yield
 
@@ -314,7 +362,7 @@ class KFC:
             RuntimeError: If the step is due but its loss was not computed inside :meth:`capture`, or if its
                 backward has been run.
         """
-        if not self._observation.active and self._due.date(self.step):
+        if not (self._observation.active or self._parts.expected) and self._due.date(self.step):
             raise RuntimeError(
                 f"KFC has recorded nothing at step {self.step}: compute the loss inside `with kfc.capture():`."
             )
@@ -325,9 +373,9 @@ class KFC:
     def back_propagate(self, loss: Tensor, *, loss_scale: float = 1.0, loss_fraction: float = 1.0) -> None:
         """The first half of :meth:`update`: send the seeds to the layers while the loss's graph lives."""
         self._reviewer.note_loss(loss, loss_scale)
-        if not self._observation.active:
+        if not (self._observation.active or self._parts.expected):
             return
-        statistics = self._observation.statistics(
+        statistics = self._parts.statistics(
             loss,
             self.step,
             self._micro_batch,
@@ -387,6 +435,7 @@ class KFC:
     def release(self) -> None:
         """Let go of what was recorded of the last forward and its graph."""
         self._observation.release()
+        self._parts.release()
         self._refresh_layers.abandon()
 
     def follow_gradients(self) -> None:
@@ -399,7 +448,7 @@ class KFC:
             if (layer.pending is not None or name in self._unseen) and layer.gradient_is_zero():
                 self._drop_pending(name)
                 self._unseen.discard(name)
-        recorded = set(self.recorded) if self._observation.active else set()
+        recorded = set(self.recorded if self._observation.active else self._parts.expected)
         self.forget(name for name in self._found.layers if name not in recorded)
 
     def learning_rates(self, optimizer: Optimizer) -> dict[str, float]:
@@ -686,6 +735,7 @@ class KFC:
             "events": self.events.state_dict(),
             "inverses_skipped": self.inverses_skipped,
             "trust_region": self._reviewer.region.state_dict(),
+            "parts": self._parts.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
@@ -715,8 +765,10 @@ class KFC:
         self.events.load_state_dict(state["events"])
         self._refresh_layers.inverting.skipped = int(state.get("inverses_skipped", 0))
         self._reviewer.region.load_state_dict(state.get("trust_region", {}))
+        self._parts.load_state_dict(state.get("parts", {}))
         if state["layers"] is None:
             self._due.restart(self.step)
+            self._parts.restart()
             return ["the state holds no factors: curvature is estimated anew, beginning with a warm-up"]
         problems = [
             f"layer {name!r} of the checkpoint is not in the model"
@@ -745,7 +797,12 @@ class KFC:
                 problems.append(f"layer {name!r} starts anew: {reason}")
         if not any(self._due.has_statistics(name) for name in self._found.layers):
             self._due.restart(self.step)
+            self._parts.restart()
         return problems
+
+
+def _say_nothing(line: str) -> None:
+    """Where nobody listens."""
 
 
 def _reviewed(numbers: StepNumbers, verdict: Verdict) -> StepNumbers:

@@ -29,6 +29,7 @@ from lightning_kfc.fisher import (
 from lightning_kfc.isolation import eager_compiled_code, full_precision, leaving_no_trace, sinks_at_rest
 from lightning_kfc.layer import Layer
 from lightning_kfc.loss_terms import LossNotRecognisedError, attach_named_output, unrecognised, wanted_terms
+from lightning_kfc.part_law import TermOutline
 from lightning_kfc.per_example import ExampleGradients
 from lightning_kfc.selftest import SelfTest
 from lightning_kfc.settings import Settings
@@ -110,6 +111,11 @@ class Observation:
             for handle in handles:
                 handle.remove()
 
+    def pass_over(self) -> None:
+        """Record nothing of the coming forward."""
+        self.recorded = []
+        self.release()
+
     def release(self) -> None:
         """Let go of what was recorded of the last forward and its graph."""
         self._recorder = self._losses = None
@@ -174,11 +180,39 @@ class Observation:
                 names = {call.layer for call in recorded if call.inputs is not None}
                 examples = self._example_gradients(names - unseen, step)
                 found = self._back_propagate(
-                    loss, calls, self._generator(step, micro_batch), loss_scale, loss_fraction, examples
+                    loss, calls, self.generator(step, micro_batch), loss_scale, loss_fraction, examples
                 )
                 return self._by_layer(found, calls, len(recorded))
         finally:
             self.resume()
+
+    # What a loss is made of.
+
+    def outline(self, loss: Tensor, loss_scale: float, loss_fraction: float) -> list[TermOutline]:
+        """The recorded terms that a loss contains, before :meth:`statistics` is asked for."""
+        return [] if self._losses is None else self._outline(self._losses, loss, loss_scale, loss_fraction)
+
+    def outline_of(self, evaluate: Callable[[], Tensor | None], loss_fraction: float) -> list[TermOutline] | None:
+        """The terms of a loss that is evaluated for that alone; None where there is none."""
+        losses = LossRecorder()
+        handles = attach_named_output(self._model, self._settings.likelihood, losses)
+        try:
+            with eager_compiled_code(), losses:
+                loss = evaluate()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return None if loss is None else self._outline(losses, loss, 1.0, loss_fraction)
+
+    def _outline(
+        self, losses: LossRecorder, loss: Tensor, loss_scale: float, loss_fraction: float
+    ) -> list[TermOutline]:
+        wanted = wanted_terms(losses.terms, self._settings.likelihood)
+        with sinks_at_rest(loss):
+            kept = weighted_terms(loss, wanted, loss_scale=loss_scale, loss_fraction=loss_fraction)
+        return [TermOutline(w.term.function, w.term.logits.numel(), float(w.weights.sum())) for w in kept]
+
+    # Parts of a due step.
 
     def _parameter_calls(self) -> list[Call]:
         return [
@@ -253,7 +287,7 @@ class Observation:
             if name in self._found.layers
         }
 
-    def _generator(self, step: int, micro_batch: int, stream: int = 0) -> Callable[[torch.device], torch.Generator]:
+    def generator(self, step: int, micro_batch: int, stream: int = 0) -> Callable[[torch.device], torch.Generator]:
         """A generator that depends on seed, rank, step and micro-batch alone, so that a resumed run draws the same."""
         mixed = 0
         for part in (self._settings.seed, self._team.rank, step, micro_batch, stream):
@@ -264,7 +298,7 @@ class Observation:
     def _prepare_self_test(self, step: int) -> SelfTest | None:
         if self._self_test is None and not self.self_test_done:
             layers = self._layers_with_rows(self._found.layers)
-            self._self_test = SelfTest(layers, self._generator(step, 0, stream=1)(torch.device("cpu")))
+            self._self_test = SelfTest(layers, self.generator(step, 0, stream=1)(torch.device("cpu")))
         if self._self_test is not None:
             self._self_test.recorded = set(self.recorded)
         return self._self_test

@@ -14,7 +14,10 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_kfc.batches import Examples
 from lightning_kfc.distributed import is_sharded
+from lightning_kfc.kfc import KFC
+from lightning_kfc.part_law import NotDivisibleError
 
 #: Values of a module's attributes that a training step may change in place, or replace.
 PLAIN = (bool, int, float, complex, str, bytes, list, dict, set, tuple, type(None))
@@ -60,15 +63,41 @@ class Replay:
 
         return [evaluation(batch, batch_idx) for batch, batch_idx in self._batches]
 
+    def capture(
+        self, kfc: KFC, around: Callable[[], contextlib.AbstractContextManager[None]]
+    ) -> contextlib.AbstractContextManager[None]:
+        """The engine's capture of the present batch, a part of which may be evaluated in its place.
+
+        Args:
+            kfc: The engine.
+            around: A context for each such evaluation.
+        """
+        batch, batch_idx = self._batches[-1]
+        try:
+            examples = Examples(batch)
+        except NotDivisibleError as reason:
+            return kfc.capture(whole=str(reason))
+
+        def evaluate(part: Tensor) -> Tensor | None:
+            with around():
+                loss = self._output(examples.part(part), batch_idx)
+            return None if loss is None else loss / self._trainer.accumulate_grad_batches
+
+        return kfc.capture(evaluate, examples=examples.count)
+
     def _loss(self, batch: Any, batch_idx: int) -> float:
+        loss = self._output(batch, batch_idx)
+        # A step that Lightning skips has no loss: nothing was expected of it either.
+        return float(loss) if loss is not None else float("nan")
+
+    def _output(self, batch: Any, batch_idx: int) -> Tensor | None:
         # Lightning's own rule for what it passes.
         numbered = is_param_in_hook_signature(self._module.training_step, "batch_idx", min_args=2)
         arguments = (batch, batch_idx) if numbered else (batch,)
         with unnoticed(self._trainer, self._module), self._trainer.precision_plugin.forward_context():
             output = self._module.training_step(*arguments)
-        loss = output.get("loss") if isinstance(output, Mapping) else output
-        # A step that Lightning skips has no loss: nothing was expected of it either.
-        return float(loss) if loss is not None else float("nan")
+        loss: Tensor | None = output.get("loss") if isinstance(output, Mapping) else output
+        return loss
 
 
 @contextlib.contextmanager
