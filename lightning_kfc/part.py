@@ -213,10 +213,10 @@ class Parts:
         self, batch: Batch, step: int, micro_batch: int, loss_fraction: float, unseen: Set[str]
     ) -> dict[str, Statistics]:
         assert batch.evaluate is not None
-        count, observation = self._count, self._observation
+        observation = self._observation
+        chosen = self._chosen(batch.examples, self._count, step, micro_batch)
         # What weights are divided by: those of a sum are too few.
-        share = count / batch.examples if self.law == "sum" else 1.0
-        chosen = self._chosen(batch.examples, count, step, micro_batch)
+        share = len(chosen) / batch.examples if self.law == "sum" else 1.0
         try:
             with self._times.part("statistics"), leaving_no_trace(self._model), torch.enable_grad():
                 try:
