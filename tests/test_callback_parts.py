@@ -47,8 +47,8 @@ class Recorded(ConvNet):
         self.accuracy(logits, targets)
         self.outputs.append(loss.detach())
         self.seen["batches"] += 1
-        self.log("loss", loss, on_step=True, on_epoch=True)
-        self.log_dict({"accuracy": self.accuracy}, on_step=False, on_epoch=True)
+        self.log("loss", loss, on_step=True, on_epoch=True, batch_size=len(inputs))
+        self.log_dict({"accuracy": self.accuracy}, on_step=False, on_epoch=True, batch_size=len(inputs))
         return {"loss": loss, "logits": logits.detach()}
 
 
