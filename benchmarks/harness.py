@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from benchmarks.curves import Curve
-from benchmarks.optimizers import Contestant
+from benchmarks.optimizers import BatchLoss, Contestant
 from benchmarks.tasks import Task
 
 #: Steps that one run makes before the next one's turn: a disturbance of the machine then meets them all.
@@ -108,13 +107,8 @@ class Run:
 
     def _step(self) -> None:
         inputs, targets = next(self._batches)
-
-        def loss(part: Tensor | None = None) -> Tensor:
-            x, y = (inputs, targets) if part is None else (inputs[part], targets[part])
-            return self.task.loss(self.model(x), y)
-
         started = time.process_time()
-        self._stepper.step(loss, len(inputs))
+        self._stepper.step(BatchLoss(self.model, self.task.loss, inputs, targets))
         self._seconds += time.process_time() - started
         self._iteration += 1
         if evaluation_due(self._iteration, self._spacing) or self._exhausted():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +14,26 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_kfc import KFC
 
 
-class BatchLoss(Protocol):
-    """The loss of a batch, or of some of its examples."""
+@dataclass(frozen=True)
+class BatchLoss:
+    """The loss of a batch, or of some of its examples.
+
+    Attributes:
+        model: The model.
+        loss: Outputs and targets to a scalar.
+        inputs: One for each example.
+        targets: One for each example.
+    """
+
+    model: Callable[[Tensor], Tensor]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    inputs: Tensor
+    targets: Tensor
+
+    @property
+    def examples(self) -> int:
+        """How many there are."""
+        return len(self.inputs)
 
     def __call__(self, part: Tensor | None = None) -> Tensor:
         """Evaluate it.
@@ -24,7 +41,10 @@ class BatchLoss(Protocol):
         Args:
             part: The indices of the examples; None for all.
         """
-        ...
+        inputs, targets = self.inputs, self.targets
+        if part is not None:
+            inputs, targets = inputs[part], targets[part]
+        return self.loss(self.model(inputs), targets)
 
 
 class Stepper(ABC):
@@ -37,8 +57,8 @@ class Stepper(ABC):
     averaged: nn.Module | None = None
 
     @abstractmethod
-    def step(self, compute_loss: BatchLoss, examples: int) -> None:
-        """Forward, backward and update on the batch that ``compute_loss`` looks at, of so many examples."""
+    def step(self, compute_loss: BatchLoss) -> None:
+        """Forward, backward and update on the batch that ``compute_loss`` looks at."""
 
 
 class PlainStepper(Stepper):
@@ -47,7 +67,7 @@ class PlainStepper(Stepper):
     def __init__(self, *optimizers: Optimizer) -> None:
         self.optimizers = optimizers
 
-    def step(self, compute_loss: BatchLoss, examples: int) -> None:
+    def step(self, compute_loss: BatchLoss) -> None:
         """See :class:`Stepper`."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
@@ -63,10 +83,10 @@ class KFCStepper(Stepper):
         self.kfc = kfc
         self.optimizer = optimizer
 
-    def step(self, compute_loss: BatchLoss, examples: int) -> None:
+    def step(self, compute_loss: BatchLoss) -> None:
         """See :class:`Stepper`."""
         self.optimizer.zero_grad()
-        with self.kfc.capture(compute_loss, examples=examples):
+        with self.kfc.capture(compute_loss, examples=compute_loss.examples):
             loss = compute_loss()
         self.kfc.back_propagate(loss)
         loss.backward()
@@ -94,9 +114,9 @@ class AveragingStepper(Stepper):
         self._average = AveragedModel(model, avg_fn=mix)
         self.averaged = self._average
 
-    def step(self, compute_loss: BatchLoss, examples: int) -> None:
+    def step(self, compute_loss: BatchLoss) -> None:
         """See :class:`Stepper`."""
-        self._stepper.step(compute_loss, examples)
+        self._stepper.step(compute_loss)
         self._average.update_parameters(self._model)
 
 

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.networks import deep_autoencoder, resnet20
-from benchmarks.optimizers import KFCStepper, Stepper
+from benchmarks.optimizers import BatchLoss, KFCStepper, Stepper
 from benchmarks.tasks import summed_cross_entropy
 from lightning_kfc import KFC
 
@@ -118,13 +118,7 @@ class Steps:
 
     def step(self) -> None:
         """One step."""
-        inputs, targets = self._batch
-
-        def loss(part: torch.Tensor | None = None) -> torch.Tensor:
-            x, y = (inputs, targets) if part is None else (inputs[part], targets[part])
-            return self._workload.loss(self._model(x), y)
-
-        self._stepper.step(loss, len(inputs))
+        self._stepper.step(BatchLoss(self._model, self._workload.loss, *self._batch))
 
 
 def amortised(between: float, factors: float, refresh: float, t_cov: int, t_inv: int) -> float:
