@@ -121,9 +121,13 @@ class Noted(Callback):
 
     def __init__(self) -> None:
         self.factors: list[dict[str, Tensor]] = []
+        #: Steps since each layer's statistics were folded.
+        self.ages: list[dict[str, int | None]] = []
 
     def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-        layers = trainer.callbacks[0].kfc.layers.items()
+        kfc = trainer.callbacks[0].kfc
+        layers = kfc.layers.items()
+        self.ages.append({name: kfc.ages(name)[0] for name in kfc.layers})
         self.factors.append({f"{n}.{k}": v.clone() for n, layer in layers for k, v in layer.factors.items()})
 
 
@@ -133,6 +137,9 @@ def factors(module: Any, data: Any, options: dict[str, Any] | None = None, **set
     defaults = {"ema_decay": 0.0, "factor_every_n_steps": 1, "fisher": "exact", "kl_clip": 1e-30, "rows_per_dim": None}
     callback = KFCCallback(**{**defaults, **settings})
     trainer(callback, noted, max_epochs=4, **(options or {})).fit(module, data)
+    # Alike factors may just have been kept: they were taken at every step.
+    accumulated = (options or {}).get("accumulate_grad_batches", 1)
+    assert {ages["head"] for ages in noted.ages[accumulated - 1 :: accumulated]} == {0}
     return noted.factors
 
 
