@@ -91,6 +91,8 @@ KINDS: dict[str, Callable[[nn.Module], Stepper]] = {
     "factors": _kfc(1, NEVER),
     "refresh": _kfc(1, 1),
     "exact": _kfc(1, NEVER, rows_per_dim=None),
+    "refresh_128": _kfc(1, 1, factor_examples=128),
+    "refresh_64": _kfc(1, 1, factor_examples=64),
     "between_bfloat16": _kfc(NEVER, NEVER, inverse_precision="bfloat16"),
     "refresh_bfloat16": _kfc(1, 1, inverse_precision="bfloat16", factor_storage="bfloat16"),
 }
@@ -214,6 +216,8 @@ def time_rows(costs: dict[str, float]) -> dict[str, float]:
         "KFC, step that takes statistics": factors,
         "KFC, step that takes statistics of all rows": exact,
         "KFC, refreshing step": refresh,
+        "KFC, refreshing step, statistics of 128 examples (the callback's default)": costs["refresh_128"],
+        "KFC, refreshing step, statistics of 64 examples": costs["refresh_64"],
         "KFC, step between refreshes, inverses in bfloat16": costs["between_bfloat16"],
         "KFC, refreshing step, all in bfloat16": costs["refresh_bfloat16"],
     }

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.contestants import CONTESTANTS
+from benchmarks.optimizers import BatchLoss
 from benchmarks.tasks import TASKS
 from lightning_kfc import layer as layers
 from lightning_kfc.factors.quadratic import estimate_pays, estimated_quadratic_form, quadratic_form
@@ -44,7 +45,7 @@ def errors(batch_size: int) -> list[float]:
     try:
         for _ in range(STEPS):
             inputs, targets = next(batches)
-            stepper.step(lambda: task.loss(model(inputs), targets))  # noqa: B023 (called at once)
+            stepper.step(BatchLoss(model, task.loss, inputs, targets))
             if pairs:
                 found.append(sum(pair[0] for pair in pairs) / sum(pair[1] for pair in pairs) - 1)
             pairs.clear()

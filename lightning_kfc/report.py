@@ -40,7 +40,7 @@ CAPTIONS = {
 }
 
 #: What a training through Lightning has by default, where that is not the engine's own.
-CALLBACK_DEFAULTS = {"damping": "auto", "kl_clip": "auto"}
+CALLBACK_DEFAULTS = {"damping": "auto", "kl_clip": "auto", "factor_examples": 128}
 
 
 def sections(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import html
 import importlib.util
+import inspect
 import io
 import os
 import pickle
 import re
 import socket
 import warnings
+from dataclasses import fields
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +29,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_kfc import KFCCallback
+from lightning_kfc.report import CALLBACK_DEFAULTS
 from lightning_kfc.reporting import Reporting, ReportSettings
+from lightning_kfc.settings import Settings
 from lightning_kfc.spatial import MapWatcher
 from tests.harness import QUIET, Classifier, Watch, dense_net, fit, hooks_of, images, loader, weights
 
@@ -390,3 +394,10 @@ def test_of_two_ranks_one_writes_and_both_train_as_without(tmp_path: Path) -> No
     assert "<th>Ranks</th><td>2</td>" in text
     assert len(drawings(Page(text))) == 5
     assert len([*(tmp_path / "report" / "pictures").iterdir()]) == 6 + 5
+
+
+def test_what_the_report_takes_for_the_callback_s_defaults_are_its_defaults() -> None:
+    shown = inspect.signature(KFCCallback.__init__).parameters
+    for entry in fields(Settings):
+        if entry.init and entry.name in shown:
+            assert shown[entry.name].default == CALLBACK_DEFAULTS.get(entry.name, entry.default), entry.name
