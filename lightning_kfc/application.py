@@ -46,11 +46,21 @@ def solve(ready: Sequence[Ready], damping: float, kl_clip: float | None) -> Natu
         kl_clip: The bound of E7, or None.
     """
     chosen = [entry.solved or entry.layer.inverse for entry in ready]
-    inverses = [inverse.at_damping(damping) for inverse in chosen if inverse is not None]
+    missed: list[list[int]] = [[] for _ in ready]
+    inverses = [
+        inverse.at_damping(damping).for_rows(entry.layer.rows, found)
+        for entry, inverse, found in zip(ready, chosen, missed, strict=True)
+        if inverse is not None
+    ]
     previous = [entry.fallback or entry.layer.previous_inverse for entry in ready]
     fallbacks = [inverse and inverse.at_damping(damping) for inverse in previous]
     gradients, rates = [entry.gradient for entry in ready], [entry.learning_rate for entry in ready]
-    return natural_step(gradients, inverses, rates, kl_clip, fallbacks)
+    result = natural_step(gradients, inverses, rates, kl_clip, fallbacks)
+    for entry, found in zip(ready, missed, strict=True):
+        if found:
+            # A penalty on the weights, for one, is a gradient of no rows. Asked again when statistics are taken again.
+            entry.layer.rows = None
+    return result
 
 
 def replace_gradients(

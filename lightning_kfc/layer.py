@@ -73,6 +73,8 @@ class Layer:
         self.pending: Statistics | None = None
         self.examples: ExampleGradients | None = None
         self.factorised_at = -1
+        #: The most rows that a step has had, which bounds the rank of its gradient; None where that is not known.
+        self.rows: int | None = None
         #: The roles of the parameters that factors and inverse are for; others may be frozen or unfrozen since.
         self.roles: tuple[str, ...] = ()
         self._pending_roles: tuple[str, ...] = ()
@@ -340,6 +342,8 @@ class Layer:
             state["origin"] = self.origin.state_dict()
         if self.coming is not None:
             state["coming"] = self.coming.state_dict(self.averages)
+        if self.rows is not None:
+            state["rows"] = self.rows
         return state
 
     def load_state_dict(
@@ -369,6 +373,7 @@ class Layer:
             return f"its factors have shapes {found} in the checkpoint, {expected} now"
         self.averages = averages_of(state["factors"], device, self.keeping.factors) if with_factors else {}
         self.roles = tuple(self.adapter.own_parameters())
+        self.rows = state.get("rows")
         saved = dict(state.get("inverse", {}))
         self.forget_inverses()
         self.moments = None

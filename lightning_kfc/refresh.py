@@ -150,6 +150,7 @@ class Refresh:
                 empty.append(name)
             else:
                 decay = self._settings.ema_decay
+                layer.rows = max(layer.rows or 0, int(reduced.rows)) or None
                 if not (layer.fold(statistics, decay) if statistics is not None else layer.fold_elsewhere()):
                     self._events.count("restarted_layers")
                     self._due.forget(name)

@@ -54,6 +54,15 @@ class Inverse(ABC):
         """The inverse at another damping, where that costs nothing; else itself, at the one it was factorised with."""
         return self
 
+    def for_rows(self, rows: int | None, missed: list[int]) -> Inverse:
+        """This inverse for a gradient that is made of so many rows, where that can be used; else itself.
+
+        Args:
+            rows: How many; None where that is not known.
+            missed: Gets an entry where the gradient shows to be made of more.
+        """
+        return self
+
     def succeeding(self, previous: Inverse | None) -> Inverse:
         """This inverse with what the one that it replaces has learnt; itself where that is nothing."""
         return self
