@@ -398,7 +398,7 @@ def test_a_copy_made_during_training_carries_no_working_hook() -> None:
 
     module = Classifier(dense_net())
     module.net[2].register_forward_hook(take)
-    kfc = KFCCallback()
+    kfc = KFCCallback(factor_examples=None)
     fit(module, kfc=kfc, max_steps=2)
     before = factors(kfc.kfc)
     with kfc.kfc.capture():
