@@ -38,7 +38,10 @@ def test_accumulated_micro_batches_make_the_momentum_of_the_whole_batch() -> Non
     data = [(x.double(), y) for x, y in images(480)]
     runs = []
     for size, accumulated in ((160, 1), (80, 2)):
-        kfc, module = KFCCallback(rule="adam", fisher="exact", kl_clip=0.01, factor_examples=None), classifier().double()
+        kfc, module = (
+            KFCCallback(rule="adam", fisher="exact", kl_clip=0.01, factor_examples=None),
+            classifier().double(),
+        )
         options = {"accumulate_grad_batches": accumulated, "precision": "64-true"}
         fit(module, kfc=kfc, data=loader(data, batch_size=size), max_steps=3, **options)
         runs.append((kfc, module))

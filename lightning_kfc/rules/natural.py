@@ -9,7 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_kfc.factors.inverse import Inverse
+from lightning_kfc.factors.inverse import CholeskyInverse, Inverse
+
+#: Wider layers have products of their own: copying their inverses side by side costs more than starting a product.
+LARGEST_BATCHED = 512
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def natural_step(
         kl_clip: :math:`\kappa > 0`, or None for no clip.
         fallbacks: Per layer, the inverse to use instead where the first one's V is not usable, or None.
     """
-    updates = [inverse.solve(gradient) for inverse, gradient in zip(inverses, gradients, strict=True)]
+    updates = solve_all(inverses, gradients, batched=any(gradient.device.type != "cpu" for gradient in gradients))
     if not updates:
         return NaturalStep((), 1.0, 0.0)
     products = torch.stack([_dot(*pair).double() for pair in zip(updates, gradients, strict=True)]).tolist()
@@ -74,6 +77,43 @@ def natural_step(
     if clip < 1:
         updates = [update if i in failed else update.mul_(clip) for i, update in enumerate(updates)]
     return NaturalStep(tuple(updates), clip, quadratic, tuple(failed), tuple(restored))
+
+
+def solve_all(inverses: Sequence[Inverse], gradients: Sequence[Tensor], *, batched: bool) -> list[Tensor]:
+    """Every layer's V; small layers of equal shapes in one batch of products, where that is asked for.
+
+    An accelerator spends more on starting small products than on making them. On a CPU a batch takes as long as its
+    parts.
+
+    Args:
+        inverses: Per layer.
+        gradients: Per layer, shape ``(groups, d_out, d_in)``.
+        batched: Whether to make batches.
+    """
+    alike: dict[object, list[int]] = {}
+    for i, (inverse, gradient) in enumerate(zip(inverses, gradients, strict=True)):
+        alike.setdefault(_batch_key(inverse, gradient) if batched else i, []).append(i)
+    found: dict[int, Tensor] = {}
+    for key, members in alike.items():
+        if len(members) == 1 or key is None:
+            found |= {i: inverses[i].solve(gradients[i]) for i in members}
+            continue
+        of_one_kind = [inverse for i in members if isinstance(inverse := inverses[i], CholeskyInverse)]
+        together = CholeskyInverse(
+            torch.cat([inverse.A_inverse for inverse in of_one_kind]),
+            torch.cat([inverse.G_inverse for inverse in of_one_kind]),
+        )
+        solved = together.solve(torch.cat([gradients[i] for i in members]))
+        found |= dict(zip(members, torch.split(solved, gradients[members[0]].shape[0]), strict=True))
+    return [found[i] for i in range(len(inverses))]
+
+
+def _batch_key(inverse: Inverse, gradient: Tensor) -> object:
+    """Equal for layers that may share a batch; None for those that are solved alone."""
+    small = max(gradient.shape[-2:]) <= LARGEST_BATCHED
+    if not small or type(inverse) is not CholeskyInverse or inverse.A_inverse.ndim != 3 or inverse.G_inverse.ndim != 3:
+        return None
+    return gradient.shape, gradient.dtype, gradient.device, inverse.A_inverse.dtype
 
 
 def clip_factor(quadratic: float, kl_clip: float | None) -> float:
