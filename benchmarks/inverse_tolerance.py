@@ -109,7 +109,7 @@ def _cell(iterations: list[int], seeds: int) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", choices=TASKS, nargs="*", default=["autoencoder", "conv"])
+    parser.add_argument("--tasks", choices=TASKS, nargs="+", default=["autoencoder", "conv"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)
