@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_kfc.factors.inverse import Inverse
+from lightning_kfc.factors.inverse import FewRows, Inverse
 from lightning_kfc.layer import Layer
 from lightning_kfc.monitor import Events, StepNumbers, listed
 from lightning_kfc.rules.adam import AdamStep, adam_step
@@ -46,18 +46,17 @@ def solve(ready: Sequence[Ready], damping: float, kl_clip: float | None) -> Natu
         kl_clip: The bound of E7, or None.
     """
     chosen = [entry.solved or entry.layer.inverse for entry in ready]
-    missed: list[list[int]] = [[] for _ in ready]
     inverses = [
-        inverse.at_damping(damping).for_rows(entry.layer.rows, found)
-        for entry, inverse, found in zip(ready, chosen, missed, strict=True)
+        inverse.at_damping(damping).for_rows(entry.layer.rows)
+        for entry, inverse in zip(ready, chosen, strict=True)
         if inverse is not None
     ]
     previous = [entry.fallback or entry.layer.previous_inverse for entry in ready]
     fallbacks = [inverse and inverse.at_damping(damping) for inverse in previous]
     gradients, rates = [entry.gradient for entry in ready], [entry.learning_rate for entry in ready]
     result = natural_step(gradients, inverses, rates, kl_clip, fallbacks)
-    for entry, found in zip(ready, missed, strict=True):
-        if found:
+    for entry, inverse in zip(ready, inverses, strict=True):
+        if isinstance(inverse, FewRows) and inverse.missed:
             # A penalty on the weights, for one, is a gradient of no rows. Asked again when statistics are taken again.
             entry.layer.rows = None
     return result

@@ -253,14 +253,15 @@ class Parts:
             return None, batch.whole
         if batch.examples <= self._count:
             return None, None
-        assert batch.evaluate is not None
+        evaluate = batch.evaluate
+        assert evaluate is not None
         # At most a quarter of the batch, where that leaves two (batch norm needs them), so that laws lie far apart.
         count = min(self._count, max(2, batch.examples // 4))
         chosen = self._chosen(batch.examples, count, step, micro_batch)
         versions = self._parameter_versions()
         try:
             with self._times.part("statistics"), leaving_no_trace(self._model), torch.enable_grad():
-                part = self._observation.outline_of(lambda: batch.evaluate(chosen), loss_fraction)  # type: ignore[misc]
+                part = self._observation.outline_of(lambda: evaluate(chosen), loss_fraction)
             if self._parameter_versions() != versions:
                 raise NotDivisibleError("the training step changes parameters itself")
             return (None if part is None else law_of(whole, part, count, batch.examples)), None

@@ -54,12 +54,11 @@ class Inverse(ABC):
         """The inverse at another damping, where that costs nothing; else itself, at the one it was factorised with."""
         return self
 
-    def for_rows(self, rows: int | None, missed: list[int]) -> Inverse:
+    def for_rows(self, rows: int | None) -> Inverse:
         """This inverse for a gradient that is made of so many rows, where that can be used; else itself.
 
         Args:
             rows: How many; None where that is not known.
-            missed: Gets an entry where the gradient shows to be made of more.
         """
         return self
 

@@ -103,13 +103,13 @@ class CholeskyInverse(Inverse):
         """E5; see :class:`Inverse`."""
         return sandwich(self.G_inverse, gradient.to(self.A_inverse.dtype), self.A_inverse).to(gradient.dtype)
 
-    def for_rows(self, rows: int | None, missed: list[int]) -> Inverse:
+    def for_rows(self, rows: int | None) -> Inverse:
         """By way of the gradient's range, where rows are few; on a CPU, where decompositions are cheap."""
         A, G = self.A_inverse, self.G_inverse
         usable = A.ndim == G.ndim == 3 and len(A) == 1 and A.device.type == "cpu" and A.dtype in TOLERANCE
         if rows is None or not usable or not pays(rows, G.shape[-1], A.shape[-1]):
             return self
-        return FewRows(A, G, self, rows, missed)
+        return FewRows(A, G, self, rows)
 
     def in_precision(self, dtype: torch.dtype) -> CholeskyInverse:
         """Both inverses rounded, and the products with them made of rounded numbers; see :class:`Inverse`."""

@@ -9,7 +9,7 @@ takes far fewer multiplications than the whole product. The range is found by th
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -49,7 +49,7 @@ class FewRows(Inverse):
     G_inverse: Tensor
     whole: Inverse
     rows: int
-    missed: list[int]
+    missed: list[int] = field(default_factory=list)
     name: ClassVar[str] = "few rows"
 
     @classmethod
