@@ -64,6 +64,20 @@ class Regression(LightningModule):
         return self.make_optimizer(self.parameters(), lr=self.lr)
 
 
+class Manual(Regression):
+    """Manual optimization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
 class ConvNet(Regression):
     """A convolution with batch norm, then a Linear layer."""
 

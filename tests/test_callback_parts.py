@@ -17,7 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_kfc import KFCCallback
 from tests.harness import hooks_of
-from tests.lightning_nets import CLASSES, QUIET, ConvNet, Regression, images, loader, trainer, vectors
+from tests.lightning_nets import CLASSES, QUIET, ConvNet, Manual, Regression, images, loader, trainer, vectors
 
 pytestmark = QUIET
 
@@ -221,18 +221,6 @@ class InPlace(Regression):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         batch[0].mul_(2)
         return super().training_step(batch, batch_idx)
-
-
-class Manual(Regression):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(super().training_step(batch, batch_idx))
-        optimizer.step()
 
 
 class Contrastive(Regression):

@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_kfc import KFCCallback
 from lightning_kfc.trust_region import TrustRegion, Verdict
-from tests.lightning_nets import CLASSES, QUIET, ConvNet, Regression, images, loader, trainer, vectors
+from tests.lightning_nets import CLASSES, QUIET, ConvNet, Manual, Regression, images, loader, trainer, vectors
 
 pytestmark = QUIET
 
@@ -122,20 +122,6 @@ def test_a_resumed_run_has_the_radius_and_damping_of_the_interrupted_one(tmp_pat
     going_on.fit(Regression(lr=0.5), loader(vectors()), ckpt_path=tmp_path / "last.ckpt")
     assert found[0] == (callback.kfc.damping, callback.kfc.kl_clip)
     assert callback.kfc.damping != 0.01
-
-
-class Manual(Regression):
-    """Manual optimization."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(super().training_step(batch, batch_idx))
-        optimizer.step()
 
 
 def test_manual_optimization_gets_the_fixed_values_and_is_told(caplog):
