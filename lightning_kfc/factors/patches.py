@@ -17,6 +17,8 @@ from lightning_kfc.factors.statistics import homogeneous_total
 
 #: At most this many bytes of patches are materialised at once; more would leave a processor's cache, and be slower.
 PATCH_BYTES = 16 * 2**20
+#: Of an upsampled convolution each phase is a convolution by itself, with few rows for so many pieces to be cut from.
+MOST_PARTS_OF_A_PHASE = 4
 
 
 def patch_windows(images: Tensor, geometry: Geometry) -> Tensor:
@@ -116,13 +118,17 @@ def part_of_patch_second_moment(
 
     Args:
         images: Inputs of the convolution, shape ``(examples, channels, *space)``.
-        geometry: Where the convolution reads them, without upsampling.
-        parts: The number of parts.
+        geometry: Where the convolution reads them.
+        parts: The number of parts; with upsampling at most ``MOST_PARTS_OF_A_PHASE`` for each phase.
         homogeneous: Whether rows carry a trailing 1, for a bias.
 
     Returns:
         The total, shape ``(groups, d, d)``, scaled to stand for all patches, and their number.
     """
+    if any(up > 1 for up in geometry.upsampling):
+        return _second_moment_by_phases(
+            images, geometry, homogeneous=homogeneous, parts=min(parts, MOST_PARTS_OF_A_PHASE)
+        )
     space = images.shape[2:]
     rows = len(images) * geometry.positions(space)
     if geometry.padding_mode != "zeros":
@@ -148,14 +154,19 @@ def part_is_cheaper(geometry: Geometry, parts: int, images: Tensor) -> bool:
     return bool(parts * lags > math.prod(geometry.kernel_size) ** 2)
 
 
-def _second_moment_by_phases(images: Tensor, geometry: Geometry, *, homogeneous: bool) -> tuple[Tensor, int]:
+def _second_moment_by_phases(
+    images: Tensor, geometry: Geometry, *, homogeneous: bool, parts: int = 1
+) -> tuple[Tensor, int]:
     """The total over output locations that read the same kernel offsets, and zeros at the others, at a time."""
     groups, depth = geometry.groups, images.shape[1] // geometry.groups
     taps = torch.Size(geometry.kernel_size).numel()
     total = images.new_zeros((groups, depth * taps, depth * taps))
     row_sum = images.new_zeros((groups, depth * taps))
     for phase in geometry.phases(images.shape[2:]):
-        part, _ = patch_second_moment(images, phase.geometry, homogeneous=True)
+        if parts > 1:
+            part, _ = part_of_patch_second_moment(images, phase.geometry, parts, homogeneous=True)
+        else:
+            part, _ = patch_second_moment(images, phase.geometry, homogeneous=True)
         offsets = torch.tensor(phase.offsets, device=images.device)
         at = (torch.arange(depth, device=images.device)[:, None] * taps + offsets).flatten()
         total[:, at[:, None], at] += part[:, :-1, :-1]

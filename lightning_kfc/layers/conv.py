@@ -105,7 +105,7 @@ class ConvAdapter(Adapter):
 
     def _parts(self, images: Tensor, geometry: Geometry) -> int:
         """How many parts of the patches to take one of; 1 where all of them are wanted, or are cheaper."""
-        if "A" in self.large_sides() or self.weight_sharing == "reduce" or any(up > 1 for up in geometry.upsampling):
+        if "A" in self.large_sides() or self.weight_sharing == "reduce":
             return 1
         positions = geometry.positions(images.shape[2:])
         parts = number_of_parts(len(images), positions, self.matrix_shape()[2], self.rows_per_dim)

@@ -16,7 +16,7 @@ from lightning_kfc.factors.gram import BLOCK, gram
 from lightning_kfc.factors.inverse import CholeskyInverse, EighInverse
 from lightning_kfc.factors.inverses.base import ALIGNMENT, aligned, sandwich
 from lightning_kfc.factors.parts import number_of_parts, offsets, one_part, steps_along_axes
-from lightning_kfc.factors.patches import part_of_patch_second_moment, patch_rows
+from lightning_kfc.factors.patches import part_of_patch_second_moment, patch_rows, patch_second_moment
 from lightning_kfc.factors.statistics import second_moment_total
 from tests import oracles
 from tests.nets import data
@@ -115,3 +115,26 @@ def test_large_matrices_of_odd_width_get_aligned_rows_and_keep_their_values() ->
 def test_a_sum_that_overflows_is_looked_at_again(values: list[float], expected: bool) -> None:
     assert all_finite(torch.tensor(values)) is expected
     assert not all_finite(torch.tensor([math.inf, -math.inf]))
+
+
+# So that each phase has as many outputs as the input has pixels, which two steps along each axis divide.
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "added"), [(2, 2, 0, 0), (3, 2, 1, 1), (4, 2, 1, 0), (2, 3, 0, 1), (3, 3, 0, 0)]
+)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("parts", [4, 9, 16])
+def test_the_parts_of_a_transposed_convolution_make_up_all_its_patches(
+    kernel: int, stride: int, padding: int, added: int, groups: int, parts: int
+) -> None:
+    images = data(8, 4, 4, 6)
+    geometry = Geometry.transposed((kernel,) * 2, (stride,) * 2, (padding,) * 2, (1, 1), (added,) * 2, groups)
+    whole, rows = patch_second_moment(images, geometry, homogeneous=True)
+    assert rows == 8 * stride**2 * 24
+    found = [
+        part_of_patch_second_moment(torch.roll(images, shift, dims=0), geometry, parts, homogeneous=True)
+        for shift in range(4)
+    ]
+    assert all(number == rows for _, number in found)
+    totals = [total for total, _ in found]
+    assert not torch.allclose(totals[0], whole)
+    oracles.assert_equal(sum(totals) / 4, whole, what="mean of the parts' totals")
