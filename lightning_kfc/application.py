@@ -37,13 +37,16 @@ class Ready:
 Inspection = Callable[[Sequence[Ready], Sequence[Tensor]], None]
 
 
-def solve(ready: Sequence[Ready], damping: float, kl_clip: float | None) -> NaturalStep:
+def solve(
+    ready: Sequence[Ready], damping: float, kl_clip: float | None, most_decrease: float | None = None
+) -> NaturalStep:
     """The updates of layers, by their inverses or by what has come in the place of these.
 
     Args:
         ready: The layers.
         damping: In force at this step, for inverses that can follow it.
         kl_clip: The bound of E7, or None.
+        most_decrease: The bound on what the slope of the step may promise, or None.
     """
     chosen = [entry.solved or entry.layer.inverse for entry in ready]
     inverses = [
@@ -54,7 +57,7 @@ def solve(ready: Sequence[Ready], damping: float, kl_clip: float | None) -> Natu
     previous = [entry.fallback or entry.layer.previous_inverse for entry in ready]
     fallbacks = [inverse and inverse.at_damping(damping) for inverse in previous]
     gradients, rates = [entry.gradient for entry in ready], [entry.learning_rate for entry in ready]
-    result = natural_step(gradients, inverses, rates, kl_clip, fallbacks)
+    result = natural_step(gradients, inverses, rates, kl_clip, fallbacks, most_decrease)
     for entry, inverse in zip(ready, inverses, strict=True):
         if isinstance(inverse, FewRows) and inverse.missed:
             # A penalty on the weights, for one, is a gradient of no rows. Asked again when statistics are taken again.
@@ -68,6 +71,7 @@ def replace_gradients(
     step: int,
     damping: float,
     kl_clip: float | None,
+    most_decrease: float | None,
     loss_scale: float,
     events: Events,
     before_writing: Callable[[float], None] = lambda size: None,
@@ -81,12 +85,13 @@ def replace_gradients(
         step: The optimizer step.
         damping: In force at this step, for inverses that can follow it.
         kl_clip: The bound of E7, or None.
+        most_decrease: The bound on what the slope of a step of the rule "natural" may promise, or None.
         loss_scale: What the updates are multiplied by, since a gradient scaler will undo it.
         events: Counts what goes other than planned.
         before_writing: Called with the squared norm of the step before clipping, while gradients are still the loss's.
         inspect: Called with the updates, likewise.
     """
-    result = _adam(ready, kl_clip) if rule == "adam" else solve(ready, damping, kl_clip)
+    result = _adam(ready, kl_clip) if rule == "adam" else solve(ready, damping, kl_clip, most_decrease)
     before_writing(result.quadratic)
     if inspect is not None:
         inspect(ready, result.updates)

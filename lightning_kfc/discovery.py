@@ -33,7 +33,8 @@ class LossTerm:
         logits: The logits' values, shape ``(examples, *positions, outputs)``.
         edges: Where seeds enter the graph, each with a sign.
         layout: Turns a seed shaped as ``logits`` into the shape of the tensor at the edges.
-        value_edge: Where the loss function's result is in the graph, or None where the weights are known.
+        value: The loss function's result, or None where there is none.
+        value_edge: Where that result is in the graph, or None where the weights are known.
         weigh: Gives the weights of the terms from the derivative of the loss with respect to that result.
     """
 
@@ -42,6 +43,7 @@ class LossTerm:
     logits: Tensor
     edges: tuple[tuple[GradientEdge, float], ...]
     layout: Callable[[Tensor], Tensor]
+    value: Tensor | None
     value_edge: GradientEdge | None
     weigh: Callable[[Tensor], Tensor]
 
@@ -112,7 +114,8 @@ def _cross_entropy(
 
     edges = ((get_gradient_edge(input), 1.0),)
     layout = _classes_second(input.shape)
-    return LossTerm(Categorical(), "cross_entropy", logits, edges, layout, get_gradient_edge(value), weigh)
+    result = value.detach()
+    return LossTerm(Categorical(), "cross_entropy", logits, edges, layout, result, get_gradient_edge(value), weigh)
 
 
 def _nll_loss(
@@ -153,7 +156,8 @@ def _elementwise_term(
     def layout(seed: Tensor) -> Tensor:
         return seed.reshape(shape)
 
-    return LossTerm(likelihood, function, _with_outputs(logits), edges, layout, get_gradient_edge(value), weigh)
+    outputs, found = _with_outputs(logits), value.detach()
+    return LossTerm(likelihood, function, outputs, edges, layout, found, get_gradient_edge(value), weigh)
 
 
 def _with_outputs(tensor: Tensor) -> Tensor:
@@ -298,4 +302,4 @@ def _named_output_term(likelihood: Likelihood, output: Tensor) -> LossTerm:
 
     edges = ((get_gradient_edge(output), 1.0),)
     name = f"output of {likelihood.output_of!r}"
-    return LossTerm(likelihood, name, logits, edges, layout, None, lambda derivative: weights * derivative)
+    return LossTerm(likelihood, name, logits, edges, layout, None, None, lambda derivative: weights * derivative)

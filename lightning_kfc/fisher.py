@@ -126,6 +126,28 @@ def weighted_terms(
     return kept
 
 
+#: What rounding, in half precision too, may leave of a difference, as a share of the loss.
+ROUNDING = 0.01
+
+
+def never_negative(loss: Tensor, terms: Sequence[WeightedTerm], loss_scale: float) -> bool:
+    """Whether a loss is seen to have no less than 0 in it: recognised terms, none subtracted, and nothing below 0.
+
+    Args:
+        loss: The loss.
+        terms: All terms that it contains, as far as they are recognised.
+        loss_scale: The factor that a gradient scaler has multiplied it by.
+    """
+    total = loss.new_zeros((), dtype=torch.float64)
+    for weighted in terms:
+        value = weighted.term.value
+        if value is None or bool((weighted.derivative < 0).any()) or bool((value < 0).any()):
+            return False
+        total += torch.sum(weighted.derivative.double() * value.double())
+    whole = loss.detach().double() / loss_scale
+    return bool(terms) and bool(whole - total >= -ROUNDING * whole.abs())
+
+
 def seed_scale(terms: Sequence[WeightedTerm]) -> float:
     """A power of two that brings the largest seeds near 1, so that they do not underflow in half precision."""
     largest = max((float(w.weights.max()) for w in terms if w.weights.numel()), default=0.0)

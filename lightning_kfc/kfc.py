@@ -553,6 +553,7 @@ class KFC:
                     self.step,
                     damping,
                     self.kl_clip,
+                    self._most_decrease(),
                     loss_scale,
                     self.events,
                     lambda size: self._reviewer.before_step(self.step, size, damping, parameters, loss_scale),
@@ -561,6 +562,11 @@ class KFC:
                 self.last_step = numbers if self._reviewer.last is None else _reviewed(numbers, self._reviewer.last)
         self._stepped = True
         return True
+
+    def _most_decrease(self) -> float | None:
+        if self.settings.rule != "natural":
+            return None
+        return self._reviewer.most_decrease(never_negative=self._observation.never_negative)
 
     @property
     def damping(self) -> float:
@@ -599,8 +605,8 @@ class KFC:
         """After the optimizer's step: see whether it did what was expected, and adjust damping and KL clip.
 
         It is what ``damping="auto"`` and ``kl_clip="auto"`` learn from (:mod:`lightning_kfc.trust_region`). Only a few
-        steps are reviewed; at the others nothing is evaluated. A step that made the loss grow is taken back: the
-        parameters return to their values, and the optimizer's momentum to zero.
+        steps are reviewed; at the others nothing is evaluated. A step that did much less than expected is shortened to
+        the best point on its way, with the momentum that it leaves, or taken back where there is none.
 
         Args:
             evaluate: Gives the loss of the step's batch again, in training mode; a sequence of such functions where
@@ -742,6 +748,7 @@ class KFC:
             "periods": self._periods.state_dict(),
             "dropped": dict(self._dropped),
             "self_test_done": self._observation.self_test_done,
+            "never_negative": self._observation.never_negative,
             "events": self.events.state_dict(),
             "inverses_skipped": self.inverses_skipped,
             "trust_region": self._reviewer.region.state_dict(),
@@ -769,6 +776,7 @@ class KFC:
                 self._dropped[name] = reason
                 self._found.replace_by_parameters(name, self._model, reason)
         self._observation.restart_self_test(done=bool(state["self_test_done"]))
+        self._observation.never_negative = bool(state.get("never_negative", False))
         self._periods.load_state_dict(state.get("periods", {}))
         self._due.reschedule(self.schedule)
         self._due.load_state_dict(state["due"])

@@ -30,7 +30,10 @@ class Events:
         restored_inverses: Steps in which a layer went back to its last good inverse, since the update by
             its new one was not finite, or not a descent direction.
         nonfinite_updates: Steps in which a layer kept its plain gradient, since no inverse gave a usable update.
-        undone_steps: Steps that made the loss of their own batch larger, and were taken back.
+        undone_steps: Steps that made the loss of their own batch larger, and were taken back, to the best point on
+            their way where there was one.
+        shortened_steps: Steps that lowered the loss of their own batch far less than expected, and were likewise taken
+            back to the best point on their way.
         restarted_layers: Layers whose averages started anew, since their trainable parameters changed.
     """
 
@@ -42,6 +45,7 @@ class Events:
     restored_inverses: int = 0
     nonfinite_updates: int = 0
     undone_steps: int = 0
+    shortened_steps: int = 0
     restarted_layers: int = 0
 
     def count(self, event: str) -> int:

@@ -19,6 +19,7 @@ from lightning_kfc.find_layers import Found
 from lightning_kfc.fisher import (
     back_propagate,
     empirical_statistics_of_loss,
+    never_negative,
     reaches,
     refuse_reentrant_checkpointing,
     seed_passes,
@@ -51,6 +52,7 @@ class Observation:
     Attributes:
         recorded: The layers whose statistics are taken at this step.
         self_test_done: Whether every layer has passed, or was dropped.
+        never_negative: Whether the last loss that was looked at has no less than 0 in it, as far as is seen.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Observation:
         self._graph_checked = False
         self._backward = contextlib.ExitStack()
         self.self_test_done = False
+        self.never_negative = False
         self.recorded: list[str] = []
 
     @property
@@ -245,6 +248,7 @@ class Observation:
             found = back_propagate(unusable_seeds(kept, fisher, source), calls, 1.0, None, examples)
         elif source is not None:
             scale = 1.0 if fisher == "empirical" else seed_scale(kept)
+            self.never_negative = never_negative(loss, kept, loss_scale)
             passes = seed_passes(kept, fisher, source)
             found = back_propagate(passes, calls, scale, test, examples)
         elif fisher == "empirical":

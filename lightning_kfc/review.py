@@ -1,7 +1,8 @@
-"""The review of a step: what it was expected to do, what it did, and how it is taken back."""
+"""The review of a step: what it was expected to do, what it did, and how it is shortened or taken back."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,7 +15,7 @@ from lightning_kfc.isolation import RandomStreams, eager_compiled_code, full_pre
 from lightning_kfc.layer import Layer
 from lightning_kfc.layers.adapter import dense
 from lightning_kfc.monitor import Events
-from lightning_kfc.trust_region import FIXED_DAMPING, FIXED_RADIUS, Outcome, TrustRegion, Verdict
+from lightning_kfc.trust_region import FIXED_DAMPING, FIXED_RADIUS, MOST_PROMISED, Outcome, TrustRegion, Verdict
 
 #: Gives the loss of a micro-batch again, scaled as the one whose gradient was taken.
 Evaluation = Callable[[], Tensor | float]
@@ -81,15 +82,20 @@ class Before:
             squared_length += _dot(matrix, matrix) if layer.moments is None else 0.0
         return Outcome(loss_before, loss_after, slope, curvature, squared_length)
 
-    def take_back(self, optimizer: Optimizer | None) -> None:
-        """Put the parameters back, and let go of the optimizer's momentum, which led astray."""
+    def shorten(self, kept: float, optimizer: Optimizer | None) -> None:
+        """Make the step, and the momentum that the optimizer carries on from it, a share of what they were.
+
+        Args:
+            kept: The share; 0 to take the step back, and to let go of the momentum, which led astray.
+            optimizer: The one that made the step.
+        """
         with torch.no_grad():
             for parameter, value in zip(self.parameters, self.values, strict=True):
-                parameter.copy_(value)
+                parameter.copy_(value if kept == 0 else torch.lerp(value, parameter, kept))
                 state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
                 for name in MOMENTA:
                     if isinstance(state.get(name), Tensor):
-                        state[name].zero_()
+                        state[name].mul_(kept) if kept else state[name].zero_()
 
 
 class Reviewer:
@@ -154,6 +160,19 @@ class Reviewer:
         if self.region.active:
             self._losses.append(loss.detach() / loss_scale if loss_scale != 1 else loss.detach())
 
+    def most_decrease(self, *, never_negative: bool) -> float | None:
+        """What the slope of the coming step may promise; None for anything. Every rank must ask.
+
+        Args:
+            never_negative: Whether the loss is known to have no less than 0 in it.
+        """
+        if not self.region.adapts_radius or not self._losses:
+            return None
+        own = sum(float(value) for value in self._losses)
+        device = next(self._model.parameters()).device
+        loss, unknown = distributed.mean([own, float(not never_negative)], device)
+        return MOST_PROMISED * loss if not unknown and math.isfinite(loss) and loss > 0 else None
+
     def before_step(
         self, step: int, size: float, damping: float, parameters: Iterable[nn.Parameter], loss_scale: float
     ) -> None:
@@ -182,7 +201,7 @@ class Reviewer:
         optimizer: Optimizer | None,
         parts: Sequence[PartLoss] = (),
     ) -> Verdict | None:
-        """Evaluate the step's batch again, adjust the region, and take the step back where it went wrong.
+        """Evaluate the step's batch again, adjust the region, and shorten the step where it went wrong.
 
         Args:
             evaluations: Give the losses of the step's micro-batches.
@@ -219,9 +238,9 @@ class Reviewer:
             return None
         outcome = replace(outcome, curvature=self._total(outcome.curvature))
         self.last = self.region.judge(outcome, before.size)
-        if self.last.undo:
-            before.take_back(optimizer)
-            self._events.count("undone_steps")
+        if self.last.kept < 1:
+            before.shorten(self.last.kept, optimizer)
+            self._events.count("undone_steps" if self.last.undo else "shortened_steps")
         return self.last
 
     def _evaluate(self, evaluations: Sequence[Evaluation]) -> float:

@@ -33,6 +33,9 @@ POOR, GOOD, DAMPING_GOOD = 0.25, 0.75, 0.45
 DAMPING_FACTOR = 0.8
 #: A step is undone if the loss has grown by more than this share of the decrease that its slope foretold.
 TOLERATED_GROWTH = 0.1
+#: By its slope, a step may promise so many times the loss that there is, where this cannot fall below 0. On the way to
+#: its minimum, a quadratic model gains half of what its slope promises: a longer step promises more than all there is.
+MOST_PROMISED = 2.0
 #: A step this many times its running (geometric) mean in size comes from an inverse that no longer fits.
 SURPRISE = 3.0
 SIZE_DECAY = 0.9
@@ -65,6 +68,17 @@ class Outcome:
         expected = self.expected(damping)
         return (self.loss_after - self.loss_before) / expected if expected else math.nan
 
+    def best_share(self) -> float:
+        r"""The share of the step at which the loss is least, by the parabola through what is known of it.
+
+        That is :math:`h(\theta)`, its slope, and :math:`h(\theta+\delta)`. 0 where the loss is not finite or the step
+        leads uphill; above 1 where it could have been longer.
+        """
+        bend = self.loss_after - self.loss_before - self.slope
+        if not (math.isfinite(bend) and self.slope < 0):
+            return 0.0
+        return -self.slope / (2 * bend) if bend > 0 else math.inf
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -72,10 +86,11 @@ class Verdict:
 
     Attributes:
         ratio: The reduction ratio.
-        undo: Whether the step is to be taken back.
+        undo: Whether the loss has grown beyond what is tolerated, so that the step is to be taken back.
         refresh: Whether statistics and inverses are to be refreshed at the next step.
         predicted_decrease: Of the loss, by the model of the curvature; NaN where it is not known.
         actual_decrease: Of the loss; negative where it grew.
+        kept: The share of the step that is to be kept: 1 for all of it, 0 where it is taken back as a whole.
     """
 
     ratio: float
@@ -83,6 +98,7 @@ class Verdict:
     refresh: bool
     predicted_decrease: float = math.nan
     actual_decrease: float = math.nan
+    kept: float = 1.0
 
 
 @dataclass
@@ -148,7 +164,10 @@ class TrustRegion:
             elif ratio > DAMPING_GOOD:
                 self.damping = max(SMALLEST_DAMPING, self.damping * DAMPING_FACTOR)
         self.review_next = poor or undo
-        return Verdict(ratio, undo, poor or undo, -expected, -growth)
+        # A step that leads uphill by its slope, as momentum can, is no worse for it unless the loss has grown.
+        shorten = undo or (poor and outcome.slope < 0)
+        kept = min(outcome.best_share(), 1.0) if shorten else 1.0
+        return Verdict(ratio, undo, poor or undo, -expected, -growth, kept)
 
     def state_dict(self) -> dict[str, float]:
         """What changes in training, as plain numbers; what is a fixed setting is not a part of it."""

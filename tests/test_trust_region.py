@@ -196,24 +196,99 @@ def test_a_step_with_a_fixed_damping_is_held_against_that_damping(damping):
         assert verdict.predicted_decrease == pytest.approx(-slope - bend / 2 - value / 2 * float(joint.square().sum()))
 
 
-@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adam])
-def test_a_step_that_is_taken_back_leaves_weights_as_they_were_and_no_momentum(make):
+def begin(make):
+    """A model after one step with momentum, and what its next step needs."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     inputs, targets = torch.randn(16, 4, dtype=torch.float64), torch.randint(0, 3, (16,))
     kfc = KFC(model, damping="auto", kl_clip="auto")
     options = {"momentum": 0.9} if make is not torch.optim.Adam else {}
     optimizer = make(model.parameters(), lr=0.01, **options)
-    assert not step(model, kfc, optimizer, inputs, targets).undo
+    verdict = step(model, kfc, optimizer, inputs, targets)
+    assert not verdict.undo
+    assert verdict.kept == 1
+    return model, kfc, optimizer, inputs, targets
+
+
+MOMENTA = ("momentum_buffer", "exp_avg")
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adam])
+def test_a_step_into_nowhere_is_taken_back_and_leaves_no_momentum(make):
+    model, kfc, optimizer, inputs, targets = begin(make)
     before = [parameter.clone() for parameter in model.parameters()]
     for group in optimizer.param_groups:
-        group["lr"] = 300.0
-    assert step(model, kfc, optimizer, inputs, targets).undo
+        group["lr"] = 1e150
+    verdict = step(model, kfc, optimizer, inputs, targets, lambda y, t: F.cross_entropy(y * y * y, t))
+    assert (verdict.undo, verdict.kept) == (True, 0.0)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     for state in optimizer.state.values():
-        for name in ("momentum_buffer", "exp_avg"):
-            assert name not in state or not state[name].any()
-    assert kfc.events.undone_steps == 1
+        assert not any(state[name].any() for name in MOMENTA if name in state)
+    assert (kfc.events.undone_steps, kfc.events.shortened_steps) == (1, 0)
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adam])
+@pytest.mark.parametrize(("rate", "undone"), [(300.0, True), (None, False)])
+def test_a_step_that_went_too_far_ends_where_a_parabola_has_its_minimum(make, rate, undone, monkeypatch):
+    model, kfc, optimizer, inputs, targets = begin(make)
+    before = [parameter.clone() for parameter in model.parameters()]
+    seen = []
+
+    def step_and_note(step=optimizer.step):
+        seen.append([p.detach().clone() for p in model.parameters()])
+        step()
+        seen.append([p.detach().clone() for p in model.parameters()])
+        seen.append([state[name].clone() for state in optimizer.state.values() for name in MOMENTA if name in state])
+
+    monkeypatch.setattr(optimizer, "step", step_and_note)
+    loss = F.cross_entropy(model(inputs), targets)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    for group in optimizer.param_groups:
+        group["lr"] = rate or group["lr"]
+    if rate is None:
+        # What the loss was expected to fall by is nearly 0 in it: the ratio is poor, and nothing has grown.
+        monkeypatch.setattr(region_module, "POOR", math.inf)
+    verdict = step(model, kfc, optimizer, inputs, targets)
+    start, end, momenta = seen
+    oracle = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter, value in zip(oracle.parameters(), end, strict=True):
+            parameter.copy_(value)
+        after = float(F.cross_entropy(oracle(inputs), targets))
+    slope = sum(float((g * (b - a)).sum()) for g, a, b in zip(gradients, start, end, strict=True))
+    assert slope < 0
+    # The minimum of the parabola through h(0), h'(0) and h(1), if it lies on the way.
+    share = min(-slope / (2 * (after - float(loss.detach()) - slope)), 1.0)
+    assert verdict.undo == undone
+    assert verdict.kept == pytest.approx(share)
+    assert share > 0
+    expected = [a + share * (b - a) for a, b in zip(before, end, strict=True)]
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(expected, model.parameters(), strict=True))
+    left = [state[name] for state in optimizer.state.values() for name in MOMENTA if name in state]
+    assert all(torch.allclose(share * a, b) for a, b in zip(momenta, left, strict=True))
+    shortened = int(share < 1)
+    assert (kfc.events.undone_steps, kfc.events.shortened_steps) == (int(undone), shortened - int(undone))
+
+
+@given(st.floats(-5, -0.1), st.floats(0.01, 20))
+def test_the_best_share_of_a_step_on_a_parabola_is_its_minimum(slope, bend):
+    found = Outcome(1.0, 1.0 + slope + bend, slope, 0.0, 0.0).best_share()
+    assert slope + 2 * bend * found == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("after", "slope", "share"), [(math.nan, -1.0, 0.0), (math.inf, -1.0, 0.0), (2.0, 0.5, 0.0), (-0.5, -1.0, math.inf)]
+)
+def test_where_no_parabola_has_a_minimum_ahead_the_best_share_is_nothing_or_without_end(after, slope, share):
+    assert Outcome(1.0, after, slope, 0.0, 0.0).best_share() == share
+
+
+def test_a_poor_step_that_leads_uphill_is_left_alone_unless_the_loss_grew():
+    uphill = Outcome(5.0, 5.01, slope=0.2, curvature=0.1, squared_length=0.0)
+    verdict = region().judge(uphill, size=1.0)
+    assert (verdict.undo, verdict.refresh, verdict.kept) == (False, True, 1.0)
+    grown = Outcome(5.0, 6.0, slope=0.2, curvature=0.1, squared_length=0.0)
+    assert region().judge(grown, size=1.0).kept == 0
 
 
 def test_a_review_leaves_random_streams_and_batch_norm_as_they_were_and_repeats_dropout():

@@ -21,7 +21,7 @@ class NaturalStep:
 
     Attributes:
         updates: :math:`\nu V` per layer, shaped as the gradients; where no V was usable, the gradient itself.
-        clip: :math:`\nu`, 1 where nothing was clipped.
+        clip: :math:`\nu`, 1 where nothing was shortened.
         quadratic: :math:`\sum \alpha^2 \langle V, \nabla\bar W\rangle`, twice the KL of the unclipped step.
         failed: The positions of the layers that no inverse gave a usable V.
         restored: The positions of the layers that only the fallback gave a usable V.
@@ -40,6 +40,7 @@ def natural_step(
     learning_rates: Sequence[float],
     kl_clip: float | None,
     fallbacks: Sequence[Inverse | None] = (),
+    most_decrease: float | None = None,
 ) -> NaturalStep:
     r"""Precondition every layer's gradient, then scale all of them so that the step stays in the trust region.
 
@@ -56,6 +57,8 @@ def natural_step(
         learning_rates: Per layer, :math:`\alpha` of this step.
         kl_clip: :math:`\kappa > 0`, or None for no clip.
         fallbacks: Per layer, the inverse to use instead where the first one's V is not usable, or None.
+        most_decrease: The step is shortened until its slope promises no more decrease of the loss,
+            :math:`\nu\sum\alpha\langle V,\nabla\bar W\rangle`, than this; None for no such bound.
     """
     updates = solve_all(inverses, gradients, batched=any(gradient.device.type != "cpu" for gradient in gradients))
     if not updates:
@@ -74,6 +77,9 @@ def natural_step(
         updates[i], products[i] = (gradients[i], 0.0) if found is None else found
     quadratic = sum(rate**2 * product for rate, product in zip(learning_rates, products, strict=True))
     clip = clip_factor(quadratic, kl_clip)
+    promised = sum(rate * product for rate, product in zip(learning_rates, products, strict=True))
+    if most_decrease is not None and clip * promised > most_decrease:
+        clip = most_decrease / promised
     if clip < 1:
         updates = [update if i in failed else update.mul_(clip) for i, update in enumerate(updates)]
     return NaturalStep(tuple(updates), clip, quadratic, tuple(failed), tuple(restored))

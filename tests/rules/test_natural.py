@@ -114,3 +114,21 @@ def test_a_layer_whose_update_is_not_finite_keeps_its_gradient_and_leaves_the_cl
     assert step.failed == (0,)
     assert torch.equal(step.updates[0], gradients[0])
     oracles.assert_equal(step.updates[1][0], expected * updates[1], what="update")
+
+
+@pytest.mark.parametrize("kappa", [None, 1e-3, 1e6])
+@pytest.mark.parametrize("most", [1e-4, 1e-2, 1e6])
+def test_a_step_promises_by_its_slope_no_more_than_it_may_and_is_else_as_long_as_the_clip_lets_it_be(
+    kappa: float | None, most: float
+) -> None:
+    gradients, inverses, updates = layers(3)
+    rates = [0.5, 1.0, 0.2]
+    clipped = 1.0 if kappa is None else oracles.clip_factor(updates, [g[0] for g in gradients], rates, kappa)
+    slope = sum(
+        rate * float((update * gradient[0]).sum())
+        for rate, update, gradient in zip(rates, updates, gradients, strict=True)
+    )
+    step = natural_step(gradients, inverses, rates, kappa, most_decrease=most)
+    assert math.isclose(step.clip, min(clipped, most / slope), rel_tol=1e-9)
+    for found, update in zip(step.updates, updates, strict=True):
+        oracles.assert_equal(found[0], step.clip * update, what="update")
