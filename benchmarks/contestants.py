@@ -84,7 +84,7 @@ def _kron(model: nn.Module, lr: float, seed: int) -> Stepper:
 
 
 #: What the callback has by default where the engine's own defaults ask nothing of the loop around it.
-SHIPPED: dict[str, Any] = {"damping": "auto", "kl_clip": "auto", "factor_examples": 128}
+SHIPPED: dict[str, Any] = {"damping": "auto", "kl_clip": "auto", "factor_examples": 128, "rule": "auto"}
 
 
 def kfc(
@@ -127,7 +127,8 @@ PEERS = (
 
 #: KFC with one thing changed at a time; shipped defaults are "kfc".
 ABLATION = (
-    kfc("kfc_adam", "KFC, rule adam", lr=0.02, momentum=0.0, rule="adam"),
+    kfc("kfc_adam", "KFC, rule adam", rule="adam"),
+    kfc("kfc_natural", "KFC, rule natural", rule="natural"),
     kfc("kfc_slow", "KFC, decay 0.95", ema_decay=0.95),
     kfc("kfc_all_rows", "KFC, statistics of all rows of all examples", rows_per_dim=None, factor_examples=None),
     kfc("kfc_whole", "KFC, statistics of all examples", factor_examples=None),

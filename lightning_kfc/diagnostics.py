@@ -125,6 +125,7 @@ class Diagnostics:
             "kfc/cosine": self._looked.cosine,
             "kfc/nonfinite_events": float(sum(events[name] for name in NONFINITE)),
             "kfc/undone_steps": float(events["undone_steps"]),
+            "kfc/shortened_steps": float(events["shortened_steps"]),
             "kfc/bytes_held": float(bytes_held(kfc)),
             **self._ages(),
             **self._chosen_periods(),

@@ -20,7 +20,7 @@ from lightning_kfc.coverage import wrapped
 from lightning_kfc.kfc import KFC
 from lightning_kfc.likelihood import Bernoulli, Categorical, Gaussian
 from lightning_kfc.monitor import History
-from lightning_kfc.partners import Advice, advice, advice_on_rule
+from lightning_kfc.partners import Advice, advice
 from lightning_kfc.replay import Replay, why_no_replay
 from lightning_kfc.reporting import Reporting, ReportSettings
 from lightning_kfc.schedule import ExponentialSchedule, LinearSchedule
@@ -66,7 +66,8 @@ class KFCHooks:
         inverse: How the damped curvature is inverted. "cholesky": damping split over both factors, the cheapest;
             "eigh": damping applied exactly; "ekfac": also with the second moments of single examples' gradients.
         rule: How gradients and inverses make an update. "natural": the paper's. "adam": Adam in the eigenbasis of the
-            curvature, for which the optimizer is SGD without momentum, its learning rate 0.02.
+            curvature, beside the same optimizer. "auto": "adam" for models with attention, unless they are wide, else
+            "natural".
         weight_sharing: "expand": each use of a weight counts by itself; "reduce": the uses by an example count as one.
         max_factor_dim: A layer's factor with more dimensions than this is kept as its diagonal; null for no bound.
         rows_per_dim: Where a batch has more rows (locations of images, positions of sequences) for each dimension of a
@@ -119,7 +120,7 @@ class KFCHooks:
         ema_decay: float = 0.8,
         kl_clip: float | Literal["auto"] | None = "auto",
         inverse: Literal["cholesky", "eigh", "ekfac"] = "cholesky",
-        rule: Literal["natural", "adam"] = "natural",
+        rule: Literal["auto", "natural", "adam"] = "auto",
         weight_sharing: Literal["expand", "reduce"] = "expand",
         max_factor_dim: int | None = 10_000,
         rows_per_dim: int | None = 8,
@@ -311,13 +312,13 @@ class KFCHooks:
         self._advise(trainer)
 
     def _advise(self, trainer: Any) -> None:
-        said: dict[Advice, None] = dict.fromkeys(advice_on_rule(self._module, self._settings))
+        said: dict[Advice, None] = {}
         for optimizer in trainer.optimizers:
             covered = {id(p) for name in self.kfc.learning_rates(optimizer) for p in self.kfc.layers[name].parameters()}
             groups = [group for group in optimizer.param_groups if covered & set(map(id, group["params"]))]
             schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
             own = [scheduler for scheduler in schedulers if getattr(scheduler, "optimizer", None) is optimizer]
-            found = advice(optimizer, self._settings, groups=groups, schedulers=own, steps=_planned_steps(trainer))
+            found = advice(optimizer, self.kfc.settings, groups=groups, schedulers=own, steps=_planned_steps(trainer))
             said |= dict.fromkeys(found)
         for each in said:
             say = rank_zero_warn if each.severe else rank_zero_info
@@ -328,8 +329,10 @@ class KFCHooks:
             rank_zero_warn(f"KFCCallback: {problem}.")
 
     def _report(self) -> str:
-        coverage = self.kfc.coverage()
+        coverage, choice = self.kfc.coverage(), self.kfc.rule_choice
         lines = [f"KFC preconditions these layers:\n{coverage}"]
+        if choice.reason:
+            lines += wrapped(f"rule='auto' is {choice.rule!r}: {choice.reason}.")
         if self._save_factors:
             size = f"{self.checkpoint_bytes() / 1e6:.3f} MB"
             lines += wrapped(f"Each checkpoint holds the factors and inverses, {size} (save_factors=False: none).")

@@ -31,8 +31,11 @@ from lightning_kfc.period_choice import PeriodChoice
 from lightning_kfc.placement import factorisation_cost
 from lightning_kfc.refresh import Refresh
 from lightning_kfc.review import Evaluation, PartLoss, Reviewer
+from lightning_kfc.rule_choice import choose_rule, with_rule
+from lightning_kfc.rules.adam import LEARNING_RATE
 from lightning_kfc.schedule import RefreshSchedule, value_at
 from lightning_kfc.settings import Settings
+from lightning_kfc.sgd import momenta, take_momentum_out
 from lightning_kfc.slots import Slots
 from lightning_kfc.step_times import StepTimes
 from lightning_kfc.trust_region import FIXED_DAMPING, FIXED_RADIUS, REVIEWED_AT_FIRST, Verdict
@@ -79,8 +82,9 @@ class KFC:
             the examples' gradients as eigenvalues (George et al. 2018). That one keeps what the layers read, and the
             derivatives at their outputs, through the backward of the steps that refresh inverses.
         rule: How gradients and inverses make an update: ``"natural"``, the paper's KFC-pre; ``"adam"``: Adam in the
-            eigenbasis of the factors (:mod:`lightning_kfc.rules.adam`), beside ``SGD(lr=0.02)`` without momentum. It
-            implies ``inverse="eigh"``, and ``damping`` has no part in it.
+            eigenbasis of the factors (:mod:`lightning_kfc.rules.adam`), which takes the momentum of SGD out of its
+            steps, implies ``inverse="eigh"``, and in which ``damping`` has no part; ``"auto"``: ``"adam"`` for models
+            with attention and no wide factors (:mod:`lightning_kfc.rule_choice`), else ``"natural"``.
         weight_sharing: ``"expand"``: each use of a weight is a row; ``"reduce"``: each example is one.
         max_factor_dim: A factor of more dimensions is held as its diagonal, which :meth:`coverage` shows; None for no
             bound. The default admits every layer of the usual convolutional nets and transformers (d_in 4,609 in a
@@ -188,7 +192,6 @@ class KFC:
         return kfc
 
     def _start(self, model: nn.Module, settings: Settings, process_group: Any) -> None:
-        self.settings = settings
         self._team = distributed.Team(process_group)
         self._model = model
         self._found = find_layers(
@@ -200,6 +203,9 @@ class KFC:
             settings.rows_per_dim,
             Keeping(settings.factor_storage, settings.inverse_precision, settings.inverse_tolerance > 0),
         )
+        #: The rule, and why it was chosen, where it is ``"auto"``.
+        self.rule_choice = choose_rule(model, self._found.layers, settings)
+        self.settings = settings = with_rule(settings, self.rule_choice)
         self._dropped: dict[str, str] = {}
         self._said: set[str] = set()
         #: Where the time of a step goes; runs only between its own begin_step() and end_step().
@@ -531,6 +537,7 @@ class KFC:
         self._refresh(rates)
         ready: list[Ready] = []
         unexplained: list[str] = []
+        own_momenta = momenta(optimizer) if self.settings.rule == "adam" else {}
         with torch.no_grad():
             for name, rate in rates.items():
                 layer = self.layers[name]
@@ -542,7 +549,8 @@ class KFC:
                 if layer.inverse is None or tuple(gradients) != layer.roles:
                     continue
                 matrix = layer.matrix(gradients)
-                ready.append(Ready(layer, matrix if loss_scale == 1 else matrix / loss_scale, rate))
+                step_rate = rate * self._unit(layer.trained_parameters().values(), own_momenta)
+                ready.append(Ready(layer, matrix if loss_scale == 1 else matrix / loss_scale, step_rate))
             self._say_unexplained(unexplained)
             with full_precision(self._model):
                 damping, parameters = self.damping, self._stepped_by(optimizer)
@@ -559,9 +567,29 @@ class KFC:
                     lambda size: self._reviewer.before_step(self.step, size, damping, parameters, loss_scale),
                     self.inspect,
                 )
+                self._ask_for_steps(ready, optimizer, own_momenta, loss_scale)
                 self.last_step = numbers if self._reviewer.last is None else _reviewed(numbers, self._reviewer.last)
         self._stepped = True
         return True
+
+    def _unit(self, parameters: Iterable[nn.Parameter], own_momenta: Mapping[int, float]) -> float:
+        """What the learning rate of parameters is multiplied by, to be that of the rule."""
+        if self.settings.rule != "adam":
+            return 1.0
+        return LEARNING_RATE / (1 - next((own_momenta.get(id(parameter), 0.0) for parameter in parameters), 0.0))
+
+    def _ask_for_steps(
+        self, ready: Sequence[Ready], optimizer: Optimizer | None, own_momenta: Mapping[int, float], loss_scale: float
+    ) -> None:
+        """Bring updates into the optimizer's units, where the rule has its own."""
+        if self.settings.rule != "adam":
+            return
+        written = [parameter for entry in ready for parameter in entry.layer.trained_parameters().values()]
+        for parameter in written:
+            if parameter.grad is not None:
+                parameter.grad.mul_(self._unit([parameter], own_momenta))
+        if own_momenta and optimizer is not None:
+            take_momentum_out(optimizer, (p for p in written if id(p) in own_momenta), loss_scale)
 
     def _most_decrease(self) -> float | None:
         if self.settings.rule != "natural":

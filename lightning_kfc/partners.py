@@ -1,4 +1,4 @@
-"""What to say, when training starts, of an optimizer or a model that the rule beside it suits badly."""
+"""What to say, when training starts, of an optimizer that suits the rule beside it badly."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
 from torch.optim import Optimizer
 
 from lightning_kfc.settings import Settings
+from lightning_kfc.sgd import is_sgd
 
-#: What to put into ``configure_optimizers`` beside each rule.
-RECOMMENDED = {"natural": "SGD(lr=0.5, momentum=0.5)", "adam": "SGD(lr=0.02)"}
-#: Learning rates further from the recommended one than these are far, by rule.
-USUAL_RATES = {"natural": (0.05, 1.0), "adam": (0.002, 0.1)}
+#: What to put into ``configure_optimizers``, beside either rule.
+RECOMMENDED = "SGD(lr=0.5, momentum=0.5)"
+#: Learning rates further from the recommended one than these are far.
+USUAL_RATES = (0.05, 1.0)
 #: Optimizers that scale each coordinate by its own recent gradients, by the names of their classes.
 RESCALING = frozenset(
     ("Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop", "Rprop", "SparseAdam")
@@ -23,7 +23,7 @@ RESCALING = frozenset(
 #: A momentum of this much reaches so far back that a run of fewer steps gains nothing by it.
 LONG_MOMENTUM, SHORT_RUN = 0.9, 300
 #: With such a momentum, and a learning rate that it multiplies to more than this, training went clearly worse.
-LONGEST_STEPS = {"natural": 2.0, "adam": 0.1}
+LONGEST_STEPS = 2.0
 
 
 @dataclass(frozen=True)
@@ -66,28 +66,10 @@ def advice(
     elif is_sgd(optimizer):
         rate = highest_rate(groups, schedulers)
         found += _of_momentum(groups, rate, settings.rule, steps)
-        found += map(Advice, _of_rate(rate, settings.rule))
+        found += map(Advice, _of_rate(rate))
     if settings.rule == "adam" and settings.damping != "auto":
         found.append(Advice("damping has no part in rule='adam'; leave it out."))
     return found
-
-
-def advice_on_rule(model: nn.Module, settings: Settings) -> list[Advice]:
-    """What to say of the rule, given the model; nothing where there is no reason to choose another one.
-
-    Attention is told by the names of classes: those of models are many, and each is named for what it does.
-    """
-    if settings.rule == "adam":
-        return []
-    for name, module in model.named_modules():
-        if "attention" in type(module).__name__.lower():
-            where = f"{name!r}" if name else "the model"
-            text = (
-                f"the model has attention ({where}). rule='adam' with {RECOMMENDED['adam']} took about half the time "
-                "of rule='natural' on the transformers that were measured (documentation: the contest); try it, too."
-            )
-            return [Advice(text)]
-    return []
 
 
 def rescales(optimizer: Optimizer) -> bool:
@@ -96,22 +78,17 @@ def rescales(optimizer: Optimizer) -> bool:
     return "betas" in optimizer.defaults or any(cls.__name__ in RESCALING for cls in type(optimizer).__mro__)
 
 
-def is_sgd(optimizer: Optimizer) -> bool:
-    """Whether what the rates below were measured with holds for an optimizer."""
-    return any(cls.__name__ == "SGD" for cls in type(optimizer).__mro__)
-
-
 def _of_rescaling(name: str, groups: Sequence[Mapping[str, Any]], rule: str) -> Iterator[str]:
     if rule == "adam":
         yield (
             f"rule='adam' makes Adam's step itself, and {name} takes it for a gradient and rescales it once more. "
-            f"Use {RECOMMENDED[rule]}."
+            f"Use {RECOMMENDED}."
         )
     else:
         yield (
             f"{name} rescales each coordinate of the preconditioned gradient by its own recent size, so that gradients "
-            f"are preconditioned twice. Use {RECOMMENDED[rule]}; or rule='adam' with {RECOMMENDED['adam']}, which "
-            "is Adam in the basis of the curvature."
+            f"are preconditioned twice. Use {RECOMMENDED}; with it, too, rule='adam' is Adam in the basis of the "
+            "curvature."
         )
     decays = any(group.get("weight_decay") and not group.get("decoupled_weight_decay") for group in groups)
     if decays and name not in ("AdamW", "SparseAdam"):
@@ -124,28 +101,22 @@ def _of_rescaling(name: str, groups: Sequence[Mapping[str, Any]], rule: str) -> 
 def _of_momentum(groups: Sequence[Mapping[str, Any]], rate: float, rule: str, steps: float) -> Iterator[Advice]:
     momentum = max(float(group.get("momentum") or 0) for group in groups)
     longer = 1 / max(1 - momentum, 1e-3)
-    severe = momentum >= LONG_MOMENTUM and rate * longer > LONGEST_STEPS[rule]
-    if rule == "adam" and momentum > 0:
-        text = (
-            f"rule='adam' has momentum of its own; SGD's momentum of {momentum:g} comes on top and makes steps "
-            f"{longer:.3g} times as long as the KL bound knows. Use {RECOMMENDED[rule]}."
-        )
-        yield Advice(text, severe)
-    elif momentum >= LONG_MOMENTUM and steps < SHORT_RUN:
+    # The rule "adam" takes the optimizer's momentum out: it has its own.
+    if rule == "natural" and momentum >= LONG_MOMENTUM and steps < SHORT_RUN:
         text = (
             f"a momentum of {momentum:g} averages over {longer:.0f} steps, much of a run of {steps:.0f}, and makes "
             "steps as many times as long as the KL bound knows. Natural-gradient steps need less: use "
-            f"{RECOMMENDED[rule]}."
+            f"{RECOMMENDED}."
         )
-        yield Advice(text, severe)
+        yield Advice(text, severe=rate * longer > LONGEST_STEPS)
 
 
-def _of_rate(rate: float, rule: str) -> Iterator[str]:
-    low, high = USUAL_RATES[rule]
+def _of_rate(rate: float) -> Iterator[str]:
+    low, high = USUAL_RATES
     if not low <= rate <= high:
         yield (
-            f"the learning rate of {rate:g} is far from what rule={rule!r} takes, whose steps have other units than "
-            f"those of plain SGD. Start from {RECOMMENDED[rule]}."
+            f"the learning rate of {rate:g} is far from what KFC takes, whose steps have other units than those of "
+            f"plain SGD. Start from {RECOMMENDED}."
         )
 
 

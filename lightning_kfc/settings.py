@@ -26,7 +26,7 @@ from lightning_kfc.schedule import RefreshSchedule
 from lightning_kfc.trust_region import TrustRegion
 
 FISHERS = ("mc", "exact", "empirical")
-RULES = ("natural", "adam")
+RULES = ("natural", "adam", "auto")
 #: Steps of a warm-up from which periods can be chosen: after the first one, some that take statistics and inverses.
 LEAST_WARMUP = 4
 WEIGHT_SHARINGS = ("expand", "reduce")

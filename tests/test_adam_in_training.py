@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
 
 def classifier() -> Classifier:
     torch.manual_seed(0)
-    return Classifier(dense_net(), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.02))
+    return Classifier(dense_net(), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5, momentum=0.5))
 
 
 def momentum(kfc: KFCCallback, layer: str) -> Tensor:
@@ -54,7 +54,7 @@ def test_a_gradient_scaler_leaves_the_moments_in_the_units_of_the_loss(fused: bo
     runs = []
     for scale in (1.0, 2.0**13):
         torch.manual_seed(0)
-        module = Classifier(dense_net(), optimizer=lambda p: torch.optim.SGD(p, lr=0.02, fused=fused))
+        module = Classifier(dense_net(), optimizer=lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.5, fused=fused))
         kfc = KFCCallback(rule="adam", kl_clip=1e-3)
         options = precision_options("16-mixed", init_scale=scale)
         fit(module, kfc=kfc, data=loader(images(480), batch_size=160), max_steps=3, **options)

@@ -40,6 +40,7 @@ OF_ALL = {
     "kfc/cosine",
     "kfc/nonfinite_events",
     "kfc/undone_steps",
+    "kfc/shortened_steps",
     "kfc/bytes_held",
     "kfc/factor_age",
     "kfc/inverse_age",

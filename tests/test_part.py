@@ -503,7 +503,7 @@ def test_a_part_of_a_training_with_adam_s_rule_and_sampled_targets_trains_as_wel
         torch.manual_seed(0)
         model = small_conv_net()
         kfc = KFC(model, rule="adam", factor_examples=wanted, factor_every_n_steps=2)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.5)
         for _ in range(40):
             optimizer.zero_grad()
             of_these = functools.partial(loss_of, model)

@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from lightning_kfc import KFCCallback
-from lightning_kfc.partners import Advice, advice, advice_on_rule
+from lightning_kfc.partners import Advice, advice
 from lightning_kfc.settings import Settings
 from tests.harness import QUIET, Classifier, fit
 
@@ -59,10 +59,9 @@ def text(found: list[Advice]) -> str:
         (lambda p: SGD(p, lr=0.01), "natural", {}, r"learning rate of 0.01 .* SGD\(lr=0.5, momentum=0.5\)"),
         (lambda p: SGD(p, lr=3.0), "natural", {}, "learning rate of 3 is far"),
         (lambda p: SGD(p, lr=0.1, momentum=0.9), "natural", {"steps": 100}, "momentum of 0.9 averages over 10 steps"),
-        (lambda p: Adam(p), "adam", {}, r"makes Adam's step itself.* Use SGD\(lr=0.02\)"),
-        (lambda p: SGD(p, lr=0.02, momentum=0.5), "adam", {}, "momentum of 0.5 comes on top .* 2 times"),
-        (lambda p: SGD(p, lr=0.5), "adam", {}, r"learning rate of 0.5 .* SGD\(lr=0.02\)"),
-        (lambda p: SGD(p, lr=0.02), "adam", {"damping": 0.1}, "damping has no part"),
+        (lambda p: Adam(p), "adam", {}, r"makes Adam's step itself.* Use SGD\(lr=0.5, momentum=0.5\)"),
+        (lambda p: SGD(p, lr=0.02), "adam", {}, r"learning rate of 0.02 .* SGD\(lr=0.5, momentum=0.5\)"),
+        (lambda p: SGD(p, lr=0.5), "adam", {"damping": 0.1}, "damping has no part"),
     ],
 )
 def test_a_poor_partner_is_told_with_the_recommended_one(
@@ -80,8 +79,8 @@ def test_a_poor_partner_is_told_with_the_recommended_one(
         (lambda p: SGD(p, lr=0.1, momentum=0.9), "natural", {"steps": 2000}),
         (lambda p: SGD(p, lr=0.1, momentum=0.9), "natural", {"steps": math.inf}),
         (lambda p: SGD(p, lr=0.5, momentum=0.5), "natural", {"damping": 0.1}),
-        (lambda p: SGD(p, lr=0.02), "adam", {}),
-        (lambda p: SGD(p, lr=0.02, weight_decay=0.1), "adam", {"steps": 10}),
+        (lambda p: SGD(p, lr=0.5, momentum=0.5), "adam", {}),
+        (lambda p: SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1), "adam", {"steps": 10}),
         # Of what was never measured, nothing is said.
         (lambda p: torch.optim.ASGD(p, lr=0.01), "natural", {}),
         (lambda p: Adam(p), "natural", {"groups": []}),
@@ -137,7 +136,7 @@ def test_the_callback_tells_once_when_training_starts(caplog: pytest.LogCaptureF
     (line,) = lines(caplog, lambda p: SGD(p, lr=0.1, momentum=0.9))
     assert "much of a run of 2, " in line
     assert lines(caplog, lambda p: SGD(p, lr=0.5, momentum=0.5)) == []
-    assert lines(caplog, lambda p: SGD(p, lr=0.02), rule="adam") == []
+    assert lines(caplog, lambda p: SGD(p, lr=0.5, momentum=0.5), rule="adam") == []
 
 
 def test_groups_without_preconditioned_parameters_are_not_judged(caplog: pytest.LogCaptureFixture) -> None:
@@ -156,9 +155,7 @@ def test_groups_without_preconditioned_parameters_are_not_judged(caplog: pytest.
         ({"lr": 0.1, "momentum": 0.9}, "natural", 90, False),
         ({"lr": 0.5, "momentum": 0.9}, "natural", 9000, False),
         ({"lr": 3.0, "momentum": 0.5}, "natural", 90, False),
-        ({"lr": 0.02, "momentum": 0.9}, "adam", 9000, True),
-        ({"lr": 0.002, "momentum": 0.9}, "adam", 9000, False),
-        ({"lr": 0.5, "momentum": 0.0}, "adam", 9000, False),
+        ({"lr": 0.5, "momentum": 0.9}, "adam", 90, False),
     ],
 )
 def test_only_steps_that_momentum_makes_far_too_long_are_warned_of(
@@ -173,11 +170,3 @@ def test_the_callback_warns_where_training_would_be_clearly_worse() -> None:
     module = Classifier(optimizer=lambda p: SGD(p, lr=0.5, momentum=0.9))
     with pytest.warns(UserWarning, match="a momentum of 0.9 averages over 10 steps, much of a run of 2,"):
         fit(module, kfc=KFCCallback(), max_steps=2)
-
-
-def test_a_model_with_attention_hears_of_the_other_rule() -> None:
-    transformer = nn.Sequential(nn.Linear(4, 4), nn.TransformerEncoderLayer(4, 2, 8, batch_first=True))
-    told = text(advice_on_rule(transformer, Settings()))
-    assert re.search(r"attention \('1.self_attn'\).*rule='adam' with SGD\(lr=0.02\)", told)
-    assert advice_on_rule(transformer, Settings(rule="adam")) == []
-    assert advice_on_rule(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), Settings()) == []

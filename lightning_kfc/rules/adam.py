@@ -12,6 +12,9 @@ with :math:`w \propto (\lambda_G\lambda_A^\top + 0.01\,\mathrm{mean})^{-1/4}`, o
 (Vyas et al. 2024, arXiv:2409.11321) on the bases of the Fisher matrix instead of those of the gradient's own second
 moments, and leaning towards the directions in which the predictions are flat. All steps together are shortened to
 :math:`\sum\langle G\Delta A, \Delta\rangle \le \kappa`.
+
+So that one optimizer suits both rules, :math:`\eta` is 0.02 times the learning rate that the optimizer has with its
+momentum, :math:`\mathrm{lr}/(1-\mu)`, and the momentum itself is taken out of the step, which has its own.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ from lightning_kfc.factors.inverse import EighInverse, Inverse
 from lightning_kfc.factors.quadratic import quadratic_form
 from lightning_kfc.rules.natural import clip_factor
 
+#: :math:`\eta` of a whole step: where the optimizer's learning rate, divided by 1 - momentum, is 1.
+LEARNING_RATE = 0.02
 #: The decays of Adam's first and second moment.
 MOMENTUM_DECAY, SECOND_MOMENT_DECAY = 0.9, 0.95
 EPSILON = 1e-8

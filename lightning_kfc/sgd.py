@@ -1,0 +1,67 @@
+"""What SGD makes of a gradient, and the gradient that it makes a wanted step of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_kfc.layers.adapter import dense
+
+
+def is_sgd(optimizer: Optimizer) -> bool:
+    """Whether an optimizer is torch's SGD, or one made of it."""
+    return any(cls.__name__ == "SGD" for cls in type(optimizer).__mro__)
+
+
+def momenta(optimizer: Optimizer | None) -> dict[int, float]:
+    """The momentum of each parameter by its identity, where there is one that can be taken out of a step."""
+    if optimizer is None or not is_sgd(optimizer):
+        return {}
+    return {
+        id(parameter): float(group["momentum"])
+        for group in optimizer.param_groups
+        if 0 < group.get("momentum", 0) < 1 and group.get("dampening", 0) < 1
+        for parameter in group["params"]
+    }
+
+
+def take_momentum_out(optimizer: Optimizer, parameters: Iterable[nn.Parameter], loss_scale: float) -> None:
+    r"""Replace updates, which stand in the place of gradients, by the gradients that make steps by these updates.
+
+    With momentum :math:`\mu` and buffer b, SGD steps by :math:`b \leftarrow \mu b + d`, d the gradient with its decay.
+    A rule that has a momentum of its own asks for the step u by :math:`d = u - \mu b`; likewise with dampening and
+    Nesterov's momentum. Weight decay, which the momentum would have added up, acts as strongly as before.
+
+    Args:
+        optimizer: One of :func:`is_sgd`.
+        parameters: Those whose gradient is an update.
+        loss_scale: What the updates are multiplied by, since a gradient scaler will undo it.
+    """
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    with torch.no_grad():
+        for parameter in parameters:
+            group = groups.get(id(parameter))
+            if parameter.grad is None or group is None or not group["momentum"]:
+                continue
+            update = dense(parameter.grad) / loss_scale
+            buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
+            parameter.grad = (_asking_for(update, parameter, buffer, group) * loss_scale).to(parameter.grad.dtype)
+
+
+def _asking_for(update: Tensor, parameter: Tensor, buffer: Tensor | None, group: Mapping[str, Any]) -> Tensor:
+    """The gradient by which SGD's step, before its learning rate, is the update and all that weight decay does."""
+    momentum, decay = float(group["momentum"]), float(group.get("weight_decay", 0))
+    sign = -1.0 if group.get("maximize") else 1.0
+    wanted = sign * update + (decay / (1 - momentum)) * parameter if decay else sign * update
+    if group.get("nesterov"):
+        # The step is d + momentum (momentum b + d).
+        direction = wanted / (1 + momentum) if buffer is None else (wanted - momentum**2 * buffer) / (1 + momentum)
+    else:
+        # A first step takes no part in the dampening: its buffer is d.
+        own = 1.0 if buffer is None else 1 - float(group.get("dampening", 0))
+        direction = (wanted if buffer is None else wanted - momentum * buffer) / own
+    return sign * (direction - decay * parameter if decay else direction)
