@@ -32,13 +32,12 @@ from lightning_kfc.placement import factorisation_cost
 from lightning_kfc.refresh import Refresh
 from lightning_kfc.review import Evaluation, PartLoss, Reviewer
 from lightning_kfc.rule_choice import choose_rule, with_rule
-from lightning_kfc.rules.adam import LEARNING_RATE
 from lightning_kfc.schedule import RefreshSchedule, value_at
 from lightning_kfc.settings import Settings
-from lightning_kfc.sgd import momenta, take_momentum_out
 from lightning_kfc.slots import Slots
 from lightning_kfc.step_times import StepTimes
 from lightning_kfc.trust_region import FIXED_DAMPING, FIXED_RADIUS, REVIEWED_AT_FIRST, Verdict
+from lightning_kfc.units import Units
 
 STATE_VERSION = 1
 
@@ -537,7 +536,7 @@ class KFC:
         self._refresh(rates)
         ready: list[Ready] = []
         unexplained: list[str] = []
-        own_momenta = momenta(optimizer) if self.settings.rule == "adam" else {}
+        units = Units(self.settings.rule, optimizer)
         with torch.no_grad():
             for name, rate in rates.items():
                 layer = self.layers[name]
@@ -549,8 +548,8 @@ class KFC:
                 if layer.inverse is None or tuple(gradients) != layer.roles:
                     continue
                 matrix = layer.matrix(gradients)
-                step_rate = rate * self._unit(layer.trained_parameters().values(), own_momenta)
-                ready.append(Ready(layer, matrix if loss_scale == 1 else matrix / loss_scale, step_rate))
+                gradient = matrix if loss_scale == 1 else matrix / loss_scale
+                ready.append(Ready(layer, gradient, units.learning_rate(layer, rate)))
             self._say_unexplained(unexplained)
             with full_precision(self._model):
                 damping, parameters = self.damping, self._stepped_by(optimizer)
@@ -567,29 +566,10 @@ class KFC:
                     lambda size: self._reviewer.before_step(self.step, size, damping, parameters, loss_scale),
                     self.inspect,
                 )
-                self._ask_for_steps(ready, optimizer, own_momenta, loss_scale)
+                units.ask((entry.layer for entry in ready), loss_scale)
                 self.last_step = numbers if self._reviewer.last is None else _reviewed(numbers, self._reviewer.last)
         self._stepped = True
         return True
-
-    def _unit(self, parameters: Iterable[nn.Parameter], own_momenta: Mapping[int, float]) -> float:
-        """What the learning rate of parameters is multiplied by, to be that of the rule."""
-        if self.settings.rule != "adam":
-            return 1.0
-        return LEARNING_RATE / (1 - next((own_momenta.get(id(parameter), 0.0) for parameter in parameters), 0.0))
-
-    def _ask_for_steps(
-        self, ready: Sequence[Ready], optimizer: Optimizer | None, own_momenta: Mapping[int, float], loss_scale: float
-    ) -> None:
-        """Bring updates into the optimizer's units, where the rule has its own."""
-        if self.settings.rule != "adam":
-            return
-        written = [parameter for entry in ready for parameter in entry.layer.trained_parameters().values()]
-        for parameter in written:
-            if parameter.grad is not None:
-                parameter.grad.mul_(self._unit([parameter], own_momenta))
-        if own_momenta and optimizer is not None:
-            take_momentum_out(optimizer, (p for p in written if id(p) in own_momenta), loss_scale)
 
     def _most_decrease(self) -> float | None:
         if self.settings.rule != "natural":

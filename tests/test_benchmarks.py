@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -16,18 +17,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import batch_size, convergence, data, goals, harness, step_cost, tuning
+from benchmarks import ablation, batch_size, convergence, data, goals, harness, noise, step_cost, tuning
 from benchmarks.contestants import ABLATION, CONTESTANTS, PEERS, hidden_matrices, kfc
 from benchmarks.curves import NEVER, Curve, HeldOut, Reach, at_edge, median_ratio
 from benchmarks.data import Split
 from benchmarks.harness import BLOCK, PAST_THE_TARGET
-from benchmarks.networks import AUTOENCODER_WIDTHS, deep_autoencoder, resnet20
-from benchmarks.optimizers import Contestant, Stepper
+from benchmarks.networks import AUTOENCODER_WIDTHS, conv_net, deep_autoencoder, resnet20
+from benchmarks.optimizers import Contestant, KFCStepper, Stepper
 from benchmarks.report import Results, markdown, overview
 from benchmarks.tasks import TASKS, Goal, Task
 from benchmarks.tuning import Trial, Tuning
 from lightning_kfc import KFCCallback
 from lightning_kfc.schedule import RefreshSchedule
+from lightning_kfc.trust_region import Outcome
 
 
 def curve_of(loss: Callable[[int], float], iterations: list[int], seconds_each: float = 0.5) -> Curve:
@@ -807,3 +809,66 @@ def test_costs_of_steps_are_in_steps_of_plain_sgd() -> None:
     results.curves["sgd"] = {0: Curve([0, 10, 20], [0.0, 20.0, 40.0], [2.0, 2.0, 2.0])}
     results.curves["kfc"] = {0: Curve([0, 10, 20, 30], [0.0, 60.0, 90.0, 120.0], [2.0, 2.0, 1.0, 0.5])}
     assert goals.cost_table({"conv_b8": results}).splitlines()[-1] == "| conv, batch 8 | 3.0 | 1.50 | 67 % |"
+
+
+# The ablation.
+
+
+def test_the_ablation_gives_each_variant_s_ratios_to_the_defaults() -> None:
+    results = contest_of("conv", kfc=[2.0, 4.0, 3.0], kfc_fixed=[4.0, 4.0, 9.0], kfc_slow=[1.0, 1.0, 1.0])
+    for seed in (1, 2):
+        results.curves["kfc_slow"][seed].losses[-1] = 1.5
+    rows = ablation.table([results]).splitlines()
+    assert rows[0] == "| | conv, batch 8, to 1 |"
+    assert "| KFC, defaults | 3 / 3.0 s |" in rows
+    assert "| damping and KL clip fixed | 2.00 |" in rows
+    assert "| decay 0.95 | not reached |" in rows
+    assert "| empirical Fisher | - |" in rows
+
+
+def test_parts_of_the_engine_are_switched_off_in_the_ablation_alone() -> None:
+    names = {variant.name: variant for variant in ablation.VARIANTS}
+    model = nn.Sequential(nn.Linear(2, 2))
+    poor, grown = (Outcome(5.0, after, slope=-1.0, curvature=0.2, squared_length=0.0) for after in (4.9, 7.0))
+    shares = {}
+    for name in ("kfc", "kfc_unshortened", "kfc_promising"):
+        stepper = (ablation.DEFAULT if name == "kfc" else names[name]).make(model, 0.5, 0)
+        assert isinstance(stepper, KFCStepper)
+        reviewer = stepper.kfc._reviewer
+        reviewer.note_loss(torch.tensor(3.0), 1.0)
+        shares[name] = (
+            *(reviewer.region.judge(outcome, 1.0).kept for outcome in (poor, grown)),
+            reviewer.most_decrease(never_negative=True),
+        )
+    assert shares["kfc"] == pytest.approx((1 / 1.8, 1 / 6, 6.0))
+    assert shares["kfc_unshortened"] == pytest.approx((1.0, 0.0, 6.0))
+    assert shares["kfc_promising"] == (*shares["kfc"][:2], None)
+
+
+# Noise.
+
+
+def test_radius_and_damping_are_followed_and_a_run_goes_on_where_it_left_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        noise, "SETTINGS", tuple(noise.Setting(name, name, noise._sized(tiny_task(), 8)) for name in ("one", "two"))
+    )
+    places = ["--results", str(tmp_path), "--plots", str(tmp_path), "--steps", "20"]
+    assert noise.main([*places, "--pieces", "1"]) == 3
+    first = json.loads((tmp_path / "noise.json").read_text())["found"]["one"]
+    assert first["step"] == [5, 10, 15, 20]
+    assert len(first["radius"]) == len(first["damping"]) == len(first["loss"]) == 4
+    assert first["loss"][-1] < first["loss"][0]
+    assert noise.main(places) == 0
+    found = json.loads((tmp_path / "noise.json").read_text())["found"]
+    assert found["one"] == first
+    assert found["two"] == first  # the same task by another name
+    radius = sorted(first["radius"])
+    assert f"| one | {radius[0]:.2g}, " in (tmp_path / "noise.md").read_text()
+    assert (tmp_path / "noise.svg").exists()
+
+
+def test_dropout_stands_before_the_last_layer() -> None:
+    plain, dropping = conv_net(), noise.with_dropout(conv_net)
+    assert [type(m) for m in dropping] == [*(type(m) for m in plain[:-1]), nn.Dropout, nn.Linear]
