@@ -139,8 +139,8 @@ def many_undone_steps(facts: Facts) -> str | None:
     if undone < MANY or undone < MANY_SHARE * facts.steps:
         return None
     return (
-        f"{undone} of {facts.steps} steps made the loss of their own batch larger and were taken back: lower the "
-        "learning rate or the momentum of the optimizer."
+        f"{undone} of {facts.steps} steps made the loss of their own batch larger, and were taken back in whole or in "
+        "part: lower the learning rate or the momentum of the optimizer."
     )
 
 

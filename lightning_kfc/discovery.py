@@ -114,7 +114,8 @@ def _cross_entropy(
 
     edges = ((get_gradient_edge(input), 1.0),)
     layout = _classes_second(input.shape)
-    result = value.detach()
+    # A copy: the loss may be made of it in place.
+    result = value.detach().clone()
     return LossTerm(Categorical(), "cross_entropy", logits, edges, layout, result, get_gradient_edge(value), weigh)
 
 
@@ -156,7 +157,7 @@ def _elementwise_term(
     def layout(seed: Tensor) -> Tensor:
         return seed.reshape(shape)
 
-    outputs, found = _with_outputs(logits), value.detach()
+    outputs, found = _with_outputs(logits), value.detach().clone()
     return LossTerm(likelihood, function, outputs, edges, layout, found, get_gradient_edge(value), weigh)
 
 

@@ -82,8 +82,9 @@ class KFC:
             derivatives at their outputs, through the backward of the steps that refresh inverses.
         rule: How gradients and inverses make an update: ``"natural"``, the paper's KFC-pre; ``"adam"``: Adam in the
             eigenbasis of the factors (:mod:`lightning_kfc.rules.adam`), which takes the momentum of SGD out of its
-            steps, implies ``inverse="eigh"``, and in which ``damping`` has no part; ``"auto"``: ``"adam"`` for models
-            with attention and no wide factors (:mod:`lightning_kfc.rule_choice`), else ``"natural"``.
+            steps, implies ``inverse="eigh"``, and in which ``damping`` has no part; ``"auto"``, with
+            ``damping="auto"``: ``"adam"`` for models with attention and no wide factors
+            (:mod:`lightning_kfc.rule_choice`), else ``"natural"``.
         weight_sharing: ``"expand"``: each use of a weight is a row; ``"reduce"``: each example is one.
         max_factor_dim: A factor of more dimensions is held as its diagonal, which :meth:`coverage` shows; None for no
             bound. The default admits every layer of the usual convolutional nets and transformers (d_in 4,609 in a
@@ -504,7 +505,7 @@ class KFC:
         wait (:meth:`update` with ``accumulate=True``), its gradients stay as they are, and it is not counted as a step.
 
         Args:
-            lr: The learning rate of this step, for the KL clip.
+            lr: The learning rate of this step, for the KL clip. The rule "adam" then knows of no momentum to take out.
             optimizer: Instead of ``lr``: the optimizer, each of whose parameter groups has a learning rate; only
                 its own parameters' gradients are replaced.
             loss_scale: The factor by which the gradients are still multiplied, where a gradient scaler leaves
@@ -531,6 +532,9 @@ class KFC:
             for name in rates:
                 self._drop_pending(name)
             self._refresh_layers.discard(rates)
+            # The step is to be made anew, of other losses.
+            self._reviewer.begin_step()
+            self._parts.losses = []
             self.events.count("nonfinite_gradients")
             return False
         self._refresh(rates)
@@ -620,7 +624,7 @@ class KFC:
             evaluate: Gives the loss of the step's batch again, in training mode; a sequence of such functions where
                 :meth:`update` has seen several micro-batches. Gradients are off, and buffers and random streams are put
                 back afterwards.
-            optimizer: The optimizer that made the step; its momentum is let go of where the step is taken back.
+            optimizer: The optimizer that made the step; its momentum is shortened with the step.
 
         Returns:
             What followed, or None where there was nothing to review.
@@ -714,7 +718,7 @@ class KFC:
         gradients = self._gradients(optimizer)
         finite = distributed.all_finite(gradients)
         # Where messages follow, no rank may be the only one to wait for them, whatever its own gradients are.
-        if self._team.size > 1 and self._refresh_layers.exchanges(layers, self.step, self.damping):
+        if self._team.size > 1 and (self.reviews or self._refresh_layers.exchanges(layers, self.step, self.damping)):
             return self._team.all_agree(finite, next(self._model.parameters()).device)
         return finite
 

@@ -52,7 +52,7 @@ class Observation:
     Attributes:
         recorded: The layers whose statistics are taken at this step.
         self_test_done: Whether every layer has passed, or was dropped.
-        never_negative: Whether the last loss that was looked at has no less than 0 in it, as far as is seen.
+        never_negative: Whether no loss of the last step that was looked at has less than 0 in it, as far as is seen.
     """
 
     def __init__(
@@ -175,6 +175,8 @@ class Observation:
         if self._recorder is None or self._losses is None:
             return {}
         self.pause()
+        if micro_batch == 0:
+            self.never_negative = True
         try:
             part = self._times.part("statistics")
             with part, full_precision(self._model), leaving_no_trace(self._model), sinks_at_rest(loss):
@@ -248,10 +250,11 @@ class Observation:
             found = back_propagate(unusable_seeds(kept, fisher, source), calls, 1.0, None, examples)
         elif source is not None:
             scale = 1.0 if fisher == "empirical" else seed_scale(kept)
-            self.never_negative = never_negative(loss, kept, loss_scale)
+            self.never_negative &= never_negative(loss, kept, loss_scale)
             passes = seed_passes(kept, fisher, source)
             found = back_propagate(passes, calls, scale, test, examples)
         elif fisher == "empirical":
+            self.never_negative = False
             found = empirical_statistics_of_loss(
                 loss, calls, loss_scale=loss_scale, loss_fraction=loss_fraction, test=test, examples=examples
             )
@@ -259,6 +262,7 @@ class Observation:
             raise LossNotRecognisedError(unrecognised(terms, self._settings.likelihood))
         else:
             # A loss that trains other parameters than ours.
+            self.never_negative = False
             return {}
         # A term that this loss does not hold may belong to a later loss of the same training step.
         self._losses.terms[:] = [term for term in terms if all(term is not w.term for w in kept)]

@@ -66,7 +66,7 @@ def advice(
     elif is_sgd(optimizer):
         rate = highest_rate(groups, schedulers)
         found += _of_momentum(groups, rate, settings.rule, steps)
-        found += map(Advice, _of_rate(rate))
+        found += map(Advice, _of_rate(groups, rate, settings.rule))
     if settings.rule == "adam" and settings.damping != "auto":
         found.append(Advice("damping has no part in rule='adam'; leave it out."))
     return found
@@ -111,12 +111,16 @@ def _of_momentum(groups: Sequence[Mapping[str, Any]], rate: float, rule: str, st
         yield Advice(text, severe=rate * longer > LONGEST_STEPS)
 
 
-def _of_rate(rate: float) -> Iterator[str]:
+def _of_rate(groups: Sequence[Mapping[str, Any]], rate: float, rule: str) -> Iterator[str]:
     low, high = USUAL_RATES
-    if not low <= rate <= high:
+    momentum = max(float(group.get("momentum") or 0) for group in groups)
+    # The rule "adam" goes by what the momentum makes of it: compared is the rate that is as long with the usual 0.5.
+    compared = 0.5 * rate / max(1 - momentum, 1e-3) if rule == "adam" else rate
+    if not low <= compared <= high:
+        beside = f", with a momentum of {momentum:g}," if rule == "adam" and momentum else ""
         yield (
-            f"the learning rate of {rate:g} is far from what KFC takes, whose steps have other units than those of "
-            f"plain SGD. Start from {RECOMMENDED}."
+            f"the learning rate of {rate:g}{beside} is far from what KFC takes, whose steps have other units than "
+            f"those of plain SGD. Start from {RECOMMENDED}."
         )
 
 

@@ -48,7 +48,11 @@ def take_momentum_out(optimizer: Optimizer, parameters: Iterable[nn.Parameter], 
             if parameter.grad is None or group is None or not group["momentum"]:
                 continue
             update = dense(parameter.grad) / loss_scale
-            buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
+            state = optimizer.state.get(parameter, {})
+            buffer = state.get("momentum_buffer")
+            if buffer is not None and buffer.is_sparse:
+                # The optimizer cannot add a dense gradient to it.
+                buffer = state["momentum_buffer"] = buffer.to_dense()
             parameter.grad = (_asking_for(update, parameter, buffer, group) * loss_scale).to(parameter.grad.dtype)
 
 

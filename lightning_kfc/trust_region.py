@@ -149,9 +149,10 @@ class TrustRegion:
             size: :math:`\alpha^2\langle V, \nabla\bar W\rangle` before clipping.
         """
         expected, ratio = outcome.expected(self.damping), outcome.ratio(self.damping)
-        poor = not ratio >= POOR  # also where it is NaN
         growth = outcome.loss_after - outcome.loss_before
         undo = not growth <= TOLERATED_GROWTH * abs(outcome.slope)
+        # Also where the ratio is NaN, or where the loss grew as a model that led uphill had it.
+        poor = undo or not ratio >= POOR
         if self.adapts_radius:
             if poor:
                 self.radius = max(SMALLEST_RADIUS, 0.5 * min(self.radius, size))
@@ -163,11 +164,11 @@ class TrustRegion:
                 self.damping = min(LARGEST_DAMPING, self.damping / DAMPING_FACTOR)
             elif ratio > DAMPING_GOOD:
                 self.damping = max(SMALLEST_DAMPING, self.damping * DAMPING_FACTOR)
-        self.review_next = poor or undo
+        self.review_next = poor
         # A step that leads uphill by its slope, as momentum can, is no worse for it unless the loss has grown.
         shorten = undo or (poor and outcome.slope < 0)
         kept = min(outcome.best_share(), 1.0) if shorten else 1.0
-        return Verdict(ratio, undo, poor or undo, -expected, -growth, kept)
+        return Verdict(ratio, undo, poor, -expected, -growth, kept)
 
     def state_dict(self) -> dict[str, float]:
         """What changes in training, as plain numbers; what is a fixed setting is not a part of it."""

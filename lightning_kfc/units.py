@@ -42,7 +42,8 @@ class Units:
         """
         if not self._changed:
             return
-        written = [parameter for layer in layers for parameter in layer.trained_parameters().values()]
+        # By identity: the projections of an attention layer share a parameter, of which each has written a part.
+        written = {id(p): p for layer in layers for p in layer.trained_parameters().values()}.values()
         for parameter in written:
             if parameter.grad is not None:
                 parameter.grad.mul_(self._share(parameter))

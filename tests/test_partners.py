@@ -60,6 +60,7 @@ def text(found: list[Advice]) -> str:
         (lambda p: SGD(p, lr=3.0), "natural", {}, "learning rate of 3 is far"),
         (lambda p: SGD(p, lr=0.1, momentum=0.9), "natural", {"steps": 100}, "momentum of 0.9 averages over 10 steps"),
         (lambda p: Adam(p), "adam", {}, r"makes Adam's step itself.* Use SGD\(lr=0.5, momentum=0.5\)"),
+        (lambda p: SGD(p, lr=0.5, momentum=0.9), "adam", {}, "learning rate of 0.5, with a momentum of 0.9, is far"),
         (lambda p: SGD(p, lr=0.02), "adam", {}, r"learning rate of 0.02 .* SGD\(lr=0.5, momentum=0.5\)"),
         (lambda p: SGD(p, lr=0.5), "adam", {"damping": 0.1}, "damping has no part"),
     ],
@@ -81,6 +82,7 @@ def test_a_poor_partner_is_told_with_the_recommended_one(
         (lambda p: SGD(p, lr=0.5, momentum=0.5), "natural", {"damping": 0.1}),
         (lambda p: SGD(p, lr=0.5, momentum=0.5), "adam", {}),
         (lambda p: SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1), "adam", {"steps": 10}),
+        (lambda p: SGD(p, lr=1.0), "adam", {"steps": 10}),
         # Of what was never measured, nothing is said.
         (lambda p: torch.optim.ASGD(p, lr=0.01), "natural", {}),
         (lambda p: Adam(p), "natural", {"groups": []}),

@@ -35,6 +35,18 @@ def two_terms(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets, reduction="none").mean() + 0.1 * F.mse_loss(logits, torch.ones_like(logits))
 
 
+def penalised_in_place(logits: Tensor, targets: Tensor) -> Tensor:
+    loss = F.cross_entropy(logits, targets)
+    loss += 0.3 * F.mse_loss(logits, torch.ones_like(logits))
+    return loss
+
+
+def with_a_bonus_in_place(logits: Tensor, targets: Tensor) -> Tensor:
+    loss = F.cross_entropy(logits, targets)
+    loss -= 0.5 * -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
+    return loss
+
+
 def shifted(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets) - 0.5
 
@@ -57,6 +69,8 @@ LOSSES: dict[Callable[[Tensor, Tensor], Tensor], bool] = {
     half: True,
     penalised: True,
     two_terms: True,
+    penalised_in_place: True,
+    with_a_bonus_in_place: False,
     shifted: False,
     with_a_bonus: False,
     subtracted: False,
@@ -135,6 +149,39 @@ def test_a_loss_that_can_fall_below_0_bounds_nothing() -> None:
 
     steps = first_steps(lowered, 12)
     assert any(loss > 0 and promised > MOST_PROMISED * loss for loss, promised in steps)
+
+
+@pytest.mark.parametrize("bonus_first", [True, False])
+def test_every_loss_of_a_step_counts(bonus_first: bool) -> None:
+    model, inputs, targets = model_and_batch()
+    kfc = KFC(model, kl_clip="auto", damping="auto", factor_every_n_steps=1)
+    losses = [with_a_bonus, F.cross_entropy] if bonus_first else [F.cross_entropy, with_a_bonus]
+    for _ in range(2):
+        for loss in losses:
+            with kfc.capture():
+                value = loss(model(inputs), targets)
+            kfc.update(value, accumulate=True)
+            value.backward()
+        kfc.precondition(lr=0.1)
+        kfc.cancel_review()
+        assert kfc.state_dict()["never_negative"] is False
+    with kfc.capture():
+        value = F.cross_entropy(model(inputs), targets)
+    kfc.update(value)
+    value.backward()
+    kfc.precondition(lr=0.1)
+    assert kfc.state_dict()["never_negative"] is True
+
+
+def test_an_unrecognised_loss_of_the_empirical_fisher_counts_too() -> None:
+    model, inputs, targets = model_and_batch()
+    kfc = KFC(model, kl_clip="auto", damping="auto", fisher="empirical")
+    for loss in (F.cross_entropy, lambda z, y: -z.square().mean()):
+        with kfc.capture():
+            value = loss(model(inputs), targets)
+        kfc.update(value, accumulate=True)
+        value.backward()
+    assert kfc.state_dict()["never_negative"] is False
 
 
 def test_a_resumed_run_is_bounded_from_its_first_step_on() -> None:

@@ -57,6 +57,22 @@ def test_steps_are_those_of_sgd_without_momentum_and_with_the_same_decay(
         oracles.assert_equal(parameter.detach(), plain.detach(), what=f"weights after step {number}")
 
 
+def test_a_buffer_that_sparse_gradients_have_left_becomes_dense() -> None:
+    parameter, plain = nn.Parameter(data(5, 2)), nn.Parameter(data(5, 2))
+    optimizer, other = SGD([parameter], lr=0.1, momentum=0.5), SGD([plain], lr=0.1)
+    for value in (parameter, plain):
+        value.grad = data(5, 2, seed=3).to_sparse()
+    for each in (optimizer, other):
+        each.step()
+    for number in range(3):
+        update = data(5, 2, seed=4 + number)
+        parameter.grad, plain.grad = update.to_sparse(), update
+        take_momentum_out(optimizer, [parameter], 1.0)
+        optimizer.step()
+        other.step()
+        oracles.assert_equal(parameter.detach(), plain.detach(), what="weights")
+
+
 def test_a_parameter_without_gradient_and_those_of_others_are_left_alone() -> None:
     mine, foreign, idle = (nn.Parameter(data(2, 2)) for _ in range(3))
     optimizer = SGD([mine, idle], lr=0.1, momentum=0.5)

@@ -20,9 +20,11 @@ class NaturalStep:
     r"""The updates of one step.
 
     Attributes:
-        updates: :math:`\nu V` per layer, shaped as the gradients; where no V was usable, the gradient itself.
-        clip: :math:`\nu`, 1 where nothing was shortened.
-        quadratic: :math:`\sum \alpha^2 \langle V, \nabla\bar W\rangle`, twice the KL of the unclipped step.
+        updates: :math:`\nu V` per layer, shaped as the gradients, and shortened to what may be promised; where no V was
+            usable, the gradient itself.
+        clip: :math:`\nu`, 1 where nothing was clipped.
+        quadratic: :math:`\sum \alpha^2 \langle V, \nabla\bar W\rangle`, twice the KL of the unclipped step, shortened
+            to what may be promised.
         failed: The positions of the layers that no inverse gave a usable V.
         restored: The positions of the layers that only the fallback gave a usable V.
     """
@@ -57,8 +59,9 @@ def natural_step(
         learning_rates: Per layer, :math:`\alpha` of this step.
         kl_clip: :math:`\kappa > 0`, or None for no clip.
         fallbacks: Per layer, the inverse to use instead where the first one's V is not usable, or None.
-        most_decrease: The step is shortened until its slope promises no more decrease of the loss,
-            :math:`\nu\sum\alpha\langle V,\nabla\bar W\rangle`, than this; None for no such bound.
+        most_decrease: Before it is clipped, the step is shortened until its slope,
+            :math:`\sum\alpha\langle V,\nabla\bar W\rangle`, promises no more decrease of the loss than this; None for
+            no such bound.
     """
     updates = solve_all(inverses, gradients, batched=any(gradient.device.type != "cpu" for gradient in gradients))
     if not updates:
@@ -76,12 +79,13 @@ def natural_step(
         failed += [i] if found is None else []
         updates[i], products[i] = (gradients[i], 0.0) if found is None else found
     quadratic = sum(rate**2 * product for rate, product in zip(learning_rates, products, strict=True))
-    clip = clip_factor(quadratic, kl_clip)
     promised = sum(rate * product for rate, product in zip(learning_rates, products, strict=True))
-    if most_decrease is not None and clip * promised > most_decrease:
-        clip = most_decrease / promised
-    if clip < 1:
-        updates = [update if i in failed else update.mul_(clip) for i, update in enumerate(updates)]
+    # First, so that the radius is held against the step that there would be without it.
+    within = most_decrease / promised if most_decrease is not None and promised > most_decrease else 1.0
+    quadratic *= within**2
+    clip = clip_factor(quadratic, kl_clip)
+    if clip * within < 1:
+        updates = [update if i in failed else update.mul_(clip * within) for i, update in enumerate(updates)]
     return NaturalStep(tuple(updates), clip, quadratic, tuple(failed), tuple(restored))
 
 

@@ -212,3 +212,36 @@ def test_nan_on_one_rank_at_a_step_that_only_inverts_is_skipped_by_all(two_ranks
     assert taken == [True] * 5 + [False] + [True] * 2
     # Statistics are taken at step 4; the inverses follow one by one, the first a step later than it would have been.
     assert made[4:] == [0, 0, 1, 1]
+
+
+def one_rank_not_finite_where_nothing_is_due() -> tuple[list[bool], list[float]]:
+    """Whether each step was taken, and the weights, where the second rank gets NaN and only the loss travels."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    kfc = KFC(model, warmup_steps=1, factor_every_n_steps=50, inverse_every_n_steps=50, damping=0.1, kl_clip="auto")
+    taken = []
+    for step in range(6):
+        generator = torch.Generator().manual_seed(2 * step + dist.get_rank())
+        x = torch.randn(8, 5, generator=generator, dtype=torch.float64)
+        y = torch.randint(3, (8,), generator=generator)
+        model.zero_grad()
+        with kfc.capture():
+            loss = F.cross_entropy(model(x), y)
+        kfc.update(loss)
+        loss.backward()
+        for parameter in model.parameters():
+            dist.all_reduce(parameter.grad)
+        if step == 3 and dist.get_rank() == 1:
+            model[0].weight.grad.fill_(float("nan"))
+        taken.append(kfc.precondition(optimizer=optimizer))
+        if taken[-1]:
+            optimizer.step()
+            kfc.review(lambda x=x, y=y: F.cross_entropy(model(x), y), optimizer=optimizer)
+    return taken, torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
+
+
+def test_nan_on_one_rank_where_nothing_is_due_is_skipped_by_all(two_ranks: Ranks) -> None:
+    (taken, weights), other = two_ranks.run(one_rank_not_finite_where_nothing_is_due)
+    assert taken == [True] * 3 + [False] + [True] * 2
+    assert other == (taken, weights)

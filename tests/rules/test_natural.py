@@ -124,11 +124,18 @@ def test_a_step_promises_by_its_slope_no_more_than_it_may_and_is_else_as_long_as
     gradients, inverses, updates = layers(3)
     rates = [0.5, 1.0, 0.2]
     clipped = 1.0 if kappa is None else oracles.clip_factor(updates, [g[0] for g in gradients], rates, kappa)
+    length = sum(
+        rate**2 * float((update * gradient[0]).sum())
+        for rate, update, gradient in zip(rates, updates, gradients, strict=True)
+    )
     slope = sum(
         rate * float((update * gradient[0]).sum())
         for rate, update, gradient in zip(rates, updates, gradients, strict=True)
     )
     step = natural_step(gradients, inverses, rates, kappa, most_decrease=most)
-    assert math.isclose(step.clip, min(clipped, most / slope), rel_tol=1e-9)
+    share = min(clipped, most / slope, 1.0)
     for found, update in zip(step.updates, updates, strict=True):
-        oracles.assert_equal(found[0], step.clip * update, what="update")
+        oracles.assert_equal(found[0], share * update, what="update")
+    # The radius is held against the step that there would be without it.
+    assert math.isclose(step.quadratic, length * min(most / slope, 1.0) ** 2, rel_tol=1e-9)
+    assert math.isclose(step.clip, 1.0 if kappa is None else min(1.0, math.sqrt(kappa / step.quadratic)), rel_tol=1e-9)
