@@ -178,7 +178,7 @@ def write_tables(folder: Path, plots: Path) -> str:
         label = f"contest_{results.task}_b{results.batch_size}"
         (folder / f"{label}.md").write_text(markdown(results) + "\n")
         plot_convergence(results, plots / f"{label}.svg")
-    text = overview(complete, (*USUAL, "kfc_adam"))
+    text = overview(complete, (*USUAL, "kfc_adam", "kfc_natural"))
     (folder / "contest.md").write_text(text + "\n")
     return text
 

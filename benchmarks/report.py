@@ -175,7 +175,7 @@ def overview(all_results: Sequence[Results], names: Sequence[str]) -> str:
     """Iterations and CPU seconds to the hardest target: a row a task, a column a contestant; the fastest is bold."""
     titles = {name: results.titles[name] for results in all_results for name in names if name in results.titles}
     lines = [
-        "Iterations / CPU seconds to each task's hardest training loss, medians; bold: the least time.",
+        "Iterations / CPU seconds to each task's hardest training loss, medians; bold: the least time; -: never met.",
         "",
         "| task | batch | training loss | " + " | ".join(titles.values()) + " |",
         "|---|---|---|" + "---|" * len(titles),
@@ -190,7 +190,10 @@ def overview(all_results: Sequence[Results], names: Sequence[str]) -> str:
         least = min((seconds for _, seconds in medians.values()), default=math.inf)
         cells = [results.title, str(results.batch_size), f"{target:g}"]
         for name in titles:
-            iterations, seconds = medians.get(name, (math.inf, math.inf))
+            if name not in medians:
+                cells.append("")
+                continue
+            iterations, seconds = medians[name]
             cell = "-" if math.isinf(iterations) else f"{iterations:.0f} / {seconds:.1f}"
             cells.append(f"**{cell}**" if seconds == least and math.isfinite(least) else cell)
         lines.append("| " + " | ".join(cells) + " |")
