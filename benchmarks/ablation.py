@@ -74,7 +74,10 @@ VARIANTS = (
 
 def table(all_results: Sequence[Results]) -> str:
     """Iterations and seconds of each variant over those of the defaults, medians of the ratios of each seed."""
-    heads = [f"{results.title}, batch {results.batch_size}, to {results.targets[-1]:g}" for results in all_results]
+    heads = [
+        f"{results.title}, batch {results.batch_size}, to {results.targets[-1]:g}; seeds: {len(results.seeds())}"
+        for results in all_results
+    ]
     lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
     cells = []
     for results in all_results:

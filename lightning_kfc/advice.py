@@ -12,8 +12,9 @@ CUT_TO, CUT_SHARE, CUT_STEPS = 0.1, 0.95, 100
 TIME_SHARE, WANTED_SHARE = 0.25, 0.1
 #: Shares of time say little before so many steps after the warm-up have been timed.
 TIMED_STEPS = 50
-#: Undone, or skipped, steps are many where there are so many, and they are this share.
-MANY, MANY_SHARE = 5, 0.05
+#: Skipped, or undone, steps are many where there are so many, and they are this share; of undone ones, which are taken
+#: back to the best point on their way and are not lost, more do no harm.
+MANY, MANY_SHARE, MANY_UNDONE_SHARE = 5, 0.05, 0.1
 #: A gradient scaler finds its scale by a few skipped steps at the start.
 MANY_SCALED = 10
 #: Coverage of a smaller share of the trainable parameters is small.
@@ -136,7 +137,7 @@ def longer_period(period: int, share: float, wanted: float) -> int:
 def many_undone_steps(facts: Facts) -> str | None:
     """Reviews take many steps back."""
     undone = facts.undone_steps
-    if undone < MANY or undone < MANY_SHARE * facts.steps:
+    if undone < MANY or undone < MANY_UNDONE_SHARE * facts.steps:
         return None
     return (
         f"{undone} of {facts.steps} steps made the loss of their own batch larger, and were taken back in whole or in "

@@ -94,8 +94,8 @@ def test_a_longer_period_brings_the_share_to_what_is_wanted() -> None:
     assert "to 150 (it is 20)" in str(inverses_take_long(facts))
 
 
-@pytest.mark.parametrize(("undone", "steps", "speaks"), [(5, 100, True), (4, 20, False), (5, 101, False)])
-def test_five_undone_steps_and_a_twentieth_of_all_are_many(undone: int, steps: int, speaks: bool) -> None:
+@pytest.mark.parametrize(("undone", "steps", "speaks"), [(5, 50, True), (4, 20, False), (5, 51, False)])
+def test_five_undone_steps_and_a_tenth_of_all_are_many(undone: int, steps: int, speaks: bool) -> None:
     assert (many_undone_steps(Facts(undone_steps=undone, steps=steps)) is not None) == speaks
 
 

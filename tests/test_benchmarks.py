@@ -819,7 +819,7 @@ def test_the_ablation_gives_each_variant_s_ratios_to_the_defaults() -> None:
     for seed in (1, 2):
         results.curves["kfc_slow"][seed].losses[-1] = 1.5
     rows = ablation.table([results]).splitlines()
-    assert rows[0] == "| | conv, batch 8, to 1 |"
+    assert rows[0] == "| | conv, batch 8, to 1; seeds: 3 |"
     assert "| KFC, defaults | 3 / 3.0 s |" in rows
     assert "| damping and KL clip fixed | 2.00 |" in rows
     assert "| decay 0.95 | not reached |" in rows
