@@ -205,6 +205,8 @@ class KFC:
         )
         #: The rule, and why it was chosen, where it is ``"auto"``.
         self.rule_choice = choose_rule(model, self._found.layers, settings)
+        #: As they were given; :attr:`settings` are those in force, with the rule that was chosen.
+        self.given_settings = settings
         self.settings = settings = with_rule(settings, self.rule_choice)
         self._dropped: dict[str, str] = {}
         self._said: set[str] = set()

@@ -40,7 +40,7 @@ CAPTIONS = {
 }
 
 #: What a training through Lightning has by default, where that is not the engine's own.
-CALLBACK_DEFAULTS = {"damping": "auto", "kl_clip": "auto", "factor_examples": 128}
+CALLBACK_DEFAULTS = {"damping": "auto", "kl_clip": "auto", "factor_examples": 128, "rule": "auto"}
 
 
 def sections(
@@ -73,7 +73,9 @@ def sections(
         Section("Events", planned, as_table(events) if events else ""),
         Section("Advice", "" if advice else "None.", as_list(advice) if advice else ""),
         *drawn,
-        Section("Settings", "Those that differ from their default are marked.", as_table(_settings(kfc.settings))),
+        Section(
+            "Settings", "Those that differ from their default are marked.", as_table(_settings(kfc.given_settings))
+        ),
     ]
 
 
@@ -92,6 +94,7 @@ def run_facts(kfc: KFC, trainer: Any, interrupted_by: BaseException | None) -> d
         "Epochs": trainer.current_epoch,
         "Ended": ended,
         "Optimizer at the end": ", ".join(f"{type(o).__name__}(lr={lr})" for o, lr in rates.items()),
+        "Rule": kfc.settings.rule,
         "Statistics from": kfc.statistics_source,
         "Ranks": trainer.world_size,
         "Versions": f"lightning-kfc {__version__}, torch {torch.__version__}, Python {platform.python_version()}",

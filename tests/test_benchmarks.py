@@ -126,7 +126,7 @@ def test_all_contestants_of_a_seed_start_from_the_same_weights_and_see_the_same_
 def test_kfc_competes_with_the_callback_s_defaults_and_its_steps_are_reviewed() -> None:
     task = tiny_task()
     run = harness.Run(task, CONTESTANTS["kfc"], 0.5, seed=3)
-    settings = run._stepper.kfc.settings
+    settings = run._stepper.kfc.given_settings
     for name, option in inspect.signature(KFCCallback).parameters.items():
         if hasattr(settings, name) and name != "seed":
             assert getattr(settings, name) == option.default, name

@@ -28,7 +28,7 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
     ("likelihood", "softmax", ValueError, "likelihood must be one of 'auto', 'categorical', 'bernoulli', 'gaussian'"),
     ("likelihood", Gaussian, ValueError, "likelihood must be one of 'auto'"),
     ("inverse", "lu", ValueError, "inverse must be one of 'cholesky'"),
-    ("rule", "sgd", ValueError, "rule must be one of 'natural', 'adam', got 'sgd'"),
+    ("rule", "sgd", ValueError, "rule must be one of 'natural', 'adam', 'auto', got 'sgd'"),
     ("weight_sharing", "share", ValueError, "weight_sharing must be one of 'expand', 'reduce', got 'share'"),
     ("placement", "memopt", ValueError, "placement must be one of 'auto', 'comm-opt', 'mem-opt', got 'memopt'"),
     ("placement", 0, ValueError, "placement must be a positive number, got 0"),
