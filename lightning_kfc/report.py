@@ -11,7 +11,6 @@ import torch
 
 from lightning_kfc.kfc import KFC
 from lightning_kfc.pictures.html import Section, as_image, as_list, as_table, as_text
-from lightning_kfc.settings import Settings
 from lightning_kfc.version import __version__
 
 if TYPE_CHECKING:
@@ -101,8 +100,8 @@ def run_facts(kfc: KFC, trainer: Any, interrupted_by: BaseException | None) -> d
     }
 
 
-def _settings(settings: Settings) -> dict[str, object]:
-    shown_as: dict[str, object] = {}
+def _settings(kfc: KFC) -> dict[str, object]:
+    settings, shown_as = kfc.given_settings, dict[str, object]()
     for entry in fields(settings):
         if entry.init:
             value, default = getattr(settings, entry.name), CALLBACK_DEFAULTS.get(entry.name, entry.default)
