@@ -72,9 +72,7 @@ def sections(
         Section("Events", planned, as_table(events) if events else ""),
         Section("Advice", "" if advice else "None.", as_list(advice) if advice else ""),
         *drawn,
-        Section(
-            "Settings", "Those that differ from their default are marked.", as_table(_settings(kfc.given_settings))
-        ),
+        Section("Settings", "Those that differ from their default are marked.", as_table(_settings(kfc))),
     ]
 
 
