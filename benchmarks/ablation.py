@@ -6,11 +6,9 @@ hardest loss. A seed of a task is a piece: interrupted, the command goes on from
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -20,12 +18,12 @@ from benchmarks.contestants import ABLATION, CONTESTANTS
 from benchmarks.convergence import SEEDS, compete_missing
 from benchmarks.curves import median_ratio
 from benchmarks.optimizers import Contestant, KFCStepper, Stepper
+from benchmarks.pieces import parser_of_pieces
 from benchmarks.report import Results
 from benchmarks.tasks import TASKS
 from lightning_kfc import KFC
-from lightning_kfc.trust_region import Verdict
+from lightning_kfc.trust_region import Outcome, Verdict
 
-ROOT = Path(__file__).parent.parent
 #: Two losses, with and without batch norm and noise; those whose runs are short.
 ON = (("conv", 512), ("conv_autoencoder", 512), ("resnet", 128))
 DEFAULT = CONTESTANTS["kfc"]
@@ -51,6 +49,7 @@ def changed(name: str, title: str, change: Callable[[KFC], None]) -> Contestant:
 
 def promise_anything(kfc: KFC) -> None:
     """Let the slope of a step promise more than twice the loss."""
+    # Assigned to the one object: the engine has no such setting, and is to have none.
     kfc._reviewer.most_decrease = lambda *, never_negative: None  # type: ignore[method-assign]
 
 
@@ -58,11 +57,11 @@ def keep_or_take_back(kfc: KFC) -> None:
     """Never shorten a step: keep it, or take it back as a whole where the loss has grown."""
     review = kfc._reviewer.region.judge
 
-    def judge(outcome: object, size: float) -> Verdict:
-        verdict = review(outcome, size)  # type: ignore[arg-type]
+    def judge(outcome: Outcome, size: float) -> Verdict:
+        verdict = review(outcome, size)
         return replace(verdict, kept=float(not verdict.undo))
 
-    kfc._reviewer.region.judge = judge  # type: ignore[method-assign, assignment]
+    kfc._reviewer.region.judge = judge  # type: ignore[method-assign]
 
 
 VARIANTS = (
@@ -108,11 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 when all is done, 3 when pieces are left.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of_pieces(__doc__, plots=False)
     parser.add_argument("--tasks", nargs="+", choices=[name for name, _ in ON], default=[name for name, _ in ON])
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--pieces", type=int, help="leave off after so many; the exit status is 3 while more are left")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     folder = options.results / "ablation"

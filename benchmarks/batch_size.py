@@ -9,7 +9,6 @@ its defaults. A size of an optimizer is a piece: interrupted, the command goes o
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import math
@@ -25,12 +24,12 @@ from matplotlib import pyplot as plt
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.harness import Run, interleave
 from benchmarks.optimizers import Contestant
+from benchmarks.pieces import parser_of_pieces
 from benchmarks.plots import COLOURS, STYLE
 from benchmarks.report import lists_on_one_line, measured_with
 from benchmarks.tasks import TASKS, Goal, Task
 from benchmarks.tuning import Tuning, tune
 
-ROOT = Path(__file__).parent.parent
 SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 NAMES = ("sgd", "muon", "kfc")
 SEEDS = (0, 1, 2)
@@ -176,15 +175,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 when all is done, 3 when pieces are left.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of_pieces(__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument(
         "--again", nargs="+", choices=NAMES, default=(), help="forget what these contestants did before"
     )
-    parser.add_argument("--pieces", type=int, help="leave off after so many; the exit status is 3 while more are left")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--plots", type=Path, default=ROOT / "docs" / "_static")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     task = sized(TASKS["conv"], min(options.sizes))

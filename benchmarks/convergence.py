@@ -21,12 +21,12 @@ import torch
 from benchmarks.contestants import CONTESTANTS, USUAL
 from benchmarks.harness import compete
 from benchmarks.optimizers import Contestant
+from benchmarks.pieces import parser_of_pieces
 from benchmarks.plots import plot_convergence
 from benchmarks.report import Results, markdown, overview
 from benchmarks.tasks import TASKS, Task
 from benchmarks.tuning import Tuning, tune
 
-ROOT = Path(__file__).parent.parent
 SEEDS = (0, 1, 2)
 TUNING_SEEDS = (100, 101)
 
@@ -184,7 +184,7 @@ def write_tables(folder: Path, plots: Path) -> str:
 
 
 def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of_pieces(__doc__)
     parser.add_argument("command", choices=("tune", "compete", "table", "run"))
     parser.add_argument("task", nargs="?", choices=TASKS)
     parser.add_argument("--batch-size", type=int, help="the task's first by default")
@@ -192,12 +192,9 @@ def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--optimizers", nargs="+", choices=CONTESTANTS, default=USUAL)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--tuning-seeds", type=int, nargs="+", default=TUNING_SEEDS)
-    parser.add_argument("--pieces", type=int, help="leave off after so many; the exit status is 3 while more are left")
     parser.add_argument(
         "--again", nargs="+", choices=CONTESTANTS, default=(), help="forget these contestants' contests"
     )
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--plots", type=Path, default=ROOT / "docs" / "_static")
     options = parser.parse_args(["run", *arguments] if arguments and arguments[0] in TASKS else arguments)
     if options.command != "table" and options.task is None:
         parser.error(f"{options.command} needs a task: {', '.join(TASKS)}")

@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.pieces import parser_of_pieces
 from benchmarks.report import lists_on_one_line, measured_with
 
 ROOT = Path(__file__).parent.parent
@@ -177,10 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 when all is done, 3 when pieces are left.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of_pieces(__doc__, plots=False)
     parser.add_argument("--again", nargs="+", choices=[*COMPARISONS, *OTHERS], default=(), help="forget these runs")
-    parser.add_argument("--pieces", type=int, help="leave off after so many; the exit status is 3 while more are left")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--record", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.record:

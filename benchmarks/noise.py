@@ -8,7 +8,6 @@ loss. A setting is a piece: interrupted, the command goes on from there.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import math
@@ -25,12 +24,12 @@ from torch import nn
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.networks import conv_net
 from benchmarks.optimizers import BatchLoss, KFCStepper
+from benchmarks.pieces import parser_of_pieces
 from benchmarks.plots import STYLE
 from benchmarks.report import lists_on_one_line, measured_with
 from benchmarks.tasks import TASKS, Goal, Task
 from lightning_kfc.trust_region import LARGEST_RADIUS, SMALLEST_DAMPING, SMALLEST_RADIUS
 
-ROOT = Path(__file__).parent.parent
 STEPS = 600
 #: Numbers are noted after every so many steps.
 EVERY = 5
@@ -148,12 +147,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 when all is done, 3 when pieces are left.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of_pieces(__doc__)
     parser.add_argument("--again", action="store_true", help="forget what was measured before")
-    parser.add_argument("--pieces", type=int, help="leave off after so many; the exit status is 3 while more are left")
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--plots", type=Path, default=ROOT / "docs" / "_static")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     saved = options.results / "noise.json"

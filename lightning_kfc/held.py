@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_kfc.factors.inverse import Factors, Inverse
+from lightning_kfc.factors.inverse import Factors, Inverse, StepInverse
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Unmoved:
 
 
 @dataclass(frozen=True)
-class Solved(Inverse):
+class Solved(StepInverse):
     """An inverse whose answer for this step's gradient has arrived.
 
     Attributes:
@@ -46,15 +46,6 @@ class Solved(Inverse):
 
     update: Tensor
     name: ClassVar[str] = "solved"
-
-    @classmethod
-    def factorise(cls, factors: Factors, damping: float) -> Self:
-        """Only answers arrive; see :class:`Inverse`.
-
-        Raises:
-            NotImplementedError: Always.
-        """
-        raise NotImplementedError
 
     def solve(self, gradient: Tensor) -> Tensor:
         """What has arrived."""

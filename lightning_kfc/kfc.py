@@ -535,8 +535,7 @@ class KFC:
                 self._drop_pending(name)
             self._refresh_layers.discard(rates)
             # The step is to be made anew, of other losses.
-            self._reviewer.begin_step()
-            self._parts.losses = []
+            self._forget_losses()
             self.events.count("nonfinite_gradients")
             return False
         self._refresh(rates)
@@ -731,13 +730,16 @@ class KFC:
             self._micro_batch = 0
             if self._reviewer.due:
                 self._say_unreviewed()
-            self._reviewer.begin_step()
-            self._parts.losses = []
+            self._forget_losses()
             taken, device = bool(self._observation.recorded), next(self._model.parameters()).device
             chosen = self._periods.step_begins(self.step - self._due.started_at, statistics=taken, device=device)
             if chosen is not None:
                 self._due.reschedule(self.schedule)
                 self.say(chosen)
+
+    def _forget_losses(self) -> None:
+        self._reviewer.begin_step()
+        self._parts.losses = []
 
     # State.
 

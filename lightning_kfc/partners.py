@@ -65,8 +65,9 @@ def advice(
         found += map(Advice, _of_rescaling(name, groups, settings.rule))
     elif is_sgd(optimizer):
         rate = highest_rate(groups, schedulers)
-        found += _of_momentum(groups, rate, settings.rule, steps)
-        found += map(Advice, _of_rate(groups, rate, settings.rule))
+        momentum = max(float(group.get("momentum") or 0) for group in groups)
+        found += _of_momentum(momentum, rate, settings.rule, steps)
+        found += map(Advice, _of_rate(momentum, rate, settings.rule))
     if settings.rule == "adam" and settings.damping != "auto":
         found.append(Advice("damping has no part in rule='adam'; leave it out."))
     return found
@@ -98,8 +99,7 @@ def _of_rescaling(name: str, groups: Sequence[Mapping[str, Any]], rule: str) -> 
         )
 
 
-def _of_momentum(groups: Sequence[Mapping[str, Any]], rate: float, rule: str, steps: float) -> Iterator[Advice]:
-    momentum = max(float(group.get("momentum") or 0) for group in groups)
+def _of_momentum(momentum: float, rate: float, rule: str, steps: float) -> Iterator[Advice]:
     longer = 1 / max(1 - momentum, 1e-3)
     # The rule "adam" takes the optimizer's momentum out: it has its own.
     if rule == "natural" and momentum >= LONG_MOMENTUM and steps < SHORT_RUN:
@@ -111,9 +111,8 @@ def _of_momentum(groups: Sequence[Mapping[str, Any]], rate: float, rule: str, st
         yield Advice(text, severe=rate * longer > LONGEST_STEPS)
 
 
-def _of_rate(groups: Sequence[Mapping[str, Any]], rate: float, rule: str) -> Iterator[str]:
+def _of_rate(momentum: float, rate: float, rule: str) -> Iterator[str]:
     low, high = USUAL_RATES
-    momentum = max(float(group.get("momentum") or 0) for group in groups)
     # The rule "adam" goes by what the momentum makes of it: compared is the rate that is as long with the usual 0.5.
     compared = 0.5 * rate / max(1 - momentum, 1e-3) if rule == "adam" else rate
     if not low <= compared <= high:

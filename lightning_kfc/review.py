@@ -168,9 +168,8 @@ class Reviewer:
         """
         if not self.region.adapts_radius or not self._losses:
             return None
-        own = sum(float(value) for value in self._losses)
         device = next(self._model.parameters()).device
-        loss, unknown = distributed.mean([own, float(not never_negative)], device)
+        loss, unknown = distributed.mean([self._loss(), float(not never_negative)], device)
         return MOST_PROMISED * loss if not unknown and math.isfinite(loss) and loss > 0 else None
 
     def before_step(
@@ -191,8 +190,7 @@ class Reviewer:
         if self.region.review_due(step, size):
             if not self.region.adapts_damping:
                 self.region.damping = damping
-            loss = sum(float(value) for value in self._losses)
-            self._before = Before.of(parameters, loss_scale, loss, size)
+            self._before = Before.of(parameters, loss_scale, self._loss(), size)
 
     def review(
         self,
@@ -242,6 +240,10 @@ class Reviewer:
             before.shorten(self.last.kept, optimizer)
             self._events.count("undone_steps" if self.last.undo else "shortened_steps")
         return self.last
+
+    def _loss(self) -> float:
+        """This rank's loss of the step."""
+        return sum(float(value) for value in self._losses)
 
     def _evaluate(self, evaluations: Sequence[Evaluation]) -> float:
         total = 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_kfc.factors.inverses.base import FactorisationError, Factors, Inverse
+from lightning_kfc.factors.inverses.base import FactorisationError, Factors, Inverse, StepInverse
 from lightning_kfc.factors.inverses.cholesky import RETRIES, BlockInverse, CholeskyInverse
 from lightning_kfc.factors.inverses.diagonal import DiagonalInverse
 from lightning_kfc.factors.inverses.eigen import EighInverse, EkfacInverse
@@ -20,6 +20,7 @@ __all__ = [
     "Factors",
     "FewRows",
     "Inverse",
+    "StepInverse",
 ]
 
 #: The inverses a user can name.

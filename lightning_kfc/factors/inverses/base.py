@@ -84,6 +84,19 @@ class Inverse(ABC):
         return sum(value.nbytes for value in self.state().values() if isinstance(value, Tensor))
 
 
+class StepInverse(Inverse):
+    """An inverse that is made for one step, of what is there already, and is itself never factorised."""
+
+    @classmethod
+    def factorise(cls, factors: Factors, damping: float) -> Self:
+        """It is not made of factors; see :class:`Inverse`.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(f"{cls.__name__} is made for a step, not of factors")
+
+
 def check_damping(damping: float) -> None:
     """Require a positive damping."""
     if not damping > 0:

@@ -14,9 +14,8 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
-from lightning_kfc.factors.inverses.base import Factors, Inverse, aligned_empty
+from lightning_kfc.factors.inverses.base import Inverse, StepInverse, aligned_empty
 
 #: Columns beyond the rank: with as many as the rank itself, some direction may be caught badly.
 MORE_COLUMNS = 8
@@ -34,7 +33,7 @@ SEED = 20090922
 
 
 @dataclass(frozen=True)
-class FewRows(Inverse):
+class FewRows(StepInverse):
     """An inverse that is applied by way of the gradient's range; whole, where the gradient shows to be of higher rank.
 
     Attributes:
@@ -51,15 +50,6 @@ class FewRows(Inverse):
     rows: int
     missed: list[int] = field(default_factory=list)
     name: ClassVar[str] = "few rows"
-
-    @classmethod
-    def factorise(cls, factors: Factors, damping: float) -> Self:
-        """It is made for a step, of an inverse that is there; see :class:`Inverse`.
-
-        Raises:
-            NotImplementedError: Always.
-        """
-        raise NotImplementedError
 
     def solve(self, gradient: Tensor) -> Tensor:
         """E5; see :class:`Inverse`."""
