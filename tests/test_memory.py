@@ -144,18 +144,20 @@ def test_between_forward_and_backward_only_the_inputs_of_norms_are_kept_and_noth
     torch.manual_seed(0)
     model = net()
     kfc = KFC(model, factor_every_n_steps=1)
-    activations: dict[int, str] = {}
+    # The inputs themselves are held as well: memory that is freed may be given to another tensor at the same address.
+    activations: dict[int, tuple[str, Tensor]] = {}
     for name, module in model.named_children():
 
         def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
-            activations[args[0].untyped_storage().data_ptr()] = name
+            activations[args[0].untyped_storage().data_ptr()] = name, args[0].detach()
 
         module.register_forward_hook(note)
     x, y = data(24, 17, 4, 4).float(), classes(24, count=3)
 
     def kept() -> tuple[set[str], list[Tensor]]:
         tensors = reachable_tensors(kfc, stop=[model, *model.parameters(), *model.buffers()])
-        return {activations.get(t.untyped_storage().data_ptr(), "") for t in tensors} - {""}, tensors
+        addresses = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        return {activations[address][0] for address in addresses & activations.keys()}, tensors
 
     with kfc.capture():
         loss = F.cross_entropy(model(x), y)
