@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 
 #: Where an automatic radius and damping begin.
 START_RADIUS = 0.1
-START_DAMPING = 0.01
+START_DAMPING = 0.003
 #: What stands in for "auto" where steps cannot be reviewed.
 FIXED_RADIUS = 0.03
 FIXED_DAMPING = 0.01
