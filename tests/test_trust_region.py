@@ -45,7 +45,7 @@ def test_a_poor_step_halves_the_radius_that_it_used_damps_more_and_refreshes(rat
 
 
 def test_a_good_step_doubles_the_radius_only_where_it_came_near_to_it():
-    used, unused = region(radius=0.4), region(radius=0.4)
+    used, unused = region(radius=0.4, damping=0.01), region(radius=0.4)
     used.judge(outcome(0.9), size=5.0)
     unused.judge(outcome(0.9), size=0.01)
     assert used.radius == pytest.approx(0.8)
@@ -86,7 +86,7 @@ def test_a_loss_that_grew_as_an_uphill_model_foretold_makes_the_step_no_good_one
 
 
 def test_fixed_settings_stay_but_steps_are_still_undone():
-    bound = region(adapts_radius=False, radius=0.7)
+    bound = region(adapts_radius=False, radius=0.7, damping=0.01)
     assert bound.judge(outcome(-3.0), size=1.0).undo
     assert bound.radius == 0.7
     assert bound.damping > 0.01
@@ -240,9 +240,9 @@ def test_a_step_into_nowhere_is_taken_back_and_leaves_no_momentum(make):
     ("make", "rate", "undone"),
     [
         (torch.optim.SGD, 300.0, True),
-        (torch.optim.SGD, 0.9, False),
+        (torch.optim.SGD, 0.5, False),
         (torch.optim.RMSprop, 300.0, True),
-        (torch.optim.RMSprop, 0.04, False),
+        (torch.optim.RMSprop, 0.045, False),
         (torch.optim.Adam, 300.0, True),
         (torch.optim.Adam, 0.8, False),
     ],
