@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_kfc import KFCCallback
+from lightning_kfc.trust_region import START_DAMPING
 from tests.lightning_nets import (
     QUIET,
     ConvNet,
@@ -80,7 +81,7 @@ def test_factors_and_update_of_accumulated_micro_batches_are_those_of_the_whole_
     whole = spy.logits[0].requires_grad_()
     F.cross_entropy(whole, targets).backward()
     gradient = whole.grad.T @ torch.cat([inputs, torch.ones(8, 1, dtype=torch.float64)], 1)
-    assert relative_error(module.stepped[-1], damped_solve(A, G, gradient, 0.01)) < 1e-9
+    assert relative_error(module.stepped[-1], damped_solve(A, G, gradient, START_DAMPING)) < 1e-9
 
 
 def test_the_short_tail_of_an_epoch_has_the_factors_of_its_own_weights():
@@ -104,7 +105,7 @@ def test_clipping_acts_on_the_preconditioned_gradient(algorithm):
     options = {"gradient_clip_val": bound, "gradient_clip_algorithm": algorithm}
     trainer(callback, spy, **options).fit(module, loader(vectors(), 8))
     A, G = regression_factors(spy.logits[0], vectors().tensors[0], torch.full((8,), 1 / 8, dtype=torch.float64))
-    update = damped_solve(A, G, spy.plain[0], 0.01)
+    update = damped_solve(A, G, spy.plain[0], START_DAMPING)
     assert float(update.norm()) > 2 * bound
     expected = update.clamp(-bound, bound) if algorithm == "value" else update * bound / (update.norm() + 1e-6)
     assert relative_error(module.stepped[0], expected) < 1e-9
@@ -216,7 +217,7 @@ def test_short_runs_train_with_the_callback(options):
     trainer(callback, spy, **options).fit(module, loader(vectors(12)))
     assert len(module.stepped) == 3
     A, G = regression_factors(spy.logits[0], inputs, torch.full((4,), 1 / 4, dtype=torch.float64))
-    assert relative_error(module.stepped[0], damped_solve(A, G, spy.plain[0], 0.01)) < 1e-9
+    assert relative_error(module.stepped[0], damped_solve(A, G, spy.plain[0], START_DAMPING)) < 1e-9
 
 
 class Partly(Regression):

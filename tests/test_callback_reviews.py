@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_kfc import KFCCallback, review
-from lightning_kfc.trust_region import TrustRegion, Verdict
+from lightning_kfc.trust_region import START_DAMPING, TrustRegion, Verdict
 from tests.lightning_nets import CLASSES, QUIET, ConvNet, Manual, Regression, images, loader, trainer, vectors
 
 pytestmark = QUIET
@@ -67,7 +67,7 @@ def test_a_run_does_not_notice_its_reviews(tmp_path, monkeypatch, options):
     monkeypatch.setattr(review, "MOST_PROMISED", math.inf)
     settings = {"ema_decay": 0.5}
     # Where nothing adapts, "auto" is its starting values.
-    plain = run(KFCCallback(damping=0.01, kl_clip=0.1, **settings), tmp_path / "plain", **options)
+    plain = run(KFCCallback(damping=START_DAMPING, kl_clip=0.1, **settings), tmp_path / "plain", **options)
     assert not reviews
     reviewed = run(KFCCallback(**settings), tmp_path / "reviewed", **options)
     assert len(reviews) == (4 if options else 8)

@@ -67,7 +67,9 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("log_layers", [False, True])
 def test_loggers_get_all_numbers_at_each_logged_step(log_layers: bool, tmp_path: Path) -> None:
-    train(KFCCallback(log_layers=log_layers, stagger_inverses=False), logger=CSVLogger(tmp_path))
+    # A damping with which no layer of so small a network dies: a gradient of 0 has no cosine.
+    callback = KFCCallback(damping=0.01, log_layers=log_layers, stagger_inverses=False)
+    train(callback, logger=CSVLogger(tmp_path))
     found = rows(tmp_path)
     assert [int(row["step"]) for row in found] == [0, 5, 10, 15, 20]
     expected = OF_ALL | {f"kfc/{key}_{kind}" for key in PER_LAYER for kind in ("min", "median", "max")}
@@ -81,7 +83,7 @@ def test_loggers_get_all_numbers_at_each_logged_step(log_layers: bool, tmp_path:
         "kfc/actual_decrease",
     }
     for row in found[1:]:
-        assert all(row[key] for key in expected)
+        assert not [key for key in expected if not row[key]]
         parts = sum(float(row[f"kfc/time_{p}"]) for p in ("statistics", "inverses", "preconditioning", "reviews"))
         assert float(row["kfc/overhead"]) == pytest.approx(parts)
         assert 0 < parts < 100

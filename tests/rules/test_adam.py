@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from lightning_kfc import KFC
 from lightning_kfc.factors.inverse import DiagonalInverse, EighInverse
 from lightning_kfc.rules.adam import LEARNING_RATE, Moments, adam_step, curvature_weights
-from lightning_kfc.trust_region import TrustRegion, Verdict
+from lightning_kfc.trust_region import START_DAMPING, TrustRegion, Verdict
 from tests.nets import classes, data, double, engine, small_conv_net, train_step
 from tests.test_state import Run
 
@@ -302,7 +302,7 @@ def test_it_descends_with_the_recommended_partner() -> None:
         losses.append(float(train_step(kfc, optimizer, lambda: F.cross_entropy(model(x), target))))
         kfc.review(lambda: F.cross_entropy(model(x), target), optimizer=optimizer)
     assert losses[-1] < 0.05 * losses[0]
-    assert kfc.damping == 0.01  # nothing adapts it
+    assert kfc.damping == START_DAMPING  # nothing adapts it
 
 
 def test_a_step_that_is_taken_back_takes_the_momentum_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
