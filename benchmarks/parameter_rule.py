@@ -214,7 +214,7 @@ def iterations(net: str, rule: str, seed: int, steps: int, lr: float, damping: f
     if rule == "plain":
         for layer in kfc.layers.values():
             if layer.adapter.treatment == "diagonal":
-                layer.factorise = lambda *_: None  # type: ignore[method-assign]
+                layer.factorise = lambda *_: None  # type: ignore[method-assign]  # the layer is left plain
     step_rule = matched_step if rule == "matched" else natural_step
     with (
         mock.patch.object(Layer, "factorise", factorise_by(RULES[rule], kfc.settings.ema_decay)),

@@ -66,5 +66,5 @@ def _block(self: HTML5Translator, node: nodes.math_block) -> None:
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register the renderer as ``html_math_renderer = "mathml"``."""
-    app.add_html_math_renderer("mathml", (_inline, None), (_block, None))  # type: ignore[arg-type]
+    app.add_html_math_renderer("mathml", (_inline, None), (_block, None))  # type: ignore[arg-type]  # None: nothing to do on departure
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -83,4 +83,5 @@ def _difference(first: str, second: str, most: int = 120) -> tuple[str, str]:
         (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
     )
     start = max(0, same - most // 2)
-    return tuple(("..." if start else "") + text[start : start + most] for text in (first, second))  # type: ignore[return-value]
+    before = "..." if start else ""
+    return before + first[start : start + most], before + second[start : start + most]

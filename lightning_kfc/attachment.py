@@ -93,7 +93,7 @@ class Attachment:
                 parameter = next(iter(self._kfc().layers[name].adapter.own_parameters().values()), None)
                 if parameter is not None and parameter.is_leaf:
                     seen = partial(self._after_gradient, name)
-                    handle = parameter.register_post_accumulate_grad_hook(seen)  # type: ignore[no-untyped-call]
+                    handle = parameter.register_post_accumulate_grad_hook(seen)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
                     handles.callback(handle.remove)
             yield
 

@@ -314,7 +314,7 @@ class _Layout:
         """What follows from the factors' shapes: ``A_inverse`` is shaped as A, ``values`` as the gradient."""
         tensors: dict[str, tuple[Shape, bool]] = {}
         numbers = []
-        for field in fields(kind):  # type: ignore[arg-type]
+        for field in fields(kind):  # type: ignore[arg-type]  # each kind is a dataclass
             factor, _, what = field.name.partition("_")
             if what and factor in factors:
                 tensors[field.name] = factors[factor], what == "inverse"

@@ -100,7 +100,7 @@ def _data_parallel_sinks(loss: Tensor) -> list[Any]:
             continue
         seen.add(node)
         if node.name() == "_DDPSinkBackward":
-            found.append(node.ddp_weakref())  # type: ignore[attr-defined]
+            found.append(node.ddp_weakref())  # type: ignore[attr-defined]  # DDP's own node has it
         pending += [below for below, _ in node.next_functions]
     return [ddp for ddp in found if ddp is not None]
 

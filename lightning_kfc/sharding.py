@@ -54,5 +54,5 @@ def write(adapter: Adapter, matrix: Tensor, gradients: Mapping[str, Tensor]) -> 
     adapter.write(matrix, targets)
     for role, gradient in gradients.items():
         if is_sharded(gradient):
-            local: Tensor = gradient.to_local()  # type: ignore[attr-defined]
+            local: Tensor = gradient.to_local()  # type: ignore[attr-defined]  # a DTensor has it
             local.copy_(part_of(targets[role], gradient))

@@ -197,7 +197,7 @@ class MapWatcher:
     def _seen(self, name: str, forward: Forward, output: Tensor) -> None:
         if torch.is_grad_enabled() and output.requires_grad:
             self._activations.setdefault(name, []).append(self._part(forward.first()))
-            output.register_hook(partial(self._arrived, name))  # type: ignore[no-untyped-call]
+            output.register_hook(partial(self._arrived, name))  # type: ignore[no-untyped-call]  # torch leaves it unannotated
 
     def _arrived(self, name: str, gradient: Tensor) -> None:
         kept = self._derivatives.setdefault(name, []) if self.listening else None

@@ -91,7 +91,7 @@ class StepTimes:
     def _mark(self) -> Mark:
         if not self._on_cuda:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         event.record()
         return event
 

@@ -114,11 +114,11 @@ def test_terms_of_weight_zero_get_no_seed(likelihood: Likelihood) -> None:
 @pytest.mark.parametrize("kind", [Categorical, Bernoulli, Gaussian])
 def test_options_of_a_likelihood_are_checked_when_it_is_made(kind: type[Likelihood]) -> None:
     with pytest.raises(ValueError, match=r"reduction must be one of 'mean', 'sum', got 'average'"):
-        kind(output_of="head", reduction="average")  # type: ignore[arg-type]
+        kind(output_of="head", reduction="average")  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(TypeError, match=r"output_of must be the name of a module, got 3 of type int"):
-        kind(output_of=3)  # type: ignore[arg-type]
+        kind(output_of=3)  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_the_class_axis_is_checked_when_the_likelihood_is_made() -> None:
     with pytest.raises(TypeError, match=r"class_dim must be a whole number, got '1'"):
-        Categorical(output_of="head", class_dim="1")  # type: ignore[arg-type]
+        Categorical(output_of="head", class_dim="1")  # type: ignore[arg-type]  # wrong on purpose

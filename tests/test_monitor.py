@@ -137,8 +137,8 @@ def test_few_times_are_kept_the_first_among_them() -> None:
     for step in range(100):
         layer = SimpleNamespace(factors={"A": torch.eye(2)[None] * (step + 1), "G": torch.eye(1)[None]})
         dense_block = SimpleNamespace(factors={"F": torch.eye(2)[None]})
-        spectra.take(step, {"conv": layer, "norm": dense_block})  # type: ignore[dict-item]
-        spectra.take(step, {"conv": layer})  # type: ignore[dict-item]
+        spectra.take(step, {"conv": layer, "norm": dense_block})  # type: ignore[dict-item]  # stands in for a layer
+        spectra.take(step, {"conv": layer})  # type: ignore[dict-item]  # stands in for a layer
         kept = spectra.by_layer()["conv"]["A"]
         assert len(kept) <= snapshots.MOST_TIMES
         assert kept[0][0] == 0

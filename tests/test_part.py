@@ -186,7 +186,7 @@ def test_ekfac_s_second_moments_are_in_expectation_the_whole_batch_s(name: str) 
     setting.step()
 
     def values() -> Tensor:
-        return setting.kfc.layers["5"].inverse.state()["values"].clone()  # type: ignore[union-attr, return-value]
+        return setting.kfc.layers["5"].inverse.state()["values"].clone()  # type: ignore[union-attr, return-value]  # EKFAC has an inverse, with values
 
     whole, draws = values(), []
     for _ in range(100):

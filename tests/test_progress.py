@@ -61,7 +61,7 @@ def nested(net: nn.Module, depth: int) -> nn.Module:
     for level in range(depth):
         holder = nn.Module()
         holder.add_module(f"a_rather_long_name_of_level_{chr(97 + level)}", net)
-        holder.forward = net.forward  # type: ignore[method-assign]
+        holder.forward = net.forward  # type: ignore[method-assign]  # an instance's own forward
         net = holder
     return net
 

@@ -324,7 +324,7 @@ def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
 
 
 def test_a_second_fit_has_a_report_of_its_own(tmp_path: Path) -> None:
-    callback, module = KFCCallback(report_dir=tmp_path), Classifier()  # type: ignore[arg-type]
+    callback, module = KFCCallback(report_dir=tmp_path), Classifier()  # type: ignore[arg-type]  # a path does as well as a string
     train(callback, module, steps=3)
     train(callback, module, steps=5)
     assert "<th>Optimizer steps</th><td>8</td>" in (tmp_path / "report.html").read_text("utf-8")

@@ -101,7 +101,7 @@ def train_demo(*, steps: int, examples: int, seed: int = 0, data: Callable[[], t
         with kfc.capture():
             loss = F.cross_entropy(model(rest[batch]), answers[batch])
         kfc.update(loss)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         kfc.precondition(optimizer=optimizer)
         optimizer.step()
         if kfc.step & (kfc.step - 1) == 0 or kfc.step == steps - 1:

@@ -21,7 +21,7 @@ class ConvTransposeAdapter(ConvAdapter):
     """
 
     kind: ClassVar[str] = "ConvTranspose"
-    module: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d  # type: ignore[assignment]
+    module: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d  # type: ignore[assignment]  # no subclass of the plain convolutions
 
     def geometry(self, forward: Forward) -> Geometry:
         """Where the module read its input; what it added at the far ends follows from the size of its output."""

@@ -44,7 +44,7 @@ def spectrum(factor: Tensor) -> Tensor | None:
         return None
     try:
         values = torch.linalg.eigvalsh(factor) if factor.ndim == 3 else factor
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch's stubs leave it out
         return None
     return values.flatten().sort(descending=True).values.cpu()
 

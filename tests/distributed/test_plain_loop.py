@@ -29,7 +29,7 @@ def _values(x: Tensor, y: Tensor) -> dict[str, Tensor]:
         loss.backward()
         kfc.precondition(lr=0.1)
     assert all(isinstance(layer.inverse, INVERSES["ekfac"]) for layer in kfc.layers.values())
-    return {name: layer.inverse.state()["values"] for name, layer in kfc.layers.items()}  # type: ignore[misc, union-attr]
+    return {name: layer.inverse.state()["values"] for name, layer in kfc.layers.items()}  # type: ignore[misc, union-attr]  # EKFAC has an inverse, with values
 
 
 def values_of_a_rank() -> dict[str, Tensor]:

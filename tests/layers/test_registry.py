@@ -119,11 +119,11 @@ def test_what_is_no_module_class_or_no_adapter_is_refused_with_the_way_out() -> 
     with pytest.raises(TypeError, match="as in @register_adapter"):
         register_adapter()
     with pytest.raises(TypeError, match="as in @register_adapter"):
-        register_adapter(nn.Linear(3, 2))  # type: ignore[arg-type]
+        register_adapter(nn.Linear(3, 2))  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(TypeError, match="as in @register_adapter"):
-        register_adapter(DoubledAdapter)  # type: ignore[type-var]
+        register_adapter(DoubledAdapter)  # type: ignore[type-var]  # wrong on purpose
     with pytest.raises(TypeError, match=r"subclass of lightning_kfc\.layers\.Adapter"):
-        register_adapter(Doubled)(Doubled)  # type: ignore[type-var]
+        register_adapter(Doubled)(Doubled)  # type: ignore[type-var]  # wrong on purpose
     with pytest.raises(TypeError, match=r"Half must state weight_input_rows\(\)"):
         register_adapter(Doubled)(Half)
 

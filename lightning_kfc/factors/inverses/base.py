@@ -72,7 +72,7 @@ class Inverse(ABC):
 
     def state(self) -> dict[str, Tensor | float]:
         """The fields, for a checkpoint."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]  # each kind is a dataclass
 
     @classmethod
     def numel(cls, shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -28,7 +28,7 @@ def _decompose(factor: Tensor) -> tuple[Tensor, Tensor]:
         for dtype in (factor.dtype, torch.float64):
             try:
                 values, vectors = torch.linalg.eigh(factor.to(dtype))
-            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch's stubs leave it out
                 continue
             values, vectors = values.to(factor.dtype), vectors.to(factor.dtype)
             if bool(torch.isfinite(values).all() and torch.isfinite(vectors).all()):
