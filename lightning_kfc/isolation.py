@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_kfc import distributed
 
@@ -52,6 +53,13 @@ def eager_compiled_code() -> Iterator[None]:
         yield
     finally:
         _EAGER_STANCE.leave()
+
+
+def unseen_by_dispatch_modes() -> contextlib.AbstractContextManager[Any]:
+    """Keep torch dispatch modes, the user's and our own, from seeing the operations within."""
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return contextlib.nullcontext()
+    return _disable_current_modes()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
 
 
 def full_precision(model: nn.Module) -> torch.autocast:

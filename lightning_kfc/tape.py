@@ -1,0 +1,462 @@
+"""Records a forward as tensor operations, and replays them with other values of the parameters.
+
+No Python of the user runs in a replay. The parameters that are asked for are read as they are given; everything else
+(batch, buffers, carried state, random numbers) is read as it was before the recording.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_kfc.isolation import unseen_by_dispatch_modes
+
+#: Operators of torch.distributed. Their schemas do not tell which tensors they write.
+COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional")
+
+#: Operators that give a tensor another storage, or another size, in place.
+RESHAPES_STORAGE = ("aten::set_", "aten::resize_", "aten::resize_as_", "aten::resize_output_")
+
+
+class Slot(int):
+    """Stands for a tensor in the arguments of an operation: its number on the tape."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One recorded operation.
+
+    Attributes:
+        function: The operator.
+        args: Its positional arguments, with a slot for each tensor.
+        kwargs: Its keyword arguments, likewise.
+        made: The slots of the tensors that it returned, in order; None for other results.
+        reads: The numbers of the storages that it read.
+        writes: The numbers of the storages that it made or wrote.
+        draw: The state of its random generator before it ran; None where it draws no random numbers.
+    """
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    made: tuple[Slot | None, ...]
+    reads: frozenset[int]
+    writes: frozenset[int]
+    draw: RandomDraw | None
+
+    @property
+    def is_collective(self) -> bool:
+        """Whether other ranks take part in it."""
+        return self.function.namespace in COLLECTIVES
+
+
+@dataclass(frozen=True)
+class RecordedLoss:
+    """Where on a tape a loss is.
+
+    Attributes:
+        tape: The tape.
+        slot: The tensor that the loss is a multiple of.
+        factor: The loss, as a multiple of that tensor.
+        length: The number of operations that had been recorded when the loss was known.
+    """
+
+    tape: Tape
+    slot: Slot
+    factor: float
+    length: int
+
+    def replay(self, values: Mapping[int, Tensor], *, with_collectives: bool) -> float:
+        """Evaluate the loss again.
+
+        Args:
+            values: What is read in the place of a parameter, by the parameter's ``id``.
+            with_collectives: Whether the recorded collectives run whether or not the loss depends on them. All ranks
+                must decide alike.
+        """
+        return self.factor * float(self.tape.replay(self.slot, self.length, values, with_collectives=with_collectives))
+
+    @property
+    def needs_collectives(self) -> bool:
+        """Whether the loss depends on what other ranks send."""
+        return any(op.is_collective for op in self.tape.slice(self.slot, self.length, with_collectives=False))
+
+
+class Tape(TorchDispatchMode):
+    """While it is entered, every tensor operation is recorded.
+
+    It holds the tensors that were there before (the batch, parameters, buffers) and the former content of those that
+    are overwritten, but no intermediate result.
+
+    Attributes:
+        refusal: Why the recording cannot be replayed; None where it can.
+        paused: Whether operations pass unrecorded.
+    """
+
+    # Else torch raises an error where such an operator meets a mode.
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        self.refusal: str | None = None
+        self.paused = False
+        self._operations: list[Operation] = []
+        # By the id of a tensor: a reference that tells whether it is still that tensor, its slot, and its storage.
+        self._known: dict[int, tuple[weakref.ref[Tensor], Slot, int | None]] = {}
+        self._slot_storage: list[int] = []
+        # By the address of a storage: its number. A weak reference keeps an address from being used again.
+        self._storages: dict[int, int] = {}
+        self._storage_references: list[StorageWeakRef] = []
+        self._latest: dict[int, tuple[Slot, torch.dtype]] = {}
+        self._outside: dict[Slot, tuple[Tensor, int]] = {}
+        self._outside_owners: list[Tensor] = []
+        self._outside_storages: set[int] = set()
+        self._overwritten: dict[int, torch.UntypedStorage] = {}
+        self._scalars: dict[Node, tuple[Slot, Tensor]] | None = None
+        self._slices: dict[tuple[Slot, int, bool], list[Operation]] = {}
+
+    # Recording.
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and record it."""
+        kwargs = kwargs or {}
+        if self.paused or self.refusal is not None:
+            return func(*args, **kwargs)
+        if not isinstance(func, torch._ops.OpOverload):
+            self._refuse(f"the higher-order operator {func} is not made of tensor operations")
+            return func(*args, **kwargs)
+        recorded_args = tuple(self._encoded(value, func) for value in args)
+        recorded_kwargs = {name: self._encoded(value, func) for name, value in kwargs.items()}
+        reads = frozenset(self._slot_storage[slot] for slot in _slots((recorded_args, recorded_kwargs)))
+        written = self._about_to_be_written(func, args, kwargs)
+        draw = RandomDraw.of(args, kwargs) if torch.Tag.nondeterministic_seeded in func.tags else None
+        if self.refusal is not None:
+            return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        made = tuple(self._slot_of_result(value) for value in _flat(result))
+        writes = written | {self._slot_storage[slot] for slot in made if slot is not None}
+        self._operations.append(
+            Operation(func, recorded_args, recorded_kwargs, made, reads, frozenset(writes), draw)
+        )
+        return result
+
+    def finish(self) -> None:
+        """End the recording: keep what finds a loss, and let go of what finds a tensor."""
+        if self._scalars is None:
+            self._scalars = self._scalar_results()
+            self._known = {}
+
+    def locate(self, loss: Tensor) -> RecordedLoss | None:
+        """Find a loss on the tape, given it or a multiple of it; None where it is not there, or is 0.
+
+        Lightning divides the loss of a training step by the number of accumulated batches, and a gradient scaler
+        multiplies it, after the recording has ended.
+        """
+        scalars = self._scalar_results() if self._scalars is None else self._scalars
+        node = loss.grad_fn
+        while node is not None and node not in scalars:
+            below = [next_node for next_node, _ in node.next_functions if next_node is not None]
+            node = below[0] if len(below) == 1 else None
+        if node is None:
+            return None
+        slot, value = scalars[node]
+        of_tape, whole = float(value), float(loss.detach())
+        if not (math.isfinite(of_tape) and math.isfinite(whole)) or of_tape == 0:
+            return None
+        return RecordedLoss(self, slot, whole / of_tape, len(self._operations))
+
+    def _scalar_results(self) -> dict[Node, tuple[Slot, Tensor]]:
+        found: dict[Node, tuple[Slot, Tensor]] = {}
+        with unseen_by_dispatch_modes():
+            for reference, slot, _ in self._known.values():
+                tensor = reference()
+                if tensor is not None and tensor.grad_fn is not None and tensor.numel() == 1:
+                    found[tensor.grad_fn] = slot, tensor.detach().clone()
+        return found
+
+    def _refuse(self, reason: str) -> None:
+        """Record nothing any more, and let go of what was recorded."""
+        self.refusal = reason
+        self._operations, self._known, self._outside, self._overwritten = [], {}, {}, {}
+        self._outside_owners = []
+
+    def _encoded(self, value: Any, function: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._slot_of(value, function)
+        if isinstance(value, (list, tuple)):
+            return type(value)([self._encoded(entry, function) for entry in value])
+        return value
+
+    def _slot_of(self, tensor: Tensor, function: Any) -> Slot:
+        if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            self._refuse(f"{function} has an argument of the tensor subclass {type(tensor).__name__}")
+            return self._new_slot(tensor, None)
+        address = _storage_address(tensor)
+        known = self._known.get(id(tensor))
+        if known is not None and known[0]() is tensor and known[2] == address:
+            return known[1]
+        # Assigning to `.data` gives a known tensor another storage; what holds that storage is another tensor's slot.
+        number = None if address is None else self._storages.get(address)
+        if number is None or number in self._outside_storages:
+            return self._from_outside(tensor, address, function)
+        latest, dtype = self._latest[number]
+        if dtype != tensor.dtype:
+            self._refuse(f"{function} reads a tensor through an alias of another type")
+        slot = self._new_slot(tensor, address)
+        view = (latest, list(tensor.shape), list(tensor.stride()), tensor.storage_offset())
+        as_strided = torch.ops.aten.as_strided.default
+        self._operations.append(
+            Operation(as_strided, view, {}, (slot,), frozenset({number}), frozenset({number}), None)
+        )
+        return slot
+
+    def _from_outside(self, tensor: Tensor, address: int | None, function: Any) -> Slot:
+        if tensor.grad_fn is not None:
+            maker = tensor.grad_fn.name()
+            self._refuse(f"{function} reads a result of {maker}, which no recorded operation has made")
+        slot = self._new_slot(tensor, address)
+        self._outside_storages.add(self._slot_storage[slot])
+        # An alias: `.data` of the tensor itself may be exchanged later. The tensor itself is held for its id.
+        self._outside[slot] = tensor.detach(), id(tensor)
+        self._outside_owners.append(tensor)
+        return slot
+
+    def _new_slot(self, tensor: Tensor, address: int | None) -> Slot:
+        slot = Slot(len(self._slot_storage))
+        number = None if address is None else self._storages.get(address)
+        if number is None:
+            number = len(self._slot_storage)
+            if address is not None:
+                self._storages[address] = number
+                self._storage_references.append(StorageWeakRef(tensor.untyped_storage()))
+        self._slot_storage.append(number)
+        self._latest[number] = slot, tensor.dtype
+        self._known[id(tensor)] = weakref.ref(tensor), slot, address
+        return slot
+
+    def _slot_of_result(self, value: Any) -> Slot | None:
+        if not isinstance(value, Tensor):
+            return None
+        address = _storage_address(value)
+        known = self._known.get(id(value))
+        if known is not None and known[0]() is value and known[2] == address:
+            return known[1]
+        return self._new_slot(value, address)
+
+    def _about_to_be_written(self, function: Any, args: Any, kwargs: Any) -> set[int]:
+        """The numbers of the storages that an operation is going to write; their content is kept."""
+        written: set[int] = set()
+        for tensor in _written(function, args, kwargs):
+            address = _storage_address(tensor)
+            if address is None or function._schema.name in RESHAPES_STORAGE or tensor.is_nested:
+                self._refuse(f"{function} writes a tensor in a way that cannot be repeated")
+                return written
+            number = self._storages[address]
+            written.add(number)
+            if number in self._outside_storages and number not in self._overwritten:
+                # By storage: `.data`, `.detach()` and views write to the same memory under another name.
+                self._overwritten[number] = tensor.untyped_storage().clone()
+        return written
+
+    # Replay.
+
+    def slice(self, slot: Slot, length: int, *, with_collectives: bool) -> list[Operation]:
+        """The operations, of the first ``length`` ones, on which a tensor depends."""
+        key = slot, length, with_collectives
+        if key not in self._slices:
+            live, kept = {self._slot_storage[slot]}, []
+            for operation in reversed(self._operations[:length]):
+                if not live.isdisjoint(operation.writes) or (with_collectives and operation.is_collective):
+                    live |= operation.reads
+                    live |= operation.writes
+                    kept.append(operation)
+            self._slices[key] = kept[::-1]
+        return self._slices[key]
+
+    @torch.no_grad()
+    def replay(self, slot: Slot, length: int, parameters: Mapping[int, Tensor], *, with_collectives: bool) -> Tensor:
+        """Run the operations again that a tensor depends on.
+
+        Args:
+            slot: The tensor.
+            length: The number of recorded operations that are looked at.
+            parameters: What is read in the place of a parameter, by the parameter's ``id``.
+            with_collectives: Whether all recorded collectives are run.
+
+        Returns:
+            The tensor's value. Nothing that is outside the tape is changed, random streams included.
+
+        Raises:
+            RuntimeError: If an operation fails; the message names it.
+        """
+        operations = self.slice(slot, length, with_collectives=with_collectives)
+        last_use = {used: position for position, op in enumerate(operations) for used in _slots((op.args, op.kwargs))}
+        last_use[slot] = len(operations)
+        read = {used for op in operations for used in _slots((op.args, op.kwargs))} | {slot}
+        draws = [op.draw for op in operations if op.draw is not None]
+        with unseen_by_dispatch_modes(), _default_generators_kept(draws), contextlib.ExitStack() as stack:
+            values = self._values_from_outside(read, parameters)
+            for device in {tensor.device.type for tensor in values.values()} | {"cpu"}:
+                stack.enter_context(torch.autocast(device, enabled=False))
+            for position, operation in enumerate(operations):
+                try:
+                    self._run(operation, values)
+                except Exception as error:
+                    raise RuntimeError(f"{operation.function} could not be run again: {error}") from error
+                for used in {*_slots((operation.args, operation.kwargs)), *operation.made}:
+                    if used is not None and last_use.get(used, -1) <= position:
+                        values.pop(used, None)
+            return values[slot]
+
+    def _run(self, operation: Operation, values: dict[Slot, Tensor]) -> None:
+        draw = operation.draw
+        if draw is not None and not draw.own:
+            _set_default_state(draw.device, draw.state)
+        args, kwargs = _decoded((operation.args, operation.kwargs), values, draw)
+        result = operation.function(*args, **kwargs)
+        for made, value in zip(operation.made, _flat(result), strict=True):
+            if made is not None:
+                values[made] = value
+            elif operation.is_collective and hasattr(value, "wait"):
+                value.wait()
+
+    def _values_from_outside(self, read: set[Slot], parameters: Mapping[int, Tensor]) -> dict[Slot, Tensor]:
+        values: dict[Slot, Tensor] = {}
+        copies: dict[int, torch.UntypedStorage] = {}
+        for slot, (tensor, identity) in self._outside.items():
+            if slot not in read:
+                continue
+            given = parameters.get(identity)
+            former = self._overwritten.get(self._slot_storage[slot])
+            if former is None:
+                values[slot] = tensor if given is None else given.detach()
+                continue
+            number = self._slot_storage[slot]
+            if number not in copies:
+                copies[number] = former.clone()
+            values[slot] = _on_storage(tensor, copies[number])
+            if given is not None:
+                values[slot].copy_(given)
+        return values
+
+
+def _storage_address(tensor: Tensor) -> int | None:
+    """What tells storages apart; None for tensors without one (sparse ones)."""
+    return int(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else None
+
+
+def _on_storage(tensor: Tensor, storage: torch.UntypedStorage) -> Tensor:
+    """A tensor of the same geometry on another storage."""
+    moved = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    moved.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+    moved = moved.conj() if tensor.is_conj() else moved
+    return torch._neg_view(moved) if tensor.is_neg() else moved
+
+
+def _flat(value: Any) -> list[Any]:
+    if isinstance(value, (list, tuple)):
+        return [leaf for entry in value for leaf in _flat(entry)]
+    if isinstance(value, dict):
+        return [leaf for entry in value.values() for leaf in _flat(entry)]
+    return [value]
+
+
+def _slots(value: Any) -> Iterator[Slot]:
+    return (leaf for leaf in _flat(value) if isinstance(leaf, Slot))
+
+
+def _decoded(value: Any, values: Mapping[Slot, Tensor], draw: RandomDraw | None) -> Any:
+    if isinstance(value, Slot):
+        return values[value]
+    if isinstance(value, torch.Generator) and draw is not None:
+        return draw.generator()
+    if isinstance(value, (list, tuple)):
+        return type(value)([_decoded(entry, values, draw) for entry in value])
+    if isinstance(value, dict):
+        return {name: _decoded(entry, values, draw) for name, entry in value.items()}
+    return value
+
+
+@functools.cache
+def _written_arguments(function: Any) -> tuple[tuple[int, str], ...]:
+    """The positions and names of the arguments that an operator writes."""
+    return tuple(
+        (position, argument.name)
+        for position, argument in enumerate(function._schema.arguments)
+        if (argument.alias_info is not None and argument.alias_info.is_write)
+        # The schemas of batch norms do not tell that they write their running statistics.
+        or argument.name.startswith("running_")
+        or function.namespace in COLLECTIVES
+    )
+
+
+def _written(function: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    values = [
+        args[position] if position < len(args) else kwargs.get(name) for position, name in _written_arguments(function)
+    ]
+    return [leaf for leaf in _flat(values) if isinstance(leaf, Tensor)]
+
+
+@dataclass(frozen=True)
+class RandomDraw:
+    """The state of a random generator before an operation that draws from it, so that any part of a tape is replayed.
+
+    Attributes:
+        device: The generator's device.
+        own: Whether the operation has a generator of its own among its arguments; else the device's default.
+        state: The state.
+    """
+
+    device: torch.device
+    own: bool
+    state: Tensor
+
+    @classmethod
+    def of(cls, args: Any, kwargs: Any) -> RandomDraw:
+        """The present state of the generator that an operation with these arguments draws from."""
+        leaves = _flat((args, kwargs))
+        for generator in leaves:
+            if isinstance(generator, torch.Generator):
+                return cls(generator.device, True, generator.get_state())
+        devices = [leaf.device for leaf in leaves if isinstance(leaf, Tensor)]
+        device = devices[0] if devices else torch.device(kwargs.get("device") or "cpu")
+        return cls(device, False, _default_state(device))
+
+    def generator(self) -> torch.Generator:
+        """A generator in this state."""
+        return torch.Generator(self.device).set_state(self.state)
+
+
+def _default_state(device: torch.device) -> Tensor:
+    state: Tensor = (
+        torch.get_rng_state() if device.type == "cpu" else getattr(torch, device.type).get_rng_state(device)
+    )
+    return state
+
+
+def _set_default_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        getattr(torch, device.type).set_rng_state(state, device)
+
+
+@contextlib.contextmanager
+def _default_generators_kept(draws: Iterable[RandomDraw]) -> Iterator[None]:
+    states = {draw.device: _default_state(draw.device) for draw in draws if not draw.own}
+    try:
+        yield
+    finally:
+        for device, state in states.items():
+            _set_default_state(device, state)
