@@ -84,7 +84,7 @@ def _kron(model: nn.Module, lr: float, seed: int) -> Stepper:
 
 
 #: What the callback has by default where the engine's own defaults ask nothing of the loop around it.
-SHIPPED: dict[str, Any] = {"damping": "auto", "kl_clip": "auto", "factor_examples": 128, "rule": "auto"}
+SHIPPED: dict[str, Any] = {"damping": "auto", "kl_clip": "auto", "rule": "auto"}
 
 
 def kfc(
@@ -130,9 +130,7 @@ ABLATION = (
     kfc("kfc_adam", "KFC, rule adam", rule="adam"),
     kfc("kfc_natural", "KFC, rule natural", rule="natural"),
     kfc("kfc_slow", "KFC, decay 0.95", ema_decay=0.95),
-    kfc("kfc_all_rows", "KFC, statistics of all rows of all examples", rows_per_dim=None, factor_examples=None),
-    kfc("kfc_whole", "KFC, statistics of all examples", factor_examples=None),
-    kfc("kfc_part64", "KFC, statistics of 64 examples", factor_examples=64),
+    kfc("kfc_all_rows", "KFC, statistics of all rows of all examples", rows_per_dim=None),
     kfc("kfc_averaged", "KFC, averaged weights", average=0.9),
     kfc("kfc_fixed", "KFC, damping and KL clip fixed", damping=0.01, kl_clip=0.03),
     kfc("kfc_empirical", "KFC, empirical Fisher", fisher="empirical"),

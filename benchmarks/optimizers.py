@@ -77,7 +77,7 @@ class PlainStepper(Stepper):
 
 
 class KFCStepper(Stepper):
-    """An optimizer whose gradients KFC preconditions; a review's second look at the batch is a part of the step."""
+    """An optimizer whose gradients KFC preconditions; the reviews are a part of the steps."""
 
     def __init__(self, kfc: KFC, optimizer: Optimizer) -> None:
         self.kfc = kfc
@@ -86,14 +86,14 @@ class KFCStepper(Stepper):
     def step(self, compute_loss: BatchLoss) -> None:
         """See :class:`Stepper`."""
         self.optimizer.zero_grad()
-        with self.kfc.capture(compute_loss, examples=compute_loss.examples):
+        with self.kfc.capture():
             loss = compute_loss()
         self.kfc.back_propagate(loss)
         loss.backward()
         # It refreshes first what is due, as the callback does: when the memory of the graph is free again.
         self.kfc.precondition(optimizer=self.optimizer)
         self.optimizer.step()
-        self.kfc.review(compute_loss, optimizer=self.optimizer)
+        self.kfc.review(optimizer=self.optimizer)
 
 
 class AveragingStepper(Stepper):

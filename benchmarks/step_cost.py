@@ -91,8 +91,6 @@ KINDS: dict[str, Callable[[nn.Module], Stepper]] = {
     "factors": _kfc(1, NEVER),
     "refresh": _kfc(1, 1),
     "exact": _kfc(1, NEVER, rows_per_dim=None),
-    "refresh_128": _kfc(1, 1, factor_examples=128),
-    "refresh_64": _kfc(1, 1, factor_examples=64),
     "between_bfloat16": _kfc(NEVER, NEVER, inverse_precision="bfloat16"),
     "refresh_bfloat16": _kfc(1, 1, inverse_precision="bfloat16", factor_storage="bfloat16"),
 }

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lightning_kfc.kfc import KFC
 
@@ -23,11 +24,9 @@ class Attachment:
         trainer: The trainer.
         active: Whether the callback takes part now.
         kfc: Gives the engine; a checkpoint may have replaced it since.
-        capture: Opens its capture of the present batch.
         on_unseen_backward: Called when a gradient arrives outside of Lightning's own backward.
-        on_step: Called with an optimizer that has stepped as Lightning had announced, before anything else sees the
-            new weights.
         on_unseen_step: Called with an optimizer that has stepped without Lightning's hooks.
+        on_repeated_closure: Called with an optimizer that evaluates its closure again in the same step.
         observing: A context around each training step, inside the engine's own.
     """
 
@@ -37,31 +36,38 @@ class Attachment:
         *,
         active: Callable[[], bool],
         kfc: Callable[[], KFC],
-        capture: Callable[[], contextlib.AbstractContextManager[None]],
         on_unseen_backward: Callable[[], None],
-        on_step: Callable[[Optimizer], None],
         on_unseen_step: Callable[[Optimizer], None],
+        on_repeated_closure: Callable[[Optimizer], None],
         observing: Callable[[], contextlib.AbstractContextManager[None]],
     ) -> None:
         self._active = active
         self._kfc = kfc
-        self._capture = capture
         self._on_unseen_backward = on_unseen_backward
-        self._on_step = on_step
         self._on_unseen_step = on_unseen_step
+        self._on_repeated_closure = on_repeated_closure
         self._observing = observing
         self._in_backward = False
         self._announced: set[int] = set()
+        # The optimizers whose step() runs now, the outermost first: Lookahead and SAM call another one's.
+        self._stepping: list[Optimizer] = []
         self._undo = contextlib.ExitStack()
         self._undo.callback(_surround_training_steps(trainer.precision_plugin, self._around_training_step))
-        for optimizer in trainer.optimizers:
-            if isinstance(optimizer, Optimizer):
-                handle = optimizer.register_step_post_hook(self._after_step)
-                self._undo.callback(handle.remove)
+        # Hooks on all optimizers: those of a trainer may be replaced during a fit, and wrap others.
+        for handle in (
+            register_optimizer_step_pre_hook(self._before_step),
+            register_optimizer_step_post_hook(self._after_step),
+        ):
+            self._undo.callback(handle.remove)
 
     def detach(self) -> None:
         """Leave the trainer as it was."""
         self._undo.close()
+
+    def batch_begins(self) -> None:
+        """A batch begins: no optimizer is in the midst of a step, unless one has raised."""
+        self._stepping.clear()
+        self._announced.clear()
 
     def backward_begins(self) -> None:
         """Lightning's backward begins: the gradients that arrive now are known."""
@@ -82,15 +88,19 @@ class Attachment:
             return
         # A backward that raised has not ended.
         self._in_backward = False
-        with self._capture(), self._gradients_watched(), self._observing():
+        if self._stepping and id(self._stepping[0]) in self._announced:
+            self._kfc().reopen_step()
+            self._on_repeated_closure(self._stepping[0])
+        with self._kfc().capture(), self._gradients_watched(), self._observing():
             yield
 
     @contextlib.contextmanager
     def _gradients_watched(self) -> Iterator[None]:
-        """See the gradients that a bare ``loss.backward()`` in a due training step brings."""
+        """See the gradients that a bare ``loss.backward()`` in a recorded training step brings."""
+        kfc = self._kfc()
         with contextlib.ExitStack() as handles:
-            for name in self._kfc().recorded:
-                parameter = next(iter(self._kfc().layers[name].adapter.own_parameters().values()), None)
+            for name in kfc.layers if kfc.recording else kfc.recorded:
+                parameter = next(iter(kfc.layers[name].adapter.own_parameters().values()), None)
                 if parameter is not None and parameter.is_leaf:
                     seen = partial(self._after_gradient, name)
                     handle = parameter.register_post_accumulate_grad_hook(seen)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
@@ -100,14 +110,23 @@ class Attachment:
     def _after_gradient(self, layer: str, parameter: Tensor) -> None:
         if not self._in_backward:
             self._kfc().forget([layer])
+            self._kfc().forget_losses()
             self._on_unseen_backward()
 
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._stepping.append(optimizer)
+
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._stepping:
+            self._stepping.pop()
+        # The step of a wrapped optimizer is a part of the wrapper's.
+        if self._stepping or not self._active():
+            return
         if id(optimizer) in self._announced:
             self._announced.discard(id(optimizer))
-            if self._active():
-                self._on_step(optimizer)
-        elif self._active():
+            # At once: what else looks at the new weights sees those that are kept.
+            self._kfc().review(optimizer=optimizer)
+        elif self._kfc().learning_rates(optimizer):
             self._on_unseen_step(optimizer)
 
 

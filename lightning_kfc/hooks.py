@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 from collections.abc import Sequence
@@ -17,11 +16,11 @@ from torch.optim import Optimizer
 from lightning_kfc.attachment import Attachment
 from lightning_kfc.checks import check_flag
 from lightning_kfc.coverage import wrapped
+from lightning_kfc.distributed import is_sharded
 from lightning_kfc.kfc import KFC
 from lightning_kfc.likelihood import Bernoulli, Categorical, Gaussian
 from lightning_kfc.monitor import History
 from lightning_kfc.partners import Advice, advice
-from lightning_kfc.replay import Replay, why_no_replay
 from lightning_kfc.reporting import Reporting, ReportSettings
 from lightning_kfc.schedule import ExponentialSchedule, LinearSchedule
 from lightning_kfc.settings import Settings
@@ -72,8 +71,6 @@ class KFCHooks:
         max_factor_dim: A layer's factor with more dimensions than this is kept as its diagonal; null for no bound.
         rows_per_dim: Where a batch has more rows (locations of images, positions of sequences) for each dimension of a
             layer's input factor than this, the factor comes from a part of them; null for all rows.
-        factor_examples: Statistics are taken from at most so many examples of each batch, by running training_step once
-            more on these; where that cannot be, from all of them, as a line says. Null for all.
         include: Glob patterns over module names, such as "encoder.*": only these modules are preconditioned.
         exclude: Glob patterns over module names that are not preconditioned.
         seed: Seed of the sampled targets. The global random stream is never touched.
@@ -124,7 +121,6 @@ class KFCHooks:
         weight_sharing: Literal["expand", "reduce"] = "expand",
         max_factor_dim: int | None = 10_000,
         rows_per_dim: int | None = 8,
-        factor_examples: int | None = 128,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         seed: int = 0,
@@ -157,7 +153,6 @@ class KFCHooks:
             weight_sharing=weight_sharing,
             max_factor_dim=max_factor_dim,
             rows_per_dim=rows_per_dim,
-            factor_examples=factor_examples,
             include=include,
             exclude=exclude,
             seed=seed,
@@ -181,7 +176,6 @@ class KFCHooks:
         self._module: Any = None
         self._loaded: dict[str, Any] | None = None
         self._attachment: Attachment | None = None
-        self._replay: Replay | None = None
         self._reporting: Reporting | None = None
         self._telemetry: Telemetry | None = None
         self._training = False
@@ -284,13 +278,11 @@ class KFCHooks:
             # a sharded optimizer's state is loaded by way of a step that moves nothing.
             active=lambda: self._training and any(callback is self for callback in trainer.callbacks),
             kfc=lambda: self.kfc,
-            capture=self._capture,
             on_unseen_backward=self._warn_bare_backward,
-            on_step=self._review_step,
             on_unseen_step=self._after_unseen_step,
+            on_repeated_closure=self._say_repeated_closure,
             observing=reporting.observing,
         )
-        self._replay = Replay(trainer, pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Take over the checkpoint's state (under FSDP2 it is loaded after on_fit_start), and report."""
@@ -306,7 +298,7 @@ class KFCHooks:
             )
         self.kfc.say = rank_zero_info
         self._tells.engine_replaced()
-        self._do_without_replay(trainer, pl_module)
+        self._do_without_reviews(pl_module)
         self._warn_of_split_layers(trainer.optimizers)
         rank_zero_info(self._report())
         self._advise(trainer)
@@ -338,8 +330,6 @@ class KFCHooks:
             lines += wrapped(f"Each checkpoint holds the factors and inverses, {size} (save_factors=False: none).")
         else:
             lines += wrapped("Checkpoints hold no factors (save_factors=False): a resumed run warms up again.")
-        if self._settings.factor_examples is not None:
-            lines += wrapped(f"Statistics come from {self.kfc.statistics_source}.")
         return "\n".join(lines)
 
     def _warn_of_split_layers(self, optimizers: Sequence[Any]) -> None:
@@ -353,19 +343,16 @@ class KFCHooks:
                     "Give its weight and its bias to the same optimizer, or add it to `exclude` to silence this."
                 )
 
-    def _do_without_replay(self, trainer: Any, pl_module: Any) -> None:
-        reason = why_no_replay(trainer, pl_module)
-        if reason is None:
-            return
-        self.kfc.use_whole_batches(f"with {reason}, the loss of a step cannot be evaluated again")
+    def _do_without_reviews(self, pl_module: Any) -> None:
         automatic = [name for name in ("damping", "kl_clip") if getattr(self._settings, name) == "auto"]
+        if not automatic or not any(map(is_sharded, pl_module.parameters())):
+            return
         self.kfc.fix_trust_region()
-        if automatic:
-            fixed = ", ".join(f"{name}={getattr(self.kfc, name)}" for name in automatic)
-            rank_zero_info(
-                f"KFCCallback: with {reason}, the loss of a step cannot be evaluated again, which 'auto' needs; "
-                f"it uses {fixed}."
-            )
+        fixed = ", ".join(f"{name}={getattr(self.kfc, name)}" for name in automatic)
+        rank_zero_info(
+            "KFCCallback: with parameters that are sharded over ranks, steps cannot be reviewed, which 'auto' needs; "
+            f"it uses {fixed}."
+        )
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Detach, and tell what went other than planned."""
@@ -390,7 +377,7 @@ class KFCHooks:
         self._training = False
         if self._attachment is not None:
             self._attachment.detach()
-            self._attachment = self._replay = None
+            self._attachment = None
         if self._kfc is not None:
             self._kfc.resume()
             self._kfc.release()
@@ -399,15 +386,10 @@ class KFCHooks:
     # A training step.
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Keep the batch, on which the step may be reviewed, and start the clock, where the time of steps is wanted."""
+        """Start the clock, where the time of steps is wanted."""
         self._reports.step_begins()
-        if self._replay is not None and (self.kfc.reviews or self.kfc.takes_parts):
-            self._replay.keep(batch, batch_idx)
-
-    def _capture(self) -> contextlib.AbstractContextManager[None]:
-        if self._replay is None or not self.kfc.takes_parts:
-            return self.kfc.capture()
-        return self._replay.capture(self.kfc, self._reports.observing)
+        if self._attachment is not None:
+            self._attachment.batch_begins()
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         """Take the statistics of this loss, while its graph lives."""
@@ -464,28 +446,7 @@ class KFCHooks:
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Let go of the graph of what was recorded and not used."""
         self.kfc.release()
-        if self._replay is not None and not trainer.fit_loop._should_accumulate():
-            self._replay.clear()
-            self.kfc.cancel_review()
         self._reports.step_ends(trainer.fit_loop.epoch_loop._batches_that_stepped, outputs)
-
-    def _review_step(self, optimizer: Optimizer) -> None:
-        if self._replay is None or not self.kfc.review_due:
-            return
-        evaluations = self._replay.evaluations()
-        # An optimizer that calls its closure several times (SAM) has moved away from where the losses were taken.
-        if len(evaluations) != self.kfc.losses_seen:
-            return
-        try:
-            self.kfc.review(evaluations, optimizer=optimizer)
-        except Exception as error:
-            # The user's own code, where it did not expect to be called; training is none the worse for it.
-            self.kfc.fix_trust_region()
-            rank_zero_warn(
-                "KFCCallback could not evaluate training_step a second time without gradients, which damping='auto' "
-                f"and kl_clip='auto' need: {type(error).__name__}: {error}. It goes on with "
-                f"damping={self.kfc.damping} and kl_clip={self.kfc.kl_clip}. Set them to silence this."
-            )
 
     def _warn_bare_backward(self) -> None:
         self._warn_once(
@@ -496,11 +457,21 @@ class KFCHooks:
     def _after_unseen_step(self, optimizer: Optimizer) -> None:
         self._warn_once(
             f"KFCCallback could not precondition a step of {type(optimizer).__name__}: it was made around Lightning's "
-            "wrapped optimizer (by optimizers(use_pl_optimizer=False), optimizer.optimizer.step(), or an overridden "
-            "optimizer_step that steps on its own). Call step() of what self.optimizers() returns, or "
+            "wrapped optimizer (by optimizers(use_pl_optimizer=False), optimizer.optimizer.step(), the second_step() "
+            "of an optimizer such as SAM, or an overridden optimizer_step that steps on its own). Call step() of what "
+            "self.optimizers() returns, or "
             "super().optimizer_step(...)."
         )
         self.kfc.skip(optimizer)
+
+    def _say_repeated_closure(self, optimizer: Optimizer) -> None:
+        name = type(optimizer).__name__
+        if name not in self._said:
+            self._said.add(name)
+            rank_zero_info(
+                f"KFCCallback: {name} evaluates its closure several times in a step. The gradient of each is "
+                "preconditioned; curvature and reviews are taken from the first."
+            )
 
     def _warn_once(self, message: str) -> None:
         if message not in self._said:

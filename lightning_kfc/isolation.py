@@ -59,7 +59,7 @@ def unseen_by_dispatch_modes() -> contextlib.AbstractContextManager[Any]:
     """Keep torch dispatch modes, the user's and our own, from seeing the operations within."""
     if torch._C._len_torch_dispatch_stack() == 0:
         return contextlib.nullcontext()
-    return _disable_current_modes()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+    return _disable_current_modes()
 
 
 def full_precision(model: nn.Module) -> torch.autocast:

@@ -25,18 +25,16 @@ from lightning_kfc.layer import Keeping, Layer
 from lightning_kfc.likelihood import Likelihood
 from lightning_kfc.monitor import Events, StepNumbers
 from lightning_kfc.observation import Observation
-from lightning_kfc.part import Batch, Parts
-from lightning_kfc.part import Evaluation as PartEvaluation
 from lightning_kfc.period_choice import PeriodChoice
 from lightning_kfc.placement import factorisation_cost
 from lightning_kfc.refresh import Refresh
-from lightning_kfc.review import Evaluation, PartLoss, Reviewer
+from lightning_kfc.review import Reviewer
 from lightning_kfc.rule_choice import choose_rule, with_rule
 from lightning_kfc.schedule import RefreshSchedule, value_at
 from lightning_kfc.settings import Settings
 from lightning_kfc.slots import Slots
 from lightning_kfc.step_times import StepTimes
-from lightning_kfc.trust_region import FIXED_DAMPING, FIXED_RADIUS, REVIEWED_AT_FIRST, Verdict
+from lightning_kfc.trust_region import FIXED_DAMPING, FIXED_RADIUS, Verdict
 from lightning_kfc.units import Units
 
 STATE_VERSION = 1
@@ -57,7 +55,7 @@ class KFC:
 
     With ``damping="auto", kl_clip="auto"``, which the callback has by default, this follows the step::
 
-        kfc.review(lambda: loss_fn(model(x), y), optimizer=optimizer)
+        kfc.review(optimizer=optimizer)
 
     Args:
         model: The model. Modules that exist now are covered, those added later are not.
@@ -91,9 +89,6 @@ class KFC:
             ResNet-50, 9,217 in the widest ResNets), and no vocabulary; a factor with its inverse takes 0.8 GB there.
         rows_per_dim: A is estimated from a part of a batch's rows, at least so many times its dimensions, where there
             are more: every k-th example gives every k-th of its positions, k at most 16. None for all rows.
-        factor_examples: Statistics are taken from at most so many examples of each (micro-)batch, chosen at random, by
-            evaluating the loss on them once more; :meth:`capture` takes what does that. None for all examples, by a
-            record of the forward itself. See :mod:`lightning_kfc.part`.
         include: Glob patterns over module names; only these are preconditioned. None for all.
         exclude: Glob patterns over module names that are not preconditioned.
         seed: Seed of the sampling of targets; the global random stream is never touched.
@@ -141,7 +136,6 @@ class KFC:
         weight_sharing: str = "expand",
         max_factor_dim: int | None = 10_000,
         rows_per_dim: int | None = 8,
-        factor_examples: int | None = None,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         seed: int = 0,
@@ -169,7 +163,6 @@ class KFC:
             weight_sharing=weight_sharing,
             max_factor_dim=max_factor_dim,
             rows_per_dim=rows_per_dim,
-            factor_examples=factor_examples,
             include=include,
             exclude=exclude,
             seed=seed,
@@ -217,6 +210,8 @@ class KFC:
         # Layers whose .grad holds a part of which no statistics were taken: what is taken then would not belong to it.
         self._unseen: set[str] = set()
         self._stepped = False
+        # Whether an optimizer evaluates its closure once more in the same step.
+        self._again = False
         self._ranks_agree = False
         self._micro_batch = 0
         self.step = 0
@@ -233,7 +228,6 @@ class KFC:
         self._observation = Observation(
             model, settings, self._found, self._due, self._cannot_explain, self._team, self.times
         )
-        self._parts = Parts(model, settings, self._team, self._observation, self.times, self._say_or_warn)
         self._refresh_layers = Refresh(
             settings,
             self._due,
@@ -274,30 +268,6 @@ class KFC:
         """When statistics and inverses are due; where a period is ``"auto"``, the default's until it is chosen."""
         return self._periods.schedule
 
-    @property
-    def takes_parts(self) -> bool:
-        """Whether statistics come from parts of batches (``factor_examples``), as far as is known."""
-        return self._parts.used
-
-    @property
-    def statistics_source(self) -> str:
-        """What statistics are taken from, in words: so many examples, or whole batches with the reason why."""
-        return self._parts.described()
-
-    def use_whole_batches(self, reason: str) -> None:
-        """Do without ``factor_examples`` in this process.
-
-        Args:
-            reason: What is said about it.
-        """
-        self._parts.refuse(reason, lasting=False)
-
-    def _say_or_warn(self, line: str) -> None:
-        if self.say is not _say_nothing:
-            self.say(line)
-        elif distributed.rank() == 0:
-            warnings.warn(line, stacklevel=5)
-
     def coverage(self) -> Coverage:
         """Every parameter with how it is treated and why; prints as a table."""
         moments = 2 if self.settings.rule == "adam" else 0
@@ -322,33 +292,21 @@ class KFC:
     # A step, in the order of its parts.
 
     @contextlib.contextmanager
-    def capture(self, evaluate: PartEvaluation | None = None, *, examples: int = 0, whole: str = "") -> Iterator[None]:
+    def capture(self) -> Iterator[None]:
         """Record what the forward and the loss of this (micro-)batch show, if this step is due; else do nothing.
 
         Compute the loss inside. Compiled code runs eagerly there, and only there.
-
-        Args:
-            evaluate: With ``factor_examples``: gives the loss of some examples of the batch, those of a tensor of
-                indices, as the loss of the whole is computed (and divided, where micro-batches are accumulated), but
-                without a gradient scaler's factor. :meth:`update` calls it where a part is looked at; then nothing is
-                recorded inside. Buffers and random streams are put back afterwards.
-            examples: With ``factor_examples``: the number of examples in the batch.
-            whole: Why this batch must be taken as a whole, if it must.
-
-        Raises:
-            ValueError: If the step is due, and ``factor_examples`` is set, but none of these is given.
         """
         self._begin_step_if_over()
         if not self._ranks_agree:
             check_agreement(self.settings, self._found.layers, next(self._model.parameters()).device)
             self._ranks_agree = True
-        self._reviewer.forward_begins()
-        due = self._due.recorded_at(self.step, self._found.layers)
-        if self._parts.begin(Batch(evaluate, examples, whole), self.step, due):
-            self._observation.pass_over()
+        if self._again:
+            self._observation.record_nothing()
+            self._reviewer.release()
             yield
             return
-        with self._observation.capture(self.step):
+        with self._reviewer.record(self.step), self._observation.capture(self.step):
             yield
 
     def update(
@@ -370,7 +328,7 @@ class KFC:
             RuntimeError: If the step is due but its loss was not computed inside :meth:`capture`, or if its
                 backward has been run.
         """
-        if not (self._observation.active or self._parts.expected) and self._due.date(self.step):
+        if not self._observation.active and self._due.date(self.step):
             raise RuntimeError(
                 f"KFC has recorded nothing at step {self.step}: compute the loss inside `with kfc.capture():`."
             )
@@ -381,9 +339,11 @@ class KFC:
     def back_propagate(self, loss: Tensor, *, loss_scale: float = 1.0, loss_fraction: float = 1.0) -> None:
         """The first half of :meth:`update`: send the seeds to the layers while the loss's graph lives."""
         self._reviewer.note_loss(loss, loss_scale)
-        if not (self._observation.active or self._parts.expected):
+        if not self._observation.active:
             return
-        statistics = self._parts.statistics(
+        # In manual optimization the forward is still being recorded.
+        self._reviewer.pause()
+        statistics = self._observation.statistics(
             loss,
             self.step,
             self._micro_batch,
@@ -391,6 +351,7 @@ class KFC:
             loss_fraction=loss_fraction,
             unseen=self._unseen,
         )
+        self._reviewer.resume()
         self._refresh_layers.expect(self.recorded)
         # Finite or not is for all ranks to know together: refresh() looks at the sum over ranks.
         for name, entry in statistics.items():
@@ -411,7 +372,8 @@ class KFC:
             self._drop_pending(name)
             self._unseen.discard(name)
         self._refresh_layers.discard(names)
-        self._stepped = True
+        self._reviewer.cancel()
+        self._step_over(optimizer)
 
     def _drop_pending(self, name: str) -> None:
         if name in self.layers:
@@ -443,7 +405,7 @@ class KFC:
     def release(self) -> None:
         """Let go of what was recorded of the last forward and its graph."""
         self._observation.release()
-        self._parts.release()
+        self._reviewer.release()
         self._refresh_layers.abandon()
 
     def follow_gradients(self) -> None:
@@ -456,7 +418,7 @@ class KFC:
             if (layer.pending is not None or name in self._unseen) and layer.gradient_is_zero():
                 self._drop_pending(name)
                 self._unseen.discard(name)
-        recorded = set(self.recorded if self._observation.active else self._parts.expected)
+        recorded = set(self.recorded if self._observation.active else ())
         self.forget(name for name in self._found.layers if name not in recorded)
 
     def learning_rates(self, optimizer: Optimizer) -> dict[str, float]:
@@ -523,8 +485,13 @@ class KFC:
             raise ValueError(
                 "precondition() takes either lr=... or optimizer=..., to know the step that the KL clip bounds."
             )
+        # Until the step is made: it is no part of a loss.
+        self._reviewer.pause()
         with self.times.part("preconditioning"):
-            return self._precondition(lr, optimizer, loss_scale)
+            made = self._precondition(lr, optimizer, loss_scale)
+        if not made:
+            self._reviewer.resume()
+        return made
 
     def _precondition(self, lr: float | None, optimizer: Optimizer | None, loss_scale: float) -> bool:
         rates = dict.fromkeys(self.layers, float(lr)) if lr is not None else {}
@@ -535,7 +502,7 @@ class KFC:
                 self._drop_pending(name)
             self._refresh_layers.discard(rates)
             # The step is to be made anew, of other losses.
-            self._forget_losses()
+            self._reviewer.forget_losses()
             self.events.count("nonfinite_gradients")
             return False
         self._refresh(rates)
@@ -558,6 +525,7 @@ class KFC:
             self._say_unexplained(unexplained)
             with full_precision(self._model):
                 damping, parameters = self.damping, self._stepped_by(optimizer)
+                reviewer = self._reviewer
                 ready = self._exchange.solved(ready, damping)
                 numbers = replace_gradients(
                     self.settings.rule,
@@ -565,21 +533,25 @@ class KFC:
                     self.step,
                     damping,
                     self.kl_clip,
-                    self._most_decrease(),
+                    self._most_decrease(parameters),
                     loss_scale,
                     self.events,
-                    lambda size: self._reviewer.before_step(self.step, size, damping, parameters, loss_scale),
+                    lambda size: reviewer.before_step(self.step, size, damping, optimizer, parameters, loss_scale),
                     self.inspect,
                 )
                 units.ask((entry.layer for entry in ready), loss_scale)
                 self.last_step = numbers if self._reviewer.last is None else _reviewed(numbers, self._reviewer.last)
-        self._stepped = True
+        self._step_over(optimizer)
         return True
 
-    def _most_decrease(self) -> float | None:
+    def _step_over(self, optimizer: Optimizer | None) -> None:
+        self._stepped = True
+        self._reviewer.stepped(self._stepped_by(optimizer), optimizer)
+
+    def _most_decrease(self, parameters: Sequence[nn.Parameter]) -> float | None:
         if self.settings.rule != "natural":
             return None
-        return self._reviewer.most_decrease(never_negative=self._observation.never_negative)
+        return self._reviewer.most_decrease(parameters, never_negative=self._observation.never_negative)
 
     @property
     def damping(self) -> float:
@@ -598,11 +570,6 @@ class KFC:
         """Whether damping or KL clip are set by reviews of steps."""
         return self._reviewer.region.active
 
-    @property
-    def losses_seen(self) -> int:
-        """The number of losses of this step, one a micro-batch, that a review evaluates again."""
-        return self._reviewer.losses_seen
-
     def cancel_review(self) -> None:
         """Do without the review of this step."""
         self._reviewer.cancel()
@@ -612,42 +579,47 @@ class KFC:
         """Whether the step that was just made is to be reviewed."""
         return self._reviewer.due
 
-    def review(
-        self, evaluate: Evaluation | Sequence[Evaluation], *, optimizer: Optimizer | None = None
-    ) -> Verdict | None:
+    @property
+    def recording(self) -> bool:
+        """Whether the last forward was recorded, so that the step can be reviewed."""
+        return self._reviewer.recording
+
+    def reopen_step(self) -> None:
+        """Take the coming forward for one more of the step that was preconditioned last.
+
+        An optimizer that calls its closure again (SAM) has made no step yet.
+        """
+        self._stepped, self._again = False, True
+
+    def forget_losses(self) -> None:
+        """Do without the losses that were seen: the gradient of the coming step holds others."""
+        self._reviewer.forget_losses()
+
+    def review(self, *, optimizer: Optimizer | None = None) -> Verdict | None:
         """After the optimizer's step: see whether it did what was expected, and adjust damping and KL clip.
 
         It is what ``damping="auto"`` and ``kl_clip="auto"`` learn from (:mod:`lightning_kfc.trust_region`). Only a few
-        steps are reviewed; at the others nothing is evaluated. A step that did much less than expected is shortened to
-        the best point on its way, with the momentum that it leaves, or taken back where there is none.
+        steps are reviewed. There :meth:`capture` has recorded the forward as tensor operations, which are replayed with
+        the new weights (:mod:`lightning_kfc.tape`); none of the user's code runs again. A step that did much less than
+        expected is shortened to the best point on its way, with the momentum that it leaves, or taken back where there
+        is none.
 
         Args:
-            evaluate: Gives the loss of the step's batch again, in training mode; a sequence of such functions where
-                :meth:`update` has seen several micro-batches. Gradients are off, and buffers and random streams are put
-                back afterwards.
             optimizer: The optimizer that made the step; its momentum is shortened with the step.
 
         Returns:
             What followed, or None where there was nothing to review.
         """
-        evaluations = [evaluate] if callable(evaluate) else list(evaluate)
         with self.times.part("reviews"):
-            verdict = self._reviewer.review(evaluations, self.layers.values(), optimizer, self._losses_of_parts())
+            verdict = self._reviewer.review(self.layers.values(), optimizer)
+        self._reviewer.resume()
+        self._again = False
         if verdict is not None and verdict.undo:
             for name in self.layers if optimizer is None else self.learning_rates(optimizer):
                 self._found.layers[name].forget_momentum()
         if verdict is not None and verdict.refresh:
             self._due.hasten(self.layers, self.step + 1)
         return verdict
-
-    def _losses_of_parts(self) -> Sequence[PartLoss]:
-        """What the first reviews look at again in the place of the whole batch, where there is anything.
-
-        There the loss falls on nearly every example; later a part shows little of what the whole does.
-        """
-        losses, self._parts.losses = self._parts.losses, []
-        at_first = self.step < REVIEWED_AT_FIRST
-        return losses if at_first and len(losses) == self._reviewer.losses_seen else ()
 
     def fix_trust_region(self) -> None:
         """Give ``damping="auto"`` and ``kl_clip="auto"`` their fixed values, where steps cannot be reviewed."""
@@ -657,8 +629,8 @@ class KFC:
         self.fix_trust_region()
         if distributed.rank() == 0:
             warnings.warn(
-                "KFC's damping='auto' and kl_clip='auto' need a call of kfc.review(lambda: loss_fn(model(x), y), "
-                "optimizer=optimizer) after each optimizer.step(). There was none; the fixed values "
+                "KFC's damping='auto' and kl_clip='auto' need a call of kfc.review(optimizer=optimizer) after each "
+                "optimizer.step(). There was none; the fixed values "
                 f"damping={FIXED_DAMPING} and kl_clip={FIXED_RADIUS} are used from now on. Set these, or add the "
                 "call, to silence this.",
                 stacklevel=4,
@@ -699,10 +671,12 @@ class KFC:
     def pause(self) -> None:
         """Record nothing until :meth:`resume`: a backward re-runs checkpointed forwards, which are none of ours."""
         self._observation.pause()
+        self._reviewer.pause()
 
     def resume(self) -> None:
         """Record again, if the capture is still open; also to be called where a backward has raised."""
         self._observation.resume()
+        self._reviewer.resume()
 
     # The parts of a step.
 
@@ -730,16 +704,12 @@ class KFC:
             self._micro_batch = 0
             if self._reviewer.due:
                 self._say_unreviewed()
-            self._forget_losses()
+            self._reviewer.cancel()
             taken, device = bool(self._observation.recorded), next(self._model.parameters()).device
             chosen = self._periods.step_begins(self.step - self._due.started_at, statistics=taken, device=device)
             if chosen is not None:
                 self._due.reschedule(self.schedule)
                 self.say(chosen)
-
-    def _forget_losses(self) -> None:
-        self._reviewer.begin_step()
-        self._parts.losses = []
 
     # State.
 
@@ -768,7 +738,6 @@ class KFC:
             "events": self.events.state_dict(),
             "inverses_skipped": self.inverses_skipped,
             "trust_region": self._reviewer.region.state_dict(),
-            "parts": self._parts.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
@@ -799,10 +768,8 @@ class KFC:
         self.events.load_state_dict(state["events"])
         self._refresh_layers.inverting.skipped = int(state.get("inverses_skipped", 0))
         self._reviewer.region.load_state_dict(state.get("trust_region", {}))
-        self._parts.load_state_dict(state.get("parts", {}))
         if state["layers"] is None:
             self._due.restart(self.step)
-            self._parts.restart()
             return ["the state holds no factors: curvature is estimated anew, beginning with a warm-up"]
         problems = [
             f"layer {name!r} of the checkpoint is not in the model"
@@ -831,7 +798,6 @@ class KFC:
                 problems.append(f"layer {name!r} starts anew: {reason}")
         if not any(self._due.has_statistics(name) for name in self._found.layers):
             self._due.restart(self.step)
-            self._parts.restart()
         return problems
 
 

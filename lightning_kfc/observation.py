@@ -30,7 +30,6 @@ from lightning_kfc.fisher import (
 from lightning_kfc.isolation import eager_compiled_code, full_precision, leaving_no_trace, sinks_at_rest
 from lightning_kfc.layer import Layer
 from lightning_kfc.loss_terms import LossNotRecognisedError, attach_named_output, unrecognised, wanted_terms
-from lightning_kfc.part_law import TermOutline
 from lightning_kfc.per_example import ExampleGradients
 from lightning_kfc.selftest import SelfTest
 from lightning_kfc.settings import Settings
@@ -114,7 +113,7 @@ class Observation:
             for handle in handles:
                 handle.remove()
 
-    def pass_over(self) -> None:
+    def record_nothing(self) -> None:
         """Record nothing of the coming forward."""
         self.recorded = []
         self.release()
@@ -190,32 +189,6 @@ class Observation:
                 return self._by_layer(found, calls, len(recorded))
         finally:
             self.resume()
-
-    # What a loss is made of.
-
-    def outline(self, loss: Tensor, loss_scale: float, loss_fraction: float) -> list[TermOutline]:
-        """The recorded terms that a loss contains, before :meth:`statistics` is asked for."""
-        return [] if self._losses is None else self._outline(self._losses, loss, loss_scale, loss_fraction)
-
-    def outline_of(self, evaluate: Callable[[], Tensor | None], loss_fraction: float) -> list[TermOutline] | None:
-        """The terms of a loss that is evaluated for that alone; None where there is none."""
-        losses = LossRecorder()
-        handles = attach_named_output(self._model, self._settings.likelihood, losses)
-        try:
-            with eager_compiled_code(), losses:
-                loss = evaluate()
-        finally:
-            for handle in handles:
-                handle.remove()
-        return None if loss is None else self._outline(losses, loss, 1.0, loss_fraction)
-
-    def _outline(
-        self, losses: LossRecorder, loss: Tensor, loss_scale: float, loss_fraction: float
-    ) -> list[TermOutline]:
-        wanted = wanted_terms(losses.terms, self._settings.likelihood)
-        with sinks_at_rest(loss):
-            kept = weighted_terms(loss, wanted, loss_scale=loss_scale, loss_fraction=loss_fraction)
-        return [TermOutline(w.term.function, w.term.logits.numel(), float(w.weights.sum())) for w in kept]
 
     # Parts of a due step.
 

@@ -39,7 +39,7 @@ CAPTIONS = {
 }
 
 #: What a training through Lightning has by default, where that is not the engine's own.
-CALLBACK_DEFAULTS = {"damping": "auto", "kl_clip": "auto", "factor_examples": 128, "rule": "auto"}
+CALLBACK_DEFAULTS = {"damping": "auto", "kl_clip": "auto", "rule": "auto"}
 
 
 def sections(
@@ -92,7 +92,6 @@ def run_facts(kfc: KFC, trainer: Any, interrupted_by: BaseException | None) -> d
         "Ended": ended,
         "Optimizer at the end": ", ".join(f"{type(o).__name__}(lr={lr})" for o, lr in rates.items()),
         "Rule": kfc.settings.rule,
-        "Statistics from": kfc.statistics_source,
         "Ranks": trainer.world_size,
         "Versions": f"lightning-kfc {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
     }

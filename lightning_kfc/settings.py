@@ -49,7 +49,6 @@ class Settings:
     weight_sharing: str = "expand"
     max_factor_dim: int | None = 10_000
     rows_per_dim: int | None = 8
-    factor_examples: int | None = None
     include: Sequence[str] | None = None
     exclude: Sequence[str] | None = None
     seed: int = 0
@@ -101,8 +100,6 @@ class Settings:
             check_integer("max_factor_dim", self.max_factor_dim, minimum=1)
         if self.rows_per_dim is not None:
             check_integer("rows_per_dim", self.rows_per_dim, minimum=1)
-        if self.factor_examples is not None:
-            check_integer("factor_examples", self.factor_examples, minimum=1)
         check_integer("seed", self.seed, minimum=0)
         check_placement(self.placement, self.inverse)
         check_choice("reduce_precision", self.reduce_precision, PRECISIONS)

@@ -131,7 +131,7 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and record it."""
         kwargs = kwargs or {}
-        if self.paused or self.refusal is not None:
+        if self.paused or not self.replayable():
             return func(*args, **kwargs)
         if not isinstance(func, torch._ops.OpOverload):
             self._refuse(f"the higher-order operator {func} is not made of tensor operations")
@@ -141,15 +141,17 @@ class Tape(TorchDispatchMode):
         reads = frozenset(self._slot_storage[slot] for slot in _slots((recorded_args, recorded_kwargs)))
         written = self._about_to_be_written(func, args, kwargs)
         draw = RandomDraw.of(args, kwargs) if torch.Tag.nondeterministic_seeded in func.tags else None
-        if self.refusal is not None:
+        if not self.replayable():
             return func(*args, **kwargs)
         result = func(*args, **kwargs)
         made = tuple(self._slot_of_result(value) for value in _flat(result))
         writes = written | {self._slot_storage[slot] for slot in made if slot is not None}
-        self._operations.append(
-            Operation(func, recorded_args, recorded_kwargs, made, reads, frozenset(writes), draw)
-        )
+        self._operations.append(Operation(func, recorded_args, recorded_kwargs, made, reads, frozenset(writes), draw))
         return result
+
+    def replayable(self) -> bool:
+        """Whether nothing was refused so far."""
+        return self.refusal is None
 
     def finish(self) -> None:
         """End the recording: keep what finds a loss, and let go of what finds a tensor."""
@@ -208,7 +210,7 @@ class Tape(TorchDispatchMode):
             return known[1]
         # Assigning to `.data` gives a known tensor another storage; what holds that storage is another tensor's slot.
         number = None if address is None else self._storages.get(address)
-        if number is None or number in self._outside_storages:
+        if number is None or (number in self._outside_storages and tensor.grad_fn is None):
             return self._from_outside(tensor, address, function)
         latest, dtype = self._latest[number]
         if dtype != tensor.dtype:
@@ -239,7 +241,8 @@ class Tape(TorchDispatchMode):
             number = len(self._slot_storage)
             if address is not None:
                 self._storages[address] = number
-                self._storage_references.append(StorageWeakRef(tensor.untyped_storage()))
+                reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+                self._storage_references.append(reference)
         self._slot_storage.append(number)
         self._latest[number] = slot, tensor.dtype
         self._known[id(tensor)] = weakref.ref(tensor), slot, address
@@ -266,7 +269,7 @@ class Tape(TorchDispatchMode):
             written.add(number)
             if number in self._outside_storages and number not in self._overwritten:
                 # By storage: `.data`, `.detach()` and views write to the same memory under another name.
-                self._overwritten[number] = tensor.untyped_storage().clone()
+                self._overwritten[number] = tensor.untyped_storage().clone()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         return written
 
     # Replay.
@@ -344,7 +347,7 @@ class Tape(TorchDispatchMode):
                 continue
             number = self._slot_storage[slot]
             if number not in copies:
-                copies[number] = former.clone()
+                copies[number] = former.clone()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
             values[slot] = _on_storage(tensor, copies[number])
             if given is not None:
                 values[slot].copy_(given)
@@ -439,9 +442,7 @@ class RandomDraw:
 
 
 def _default_state(device: torch.device) -> Tensor:
-    state: Tensor = (
-        torch.get_rng_state() if device.type == "cpu" else getattr(torch, device.type).get_rng_state(device)
-    )
+    state: Tensor = torch.get_rng_state() if device.type == "cpu" else getattr(torch, device.type).get_rng_state(device)
     return state
 
 

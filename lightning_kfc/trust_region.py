@@ -126,20 +126,24 @@ class TrustRegion:
         """Whether anything sets itself."""
         return self.adapts_radius or self.adapts_damping
 
-    def review_due(self, step: int, size: float) -> bool:
-        r"""Whether a step is to be reviewed; takes note of its size.
+    def review_planned(self, step: int) -> bool:
+        """Whether a step is to be reviewed, which its forward must know.
 
         Args:
             step: The optimizer step.
-            size: :math:`\alpha^2\langle V, \nabla\bar W\rangle` before clipping; 0 where nothing was preconditioned.
         """
-        surprising = False
-        if size > 0:
-            log_size = math.log(size)
-            surprising = log_size > self.log_size + math.log(SURPRISE)
-            known = math.isfinite(self.log_size)
-            self.log_size = SIZE_DECAY * self.log_size + (1 - SIZE_DECAY) * log_size if known else log_size
-        return surprising or self.review_next or step < REVIEWED_AT_FIRST or step % REVIEW_EVERY_N_STEPS == 0
+        return self.review_next or step < REVIEWED_AT_FIRST or step % REVIEW_EVERY_N_STEPS == 0
+
+    def note_size(self, size: float) -> None:
+        r"""Note the size of the coming step; after a surprisingly large one, the next step is reviewed.
+
+        Args:
+            size: :math:`\alpha^2\langle V, \nabla\bar W\rangle` before clipping, positive.
+        """
+        log_size = math.log(size)
+        self.review_next = log_size > self.log_size + math.log(SURPRISE)
+        known = math.isfinite(self.log_size)
+        self.log_size = SIZE_DECAY * self.log_size + (1 - SIZE_DECAY) * log_size if known else log_size
 
     def judge(self, outcome: Outcome, size: float) -> Verdict:
         r"""Draw the consequences of a reviewed step.
@@ -164,7 +168,7 @@ class TrustRegion:
                 self.damping = min(LARGEST_DAMPING, self.damping / DAMPING_FACTOR)
             elif ratio > DAMPING_GOOD:
                 self.damping = max(SMALLEST_DAMPING, self.damping * DAMPING_FACTOR)
-        self.review_next = poor
+        self.review_next = self.review_next or poor
         # A step that leads uphill by its slope, as momentum can, is no worse for it unless the loss has grown.
         shorten = undo or (poor and outcome.slope < 0)
         kept = min(outcome.best_share(), 1.0) if shorten else 1.0
