@@ -25,8 +25,11 @@ from lightning_kfc.isolation import unseen_by_dispatch_modes
 #: Operators of torch.distributed. Their schemas do not tell which tensors they write.
 COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional")
 
-#: Operators that give a tensor another storage, or another size, in place.
-RESHAPES_STORAGE = ("aten::set_", "aten::resize_", "aten::resize_as_", "aten::resize_output_")
+#: Operators that change the size of a tensor's memory.
+RESIZES = ("aten::resize_", "aten::resize_as_", "aten::_resize_output_")
+
+#: Operators that give a tensor other memory, as deepcopy does: whoever reads it next sees whose memory that is.
+REPOINTS = ("aten::set_", "aten::set_data")
 
 
 class Slot(int):
@@ -118,7 +121,8 @@ class Tape(TorchDispatchMode):
         # By the address of a storage: its number. A weak reference keeps an address from being used again.
         self._storages: dict[int, int] = {}
         self._storage_references: list[StorageWeakRef] = []
-        self._latest: dict[int, tuple[Slot, torch.dtype]] = {}
+        # By the number of a storage: the last tensor on it, and how many elements of its type the storage has.
+        self._latest: dict[int, tuple[Slot, torch.dtype, int]] = {}
         self._outside: dict[Slot, tuple[Tensor, int]] = {}
         self._outside_owners: list[Tensor] = []
         self._outside_storages: set[int] = set()
@@ -135,6 +139,8 @@ class Tape(TorchDispatchMode):
             return func(*args, **kwargs)
         if not isinstance(func, torch._ops.OpOverload):
             self._refuse(f"the higher-order operator {func} is not made of tensor operations")
+            return func(*args, **kwargs)
+        if func._schema.name in REPOINTS:
             return func(*args, **kwargs)
         recorded_args = tuple(self._encoded(value, func) for value in args)
         recorded_kwargs = {name: self._encoded(value, func) for name, value in kwargs.items()}
@@ -212,16 +218,29 @@ class Tape(TorchDispatchMode):
         number = None if address is None else self._storages.get(address)
         if number is None or (number in self._outside_storages and tensor.grad_fn is None):
             return self._from_outside(tensor, address, function)
-        latest, dtype = self._latest[number]
+        return self._aliasing(tensor, address, number)
+
+    def _aliasing(self, tensor: Tensor, address: int | None, number: int) -> Slot:
+        """The slot of a tensor that came to share the memory of a recorded one without an operation that tells."""
+        latest, dtype, count = self._latest[number]
+        # All of the memory as a vector, in the other type, in the tensor's geometry.
+        steps: list[tuple[Any, tuple[Any, ...]]] = [(torch.ops.aten.as_strided.default, ([count], [1], 0))]
         if dtype != tensor.dtype:
-            self._refuse(f"{function} reads a tensor through an alias of another type")
-        slot = self._new_slot(tensor, address)
-        view = (latest, list(tensor.shape), list(tensor.stride()), tensor.storage_offset())
-        as_strided = torch.ops.aten.as_strided.default
-        self._operations.append(
-            Operation(as_strided, view, {}, (slot,), frozenset({number}), frozenset({number}), None)
-        )
+            steps.append((torch.ops.aten.view.dtype, (tensor.dtype,)))
+        geometry = list(tensor.shape), list(tensor.stride()), tensor.storage_offset()
+        steps.append((torch.ops.aten.as_strided.default, geometry))
+        slot = latest
+        for position, (function, arguments) in enumerate(steps):
+            last = position == len(steps) - 1
+            made = self._new_slot(tensor, address) if last else self._unnamed_slot(number)
+            storage = frozenset({number})
+            self._operations.append(Operation(function, (slot, *arguments), {}, (made,), storage, storage, None))
+            slot = made
         return slot
+
+    def _unnamed_slot(self, number: int) -> Slot:
+        self._slot_storage.append(number)
+        return Slot(len(self._slot_storage) - 1)
 
     def _from_outside(self, tensor: Tensor, address: int | None, function: Any) -> Slot:
         if tensor.grad_fn is not None:
@@ -244,7 +263,8 @@ class Tape(TorchDispatchMode):
                 reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]  # torch leaves it unannotated
                 self._storage_references.append(reference)
         self._slot_storage.append(number)
-        self._latest[number] = slot, tensor.dtype
+        if address is not None:
+            self._latest[number] = slot, tensor.dtype, tensor.untyped_storage().nbytes() // tensor.itemsize
         self._known[id(tensor)] = weakref.ref(tensor), slot, address
         return slot
 
@@ -262,7 +282,7 @@ class Tape(TorchDispatchMode):
         written: set[int] = set()
         for tensor in _written(function, args, kwargs):
             address = _storage_address(tensor)
-            if address is None or function._schema.name in RESHAPES_STORAGE or tensor.is_nested:
+            if address is None or function._schema.name in RESIZES or tensor.is_nested:
                 self._refuse(f"{function} writes a tensor in a way that cannot be repeated")
                 return written
             number = self._storages[address]
