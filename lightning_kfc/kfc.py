@@ -20,7 +20,7 @@ from lightning_kfc.due import Due
 from lightning_kfc.exchange import Exchange
 from lightning_kfc.factors.inverse import INVERSES
 from lightning_kfc.find_layers import find_layers
-from lightning_kfc.isolation import full_precision
+from lightning_kfc.isolation import eager_compiled_code, full_precision
 from lightning_kfc.layer import Keeping, Layer
 from lightning_kfc.likelihood import Likelihood
 from lightning_kfc.monitor import Events, StepNumbers
@@ -212,6 +212,7 @@ class KFC:
         self._stepped = False
         # Whether an optimizer evaluates its closure once more in the same step.
         self._again = False
+        self._backward = contextlib.ExitStack()
         self._ranks_agree = False
         self._micro_batch = 0
         self.step = 0
@@ -671,11 +672,15 @@ class KFC:
     def pause(self) -> None:
         """Record nothing until :meth:`resume`: a backward re-runs checkpointed forwards, which are none of ours."""
         self._observation.pause()
+        if self._reviewer.recording:
+            # What ran eagerly in the forward, a checkpoint must run eagerly again in the backward.
+            self._backward.enter_context(eager_compiled_code())
         self._reviewer.pause()
 
     def resume(self) -> None:
         """Record again, if the capture is still open; also to be called where a backward has raised."""
         self._observation.resume()
+        self._backward.close()
         self._reviewer.resume()
 
     # The parts of a step.

@@ -34,6 +34,8 @@ class Events:
             their way where there was one.
         shortened_steps: Steps that lowered the loss of their own batch far less than expected, and were likewise taken
             back to the best point on their way.
+        missed_reviews: Steps that were to be reviewed and could not be, since their losses were not recorded, or not
+            replayed.
         restarted_layers: Layers whose averages started anew, since their trainable parameters changed.
     """
 
@@ -46,6 +48,7 @@ class Events:
     nonfinite_updates: int = 0
     undone_steps: int = 0
     shortened_steps: int = 0
+    missed_reviews: int = 0
     restarted_layers: int = 0
 
     def count(self, event: str) -> int:

@@ -39,7 +39,7 @@ def test_accumulated_micro_batches_make_the_momentum_of_the_whole_batch() -> Non
     runs = []
     for size, accumulated in ((160, 1), (80, 2)):
         kfc, module = (
-            KFCCallback(rule="adam", fisher="exact", kl_clip=0.01, factor_examples=None),
+            KFCCallback(rule="adam", fisher="exact", kl_clip=0.01),
             classifier().double(),
         )
         options = {"accumulate_grad_batches": accumulated, "precision": "64-true"}

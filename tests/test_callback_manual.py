@@ -80,7 +80,7 @@ class Toggled(Manual):
 @pytest.mark.parametrize("module_class", [Manual, WithClosure, Toggled])
 def test_every_form_of_a_manual_step_gets_the_dense_solve(module_class):
     module = module_class()
-    trainer(KFCCallback(fisher="exact", ema_decay=0.0, kl_clip=None)).fit(module, loader(vectors(), 4))
+    trainer(KFCCallback(damping=0.01, fisher="exact", ema_decay=0.0, kl_clip=None)).fit(module, loader(vectors(), 4))
     assert len(module.stepped) == 2
     for step, inputs in enumerate((INPUTS[:4], INPUTS[4:])):
         A, G = regression_factors(module.logits[step], inputs, torch.full((4,), 1 / 4, dtype=torch.float64))
@@ -108,7 +108,7 @@ class Accumulating(Manual):
 @pytest.mark.parametrize("zero_first", [True, False])
 def test_manually_accumulated_batches_have_the_factors_of_all_of_them(zero_first):
     module = Accumulating(zero_first)
-    callback = KFCCallback(fisher="exact", kl_clip=None)
+    callback = KFCCallback(damping=0.01, fisher="exact", kl_clip=None)
     trainer(callback).fit(module, loader(vectors(), 4))
     A, G = regression_factors(torch.cat(module.logits), INPUTS, torch.full((8,), 1 / 8, dtype=torch.float64))
     assert relative_error(callback.kfc.layers["head"].A, A) < 1e-12
@@ -190,7 +190,7 @@ def test_each_network_has_the_statistics_of_its_own_optimizers_loss_alone(
     order, toggled, detached, set_to_none, include
 ):
     module = Adversarial(order, toggled, detached, set_to_none)
-    callback = KFCCallback(fisher="exact", ema_decay=0.0, include=include)
+    callback = KFCCallback(damping=0.01, kl_clip=0.03, fisher="exact", ema_decay=0.0, include=include)
     trainer(callback).fit(module, loader(vectors(16), 4))
     names = ["generator", "discriminator"] if include is None else [include]
     assert list(callback.kfc.layers) == names
@@ -221,7 +221,8 @@ def test_the_network_that_is_not_included_is_trained_with_its_plain_gradient(inc
 @pytest.mark.parametrize(("every", "phase"), [(4, 1), (3, 2), (5, 4)])
 def test_a_network_that_learns_at_other_steps_than_the_dates_still_gets_fresh_factors(every, phase):
     module = Adversarial(every=every, phase=phase)
-    callback = KFCCallback(fisher="exact", warmup_steps=0, factor_every_n_steps=6, inverse_every_n_steps=6, ema_decay=0)
+    periods = {"warmup_steps": 0, "factor_every_n_steps": 6, "inverse_every_n_steps": 6}
+    callback = KFCCallback(damping=0.01, kl_clip=0.03, fisher="exact", ema_decay=0, **periods)
     trainer(callback).fit(module, loader(vectors(240), 4))
     folded = callback.kfc.state_dict()["due"]["folded"]
     inverses = callback.kfc.state_dict()["due"]["factorised"]
@@ -241,7 +242,7 @@ def test_between_its_turns_nothing_is_recorded_for_long():
 
     # The generator learns once and never again.
     module = Counting(every=1000, phase=3)
-    callback = KFCCallback(warmup_steps=0, factor_every_n_steps=5, inverse_every_n_steps=5)
+    callback = KFCCallback(damping=0.01, kl_clip=0.03, warmup_steps=0, factor_every_n_steps=5, inverse_every_n_steps=5)
     trainer(callback).fit(module, loader(vectors(160), 4))
     dates = [i for i, count in enumerate(counts) if count == 2]
     waiting = [i for i, count in enumerate(counts) if count == 1]
@@ -279,7 +280,7 @@ class TwoHeads(LightningModule):
 @pytest.mark.parametrize("clip", [None, 1e-3])
 def test_each_optimizers_step_is_clipped_by_its_own_learning_rate(clip):
     module = TwoHeads()
-    trainer(KFCCallback(fisher="exact", kl_clip=clip)).fit(module, loader(vectors(), 8))
+    trainer(KFCCallback(damping=0.01, fisher="exact", kl_clip=clip)).fit(module, loader(vectors(), 8))
     for rate, (plain, logits, moved) in zip(module.rates, module.moved[0], strict=True):
         A, G = regression_factors(logits, INPUTS, torch.full((8,), 1 / 8, dtype=torch.float64))
         update = damped_solve(A, G, plain, 0.01)

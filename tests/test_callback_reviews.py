@@ -127,27 +127,73 @@ def test_a_resumed_run_has_the_radius_and_damping_of_the_interrupted_one(tmp_pat
     assert callback.kfc.damping != 0.01
 
 
-def test_manual_optimization_gets_the_fixed_values_and_is_told(caplog):
-    callback = KFCCallback()
-    with caplog.at_level("INFO"):
-        trainer(callback).fit(Manual(), loader(vectors()))
-    assert "manual optimization" in caplog.text
-    assert "damping=0.01, kl_clip=0.03" in caplog.text
-    assert (callback.kfc.damping, callback.kfc.kl_clip) == (0.01, 0.03)
+class NeedsGradients(Regression):
+    """Cannot be evaluated without gradients, and notes its calls."""
 
-
-class Choosy(Regression):
-    """Cannot be evaluated without gradients."""
+    calls = 0
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.calls += 1
         loss = super().training_step(batch, batch_idx)
         torch.autograd.grad(loss, self.head.bias, retain_graph=True)
         return loss
 
 
-def test_a_training_step_that_needs_gradients_is_trained_with_the_fixed_values():
+@pytest.mark.parametrize("module_class", [Manual, NeedsGradients])
+def test_manual_steps_and_steps_that_need_gradients_are_reviewed(module_class):
     callback = KFCCallback()
-    with pytest.warns(UserWarning, match=r"a second time without gradients.*RuntimeError"):
-        trainer(callback).fit(Choosy(), loader(vectors()))
+    trainer(callback, max_epochs=4).fit(module_class(), loader(vectors()))
+    assert callback.kfc.reviews
+    assert callback.kfc.events.missed_reviews == 0
+    assert (callback.kfc.damping, callback.kfc.kl_clip) not in [(0.01, 0.03), (START_DAMPING, 0.1)]
+
+
+class Unrepeatable(Regression):
+    """Changes the size of a tensor's memory, which a replay cannot do."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        torch.zeros(2).resize_(3)
+        return super().training_step(batch, batch_idx)
+
+
+def test_what_cannot_be_replayed_is_named_once_with_the_values_that_are_used():
+    callback = KFCCallback()
+    with pytest.warns(UserWarning, match=r"can no longer review steps.*aten\.resize_.*damping=0\.01 and kl_clip=0\.03"):
+        trainer(callback, max_epochs=4).fit(Unrepeatable(), loader(vectors()))
     assert (callback.kfc.damping, callback.kfc.kl_clip) == (0.01, 0.03)
-    assert callback.kfc.step == 1
+    assert callback.kfc.events.undone_steps == 0
+
+
+class Deceptive(Regression):
+    """Reads numbers that NumPy has changed behind torch's back: a replay sees others."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        inputs, targets = batch
+        scale = torch.ones(1, dtype=inputs.dtype)
+        scale.numpy()[0] = 2.0
+        return F.cross_entropy(self.head(inputs * scale), targets)
+
+
+def test_a_replay_that_does_not_give_the_loss_again_ends_the_reviews_before_anything_is_undone():
+    callback = KFCCallback()
+    with pytest.warns(UserWarning, match=r"replayed without any change, its loss is"):
+        trainer(callback, max_epochs=4).fit(Deceptive(), loader(vectors()))
+    assert (callback.kfc.damping, callback.kfc.kl_clip) == (0.01, 0.03)
+    assert (callback.kfc.events.undone_steps, callback.kfc.events.shortened_steps) == (0, 0)
+
+
+class DeceptiveLater(Deceptive):
+    """Is honest at the first step, by which replays are checked."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.trainer.global_step == 0:
+            inputs, targets = batch
+            return F.cross_entropy(self.head(inputs), targets)
+        return super().training_step(batch, batch_idx)
+
+
+def test_no_step_is_undone_because_of_a_replay_that_is_wrong_later():
+    callback = KFCCallback()
+    with pytest.warns(UserWarning, match=r"replayed without any change, its loss is"):
+        trainer(callback, max_epochs=8).fit(DeceptiveLater(lr=50.0), loader(vectors()))
+    assert (callback.kfc.events.undone_steps, callback.kfc.events.shortened_steps) == (0, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_kfc import KFC, KFCCallback
+from lightning_kfc import KFC, KFCCallback, trust_region
 from tests.harness import QUIET, Classifier, Watch, conv_net, dense_net, fit, images, loader, trainer, weights
 
 pytestmark = [
@@ -26,6 +27,8 @@ pytestmark = [
 #: Due steps, and steps in between.
 SCHEDULE: dict[str, Any] = {"warmup_steps": 2, "factor_every_n_steps": 3, "inverse_every_n_steps": 3}
 DUE = [0, 1, 3, 6]
+#: No step is reviewed.
+FIXED: dict[str, Any] = {"damping": 0.003, "kl_clip": 0.1}
 STEPS = 8
 
 
@@ -125,17 +128,38 @@ def test_compiled_code_runs_eagerly_on_due_steps_and_is_compiled_once_for_those_
     assert per_step >= 1
     torch._dynamo.reset()
     counted = Backend()
-    kfc = KFCCallback(**SCHEDULE)
+    kfc = KFCCallback(**SCHEDULE, **FIXED)
     module, graphs, calls = fit_compiled(what, counted, kfc)
     ran_compiled = [after - before for before, after in zip([0, *calls], calls, strict=False)]
     assert ran_compiled == [0 if step in DUE else per_step for step in range(STEPS)]
     # All graphs are made in the first step that is not due, and as many as without the callback.
     first = next(step for step in range(STEPS) if step not in DUE)
     assert graphs[first:] == [graphs_alone[-1]] * (STEPS - first)
-    eager_kfc = KFCCallback(**SCHEDULE)
+    eager_kfc = KFCCallback(**SCHEDULE, **FIXED)
     eager, _, _ = fit_compiled("nothing", None, eager_kfc)
     assert_same(factors(kfc.kfc), factors(eager_kfc.kfc), 1e-5)
     assert_same(weights(module), weights(eager), 1e-5)
+
+
+@pytest.mark.parametrize("what", ["submodule", "net", "LightningModule", "loss"])
+def test_compiled_code_runs_eagerly_where_it_is_recorded_for_a_review_and_nothing_is_compiled_again(
+    what: str, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, graphs_alone, calls_alone = fit_compiled(what, backend, None)
+    per_step = calls_alone[-1] // STEPS
+    torch._dynamo.reset()
+    counted = Backend()
+    # Statistics at the first step alone, and reviews of every second step.
+    monkeypatch.setattr(trust_region, "REVIEWED_AT_FIRST", 0)
+    monkeypatch.setattr(trust_region, "REVIEW_EVERY_N_STEPS", 2)
+    kfc = KFCCallback(factor_every_n_steps=99, inverse_every_n_steps=99, warmup_steps=1, damping=0.1)
+    _, graphs, calls = fit_compiled(what, counted, kfc)
+    assert kfc.kfc.reviews
+    assert kfc.kfc.last_step is not None
+    assert math.isfinite(kfc.kfc.last_step.reduction_ratio)
+    ran_compiled = [after - before for before, after in zip([0, *calls], calls, strict=False)]
+    assert ran_compiled == [0 if step % 2 == 0 else per_step for step in range(STEPS)]
+    assert graphs[1:] == [graphs_alone[-1]] * (STEPS - 1)
 
 
 def test_the_compiler_is_left_as_it_was_when_a_due_backward_raises(backend: Backend) -> None:
@@ -398,7 +422,7 @@ def test_a_copy_made_during_training_carries_no_working_hook() -> None:
 
     module = Classifier(dense_net())
     module.net[2].register_forward_hook(take)
-    kfc = KFCCallback(factor_examples=None)
+    kfc = KFCCallback()
     fit(module, kfc=kfc, max_steps=2)
     before = factors(kfc.kfc)
     with kfc.kfc.capture():

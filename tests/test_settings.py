@@ -48,8 +48,6 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
         )
     ],
     ("warmup_steps", -1, ValueError, "warmup_steps must be at least 0, got -1"),
-    ("factor_examples", 0, ValueError, "factor_examples must be at least 1, got 0"),
-    ("factor_examples", 64.0, TypeError, "factor_examples must be a whole number, got 64.0 of type float"),
     ("max_overhead", 0.0, ValueError, "max_overhead must be a positive number, got 0.0"),
     ("stagger_inverses", 1, TypeError, "stagger_inverses must be true or false, got 1"),
     *[

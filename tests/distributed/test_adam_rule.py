@@ -15,5 +15,5 @@ pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
 def test_two_ranks_step_by_the_moments_of_the_whole_batch(two_ranks: Ranks) -> None:
     # Factors of full rank: in a null space the eigenbasis is arbitrary, and so is a step that treats its axes apart.
     # Along the one direction that is left (all logits alike), the rounding of no gradient is divided by Adam's 1e-8.
-    kfc = {"rule": "adam", "kl_clip": 0.01, "factor_examples": None}
+    kfc = {"rule": "adam", "kl_clip": 0.01}
     assert compare(two_ranks, make=dense_net, examples=480, batch_size=80, kfc=kfc) < 1e-7
