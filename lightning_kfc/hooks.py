@@ -181,6 +181,7 @@ class KFCHooks:
         self._training = False
         self._backwards = 0
         self._preconditioned_at: dict[int, int] = {}
+        self._loss_gradients: dict[int, Tensor] = {}
         self._said: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -427,7 +428,10 @@ class KFCHooks:
             return
         self._preconditioned_at[id(optimizer)] = self._backwards
         self._tells.before_step()
-        if self.kfc.precondition(optimizer=optimizer, loss_scale=self._gradient_scale(trainer, optimizer)):
+        self._share_gradients(trainer, optimizer)
+        scale, gradients = self._gradient_scale(trainer, optimizer), self._loss_gradients
+        self._loss_gradients = {}
+        if self.kfc.precondition(optimizer=optimizer, loss_scale=scale, loss_gradients=gradients):
             self._tells.after_step(pl_module, gradient_scaler=self._scaler(trainer) is not None)
         elif self._scaler(trainer) is None:
             # A gradient scaler skips such a step by itself; no optimizer steps a parameter without a gradient.
@@ -435,6 +439,16 @@ class KFCHooks:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = None
+
+    def _share_gradients(self, trainer: Any, optimizer: Optimizer) -> None:
+        """Let the reviews of several callbacks see the gradient of the loss, which the first of them replaces."""
+        together = [callback for callback in trainer.callbacks if isinstance(callback, KFCHooks)]
+        if len(together) < 2 or together[0] is not self or not any(callback.kfc.recording for callback in together):
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = {id(p): p.grad.clone() for p in parameters if p.grad is not None}
+        for callback in together:
+            callback._loss_gradients = gradients
 
     def _warn_skipped(self) -> None:
         if self.kfc.events.nonfinite_gradients == 1:

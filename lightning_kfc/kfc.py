@@ -462,7 +462,12 @@ class KFC:
             self._refresh(names)
 
     def precondition(
-        self, lr: float | None = None, *, optimizer: Optimizer | None = None, loss_scale: float = 1.0
+        self,
+        lr: float | None = None,
+        *,
+        optimizer: Optimizer | None = None,
+        loss_scale: float = 1.0,
+        loss_gradients: Mapping[int, Tensor] | None = None,
     ) -> bool:
         """Replace the gradients of the covered parameters by their updates.
 
@@ -475,6 +480,7 @@ class KFC:
                 its own parameters' gradients are replaced.
             loss_scale: The factor by which the gradients are still multiplied, where a gradient scaler leaves
                 unscaling to a fused optimizer. They are multiplied by it afterwards, too.
+            loss_gradients: By the ``id`` of a parameter: the gradient of the loss, where another engine replaced it.
 
         Returns:
             Whether the gradients were finite. Where they were not, skip the step, as it would spoil the weights.
@@ -489,12 +495,18 @@ class KFC:
         # Until the step is made: it is no part of a loss.
         self._reviewer.pause()
         with self.times.part("preconditioning"):
-            made = self._precondition(lr, optimizer, loss_scale)
+            made = self._precondition(lr, optimizer, loss_scale, loss_gradients or {})
         if not made:
             self._reviewer.resume()
         return made
 
-    def _precondition(self, lr: float | None, optimizer: Optimizer | None, loss_scale: float) -> bool:
+    def _precondition(
+        self,
+        lr: float | None,
+        optimizer: Optimizer | None,
+        loss_scale: float,
+        loss_gradients: Mapping[int, Tensor],
+    ) -> bool:
         rates = dict.fromkeys(self.layers, float(lr)) if lr is not None else {}
         if optimizer is not None:
             rates = self.learning_rates(optimizer)
@@ -537,7 +549,9 @@ class KFC:
                     self._most_decrease(parameters),
                     loss_scale,
                     self.events,
-                    lambda size: reviewer.before_step(self.step, size, damping, optimizer, parameters, loss_scale),
+                    lambda size: reviewer.before_step(
+                        self.step, size, damping, optimizer, parameters, loss_scale, loss_gradients
+                    ),
                     self.inspect,
                 )
                 units.ask((entry.layer for entry in ready), loss_scale)

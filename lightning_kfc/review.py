@@ -77,12 +77,13 @@ class Before:
         parameters: Iterable[nn.Parameter],
         losses: Sequence[SeenLoss],
         loss_scale: float,
+        loss_gradients: Mapping[int, Tensor],
         size: float,
         with_collectives: bool,
     ) -> Before:
         """Keep the present values and gradients of parameters that have a gradient."""
         trained = [parameter for parameter in parameters if parameter.grad is not None]
-        gradients = {id(p): dense(p.grad).clone() for p in trained if p.grad is not None}
+        gradients = {id(p): dense(loss_gradients.get(id(p), p.grad)).clone() for p in trained if p.grad is not None}
         if loss_scale != 1:
             gradients = {key: gradient / loss_scale for key, gradient in gradients.items()}
         values = [p.detach().clone() for p in trained]
@@ -282,6 +283,7 @@ class Reviewer:
         optimizer: Optimizer | None,
         parameters: Sequence[nn.Parameter],
         loss_scale: float,
+        loss_gradients: Mapping[int, Tensor],
     ) -> None:
         """Keep what a review of the coming step needs, if one is due; the gradients are still the loss's.
 
@@ -294,6 +296,7 @@ class Reviewer:
             optimizer: The optimizer that is about to step.
             parameters: Those that it steps.
             loss_scale: What the gradients are multiplied by.
+            loss_gradients: By the ``id`` of a parameter: the gradient of the loss, where it has been replaced already.
         """
         if not self.region.active or size <= 0 or self._before is not None:
             return
@@ -319,7 +322,7 @@ class Reviewer:
         elif self._checks(losses, {}, with_collectives=with_collectives):
             if not self.region.adapts_damping:
                 self.region.damping = damping
-            self._before = Before.of(optimizer, parameters, losses, loss_scale, size, with_collectives)
+            self._before = Before.of(optimizer, parameters, losses, loss_scale, loss_gradients, size, with_collectives)
 
     def _losses_of(self, parameters: Iterable[Tensor]) -> list[SeenLoss]:
         own = {id(parameter) for parameter in parameters}

@@ -127,6 +127,10 @@ class Tape(TorchDispatchMode):
         self._outside_owners: list[Tensor] = []
         self._outside_storages: set[int] = set()
         self._overwritten: dict[int, torch.UntypedStorage] = {}
+        # The numbers of the storages that other tensors than the recorded ones look into.
+        self._aliased: set[int] = set()
+        # The numbers of the storages whose content depends on tensors that require gradients.
+        self._trained: set[int] = set()
         self._scalars: dict[Node, tuple[Slot, Tensor]] | None = None
         self._slices: dict[tuple[Slot, int, bool], list[Operation]] = {}
 
@@ -152,6 +156,8 @@ class Tape(TorchDispatchMode):
         result = func(*args, **kwargs)
         made = tuple(self._slot_of_result(value) for value in _flat(result))
         writes = written | {self._slot_storage[slot] for slot in made if slot is not None}
+        if not self._trained.isdisjoint(reads):
+            self._trained |= writes
         self._operations.append(Operation(func, recorded_args, recorded_kwargs, made, reads, frozenset(writes), draw))
         return result
 
@@ -213,16 +219,24 @@ class Tape(TorchDispatchMode):
         address = _storage_address(tensor)
         known = self._known.get(id(tensor))
         if known is not None and known[0]() is tensor and known[2] == address:
+            if tensor.grad_fn is not None and self._slot_storage[known[1]] not in self._trained:
+                self._refuse_hidden(tensor, function)
             return known[1]
         # Assigning to `.data` gives a known tensor another storage; what holds that storage is another tensor's slot.
         number = None if address is None else self._storages.get(address)
-        if number is None or (number in self._outside_storages and tensor.grad_fn is None):
+        # Several parameters may share a storage, as those of a recurrent layer do: each has its own values.
+        if number is None or (number in self._outside_storages and tensor.is_leaf and tensor.requires_grad):
             return self._from_outside(tensor, address, function)
         return self._aliasing(tensor, address, number)
+
+    def _refuse_hidden(self, tensor: Tensor, function: Any) -> None:
+        maker = tensor.grad_fn.name() if tensor.grad_fn is not None else "?"
+        self._refuse(f"{function} reads a result of {maker}, which recorded operations do not explain")
 
     def _aliasing(self, tensor: Tensor, address: int | None, number: int) -> Slot:
         """The slot of a tensor that came to share the memory of a recorded one without an operation that tells."""
         latest, dtype, count = self._latest[number]
+        self._aliased.add(number)
         # All of the memory as a vector, in the other type, in the tensor's geometry.
         steps: list[tuple[Any, tuple[Any, ...]]] = [(torch.ops.aten.as_strided.default, ([count], [1], 0))]
         if dtype != tensor.dtype:
@@ -244,10 +258,11 @@ class Tape(TorchDispatchMode):
 
     def _from_outside(self, tensor: Tensor, address: int | None, function: Any) -> Slot:
         if tensor.grad_fn is not None:
-            maker = tensor.grad_fn.name()
-            self._refuse(f"{function} reads a result of {maker}, which no recorded operation has made")
+            self._refuse_hidden(tensor, function)
         slot = self._new_slot(tensor, address)
         self._outside_storages.add(self._slot_storage[slot])
+        if tensor.requires_grad:
+            self._trained.add(self._slot_storage[slot])
         # An alias: `.data` of the tensor itself may be exchanged later. The tensor itself is held for its id.
         self._outside[slot] = tensor.detach(), id(tensor)
         self._outside_owners.append(tensor)
@@ -360,13 +375,13 @@ class Tape(TorchDispatchMode):
         for slot, (tensor, identity) in self._outside.items():
             if slot not in read:
                 continue
-            given = parameters.get(identity)
-            former = self._overwritten.get(self._slot_storage[slot])
-            if former is None:
+            given, number = parameters.get(identity), self._slot_storage[slot]
+            former = self._overwritten.get(number)
+            if former is None and (given is None or number not in self._aliased):
                 values[slot] = tensor if given is None else given.detach()
                 continue
-            number = self._slot_storage[slot]
             if number not in copies:
+                former = tensor.untyped_storage() if former is None else former
                 copies[number] = former.clone()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
             values[slot] = _on_storage(tensor, copies[number])
             if given is not None:
