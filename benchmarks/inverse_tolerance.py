@@ -1,4 +1,4 @@
-"""What skipped and late inverses cost in iterations: ``python -m benchmarks.inverse_tolerance``.
+"""What skipped inverses cost in iterations: ``python -m benchmarks.inverse_tolerance``.
 
 KFC with the callback's defaults on tasks and seeds of the contest, with one thing changed at a time: the iterations
 until each training loss is reached, and the share of the inverses that were due, after each layer's first one, and
@@ -29,13 +29,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "`inverse_tolerance=0.1`": {"inverse_tolerance": 0.1},
     "`inverse_tolerance=0.2`": {"inverse_tolerance": 0.2},
     "`inverse_tolerance=0.4`": {"inverse_tolerance": 0.4},
-    "`background_inverses=True`": {"background_inverses": True},
 }
 RESULTS = Path(__file__).parent / "results" / "inverse_tolerance.md"
 
 
 class Counted(KFCStepper):
-    """Counts the inverses that were made or begun, besides those that were skipped."""
+    """Counts the inverses that were made, besides those that were skipped."""
 
     def __init__(self, kfc: KFC, optimizer: torch.optim.Optimizer) -> None:
         super().__init__(kfc, optimizer)
@@ -66,7 +65,6 @@ def measure(task: Task, seeds: list[int]) -> dict[str, list[tuple[list[int | Non
         for run in runs:
             reached = [_first(run, target) for target in task.targets]
             stepper = steppers[run.contestant.name]
-            stepper.kfc.join()
             found[run.contestant.name].append((reached, stepper.skipped()))
     return found
 

@@ -235,7 +235,6 @@ def bytes_held(kfc: KFC) -> int:
         held += sum(inverse.nbytes() for inverse in (layer.inverse, layer.previous_inverse) if inverse is not None)
         held += layer.moments.nbytes() if layer.moments is not None else 0
         held += layer.origin.nbytes if layer.origin is not None else 0
-        held += layer.coming.nbytes_beside(layer.averages) if layer.coming is not None else 0
     return held
 
 

@@ -61,11 +61,6 @@ class Exchange:
     # Who holds what.
 
     @property
-    def layers(self) -> Mapping[str, Layer]:
-        """All present layers by name."""
-        return self._layers
-
-    @property
     def placement(self) -> Placement:
         """The placement of this run's ranks; made when first asked for, when all of them are there."""
         if self._placement is None or self._placement.grid.ranks != self._team.size:
@@ -110,23 +105,18 @@ class Exchange:
 
     # Inverses.
 
-    def inverters(self, layers: Sequence[Layer]) -> dict[str, int]:
+    def _inverters(self, layers: Sequence[Layer]) -> dict[str, int]:
         """The rank that makes each layer's inverse, given the layers that are due together; the same on every rank."""
         if self.replicated:
             # What is due together is spread over all ranks, whatever else they own.
             return longest_first({e.name: factorisation_cost(_shapes(e)) for e in layers}, self._team.size)
         return {layer.name: self.owner(layer) or 0 for layer in layers}
 
-    def inverts_here(self, inverter: int) -> bool:
-        """Whether this rank is the one of the team."""
-        return inverter == self._team.rank
-
     def refreshed(
         self,
         layers: Sequence[Layer],
         factorise: Callable[[Layer], Inverse | Unmoved],
         kinds: Callable[[Layer], type[Inverse]],
-        owners: Mapping[str, int],
         say: Callable[[str], None] | None = None,
     ) -> dict[str, Outcome]:
         """New inverses of layers, each factorised by one rank.
@@ -136,7 +126,6 @@ class Exchange:
             factorise: Makes a layer's inverse, or says that the last one will do; called on its owner, which so decides
                 for all ranks.
             kinds: The kind of a layer's inverse.
-            owners: The rank that makes each one, as :meth:`inverters` has it.
             say: Takes a line that tells how this rank's part gets on, where it takes long.
 
         Returns:
@@ -144,7 +133,8 @@ class Exchange:
             none.
         """
         outcome: dict[str, Outcome] = {}
-        own = [layer for layer in layers if self.inverts_here(owners[layer.name])]
+        owners = self._inverters(layers)
+        own = [layer for layer in layers if owners[layer.name] == self._team.rank]
         for layer in announced(own, "KFC makes the first inverses", say):
             outcome[layer.name] = _attempted(factorise, layer)
         if self._team.size == 1:

@@ -85,7 +85,6 @@ class KFCHooks:
             as long as all of them together.
         inverse_tolerance: A layer's inverse is not refreshed where its curvature, and the damping, have moved by at
             most this share since it was made; 0 to refresh it always.
-        background_inverses: Whether inverses are made beside the training, and used from the next step on.
         factor_storage: How factors are kept between refreshes. "full": on the device, as they are; "bfloat16": rounded,
             at half the memory; "cpu": in the memory of the CPU.
         inverse_precision: The precision of inverses, and of the products that each step makes with them: "full", or
@@ -132,7 +131,6 @@ class KFCHooks:
         reduce_precision: Literal["full", "bfloat16"] = "full",
         stagger_inverses: bool = True,
         inverse_tolerance: float = 0.0,
-        background_inverses: bool = False,
         factor_storage: Literal["full", "bfloat16", "cpu"] = "full",
         inverse_precision: Literal["full", "bfloat16"] = "full",
         max_overhead: float = 0.15,
@@ -165,7 +163,6 @@ class KFCHooks:
             reduce_precision=reduce_precision,
             stagger_inverses=stagger_inverses,
             inverse_tolerance=inverse_tolerance,
-            background_inverses=background_inverses,
             factor_storage=factor_storage,
             inverse_precision=inverse_precision,
             max_overhead=max_overhead,
@@ -394,7 +391,6 @@ class KFCHooks:
         if self._kfc is not None:
             self._kfc.resume()
             self._kfc.release()
-            self._kfc.join()
 
     # A training step.
 

@@ -107,9 +107,6 @@ class KFC:
             so that no step makes all of them; else all at the same step.
         inverse_tolerance: A layer's inverse is not refreshed where its factors, and the damping, have moved by no more
             than this share since it was made (:mod:`lightning_kfc.factors.sketch`); 0 to refresh it always.
-        background_inverses: Whether inverses are made beside the training, by one thread and, on an accelerator, on a
-            stream of its own, from the factors of the step at which they are due; each is used from the next step on,
-            which waits for it if it must. The first one is made at once.
         factor_storage: How factors are kept between refreshes, always as triangles: ``"full"``: on their layer's
             device, as they are; ``"bfloat16"``: rounded, at half the memory; ``"cpu"``: in the memory of the CPU, to
             which each step that takes statistics copies them.
@@ -149,7 +146,6 @@ class KFC:
         reduce_precision: str = "full",
         stagger_inverses: bool = True,
         inverse_tolerance: float = 0.0,
-        background_inverses: bool = False,
         factor_storage: str = "full",
         inverse_precision: str = "full",
         max_overhead: float = 0.15,
@@ -177,7 +173,6 @@ class KFC:
             reduce_precision=reduce_precision,
             stagger_inverses=stagger_inverses,
             inverse_tolerance=inverse_tolerance,
-            background_inverses=background_inverses,
             factor_storage=factor_storage,
             inverse_precision=inverse_precision,
             max_overhead=max_overhead,
@@ -432,13 +427,6 @@ class KFC:
     def inverses_skipped(self) -> int:
         """How many inverses were due and not refreshed, as ``inverse_tolerance`` has it; summed over layers."""
         return self._refresh_layers.inverting.skipped
-
-    def join(self) -> None:
-        """Wait for inverses that are made beside the training, and end their thread; they are still used in their turn.
-
-        To be called where training ends; the callback does. A next step has a new thread.
-        """
-        self._refresh_layers.inverting.join()
 
     def release(self) -> None:
         """Let go of what was recorded of the last forward and its graph."""

@@ -19,7 +19,7 @@ from lightning_kfc.factors.statistics import Statistics, factor_dtype
 from lightning_kfc.factors.stored import StoredAverage, stored_nbytes
 from lightning_kfc.held import Elsewhere
 from lightning_kfc.layers import Adapter
-from lightning_kfc.origin import Origin, Snapshot, average_state, averages_of
+from lightning_kfc.origin import Origin, average_state, averages_of
 from lightning_kfc.per_example import ExampleGradients
 from lightning_kfc.rules.adam import Moments
 from lightning_kfc.sharding import whole, write
@@ -63,8 +63,6 @@ class Layer:
         self.previous_inverse: Inverse | None = None
         #: What the inverse was made from, where that is kept and known.
         self.origin: Origin | None = None
-        #: What the next inverse is made from, from the step at which it is due until it is taken over.
-        self.coming: Snapshot | None = None
         #: What the rule "adam" remembers, in the eigenbasis of the inverse.
         self.moments: Moments | None = None
         # A sharded module shows the whole parameters from its forward to its backward: the gradients, and the
@@ -177,8 +175,8 @@ class Layer:
         return kept
 
     def forget_inverses(self) -> None:
-        """Have no inverse, and let none come."""
-        self.inverse = self.previous_inverse = self.origin = self.coming = None
+        """Have no inverse."""
+        self.inverse = self.previous_inverse = self.origin = None
 
     def inverse_type(self, chosen: type[Inverse]) -> type[Inverse]:
         """The kind of inverse of this layer, given the one that the user chose."""
@@ -197,12 +195,8 @@ class Layer:
 
     def curvature(self) -> Mapping[str, Tensor]:
         """The factors that are inverted: the running ones, or what the adapter makes of them."""
-        return self.curvature_of(self.averages)
-
-    def curvature_of(self, averages: Mapping[str, StoredAverage]) -> Mapping[str, Tensor]:
-        """The factors that are inverted, given the running ones."""
-        draws = min(average.draws for average in averages.values())
-        return self.adapter.estimate({name: average.value for name, average in averages.items()}, draws)
+        draws = min(average.draws for average in self.averages.values())
+        return self.adapter.estimate(self.factors, draws)
 
     def origin_of(self, damping: float) -> Origin:
         """What is kept of what an inverse would be made from now."""
@@ -340,8 +334,6 @@ class Layer:
             state["moments"] = self.moments.state_dict()
         if self.origin is not None:
             state["origin"] = self.origin.state_dict()
-        if self.coming is not None:
-            state["coming"] = self.coming.state_dict(self.averages)
         if self.rows is not None:
             state["rows"] = self.rows
         return state
@@ -377,8 +369,6 @@ class Layer:
         saved = dict(state.get("inverse", {}))
         self.forget_inverses()
         self.moments = None
-        if "coming" in state:
-            self.coming = Snapshot.from_state(state["coming"], self.averages, device, self.keeping.factors)
         kind = saved.pop("kind", None)
         if not with_inverse and kind in (inverse.name, Elsewhere.name):
             self.inverse = Elsewhere()

@@ -1,9 +1,9 @@
-"""What an inverse is made from: kept whole while it is made, and as a sketch for as long as it is in use."""
+"""What an inverse was made from, kept as a sketch for as long as the inverse is in use."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -59,61 +59,6 @@ class Origin:
     def from_state(cls, state: Mapping[str, Any], device: torch.device) -> Self:
         """What :meth:`state_dict` gave."""
         return cls(float(state["damping"]), {name: value.to(device) for name, value in state["sketches"].items()})
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """The running factors of the step at which an inverse is due, until that inverse is taken over.
-
-    An average is never changed in place, so that these are the layer's own until it has newer ones.
-
-    Attributes:
-        step: The step at which the inverse is due.
-        damping: That of this step.
-        averages: The factors by name; none where another rank holds them.
-        origin: What will be kept of them; None where nothing is.
-    """
-
-    step: int
-    damping: float
-    averages: Mapping[str, StoredAverage] = field(default_factory=dict)
-    origin: Origin | None = None
-
-    def nbytes_beside(self, averages: Mapping[str, StoredAverage]) -> int:
-        """Bytes held, but for those that are held by these averages too."""
-        own = sum(a.nbytes for name, a in self.averages.items() if a is not averages.get(name))
-        return own + (self.origin.nbytes if self.origin is not None else 0)
-
-    def state_dict(self, averages: Mapping[str, StoredAverage]) -> dict[str, Any]:
-        """Plain tensors and numbers; the factors only where they are not these averages, which are saved anyway."""
-        shared = all(average is averages.get(name) for name, average in self.averages.items())
-        return {
-            "step": self.step,
-            "damping": self.damping,
-            "factors": None if shared else average_state(self.averages),
-            "origin": None if self.origin is None else self.origin.state_dict(),
-        }
-
-    @classmethod
-    def from_state(
-        cls, state: Mapping[str, Any], averages: Mapping[str, StoredAverage], device: torch.device, storage: str
-    ) -> Self:
-        """What :meth:`state_dict` gave.
-
-        Args:
-            state: The state.
-            averages: The layer's own; none where another rank holds them.
-            device: That of the layer.
-            storage: How factors are kept.
-        """
-        saved, origin = state["factors"], state["origin"]
-        own = averages if saved is None or not averages else averages_of(saved, device, storage)
-        return cls(
-            int(state["step"]),
-            float(state["damping"]),
-            dict(own),
-            Origin.from_state(origin, device) if origin is not None and averages else None,
-        )
 
 
 def average_state(averages: Mapping[str, StoredAverage]) -> dict[str, dict[str, Any]]:

@@ -120,12 +120,9 @@ class Refresh:
         with self._times.part("statistics"):
             dropped = self._fold_pending(layers, step)
         with self._times.part("inverses"):
-            self.inverting.at_once(layers, step, damping)
+            self.inverting(layers, step, damping)
         with self._times.part("statistics"):
             self._fold_second_moments(layers, step)
-        # Second moments are of the basis that the forward has seen; what replaces it carries them over.
-        with self._times.part("inverses"):
-            self.inverting.beside(layers, step, damping)
         return dropped
 
     # Statistics.

@@ -57,7 +57,6 @@ class Settings:
     reduce_precision: str = "full"
     stagger_inverses: bool = True
     inverse_tolerance: float = 0.0
-    background_inverses: bool = False
     factor_storage: str = "full"
     inverse_precision: str = "full"
     max_overhead: float = 0.15
@@ -108,7 +107,6 @@ class Settings:
         check_choice("reduce_precision", self.reduce_precision, PRECISIONS)
         check_flag("stagger_inverses", self.stagger_inverses)
         check_not_negative("inverse_tolerance", self.inverse_tolerance)
-        check_flag("background_inverses", self.background_inverses)
         check_choice("factor_storage", self.factor_storage, STORAGES)
         check_choice("inverse_precision", self.inverse_precision, PRECISIONS)
         if self.inverse_precision != "full" and self.inverse != "cholesky":

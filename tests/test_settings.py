@@ -57,7 +57,6 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
         for v in (-0.1, NAN, INF)
     ],
     ("inverse_tolerance", None, TypeError, "inverse_tolerance must be a number, got None"),
-    ("background_inverses", 1, TypeError, "background_inverses must be true or false, got 1"),
     ("seed", -1, ValueError, "seed must be at least 0, got -1"),
     ("seed", "0", TypeError, "seed must be a whole number, got '0' of type str"),
     ("include", [3], TypeError, r"include takes glob patterns over module names.*got 3 of type int"),

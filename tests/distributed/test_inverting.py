@@ -1,14 +1,11 @@
-"""Skipped inverses, and those made beside the training: all ranks do the same, and it is what one rank does."""
+"""Skipped inverses: all ranks skip the same, and it is what one rank skips."""
 
 from __future__ import annotations
 
-import threading
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch import distributed as dist
@@ -19,13 +16,9 @@ from tests.distributed.nets import EXACT, Net, difference, images, loader, train
 from tests.distributed.pool import Ranks
 from tests.harness import QUIET
 
-pytestmark = [
-    *(pytest.mark.filterwarnings(line) for line in QUIET),
-    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
-]
+pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
 RARE = {"factor_every_n_steps": 2, "inverse_every_n_steps": 4, "warmup_steps": 2, "kl_clip": 1e-3}
 SKIPPING = {"inverse_tolerance": 0.2}
-BESIDE = {"background_inverses": True}
 
 
 class Noting(KFCCallback):
@@ -39,28 +32,19 @@ class Noting(KFCCallback):
 def train(
     settings: dict[str, Any],
     epochs: int = 4,
-    path: Path | None = None,
-    ckpt: Path | None = None,
     disturb: bool = False,
     batch_size: int = 8,
 ) -> dict[str, Any]:
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     several = {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": ranks} if ranks > 1 else {}
     callback, module = Noting(**{**EXACT, **RARE, **settings}), Net()
-    used = trainer(callback, max_epochs=epochs, enable_checkpointing=path is not None, **several)
-    if path is not None:
-        used.callbacks.append(ModelCheckpoint(dirpath=path, save_last=True, save_top_k=0))
+    used = trainer(callback, max_epochs=epochs, **several)
     unmoved = Inverting._unmoved
     if disturb and dist.get_rank() == 1:
         # Ranks that round differently may come to different conclusions on the threshold.
-        Inverting._unmoved = lambda self, layer: not unmoved(self, layer) and layer.inverse is not None
+        Inverting._unmoved = lambda self, layer, now: not unmoved(self, layer, now) and layer.inverse is not None
     try:
-        used.fit(
-            module,
-            loader(images(3 * batch_size), batch_size // ranks),
-            ckpt_path=ckpt,
-            weights_only=None if ckpt is None else True,
-        )
+        used.fit(module, loader(images(3 * batch_size), batch_size // ranks))
     finally:
         Inverting._unmoved = unmoved
     kfc = callback.kfc
@@ -70,7 +54,6 @@ def train(
         "skipped": kfc.inverses_skipped,
         "origins": {n: e.origin is not None for n, e in kfc.layers.items()},
         "held": {n: bool(e.averages) for n, e in kfc.layers.items()},
-        "threads": [thread.name for thread in threading.enumerate() if thread.name.startswith("lightning-kfc")],
     }
 
 
@@ -79,32 +62,26 @@ def same_weights(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("placement", ["comm-opt", "mem-opt"])
-@pytest.mark.parametrize("settings", [SKIPPING, BESIDE, {**SKIPPING, **BESIDE}], ids=["skip", "beside", "both"])
 @pytest.mark.parametrize("inverse", ["cholesky", "eigh"])
-def test_two_ranks_agree_and_equal_one(
-    two_ranks: Ranks, placement: str, settings: dict[str, Any], inverse: str
-) -> None:
-    own = {**settings, "inverse": inverse}
+def test_two_ranks_agree_and_equal_one(two_ranks: Ranks, placement: str, inverse: str) -> None:
+    own = {**SKIPPING, "inverse": inverse}
     first, second = two_ranks.run(train, {**own, "placement": placement})
     whole = train(own)
     assert same_weights(first["weights"], second["weights"])
     assert first["made"] == second["made"] == whole["made"]
-    assert first["skipped"] == second["skipped"] == whole["skipped"]
-    assert (whole["skipped"] > 0) == ("inverse_tolerance" in settings)
+    assert first["skipped"] == second["skipped"] == whole["skipped"] > 0
     found = difference(first["weights"], whole["weights"])
     print(f"largest relative difference: {found:.2g}; {whole['skipped']} skipped")
     assert found < 1e-9
     for rank in (first, second):
-        assert rank["threads"] == []
         # Only who has a layer's factors keeps what its inverse was made from.
-        wanted = rank["held"] if "inverse_tolerance" in settings else dict.fromkeys(rank["held"], False)
-        assert rank["origins"] == wanted
+        assert rank["origins"] == rank["held"]
 
 
 def test_two_ranks_equal_one_with_ekfac(two_ranks: Ranks) -> None:
-    settings = {**SKIPPING, **BESIDE, "inverse": "ekfac"}
+    settings = {**SKIPPING, "inverse": "ekfac"}
     # With factors of full rank: in a null space the basis is arbitrary, and with it the eigenvalues.
-    first, second = two_ranks.run(train, settings, 4, None, None, False, 48)
+    first, second = two_ranks.run(train, settings, 4, False, 48)
     whole = train(settings, batch_size=48)
     assert same_weights(first["weights"], second["weights"])
     assert first["made"] == second["made"] == whole["made"]
@@ -112,26 +89,8 @@ def test_two_ranks_equal_one_with_ekfac(two_ranks: Ranks) -> None:
 
 
 @pytest.mark.parametrize("placement", ["comm-opt", "mem-opt"])
-@pytest.mark.parametrize("settings", [{}, BESIDE], ids=["at once", "beside"])
-def test_the_rank_that_makes_an_inverse_decides_for_all(
-    two_ranks: Ranks, placement: str, settings: dict[str, Any]
-) -> None:
-    first, second = two_ranks.run(train, {**SKIPPING, **settings, "placement": placement}, 4, None, None, True)
+def test_the_rank_that_makes_an_inverse_decides_for_all(two_ranks: Ranks, placement: str) -> None:
+    first, second = two_ranks.run(train, {**SKIPPING, "placement": placement}, 4, True)
     assert same_weights(first["weights"], second["weights"])
     assert first["made"] == second["made"]
     assert first["skipped"] == second["skipped"] > 0
-
-
-@pytest.mark.parametrize("placement", ["comm-opt", "mem-opt"])
-def test_a_run_of_two_ranks_resumed_with_inverses_on_their_way_is_bit_for_bit_the_uninterrupted_one(
-    two_ranks: Ranks, tmp_path: Path, placement: str
-) -> None:
-    # The first epoch ends with the last step of the warm-up, at which all inverses are due.
-    settings = {**SKIPPING, **BESIDE, "placement": placement, "warmup_steps": 3}
-    whole = two_ranks.run(train, settings, 4)[0]
-    two_ranks.run(train, settings, 1, tmp_path)
-    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]["KFCCallback"]["layers"]
-    assert any("coming" in layer for layer in saved.values())
-    resumed = two_ranks.run(train, settings, 4, tmp_path, tmp_path / "last.ckpt")[0]
-    assert difference(resumed["weights"], whole["weights"]) == 0
-    assert resumed["skipped"] == whole["skipped"]
