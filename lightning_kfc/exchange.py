@@ -16,15 +16,13 @@ from lightning_kfc.distributed import Communication, Team, is_sharded
 from lightning_kfc.factors.inverse import FactorisationError, Inverse
 from lightning_kfc.factors.packing import Shape, pack, packed_numel, unpack
 from lightning_kfc.factors.statistics import factor_dtype
-from lightning_kfc.held import Elsewhere, Solved, Unmoved
+from lightning_kfc.held import Elsewhere, Solved
 from lightning_kfc.layer import Layer
 from lightning_kfc.placement import Grid, Placement, factorisation_cost, gradient_workers, longest_first
 from lightning_kfc.progress import announced
 
-#: What came of a layer's refresh, as its owner tells it; what failed is NaN.
-MADE, KEPT = 0.0, 1.0
 #: The result of a layer's refresh.
-Outcome = Inverse | FactorisationError | Unmoved
+Outcome = Inverse | FactorisationError
 
 #: What became of a layer's update on the ranks that hold its inverse.
 USABLE, RESTORED, FAILED = 0.0, 1.0, 2.0
@@ -115,7 +113,7 @@ class Exchange:
     def refreshed(
         self,
         layers: Sequence[Layer],
-        factorise: Callable[[Layer], Inverse | Unmoved],
+        factorise: Callable[[Layer], Inverse],
         kinds: Callable[[Layer], type[Inverse]],
         say: Callable[[str], None] | None = None,
     ) -> dict[str, Outcome]:
@@ -123,14 +121,12 @@ class Exchange:
 
         Args:
             layers: The layers that are due, the same on every rank.
-            factorise: Makes a layer's inverse, or says that the last one will do; called on its owner, which so decides
-                for all ranks.
+            factorise: Makes a layer's inverse; called on its owner.
             kinds: The kind of a layer's inverse.
             say: Takes a line that tells how this rank's part gets on, where it takes long.
 
         Returns:
-            By layer: the inverse, one that says that another rank has it, that the last one stays, or why there is
-            none.
+            By layer: the inverse, one that says that another rank has it, or why there is none.
         """
         outcome: dict[str, Outcome] = {}
         owners = self._inverters(layers)
@@ -143,13 +139,11 @@ class Exchange:
             layer.name: _Layout.of(kinds(layer), _shapes(layer), layer.adapter.matrix_shape()) for layer in layers
         }
         numbers = self._numbers_of_owners(layers, layouts, outcome)
-        whole = [layer for layer in layers if numbers[layer.name][0] == MADE]
+        whole = [layer for layer in layers if not math.isnan(numbers[layer.name][0])]
         shared = self._broadcast_inverses(whole, owners, layouts, outcome, numbers)
         result: dict[str, Outcome] = {}
         for layer in layers:
-            if numbers[layer.name][0] == KEPT:
-                result[layer.name] = Unmoved()
-            elif math.isnan(numbers[layer.name][0]):
+            if math.isnan(numbers[layer.name][0]):
                 said = f"rank {owners[layer.name]} found no factorisation"
                 result[layer.name] = outcome.get(layer.name, FactorisationError(said))
             else:
@@ -162,15 +156,14 @@ class Exchange:
         layouts: Mapping[str, _Layout],
         made: Mapping[str, Outcome],
     ) -> dict[str, list[float]]:
-        """For each layer what came of it, NaN where it failed, then its inverse's numbers; every rank must ask."""
+        """For each layer 0, or NaN where it failed, then its inverse's numbers; every rank must ask."""
         own: list[float] = []
         for layer in layers:
             result, names = made.get(layer.name), layouts[layer.name].numbers
             if isinstance(result, Inverse):
-                own += [MADE, *(float(getattr(result, name)) for name in names)]
+                own += [0.0, *(float(getattr(result, name)) for name in names)]
             else:
-                said = math.inf if isinstance(result, FactorisationError) else KEPT
-                own += [-math.inf if result is None else said, *[-math.inf] * len(names)]
+                own += [-math.inf if result is None else math.inf, *[-math.inf] * len(names)]
         device = next(iter(layers[0].adapter.parameters().values())).device if layers else torch.device("cpu")
         told = self._team.largest(torch.tensor(own, dtype=torch.float64, device=device)).tolist() if layers else []
         self.communication.add("inverses", 8 * len(told))
@@ -337,7 +330,7 @@ class _Layout:
         return self.kind(**tensors, **dict(zip(self.numbers, numbers, strict=True)))
 
 
-def _attempted(factorise: Callable[[Layer], Inverse | Unmoved], layer: Layer) -> Outcome:
+def _attempted(factorise: Callable[[Layer], Inverse], layer: Layer) -> Outcome:
     try:
         return factorise(layer)
     except FactorisationError as error:

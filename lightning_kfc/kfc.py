@@ -105,8 +105,6 @@ class KFC:
             bytes, each rank's numbers rounded, their sum made in float32.
         stagger_inverses: Whether, after the warm-up, layers refresh their inverses at different steps of the period,
             so that no step makes all of them; else all at the same step.
-        inverse_tolerance: A layer's inverse is not refreshed where its factors, and the damping, have moved by no more
-            than this share since it was made (:mod:`lightning_kfc.factors.sketch`); 0 to refresh it always.
         factor_storage: How factors are kept between refreshes, always as triangles: ``"full"``: on their layer's
             device, as they are; ``"bfloat16"``: rounded, at half the memory; ``"cpu"``: in the memory of the CPU, to
             which each step that takes statistics copies them.
@@ -145,7 +143,6 @@ class KFC:
         placement: str | float = "auto",
         reduce_precision: str = "full",
         stagger_inverses: bool = True,
-        inverse_tolerance: float = 0.0,
         factor_storage: str = "full",
         inverse_precision: str = "full",
         max_overhead: float = 0.15,
@@ -172,7 +169,6 @@ class KFC:
             placement=placement,
             reduce_precision=reduce_precision,
             stagger_inverses=stagger_inverses,
-            inverse_tolerance=inverse_tolerance,
             factor_storage=factor_storage,
             inverse_precision=inverse_precision,
             max_overhead=max_overhead,
@@ -196,7 +192,7 @@ class KFC:
             settings.weight_sharing,
             settings.max_factor_dim,
             settings.rows_per_dim,
-            Keeping(settings.factor_storage, settings.inverse_precision, settings.inverse_tolerance > 0),
+            Keeping(settings.factor_storage, settings.inverse_precision),
         )
         #: The rule, and why it was chosen, where it is ``"auto"``.
         self.rule_choice = choose_rule(model, self._found.layers, settings)
@@ -414,19 +410,11 @@ class KFC:
         self._observation.count_again({name})
 
     def ages(self, layer: str) -> tuple[int | None, int | None]:
-        """Steps since a layer's statistics, and its inverse, were last refreshed; None where they never were.
-
-        An inverse that was due and was not refreshed, as ``inverse_tolerance`` has it, counts as refreshed.
-        """
+        """Steps since a layer's statistics, and its inverse, were last refreshed; None where they never were."""
         folded, factorised = self._due.refreshed_at(layer)
         return (None if folded is None else self.step - folded), (
             None if factorised is None else self.step - factorised
         )
-
-    @property
-    def inverses_skipped(self) -> int:
-        """How many inverses were due and not refreshed, as ``inverse_tolerance`` has it; summed over layers."""
-        return self._refresh_layers.inverting.skipped
 
     def release(self) -> None:
         """Let go of what was recorded of the last forward and its graph."""
@@ -754,7 +742,6 @@ class KFC:
             "self_test_done": self._observation.self_test_done,
             "never_negative": self._observation.never_negative,
             "events": self.events.state_dict(),
-            "inverses_skipped": self.inverses_skipped,
             "trust_region": self._reviewer.region.state_dict(),
             "parts": self._parts.state_dict(),
         }
@@ -785,7 +772,6 @@ class KFC:
         self._due.reschedule(self.schedule)
         self._due.load_state_dict(state["due"])
         self.events.load_state_dict(state["events"])
-        self._refresh_layers.inverting.skipped = int(state.get("inverses_skipped", 0))
         self._reviewer.region.load_state_dict(state.get("trust_region", {}))
         self._parts.load_state_dict(state.get("parts", {}))
         if state["layers"] is None:

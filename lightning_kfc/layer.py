@@ -14,12 +14,10 @@ from lightning_kfc.distributed import is_sharded
 from lightning_kfc.factors.eigenbasis import Eigenbasis
 from lightning_kfc.factors.inverse import CholeskyInverse, EighInverse, EkfacInverse, Inverse
 from lightning_kfc.factors.quadratic import estimated_quadratic_form
-from lightning_kfc.factors.sketch import sketch_shape
 from lightning_kfc.factors.statistics import Statistics, factor_dtype
-from lightning_kfc.factors.stored import StoredAverage, stored_nbytes
+from lightning_kfc.factors.stored import StoredAverage, average_state, averages_of, stored_nbytes
 from lightning_kfc.held import Elsewhere
 from lightning_kfc.layers import Adapter
-from lightning_kfc.origin import Origin, average_state, averages_of
 from lightning_kfc.per_example import ExampleGradients
 from lightning_kfc.rules.adam import Moments
 from lightning_kfc.sharding import whole, write
@@ -32,12 +30,10 @@ class Keeping:
     Attributes:
         factors: The running factors; see :mod:`lightning_kfc.factors.stored`.
         inverse: The precision of Cholesky inverses, and of the products with them: ``"full"`` or ``"bfloat16"``.
-        origins: Whether it is kept what an inverse was made from, to tell how far the factors have moved since.
     """
 
     factors: str = "full"
     inverse: str = "full"
-    origins: bool = False
 
 
 class Layer:
@@ -61,8 +57,6 @@ class Layer:
         self.inverse: Inverse | None = None
         #: The last inverse that gave a usable update, until the present one has given one.
         self.previous_inverse: Inverse | None = None
-        #: What the inverse was made from, where that is kept and known.
-        self.origin: Origin | None = None
         #: What the rule "adam" remembers, in the eigenbasis of the inverse.
         self.moments: Moments | None = None
         # A sharded module shows the whole parameters from its forward to its backward: the gradients, and the
@@ -176,7 +170,7 @@ class Layer:
 
     def forget_inverses(self) -> None:
         """Have no inverse."""
-        self.inverse = self.previous_inverse = self.origin = None
+        self.inverse = self.previous_inverse = None
 
     def inverse_type(self, chosen: type[Inverse]) -> type[Inverse]:
         """The kind of inverse of this layer, given the one that the user chose."""
@@ -198,10 +192,6 @@ class Layer:
         draws = min(average.draws for average in self.averages.values())
         return self.adapter.estimate(self.factors, draws)
 
-    def origin_of(self, damping: float) -> Origin:
-        """What is kept of what an inverse would be made from now."""
-        return Origin.of(self.curvature(), damping)
-
     def factorise(self, inverse: type[Inverse], damping: float, step: int) -> None:
         """Refresh the inverse from the running factors; see :meth:`Inverse.factorise` for what it raises."""
         self.factorised_at = step
@@ -211,22 +201,16 @@ class Layer:
         """A new inverse from the running factors, with what the present one has learnt."""
         return self.inverse_type(inverse).factorise(self.curvature(), damping).succeeding(self.inverse)
 
-    def take(self, fresh: Inverse, origin: Origin | None = None) -> None:
-        """Use a new inverse from now on; the last one is kept until the new one has given a usable update.
-
-        Args:
-            fresh: The new inverse.
-            origin: What it was made from.
-        """
-        self.origin = origin
+    def take(self, fresh: Inverse) -> None:
+        """Use a new inverse from now on; the last one is kept until the new one has given a usable update."""
         self.previous_inverse = self.previous_inverse or self.inverse
         if self.moments is not None:
             self.moments = self.moments.in_basis(self.inverse, fresh)
         self.inverse = self._kept(fresh)
 
     def go_back(self) -> None:
-        """Use the last inverse again, as the new one gave no usable update; what it was made from is not known."""
-        self.inverse, self.origin = self.previous_inverse, None
+        """Use the last inverse again, as the new one gave no usable update."""
+        self.inverse = self.previous_inverse
 
     def _kept(self, inverse: Inverse) -> Inverse:
         return inverse.in_precision(self._inverse_dtype())
@@ -318,11 +302,8 @@ class Layer:
             kept = sum(stored_nbytes(shape, dtype, self.keeping.factors) for shape in shapes.values())
             kind = self.inverse_type(inverse)
             kept += kind.numel(shapes) * (self._inverse_dtype() if kind is CholeskyInverse else dtype).itemsize
-            if self.keeping.origins:
-                kept += sum(math.prod(sketch_shape(shape)) for shape in shapes.values()) * dtype.itemsize
             return kept + moments * math.prod(self.adapter.matrix_shape()) * dtype.itemsize
         kept = self.moments.nbytes() if self.moments is not None else 0
-        kept += self.origin.nbytes if self.origin is not None else 0
         return sum(average.nbytes for average in self.averages.values()) + self.inverse.nbytes() + kept
 
     def state_dict(self) -> dict[str, Any]:
@@ -332,8 +313,6 @@ class Layer:
             state["inverse"] = {"kind": self.inverse.name, **self.inverse.state()}
         if self.moments is not None:
             state["moments"] = self.moments.state_dict()
-        if self.origin is not None:
-            state["origin"] = self.origin.state_dict()
         if self.rows is not None:
             state["rows"] = self.rows
         return state
@@ -376,8 +355,6 @@ class Layer:
             self.inverse = self._kept(inverse(**_on(device, saved)))
             # Moments mean nothing without the basis that they are in.
             self.moments = Moments(**_on(device, state["moments"])) if "moments" in state else None
-            if self.keeping.origins and with_factors and "origin" in state:
-                self.origin = Origin.from_state(state["origin"], device)
         return None
 
 

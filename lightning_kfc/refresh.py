@@ -36,7 +36,6 @@ class Refresh:
 
     Attributes:
         communication: What the ranks have sent each other.
-        inverting: What refreshes the inverses.
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class Refresh:
         self._begun: tuple[list[Layer], Reduction] | None = None
         self._asked: list[Layer] = []
         self.communication = exchange.communication
-        self.inverting = Inverting(settings, due, events, exchange, say)
+        self._inverting = Inverting(settings, due, events, exchange, say)
 
     # What all ranks must know of each other before they fold.
 
@@ -77,7 +76,7 @@ class Refresh:
     def exchanges(self, layers: Iterable[str], step: int, damping: float) -> bool:
         """Whether a refresh of these layers at this step sends anything between ranks."""
         layers = list(layers)
-        return self.expects(layers) or self.inverting.sends(layers, step, damping)
+        return self.expects(layers) or self._inverting.sends(layers, step, damping)
 
     def give_up_together(self, layer: str, reason: str) -> None:
         """Have all ranks give a layer up with the next statistics, though only this one may have the reason."""
@@ -120,7 +119,7 @@ class Refresh:
         with self._times.part("statistics"):
             dropped = self._fold_pending(layers, step)
         with self._times.part("inverses"):
-            self.inverting(layers, step, damping)
+            self._inverting(layers, step, damping)
         with self._times.part("statistics"):
             self._fold_second_moments(layers, step)
         return dropped

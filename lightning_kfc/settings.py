@@ -11,7 +11,6 @@ from lightning_kfc.checks import (
     check_flag,
     check_fraction,
     check_integer,
-    check_not_negative,
     check_patterns,
     check_period,
     check_positive,
@@ -56,7 +55,6 @@ class Settings:
     placement: str | float = "auto"
     reduce_precision: str = "full"
     stagger_inverses: bool = True
-    inverse_tolerance: float = 0.0
     factor_storage: str = "full"
     inverse_precision: str = "full"
     max_overhead: float = 0.15
@@ -106,7 +104,6 @@ class Settings:
         check_placement(self.placement, self.inverse)
         check_choice("reduce_precision", self.reduce_precision, PRECISIONS)
         check_flag("stagger_inverses", self.stagger_inverses)
-        check_not_negative("inverse_tolerance", self.inverse_tolerance)
         check_choice("factor_storage", self.factor_storage, STORAGES)
         check_choice("inverse_precision", self.inverse_precision, PRECISIONS)
         if self.inverse_precision != "full" and self.inverse != "cholesky":

@@ -7,7 +7,9 @@ A factor is read where an inverse is refreshed, once in many steps, and is symme
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,6 +84,21 @@ class StoredAverage:
 
     def _given(self) -> RunningAverage:
         return replace(self.average, value=self.average.value.to(self.device, self.dtype))
+
+
+def average_state(averages: Mapping[str, StoredAverage]) -> dict[str, dict[str, Any]]:
+    """Running factors in plain tensors and numbers."""
+    return {name: {"value": a.value, "weight": a.weight, "squares": a.squares} for name, a in averages.items()}
+
+
+def averages_of(state: Mapping[str, Any], device: torch.device, storage: str) -> dict[str, StoredAverage]:
+    """Running factors from what :func:`average_state` gave."""
+    return {
+        name: StoredAverage.of(
+            RunningAverage(entry["value"].to(device), float(entry["weight"]), float(entry["squares"])), storage
+        )
+        for name, entry in state.items()
+    }
 
 
 def stored_nbytes(shape: Shape, dtype: torch.dtype, storage: str = "full") -> int:
