@@ -83,8 +83,6 @@ class KFCHooks:
         reduce_precision: How statistics travel between ranks. "full": as they are; "bfloat16": at half the bytes.
         stagger_inverses: Whether layers refresh their inverses at different steps of the period, so that no step takes
             as long as all of them together.
-        factor_storage: How factors are kept between refreshes. "full": on the device, as they are; "bfloat16": rounded,
-            at half the memory; "cpu": in the memory of the CPU.
         inverse_precision: The precision of inverses, and of the products that each step makes with them: "full", or
             "bfloat16" (with inverse "cholesky") at half the memory, and faster where the hardware has it.
         max_overhead: By which share a step may take longer in the mean, where a period is "auto".
@@ -128,7 +126,6 @@ class KFCHooks:
         placement: Literal["auto", "comm-opt", "mem-opt"] | float = "auto",
         reduce_precision: Literal["full", "bfloat16"] = "full",
         stagger_inverses: bool = True,
-        factor_storage: Literal["full", "bfloat16", "cpu"] = "full",
         inverse_precision: Literal["full", "bfloat16"] = "full",
         max_overhead: float = 0.15,
         save_factors: bool = True,
@@ -159,7 +156,6 @@ class KFCHooks:
             placement=placement,
             reduce_precision=reduce_precision,
             stagger_inverses=stagger_inverses,
-            factor_storage=factor_storage,
             inverse_precision=inverse_precision,
             max_overhead=max_overhead,
         )

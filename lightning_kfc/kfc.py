@@ -21,7 +21,7 @@ from lightning_kfc.exchange import Exchange
 from lightning_kfc.factors.inverse import INVERSES
 from lightning_kfc.find_layers import find_layers
 from lightning_kfc.isolation import full_precision
-from lightning_kfc.layer import Keeping, Layer
+from lightning_kfc.layer import Layer
 from lightning_kfc.likelihood import Likelihood
 from lightning_kfc.monitor import Events, StepNumbers
 from lightning_kfc.observation import Observation
@@ -105,9 +105,6 @@ class KFC:
             bytes, each rank's numbers rounded, their sum made in float32.
         stagger_inverses: Whether, after the warm-up, layers refresh their inverses at different steps of the period,
             so that no step makes all of them; else all at the same step.
-        factor_storage: How factors are kept between refreshes, always as triangles: ``"full"``: on their layer's
-            device, as they are; ``"bfloat16"``: rounded, at half the memory; ``"cpu"``: in the memory of the CPU, to
-            which each step that takes statistics copies them.
         inverse_precision: ``"full"``: inverses, and the products with them, in float32; ``"bfloat16"``: both in half
             of that, with ``inverse="cholesky"`` alone. Factorisations are always in float32 or better.
         max_overhead: By which share a step may take longer in the mean, where a period is ``"auto"``.
@@ -143,7 +140,6 @@ class KFC:
         placement: str | float = "auto",
         reduce_precision: str = "full",
         stagger_inverses: bool = True,
-        factor_storage: str = "full",
         inverse_precision: str = "full",
         max_overhead: float = 0.15,
         process_group: Any = None,
@@ -169,7 +165,6 @@ class KFC:
             placement=placement,
             reduce_precision=reduce_precision,
             stagger_inverses=stagger_inverses,
-            factor_storage=factor_storage,
             inverse_precision=inverse_precision,
             max_overhead=max_overhead,
         )
@@ -192,7 +187,7 @@ class KFC:
             settings.weight_sharing,
             settings.max_factor_dim,
             settings.rows_per_dim,
-            Keeping(settings.factor_storage, settings.inverse_precision),
+            settings.inverse_precision,
         )
         #: The rule, and why it was chosen, where it is ``"auto"``.
         self.rule_choice = choose_rule(model, self._found.layers, settings)

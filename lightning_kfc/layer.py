@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,19 +22,6 @@ from lightning_kfc.rules.adam import Moments
 from lightning_kfc.sharding import whole, write
 
 
-@dataclass(frozen=True)
-class Keeping:
-    """How layers keep what they hold.
-
-    Attributes:
-        factors: The running factors; see :mod:`lightning_kfc.factors.stored`.
-        inverse: The precision of Cholesky inverses, and of the products with them: ``"full"`` or ``"bfloat16"``.
-    """
-
-    factors: str = "full"
-    inverse: str = "full"
-
-
 class Layer:
     """What :class:`~lightning_kfc.KFC` keeps for one layer.
 
@@ -43,15 +29,15 @@ class Layer:
         name: The name of its (first) module in the model.
         adapters: The adapters of all modules that share the layer's parameters, the first one's first.
         reason: Why the layer has no Kronecker factors; empty where it has.
-        keeping: How factors and inverse are kept.
+        inverse_precision: That of a Cholesky inverse, and of the products with it: ``"full"`` or ``"bfloat16"``.
     """
 
     def __init__(
-        self, name: str, adapters: Sequence[Adapter], reason: str = "", keeping: Keeping | None = None
+        self, name: str, adapters: Sequence[Adapter], reason: str = "", inverse_precision: str = "full"
     ) -> None:
         self.name = name
-        self.keeping = keeping or Keeping()
         self.reason = reason
+        self._inverse_precision = inverse_precision
         self.adapters = list(adapters)
         self.averages: dict[str, StoredAverage] = {}
         self.inverse: Inverse | None = None
@@ -153,7 +139,7 @@ class Layer:
             if name in self.averages:
                 self.averages[name] = self.averages[name].updated(value, decay)
             else:
-                self.averages[name] = StoredAverage.start(value, decay, self.keeping.factors)
+                self.averages[name] = StoredAverage.start(value, decay)
         return kept
 
     def fold_elsewhere(self) -> bool:
@@ -216,7 +202,7 @@ class Layer:
         return inverse.in_precision(self._inverse_dtype())
 
     def _inverse_dtype(self) -> torch.dtype:
-        if self.keeping.inverse == "bfloat16":
+        if self._inverse_precision == "bfloat16":
             return torch.bfloat16
         return factor_dtype(next(iter(self.adapter.parameters().values())).dtype)
 
@@ -299,7 +285,7 @@ class Layer:
         if not self.averages or self.inverse is None:
             dtype = factor_dtype(next(iter(self.adapter.parameters().values())).dtype)
             shapes = self.adapter.factor_shapes()
-            kept = sum(stored_nbytes(shape, dtype, self.keeping.factors) for shape in shapes.values())
+            kept = sum(stored_nbytes(shape, dtype) for shape in shapes.values())
             kind = self.inverse_type(inverse)
             kept += kind.numel(shapes) * (self._inverse_dtype() if kind is CholeskyInverse else dtype).itemsize
             return kept + moments * math.prod(self.adapter.matrix_shape()) * dtype.itemsize
@@ -342,7 +328,7 @@ class Layer:
         found = {name: tuple(entry["value"].shape) for name, entry in state["factors"].items()}
         if found and found != expected:
             return f"its factors have shapes {found} in the checkpoint, {expected} now"
-        self.averages = averages_of(state["factors"], device, self.keeping.factors) if with_factors else {}
+        self.averages = averages_of(state["factors"], device) if with_factors else {}
         self.roles = tuple(self.adapter.own_parameters())
         self.rows = state.get("rows")
         saved = dict(state.get("inverse", {}))

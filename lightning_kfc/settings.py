@@ -17,7 +17,6 @@ from lightning_kfc.checks import (
     check_positive_or_auto,
 )
 from lightning_kfc.factors.inverse import INVERSES
-from lightning_kfc.factors.stored import STORAGES
 from lightning_kfc.likelihood import LIKELIHOODS, Likelihood
 from lightning_kfc.placement import PLACEMENTS
 from lightning_kfc.reduction import PRECISIONS
@@ -55,7 +54,6 @@ class Settings:
     placement: str | float = "auto"
     reduce_precision: str = "full"
     stagger_inverses: bool = True
-    factor_storage: str = "full"
     inverse_precision: str = "full"
     max_overhead: float = 0.15
     #: Until periods that are "auto" are chosen, those of the defaults.
@@ -104,7 +102,6 @@ class Settings:
         check_placement(self.placement, self.inverse)
         check_choice("reduce_precision", self.reduce_precision, PRECISIONS)
         check_flag("stagger_inverses", self.stagger_inverses)
-        check_choice("factor_storage", self.factor_storage, STORAGES)
         check_choice("inverse_precision", self.inverse_precision, PRECISIONS)
         if self.inverse_precision != "full" and self.inverse != "cholesky":
             raise ValueError(

@@ -36,7 +36,6 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
     ("placement", None, TypeError, "placement must be a number, got None"),
     ("reduce_precision", "half", ValueError, "reduce_precision must be one of 'full', 'bfloat16', got 'half'"),
     ("inverse_precision", "half", ValueError, "inverse_precision must be one of 'full', 'bfloat16', got 'half'"),
-    ("factor_storage", "disk", ValueError, "factor_storage must be one of 'full', 'bfloat16', 'cpu', got 'disk'"),
     *[
         (name, v, error, message.format(name))
         for name in ("factor_every_n_steps", "inverse_every_n_steps")
