@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -18,9 +19,11 @@ from lightning_kfc.factors.packing import Shape, pack, packed_numel, unpack
 from lightning_kfc.factors.statistics import factor_dtype
 from lightning_kfc.held import Elsewhere, Solved
 from lightning_kfc.layer import Layer
+from lightning_kfc.messages import inform
 from lightning_kfc.placement import Grid, Placement, factorisation_cost, gradient_workers, longest_first
-from lightning_kfc.progress import announced
 
+#: Seconds that first inverses take before a line is logged; each later line comes after twice the time.
+PATIENCE = 2.0
 #: The result of a layer's refresh.
 Outcome = Inverse | FactorisationError
 
@@ -55,6 +58,7 @@ class Exchange:
         self.communication = communication
         self._placement: Placement | None = None
         self._groups: dict[tuple[int, ...], Any] = {}
+        self._any_refreshed = False
 
     # Who holds what.
 
@@ -115,7 +119,6 @@ class Exchange:
         layers: Sequence[Layer],
         factorise: Callable[[Layer], Inverse],
         kinds: Callable[[Layer], type[Inverse]],
-        say: Callable[[str], None] | None = None,
     ) -> dict[str, Outcome]:
         """New inverses of layers, each factorised by one rank.
 
@@ -123,7 +126,6 @@ class Exchange:
             layers: The layers that are due, the same on every rank.
             factorise: Makes a layer's inverse; called on its owner.
             kinds: The kind of a layer's inverse.
-            say: Takes a line that tells how this rank's part gets on, where it takes long.
 
         Returns:
             By layer: the inverse, one that says that another rank has it, or why there is none.
@@ -131,8 +133,10 @@ class Exchange:
         outcome: dict[str, Outcome] = {}
         owners = self._inverters(layers)
         own = [layer for layer in layers if owners[layer.name] == self._team.rank]
-        for layer in announced(own, "KFC makes the first inverses", say):
+        # The later ones take as long, which is known by then.
+        for layer in own if self._any_refreshed else _with_progress(own):
             outcome[layer.name] = _attempted(factorise, layer)
+        self._any_refreshed = True
         if self._team.size == 1:
             return outcome
         layouts = {
@@ -328,6 +332,17 @@ class _Layout:
             )
         }
         return self.kind(**tensors, **dict(zip(self.numbers, numbers, strict=True)))
+
+
+def _with_progress(layers: Sequence[Layer]) -> Iterator[Layer]:
+    """The layers that first inverses are made of, one after another; where that takes long, its progress is logged."""
+    started, wait = time.monotonic(), PATIENCE
+    for done, layer in enumerate(layers, 1):
+        yield layer
+        passed = time.monotonic() - started
+        if passed >= (PATIENCE if done == len(layers) else wait):
+            inform(f"KFC makes the first inverses: {done} of {len(layers)} layers after {passed:.1f} s.")
+            wait = 2 * passed
 
 
 def _attempted(factorise: Callable[[Layer], Inverse], layer: Layer) -> Outcome:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -19,6 +20,7 @@ from lightning_kfc.checks import check_flag
 from lightning_kfc.coverage import wrapped
 from lightning_kfc.kfc import KFC
 from lightning_kfc.likelihood import Bernoulli, Categorical, Gaussian
+from lightning_kfc.messages import LOGGER
 from lightning_kfc.monitor import History
 from lightning_kfc.partners import Advice, advice
 from lightning_kfc.replay import Replay, why_no_replay
@@ -266,7 +268,7 @@ class KFCHooks:
         self._preconditioned_at.clear()
         self._said.clear()
         self._reporting = reporting = Reporting(self._report_settings, lambda: self.kfc, trainer, pl_module)
-        self._telemetry = Telemetry(self._telemetry_settings, lambda: self.kfc, trainer, reporting, rank_zero_info)
+        self._telemetry = Telemetry(self._telemetry_settings, lambda: self.kfc, trainer, reporting)
         self._attachment = Attachment(
             trainer,
             # The learning-rate finder, for one, takes the other callbacks out while it runs; and before training starts
@@ -293,7 +295,7 @@ class KFCHooks:
                 f"KFCCallback: the checkpoint {_resumed_from(trainer)} holds no state of this callback; "
                 "curvature is estimated anew, beginning with a warm-up."
             )
-        self.kfc.say = rank_zero_info
+        _show_information()
         self._tells.engine_replaced()
         self._do_without_replay(trainer, pl_module)
         self._warn_of_split_layers(trainer.optimizers)
@@ -310,8 +312,8 @@ class KFCHooks:
             found = advice(optimizer, self.kfc.settings, groups=groups, schedulers=own, steps=_planned_steps(trainer))
             said |= dict.fromkeys(found)
         for each in said:
-            say = rank_zero_warn if each.severe else rank_zero_info
-            say(f"KFCCallback: {each.text}")
+            tell = rank_zero_warn if each.severe else rank_zero_info
+            tell(f"KFCCallback: {each.text}")
 
     def _take_over(self, state: dict[str, Any]) -> None:
         for problem in self.kfc.load_state_dict(state):
@@ -521,6 +523,16 @@ class KFCHooks:
             self._take_over(state_dict)
         else:
             self._loaded = state_dict
+
+
+@rank_zero_only
+def _show_information() -> None:
+    """Let the engine's information out as Lightning lets out its own, but for a level that the user has set."""
+    if LOGGER.level == logging.NOTSET:
+        LOGGER.setLevel(logging.INFO)
+    if not LOGGER.hasHandlers():
+        LOGGER.addHandler(logging.StreamHandler())
+        LOGGER.propagate = False
 
 
 def _data_parallel_group(strategy: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from lightning_kfc import distributed
 from lightning_kfc.due import Due
@@ -22,17 +22,13 @@ class Inverting:
         due: When each layer is due; told what was done.
         events: Counts what goes other than planned.
         exchange: Knows which rank holds what.
-        say: Takes a line that tells how the first inverses get on, where they take long.
     """
 
-    def __init__(
-        self, settings: Settings, due: Due, events: Events, exchange: Exchange, say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, settings: Settings, due: Due, events: Events, exchange: Exchange) -> None:
         self._chosen = INVERSES[settings.inverse]
         self._due = due
         self._events = events
         self._exchange = exchange
-        self._say: Callable[[str], None] | None = say
 
     def sends(self, layers: Iterable[str], step: int, damping: float) -> bool:
         """Whether a refresh of these layers at this step sends inverses between ranks."""
@@ -47,11 +43,9 @@ class Inverting:
         ]
         if not due:
             return
-        # The later ones take as long, which is known by then.
-        say, self._say = self._say, None
         self._exchange.communication.begin("inverses")
         results = self._exchange.refreshed(
-            due, lambda layer: layer.refreshed(self._chosen, damping), lambda e: e.inverse_type(self._chosen), say
+            due, lambda layer: layer.refreshed(self._chosen, damping), lambda layer: layer.inverse_type(self._chosen)
         )
         for layer in due:
             self._due.factorised(layer.name, step, damping)

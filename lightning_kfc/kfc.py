@@ -23,6 +23,7 @@ from lightning_kfc.find_layers import find_layers
 from lightning_kfc.isolation import full_precision
 from lightning_kfc.layer import Layer
 from lightning_kfc.likelihood import Likelihood
+from lightning_kfc.messages import inform
 from lightning_kfc.monitor import Events, StepNumbers
 from lightning_kfc.observation import Observation
 from lightning_kfc.part import Batch, Parts
@@ -208,8 +209,6 @@ class KFC:
         self.step = 0
         self.events = Events()
         self.last_step: StepNumbers | None = None
-        #: Takes a line that tells how a long start gets on; says nothing where it is not set.
-        self.say: Callable[[str], None] = _say_nothing
         #: Where set, called at each step with the layers, their gradients and their updates; both may be views.
         self.inspect: Inspection | None = None
         self.communication = distributed.Communication()
@@ -219,16 +218,9 @@ class KFC:
         self._observation = Observation(
             model, settings, self._found, self._due, self._cannot_explain, self._team, self.times
         )
-        self._parts = Parts(model, settings, self._team, self._observation, self.times, self._say_or_warn)
+        self._parts = Parts(model, settings, self._team, self._observation, self.times, inform)
         self._refresh_layers = Refresh(
-            settings,
-            self._due,
-            self.events,
-            self._team,
-            self._exchange,
-            self._drop,
-            self.times,
-            lambda line: self.say(line),
+            settings, self._due, self.events, self._team, self._exchange, self._drop, self.times
         )
         self._reviewer = Reviewer(model, settings.trust_region(), self.events, self._exchange.total)
 
@@ -277,12 +269,6 @@ class KFC:
             reason: What is said about it.
         """
         self._parts.refuse(reason, lasting=False)
-
-    def _say_or_warn(self, line: str) -> None:
-        if self.say is not _say_nothing:
-            self.say(line)
-        elif distributed.rank() == 0:
-            warnings.warn(line, stacklevel=5)
 
     def coverage(self) -> Coverage:
         """Every parameter with how it is treated and why; prints as a table."""
@@ -706,7 +692,7 @@ class KFC:
             chosen = self._periods.step_begins(self.step - self._due.started_at, statistics=taken, device=device)
             if chosen is not None:
                 self._due.reschedule(self.schedule)
-                self.say(chosen)
+                inform(chosen)
 
     def _forget_losses(self) -> None:
         self._reviewer.begin_step()
@@ -802,10 +788,6 @@ class KFC:
             self._due.restart(self.step)
             self._parts.restart()
         return problems
-
-
-def _say_nothing(line: str) -> None:
-    """Where nobody listens."""
 
 
 def _reviewed(numbers: StepNumbers, verdict: Verdict) -> StepNumbers:

@@ -32,7 +32,6 @@ class Refresh:
         give_up: Called with a layer's name and the reason why its rows do not explain its gradient, once all ranks
             know.
         times: Adds up the time that it takes.
-        say: Takes a line that tells how the first inverses get on, where they take long.
 
     Attributes:
         communication: What the ranks have sent each other.
@@ -47,7 +46,6 @@ class Refresh:
         exchange: Exchange,
         give_up: Callable[[str, str], None],
         times: StepTimes,
-        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._settings = settings
         self._due = due
@@ -61,7 +59,7 @@ class Refresh:
         self._begun: tuple[list[Layer], Reduction] | None = None
         self._asked: list[Layer] = []
         self.communication = exchange.communication
-        self._inverting = Inverting(settings, due, events, exchange, say)
+        self._inverting = Inverting(settings, due, events, exchange)
 
     # What all ranks must know of each other before they fold.
 

@@ -403,18 +403,18 @@ UNSAFE: dict[str, tuple[Callable[[], nn.Module], Loss, str]] = {
 
 
 @pytest.mark.parametrize("name", UNSAFE)
-def test_where_a_part_will_not_do_whole_batches_are_used_and_the_reason_is_said_once(name: str) -> None:
+def test_where_a_part_will_not_do_whole_batches_are_used_and_the_reason_is_said_once(
+    name: str, informed: list[str]
+) -> None:
     make, loss, reason = UNSAFE[name]
     setting = Setting(loss, make())
-    said: list[str] = []
-    setting.kfc.say = said.append
     for _ in range(3):
         setting.step()
         hidden = getattr(setting.model, "hidden", None)
         if isinstance(hidden, Tensor):
             setting.model.hidden = torch.zeros(N, CLASSES, dtype=torch.float64)
-    assert len(said) == 1
-    found = said[0].removeprefix("KFC takes its statistics from ").removesuffix(".")
+    assert len(informed) == 1
+    found = informed[0].removeprefix("KFC takes its statistics from ").removesuffix(".")
     assert found == setting.kfc.statistics_source
     assert found.startswith(f"whole batches, in spite of factor_examples={PART}: ")
     assert re.search(reason, found), found
@@ -424,27 +424,16 @@ def test_where_a_part_will_not_do_whole_batches_are_used_and_the_reason_is_said_
     assert_close({n: setting.factors()[n] for n in names}, {n: expected[n] for n in names})
 
 
-def test_without_anybody_to_say_it_to_the_reason_is_a_warning() -> None:
-    setting = Setting(contrastive)
-    with pytest.warns(UserWarning, match="KFC takes its statistics from whole batches, in spite of factor_examples=6"):
-        setting.step()
-    setting.step()
-
-
-def test_an_empirical_loss_that_is_not_recognised_is_looked_at_as_a_whole() -> None:
+def test_an_empirical_loss_that_is_not_recognised_is_looked_at_as_a_whole(informed: list[str]) -> None:
     setting = Setting(lambda z, part: (z - TARGETS[part]).abs().mean(), fisher="empirical")
-    said: list[str] = []
-    setting.kfc.say = said.append
     setting.step()
     setting.step()
-    assert "no term of the loss is recognised" in said[0]
-    assert len(said) == 1
+    assert "no term of the loss is recognised" in informed[0]
+    assert len(informed) == 1
 
 
-def test_a_part_that_fails_later_on_costs_one_step_s_statistics_and_is_not_tried_again() -> None:
+def test_a_part_that_fails_later_on_costs_one_step_s_statistics_and_is_not_tried_again(informed: list[str]) -> None:
     setting = Setting(LOSSES["mean"][1])
-    said: list[str] = []
-    setting.kfc.say = said.append
     setting.step()
     setting.step()
     kept, original = setting.factors(), setting._loss
@@ -456,7 +445,7 @@ def test_a_part_that_fails_later_on_costs_one_step_s_statistics_and_is_not_tried
 
     setting._loss = broken
     setting.step()
-    assert "(MemoryError: no room)" in said[0]
+    assert "(MemoryError: no room)" in informed[0]
     assert_close(setting.factors(), kept, rtol=1e-15)
     setting.step()
     assert_close(setting.factors(), factors_of(observe(setting.model, setting.loss)))
@@ -466,10 +455,8 @@ def test_a_part_that_fails_later_on_costs_one_step_s_statistics_and_is_not_tried
     assert not resumed.kfc.takes_parts
 
 
-def test_single_batches_can_be_taken_as_a_whole_which_is_said_once() -> None:
+def test_single_batches_can_be_taken_as_a_whole_which_is_said_once(informed: list[str]) -> None:
     setting = Setting(LOSSES["mean"][1])
-    said: list[str] = []
-    setting.kfc.say = said.append
     setting.step()
     for _ in range(2):
         with setting.kfc.capture(whole="its graphs are of unequal sizes"):
@@ -478,7 +465,7 @@ def test_single_batches_can_be_taken_as_a_whole_which_is_said_once() -> None:
         loss.backward()
         setting.kfc.precondition(lr=0.0)
         assert_close(setting.factors(), factors_of(observe(setting.model, setting.loss)))
-    assert said == [
+    assert informed == [
         "KFC takes the statistics of such batches as a whole, in spite of factor_examples: its graphs are of unequal "
         "sizes."
     ]

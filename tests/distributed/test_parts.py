@@ -27,8 +27,6 @@ def _looped(model: nn.Module, kinds: tuple[str, str], examples: tuple[int, int] 
     """Two steps that move nothing, with each rank's own kind of loss and number of examples."""
     rank = dist.get_rank()
     kfc = engine(model, factor_examples=PART, ema_decay=0.0)
-    said: list[str] = []
-    kfc.say = said.append
     own = slice(N * rank, N * rank + examples[rank])
     x, y = X[own], Y[own]
     parts: list[list[int]] = []
@@ -50,7 +48,7 @@ def _looped(model: nn.Module, kinds: tuple[str, str], examples: tuple[int, int] 
         value.backward()
         kfc.precondition(lr=0.0)
         factors.append(_factors(kfc))
-    return {"factors": factors, "parts": parts, "said": said, "source": kfc.statistics_source}
+    return {"factors": factors, "parts": parts, "source": kfc.statistics_source}
 
 
 def _under_lightning(module: Any, steps: int = 3) -> tuple[list[str], str]:
@@ -115,7 +113,6 @@ def test_ranks_choose_their_own_examples_and_decide_alike(two_ranks: Ranks) -> N
     for name, expected in reasons.items():
         for rank, reason in zip((first, second), expected, strict=True):
             assert reason in rank[name]["source"], name
-            assert len(rank[name]["said"]) == 1
     # The law that one rank has found is that of all, though the other one's batches are too small for parts.
     assert [len(part) for part in first["one has few"]["parts"]] == [3, PART]
     assert second["one has few"]["parts"] == []
