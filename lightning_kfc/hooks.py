@@ -26,7 +26,7 @@ from lightning_kfc.partners import Advice, advice
 from lightning_kfc.replay import Replay, why_no_replay
 from lightning_kfc.reporting import Reporting, ReportSettings
 from lightning_kfc.schedule import ExponentialSchedule, LinearSchedule
-from lightning_kfc.settings import Settings
+from lightning_kfc.settings import Settings, refuse_removed
 from lightning_kfc.telemetry import Telemetry, TelemetrySettings
 
 #: Strategies that own the backward or the parameters in a way that leaves no room for us, with the way out.
@@ -96,10 +96,11 @@ class KFCHooks:
             extra "pictures".
         log_layers: Whether loggers get numbers for each layer, besides the smallest, the median and the largest one.
         progress_bar: Whether the progress bar shows the factor of the KL clip, and the damping.
+        **removed: Settings of earlier versions, which are errors that say what became of them.
 
     Raises:
         ModuleNotFoundError: If pictures or a report are asked for and matplotlib is not installed.
-        TypeError: If a setting is of the wrong type.
+        TypeError: If a setting is of the wrong type, or there is no such setting.
         ValueError: If a setting is out of range.
     """
 
@@ -135,8 +136,10 @@ class KFCHooks:
         report_dir: str | None = None,
         log_layers: bool = False,
         progress_bar: bool = False,
+        **removed: Any,
     ) -> None:
         super().__init__()
+        refuse_removed("KFCCallback", removed)
         self._settings = Settings(
             damping=damping,
             fisher=fisher,

@@ -34,7 +34,7 @@ from lightning_kfc.refresh import Refresh
 from lightning_kfc.review import Evaluation, PartLoss, Reviewer
 from lightning_kfc.rule_choice import choose_rule, with_rule
 from lightning_kfc.schedule import RefreshSchedule, value_at
-from lightning_kfc.settings import Settings
+from lightning_kfc.settings import Settings, refuse_removed
 from lightning_kfc.slots import Slots
 from lightning_kfc.step_times import StepTimes
 from lightning_kfc.trust_region import FIXED_DAMPING, FIXED_RADIUS, REVIEWED_AT_FIRST, Verdict
@@ -111,9 +111,10 @@ class KFC:
         max_overhead: By which share a step may take longer in the mean, where a period is ``"auto"``.
         process_group: The ranks between which a batch is split, where these are not all: the data-parallel group
             of a mesh that also has tensor-parallel ranks. It must be the same ranks' group on all of them.
+        **removed: Settings of earlier versions, which are errors that say what became of them.
 
     Raises:
-        TypeError: If a setting is of the wrong type.
+        TypeError: If a setting is of the wrong type, or there is no such setting.
         ValueError: If a setting is out of range, a pattern matches nothing, or no layer is left to precondition.
     """
 
@@ -144,7 +145,9 @@ class KFC:
         inverse_precision: str = "full",
         max_overhead: float = 0.15,
         process_group: Any = None,
+        **removed: Any,
     ) -> None:
+        refuse_removed("KFC", removed)
         settings = Settings(
             damping=damping,
             fisher=fisher,

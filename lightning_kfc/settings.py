@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,6 +28,27 @@ RULES = ("natural", "adam", "auto")
 #: Steps of a warm-up from which periods can be chosen: after the first one, some that take statistics and inverses.
 LEAST_WARMUP = 4
 WEIGHT_SHARINGS = ("expand", "reduce")
+#: Settings of earlier versions: what became of each, and the way out.
+REMOVED = {
+    "background_inverses": "background_inverses was removed: inverses are made at the step that is due. Leave it out.",
+    "factor_examples": "factor_examples was removed: statistics come from whole batches. Leave it out.",
+    "factor_storage": "factor_storage was removed: factors stay as they are on their layer's device. Leave it out.",
+    "inverse_tolerance": "inverse_tolerance was removed: every inverse that is due is refreshed. Leave it out.",
+}
+
+
+def refuse_removed(owner: str, names: Iterable[str]) -> None:
+    """Refuse names that are no settings.
+
+    Args:
+        owner: The class that was given them.
+        names: The names.
+
+    Raises:
+        TypeError: If there is any; it says what became of a setting of an earlier version.
+    """
+    for name in names:
+        raise TypeError(REMOVED.get(name, f"{owner} has no setting {name!r}."))
 
 
 @dataclass(frozen=True)

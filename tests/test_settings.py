@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_kfc import KFC, Gaussian, LinearSchedule
-from lightning_kfc.settings import Settings
+from lightning_kfc import KFC, Gaussian, KFCCallback, LinearSchedule
+from lightning_kfc.settings import REMOVED, Settings
 from tests.nets import classes, data, double, engine, train_step
 
 NAN, INF = float("nan"), float("inf")
@@ -67,6 +68,21 @@ def test_a_wrong_setting_is_an_error_naming_it_and_its_value(
         KFC(nn.Linear(2, 2), **{name: value})
     with pytest.raises(error, match=message):
         Settings(**{name: value})
+
+
+@pytest.mark.parametrize("name", sorted(set(REMOVED) - {field.name for field in fields(Settings)}))
+def test_a_setting_that_was_removed_is_an_error_naming_it_and_the_way_out(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"^{name} was removed: .*\. Leave it out\.$"):
+        KFC(nn.Linear(2, 2), **{name: None})
+    with pytest.raises(TypeError, match=rf"^{name} was removed: .*\. Leave it out\.$"):
+        KFCCallback(**{name: None})
+
+
+def test_a_setting_that_never_was_is_an_error_naming_it() -> None:
+    with pytest.raises(TypeError, match=r"^KFC has no setting 'dampng'"):
+        KFC(nn.Linear(2, 2), dampng=0.1)
+    with pytest.raises(TypeError, match=r"^KFCCallback has no setting 'dampng'"):
+        KFCCallback(dampng=0.1)
 
 
 @pytest.mark.parametrize(
