@@ -164,14 +164,8 @@ def prediction(reached: dict[str, float], batch: int = 256) -> dict[str, Any]:
     layers = resnet50()
     operations = predicted_operations(layers, batch, 16)
     exact = predicted_operations(layers, batch, None)["statistics"]
-    held = {
-        storage: sum(
-            stored_nbytes(shape, torch.float32, storage) + 4 * math.prod(shape)
-            for layer in layers
-            for shape in layer.shapes().values()
-        )
-        for storage in ("full", "bfloat16")
-    }
+    shapes = [shape for layer in layers for shape in layer.shapes().values()]
+    held = sum(stored_nbytes(shape, torch.float32) + 4 * math.prod(shape) for shape in shapes)
     seconds = {part: operations[part] / reached[part] for part in PARTS}
     return {"seconds": seconds, "statistics_of_all_rows": exact / reached["statistics"], "bytes": held}
 
@@ -200,12 +194,7 @@ def tables(results: dict[str, list[dict[str, float]]], predicted: dict[str, Any]
         + seconds["preconditioning"],
     }
     lines += [f"| {title} | {value:.1f} | {value / step:.2f} |" for title, value in rows.items()]
-    held = predicted["bytes"]
-    lines += [
-        "",
-        f"Its factors and inverses take {held['full'] / 1e9:.2f} GB; {held['bfloat16'] / 1e9:.2f} GB with "
-        '`factor_storage="bfloat16"`.',
-    ]
+    lines += ["", f"Its factors and inverses take {predicted['bytes'] / 1e9:.2f} GB."]
     return "\n".join(lines)
 
 

@@ -92,7 +92,6 @@ KINDS: dict[str, Callable[[nn.Module], Stepper]] = {
     "refresh": _kfc(1, 1),
     "exact": _kfc(1, NEVER, rows_per_dim=None),
     "between_bfloat16": _kfc(NEVER, NEVER, inverse_precision="bfloat16"),
-    "refresh_bfloat16": _kfc(1, 1, inverse_precision="bfloat16", factor_storage="bfloat16"),
 }
 RESULTS = Path(__file__).parent / "results" / "step_cost.json"
 #: T_cov and T_inv of the schedules whose amortised cost is reported.
@@ -217,7 +216,6 @@ def time_rows(costs: dict[str, float]) -> dict[str, float]:
         "KFC, refreshing step, statistics of 128 examples (the callback's default)": costs["refresh_128"],
         "KFC, refreshing step, statistics of 64 examples": costs["refresh_64"],
         "KFC, step between refreshes, inverses in bfloat16": costs["between_bfloat16"],
-        "KFC, refreshing step, all in bfloat16": costs["refresh_bfloat16"],
     }
     for title, periods in SCHEDULES.items():
         rows[f"KFC, amortised, {title}"] = amortised(between, factors, refresh, *periods)

@@ -16,13 +16,6 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a positive number, got {value!r}.")
 
 
-def check_not_negative(name: str, value: Any) -> None:
-    """Require a finite number of at least 0."""
-    _check_number(name, value)
-    if not (value >= 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}.")
-
-
 def check_positive_or_auto(name: str, value: Any) -> None:
     """Require a positive, finite number, or ``"auto"``."""
     if isinstance(value, str) and value != "auto":

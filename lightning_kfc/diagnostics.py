@@ -129,7 +129,6 @@ class Diagnostics:
             "kfc/bytes_held": float(bytes_held(kfc)),
             **self._ages(),
             **self._chosen_periods(),
-            **self._skipped(),
             **self._shares_since(),
             **self._layers(),
         }
@@ -150,10 +149,6 @@ class Diagnostics:
             "kfc/factor_every_n_steps": float(kfc.schedule.factor_every_n_steps),
             "kfc/inverse_every_n_steps": float(kfc.schedule.inverse_every_n_steps),
         }
-
-    def _skipped(self) -> dict[str, float]:
-        kfc = self._kfc()
-        return {"kfc/inverses_skipped": float(kfc.inverses_skipped)} if kfc.settings.inverse_tolerance > 0 else {}
 
     def _shares_since(self) -> dict[str, float]:
         """The share of the time since the last call by part, in percent."""
@@ -225,7 +220,7 @@ def summary(by_layer: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def bytes_held(kfc: KFC) -> int:
-    """Bytes of factors, inverses, what these are made from, and moments of the rule "adam", on this rank.
+    """Bytes of factors, inverses and the moments of the rule "adam" on this rank.
 
     Inverses that are kept until the next ones have proved usable are among them.
     """
@@ -234,8 +229,6 @@ def bytes_held(kfc: KFC) -> int:
         held += sum(average.nbytes for average in layer.averages.values())
         held += sum(inverse.nbytes() for inverse in (layer.inverse, layer.previous_inverse) if inverse is not None)
         held += layer.moments.nbytes() if layer.moments is not None else 0
-        held += layer.origin.nbytes if layer.origin is not None else 0
-        held += layer.coming.nbytes_beside(layer.averages) if layer.coming is not None else 0
     return held
 
 

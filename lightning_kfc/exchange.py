@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -16,15 +17,15 @@ from lightning_kfc.distributed import Communication, Team, is_sharded
 from lightning_kfc.factors.inverse import FactorisationError, Inverse
 from lightning_kfc.factors.packing import Shape, pack, packed_numel, unpack
 from lightning_kfc.factors.statistics import factor_dtype
-from lightning_kfc.held import Elsewhere, Solved, Unmoved
+from lightning_kfc.held import Elsewhere, Solved
 from lightning_kfc.layer import Layer
+from lightning_kfc.messages import inform
 from lightning_kfc.placement import Grid, Placement, factorisation_cost, gradient_workers, longest_first
-from lightning_kfc.progress import announced
 
-#: What came of a layer's refresh, as its owner tells it; what failed is NaN.
-MADE, KEPT = 0.0, 1.0
+#: Seconds that first inverses take before a line is logged; each later line comes after twice the time.
+PATIENCE = 2.0
 #: The result of a layer's refresh.
-Outcome = Inverse | FactorisationError | Unmoved
+Outcome = Inverse | FactorisationError
 
 #: What became of a layer's update on the ranks that hold its inverse.
 USABLE, RESTORED, FAILED = 0.0, 1.0, 2.0
@@ -57,13 +58,9 @@ class Exchange:
         self.communication = communication
         self._placement: Placement | None = None
         self._groups: dict[tuple[int, ...], Any] = {}
+        self._any_refreshed = False
 
     # Who holds what.
-
-    @property
-    def layers(self) -> Mapping[str, Layer]:
-        """All present layers by name."""
-        return self._layers
 
     @property
     def placement(self) -> Placement:
@@ -110,56 +107,47 @@ class Exchange:
 
     # Inverses.
 
-    def inverters(self, layers: Sequence[Layer]) -> dict[str, int]:
+    def _inverters(self, layers: Sequence[Layer]) -> dict[str, int]:
         """The rank that makes each layer's inverse, given the layers that are due together; the same on every rank."""
         if self.replicated:
             # What is due together is spread over all ranks, whatever else they own.
             return longest_first({e.name: factorisation_cost(_shapes(e)) for e in layers}, self._team.size)
         return {layer.name: self.owner(layer) or 0 for layer in layers}
 
-    def inverts_here(self, inverter: int) -> bool:
-        """Whether this rank is the one of the team."""
-        return inverter == self._team.rank
-
     def refreshed(
         self,
         layers: Sequence[Layer],
-        factorise: Callable[[Layer], Inverse | Unmoved],
+        factorise: Callable[[Layer], Inverse],
         kinds: Callable[[Layer], type[Inverse]],
-        owners: Mapping[str, int],
-        say: Callable[[str], None] | None = None,
     ) -> dict[str, Outcome]:
         """New inverses of layers, each factorised by one rank.
 
         Args:
             layers: The layers that are due, the same on every rank.
-            factorise: Makes a layer's inverse, or says that the last one will do; called on its owner, which so decides
-                for all ranks.
+            factorise: Makes a layer's inverse; called on its owner.
             kinds: The kind of a layer's inverse.
-            owners: The rank that makes each one, as :meth:`inverters` has it.
-            say: Takes a line that tells how this rank's part gets on, where it takes long.
 
         Returns:
-            By layer: the inverse, one that says that another rank has it, that the last one stays, or why there is
-            none.
+            By layer: the inverse, one that says that another rank has it, or why there is none.
         """
         outcome: dict[str, Outcome] = {}
-        own = [layer for layer in layers if self.inverts_here(owners[layer.name])]
-        for layer in announced(own, "KFC makes the first inverses", say):
+        owners = self._inverters(layers)
+        own = [layer for layer in layers if owners[layer.name] == self._team.rank]
+        # The later ones take as long, which is known by then.
+        for layer in own if self._any_refreshed else _with_progress(own):
             outcome[layer.name] = _attempted(factorise, layer)
+        self._any_refreshed = True
         if self._team.size == 1:
             return outcome
         layouts = {
             layer.name: _Layout.of(kinds(layer), _shapes(layer), layer.adapter.matrix_shape()) for layer in layers
         }
         numbers = self._numbers_of_owners(layers, layouts, outcome)
-        whole = [layer for layer in layers if numbers[layer.name][0] == MADE]
+        whole = [layer for layer in layers if not math.isnan(numbers[layer.name][0])]
         shared = self._broadcast_inverses(whole, owners, layouts, outcome, numbers)
         result: dict[str, Outcome] = {}
         for layer in layers:
-            if numbers[layer.name][0] == KEPT:
-                result[layer.name] = Unmoved()
-            elif math.isnan(numbers[layer.name][0]):
+            if math.isnan(numbers[layer.name][0]):
                 said = f"rank {owners[layer.name]} found no factorisation"
                 result[layer.name] = outcome.get(layer.name, FactorisationError(said))
             else:
@@ -172,15 +160,14 @@ class Exchange:
         layouts: Mapping[str, _Layout],
         made: Mapping[str, Outcome],
     ) -> dict[str, list[float]]:
-        """For each layer what came of it, NaN where it failed, then its inverse's numbers; every rank must ask."""
+        """For each layer 0, or NaN where it failed, then its inverse's numbers; every rank must ask."""
         own: list[float] = []
         for layer in layers:
             result, names = made.get(layer.name), layouts[layer.name].numbers
             if isinstance(result, Inverse):
-                own += [MADE, *(float(getattr(result, name)) for name in names)]
+                own += [0.0, *(float(getattr(result, name)) for name in names)]
             else:
-                said = math.inf if isinstance(result, FactorisationError) else KEPT
-                own += [-math.inf if result is None else said, *[-math.inf] * len(names)]
+                own += [-math.inf if result is None else math.inf, *[-math.inf] * len(names)]
         device = next(iter(layers[0].adapter.parameters().values())).device if layers else torch.device("cpu")
         told = self._team.largest(torch.tensor(own, dtype=torch.float64, device=device)).tolist() if layers else []
         self.communication.add("inverses", 8 * len(told))
@@ -347,7 +334,18 @@ class _Layout:
         return self.kind(**tensors, **dict(zip(self.numbers, numbers, strict=True)))
 
 
-def _attempted(factorise: Callable[[Layer], Inverse | Unmoved], layer: Layer) -> Outcome:
+def _with_progress(layers: Sequence[Layer]) -> Iterator[Layer]:
+    """The layers that first inverses are made of, one after another; where that takes long, its progress is logged."""
+    started, wait = time.monotonic(), PATIENCE
+    for done, layer in enumerate(layers, 1):
+        yield layer
+        passed = time.monotonic() - started
+        if passed >= (PATIENCE if done == len(layers) else wait):
+            inform(f"KFC makes the first inverses: {done} of {len(layers)} layers after {passed:.1f} s.")
+            wait = 2 * passed
+
+
+def _attempted(factorise: Callable[[Layer], Inverse], layer: Layer) -> Outcome:
     try:
         return factorise(layer)
     except FactorisationError as error:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from lightning_kfc.layer import Keeping, Layer
+from lightning_kfc.layer import Layer
 from lightning_kfc.layers import Adapter, ParameterAdapter, adapter_for
 
 
@@ -19,12 +19,12 @@ class Found:
     Attributes:
         layers: The layers to precondition, by name.
         plain: The parameters that keep their plain gradient, by ``id``: their module's kind, and why.
-        keeping: How the layers keep factors and inverses.
+        inverse_precision: That of the layers' Cholesky inverses: ``"full"`` or ``"bfloat16"``.
     """
 
     layers: dict[str, Layer] = field(default_factory=dict)
     plain: dict[int, tuple[str, str]] = field(default_factory=dict)
-    keeping: Keeping | None = None
+    inverse_precision: str = "full"
 
     def replace_by_parameters(self, name: str, model: nn.Module, reason: str) -> None:
         """Give a layer up: each of its parameters becomes a layer of its own.
@@ -46,7 +46,7 @@ class Found:
             if id(parameter) in reasons:
                 module, _, own = name.rpartition(".")
                 adapter = ParameterAdapter(model.get_submodule(module), own)
-                self.layers[name] = Layer(name, [adapter], reasons[id(parameter)], self.keeping)
+                self.layers[name] = Layer(name, [adapter], reasons[id(parameter)], self.inverse_precision)
 
 
 def find_layers(
@@ -56,7 +56,7 @@ def find_layers(
     weight_sharing: str = "expand",
     max_factor_dim: int | None = None,
     rows_per_dim: int | None = None,
-    keeping: Keeping | None = None,
+    inverse_precision: str = "full",
 ) -> Found:
     """Find the layers of a model.
 
@@ -71,7 +71,7 @@ def find_layers(
         max_factor_dim: Above this many dimensions a factor is held as its diagonal.
         rows_per_dim: Statistics are taken from a part of a batch's rows that has so many times a factor's dimensions;
             None for all rows.
-        keeping: How layers keep factors and inverses.
+        inverse_precision: That of Cholesky inverses: ``"full"`` or ``"bfloat16"``.
 
     Raises:
         ValueError: If a pattern matches no module that has parameters of its own, or no layer with an adapter is left.
@@ -81,7 +81,7 @@ def find_layers(
     _check_patterns_match("exclude", exclude, owners)
     left_out = {name: _left_out(name, include, exclude) for name in owners}
     held = _held_by_parents(owners)
-    found, uses = Found(keeping=keeping), _Uses()
+    found, uses = Found(inverse_precision=inverse_precision), _Uses()
     for name, module in owners.items():
         reason = left_out[name]
         if reason is not None:
@@ -103,7 +103,7 @@ def find_layers(
             for adapter in adapters:
                 adapter.max_factor_dim = max_factor_dim
                 adapter.rows_per_dim = rows_per_dim
-            found.layers[name] = Layer(name, adapters, keeping=keeping)
+            found.layers[name] = Layer(name, adapters, inverse_precision=inverse_precision)
     if not any(layer.adapter.own_parameters() for layer in found.layers.values()):
         _raise_no_layer(owners, include, exclude, held)
     found._add_parameters(model, {i: why for i, why in uses.unexplained().items() if i not in found.plain})

@@ -32,11 +32,6 @@ class Elsewhere(Inverse):
 
 
 @dataclass(frozen=True)
-class Unmoved:
-    """In the place of a new inverse: the layer's factors have hardly moved, and its last inverse stays in use."""
-
-
-@dataclass(frozen=True)
 class Solved(StepInverse):
     """An inverse whose answer for this step's gradient has arrived.
 

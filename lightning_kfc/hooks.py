@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -19,11 +20,12 @@ from lightning_kfc.coverage import wrapped
 from lightning_kfc.distributed import is_sharded
 from lightning_kfc.kfc import KFC
 from lightning_kfc.likelihood import Bernoulli, Categorical, Gaussian
+from lightning_kfc.messages import LOGGER
 from lightning_kfc.monitor import History
 from lightning_kfc.partners import Advice, advice
 from lightning_kfc.reporting import Reporting, ReportSettings
 from lightning_kfc.schedule import ExponentialSchedule, LinearSchedule
-from lightning_kfc.settings import Settings
+from lightning_kfc.settings import Settings, refuse_removed
 from lightning_kfc.telemetry import Telemetry, TelemetrySettings
 
 #: Strategies that own the backward or the parameters in a way that leaves no room for us, with the way out.
@@ -80,11 +82,6 @@ class KFCHooks:
         reduce_precision: How statistics travel between ranks. "full": as they are; "bfloat16": at half the bytes.
         stagger_inverses: Whether layers refresh their inverses at different steps of the period, so that no step takes
             as long as all of them together.
-        inverse_tolerance: A layer's inverse is not refreshed where its curvature, and the damping, have moved by at
-            most this share since it was made; 0 to refresh it always.
-        background_inverses: Whether inverses are made beside the training, and used from the next step on.
-        factor_storage: How factors are kept between refreshes. "full": on the device, as they are; "bfloat16": rounded,
-            at half the memory; "cpu": in the memory of the CPU.
         inverse_precision: The precision of inverses, and of the products that each step makes with them: "full", or
             "bfloat16" (with inverse "cholesky") at half the memory, and faster where the hardware has it.
         max_overhead: By which share a step may take longer in the mean, where a period is "auto".
@@ -96,10 +93,11 @@ class KFCHooks:
             extra "pictures".
         log_layers: Whether loggers get numbers for each layer, besides the smallest, the median and the largest one.
         progress_bar: Whether the progress bar shows the factor of the KL clip, and the damping.
+        **removed: Settings of earlier versions, which are errors that say what became of them.
 
     Raises:
         ModuleNotFoundError: If pictures or a report are asked for and matplotlib is not installed.
-        TypeError: If a setting is of the wrong type.
+        TypeError: If a setting is of the wrong type, or there is no such setting.
         ValueError: If a setting is out of range.
     """
 
@@ -127,9 +125,6 @@ class KFCHooks:
         placement: Literal["auto", "comm-opt", "mem-opt"] | float = "auto",
         reduce_precision: Literal["full", "bfloat16"] = "full",
         stagger_inverses: bool = True,
-        inverse_tolerance: float = 0.0,
-        background_inverses: bool = False,
-        factor_storage: Literal["full", "bfloat16", "cpu"] = "full",
         inverse_precision: Literal["full", "bfloat16"] = "full",
         max_overhead: float = 0.15,
         save_factors: bool = True,
@@ -137,8 +132,10 @@ class KFCHooks:
         report_dir: str | None = None,
         log_layers: bool = False,
         progress_bar: bool = False,
+        **removed: Any,
     ) -> None:
         super().__init__()
+        refuse_removed("KFCCallback", removed)
         self._settings = Settings(
             damping=damping,
             fisher=fisher,
@@ -159,9 +156,6 @@ class KFCHooks:
             placement=placement,
             reduce_precision=reduce_precision,
             stagger_inverses=stagger_inverses,
-            inverse_tolerance=inverse_tolerance,
-            background_inverses=background_inverses,
-            factor_storage=factor_storage,
             inverse_precision=inverse_precision,
             max_overhead=max_overhead,
         )
@@ -272,7 +266,7 @@ class KFCHooks:
         self._preconditioned_at.clear()
         self._said.clear()
         self._reporting = reporting = Reporting(self._report_settings, lambda: self.kfc, trainer, pl_module)
-        self._telemetry = Telemetry(self._telemetry_settings, lambda: self.kfc, trainer, reporting, rank_zero_info)
+        self._telemetry = Telemetry(self._telemetry_settings, lambda: self.kfc, trainer, reporting)
         self._attachment = Attachment(
             trainer,
             # The learning-rate finder, for one, takes the other callbacks out while it runs; and before training starts
@@ -297,7 +291,7 @@ class KFCHooks:
                 f"KFCCallback: the checkpoint {_resumed_from(trainer)} holds no state of this callback; "
                 "curvature is estimated anew, beginning with a warm-up."
             )
-        self.kfc.say = rank_zero_info
+        _show_information()
         self._tells.engine_replaced()
         self._do_without_reviews(pl_module)
         self._warn_of_split_layers(trainer.optimizers)
@@ -314,8 +308,8 @@ class KFCHooks:
             found = advice(optimizer, self.kfc.settings, groups=groups, schedulers=own, steps=_planned_steps(trainer))
             said |= dict.fromkeys(found)
         for each in said:
-            say = rank_zero_warn if each.severe else rank_zero_info
-            say(f"KFCCallback: {each.text}")
+            tell = rank_zero_warn if each.severe else rank_zero_info
+            tell(f"KFCCallback: {each.text}")
 
     def _take_over(self, state: dict[str, Any]) -> None:
         for problem in self.kfc.load_state_dict(state):
@@ -382,7 +376,6 @@ class KFCHooks:
         if self._kfc is not None:
             self._kfc.resume()
             self._kfc.release()
-            self._kfc.join()
 
     # A training step.
 
@@ -518,6 +511,16 @@ class KFCHooks:
             self._take_over(state_dict)
         else:
             self._loaded = state_dict
+
+
+@rank_zero_only
+def _show_information() -> None:
+    """Let the engine's information out as Lightning lets out its own, but for a level that the user has set."""
+    if LOGGER.level == logging.NOTSET:
+        LOGGER.setLevel(logging.INFO)
+    if not LOGGER.hasHandlers():
+        LOGGER.addHandler(logging.StreamHandler())
+        LOGGER.propagate = False
 
 
 def _data_parallel_group(strategy: Any) -> Any:

@@ -21,8 +21,9 @@ from lightning_kfc.exchange import Exchange
 from lightning_kfc.factors.inverse import INVERSES
 from lightning_kfc.find_layers import find_layers
 from lightning_kfc.isolation import eager_compiled_code, full_precision
-from lightning_kfc.layer import Keeping, Layer
+from lightning_kfc.layer import Layer
 from lightning_kfc.likelihood import Likelihood
+from lightning_kfc.messages import inform
 from lightning_kfc.monitor import Events, StepNumbers
 from lightning_kfc.observation import Observation
 from lightning_kfc.period_choice import PeriodChoice
@@ -31,7 +32,7 @@ from lightning_kfc.refresh import Refresh
 from lightning_kfc.review import Reviewer
 from lightning_kfc.rule_choice import choose_rule, with_rule
 from lightning_kfc.schedule import RefreshSchedule, value_at
-from lightning_kfc.settings import Settings
+from lightning_kfc.settings import Settings, refuse_removed
 from lightning_kfc.slots import Slots
 from lightning_kfc.step_times import StepTimes
 from lightning_kfc.trust_region import FIXED_DAMPING, FIXED_RADIUS, Verdict
@@ -100,22 +101,15 @@ class KFC:
             bytes, each rank's numbers rounded, their sum made in float32.
         stagger_inverses: Whether, after the warm-up, layers refresh their inverses at different steps of the period,
             so that no step makes all of them; else all at the same step.
-        inverse_tolerance: A layer's inverse is not refreshed where its factors, and the damping, have moved by no more
-            than this share since it was made (:mod:`lightning_kfc.factors.sketch`); 0 to refresh it always.
-        background_inverses: Whether inverses are made beside the training, by one thread and, on an accelerator, on a
-            stream of its own, from the factors of the step at which they are due; each is used from the next step on,
-            which waits for it if it must. The first one is made at once.
-        factor_storage: How factors are kept between refreshes, always as triangles: ``"full"``: on their layer's
-            device, as they are; ``"bfloat16"``: rounded, at half the memory; ``"cpu"``: in the memory of the CPU, to
-            which each step that takes statistics copies them.
         inverse_precision: ``"full"``: inverses, and the products with them, in float32; ``"bfloat16"``: both in half
             of that, with ``inverse="cholesky"`` alone. Factorisations are always in float32 or better.
         max_overhead: By which share a step may take longer in the mean, where a period is ``"auto"``.
         process_group: The ranks between which a batch is split, where these are not all: the data-parallel group
             of a mesh that also has tensor-parallel ranks. It must be the same ranks' group on all of them.
+        **removed: Settings of earlier versions, which are errors that say what became of them.
 
     Raises:
-        TypeError: If a setting is of the wrong type.
+        TypeError: If a setting is of the wrong type, or there is no such setting.
         ValueError: If a setting is out of range, a pattern matches nothing, or no layer is left to precondition.
     """
 
@@ -142,13 +136,12 @@ class KFC:
         placement: str | float = "auto",
         reduce_precision: str = "full",
         stagger_inverses: bool = True,
-        inverse_tolerance: float = 0.0,
-        background_inverses: bool = False,
-        factor_storage: str = "full",
         inverse_precision: str = "full",
         max_overhead: float = 0.15,
         process_group: Any = None,
+        **removed: Any,
     ) -> None:
+        refuse_removed("KFC", removed)
         settings = Settings(
             damping=damping,
             fisher=fisher,
@@ -169,9 +162,6 @@ class KFC:
             placement=placement,
             reduce_precision=reduce_precision,
             stagger_inverses=stagger_inverses,
-            inverse_tolerance=inverse_tolerance,
-            background_inverses=background_inverses,
-            factor_storage=factor_storage,
             inverse_precision=inverse_precision,
             max_overhead=max_overhead,
         )
@@ -194,7 +184,7 @@ class KFC:
             settings.weight_sharing,
             settings.max_factor_dim,
             settings.rows_per_dim,
-            Keeping(settings.factor_storage, settings.inverse_precision, settings.inverse_tolerance > 0),
+            settings.inverse_precision,
         )
         #: The rule, and why it was chosen, where it is ``"auto"``.
         self.rule_choice = choose_rule(model, self._found.layers, settings)
@@ -218,8 +208,6 @@ class KFC:
         self.step = 0
         self.events = Events()
         self.last_step: StepNumbers | None = None
-        #: Takes a line that tells how a long start gets on; says nothing where it is not set.
-        self.say: Callable[[str], None] = _say_nothing
         #: Where set, called at each step with the layers, their gradients and their updates; both may be views.
         self.inspect: Inspection | None = None
         self.communication = distributed.Communication()
@@ -230,14 +218,7 @@ class KFC:
             model, settings, self._found, self._due, self._cannot_explain, self._team, self.times
         )
         self._refresh_layers = Refresh(
-            settings,
-            self._due,
-            self.events,
-            self._team,
-            self._exchange,
-            self._drop,
-            self.times,
-            lambda line: self.say(line),
+            settings, self._due, self.events, self._team, self._exchange, self._drop, self.times
         )
         self._reviewer = Reviewer(model, settings.trust_region(), self.events, self._exchange.total)
 
@@ -382,26 +363,11 @@ class KFC:
         self._observation.count_again({name})
 
     def ages(self, layer: str) -> tuple[int | None, int | None]:
-        """Steps since a layer's statistics, and its inverse, were last refreshed; None where they never were.
-
-        An inverse that was due and was not refreshed, as ``inverse_tolerance`` has it, counts as refreshed.
-        """
+        """Steps since a layer's statistics, and its inverse, were last refreshed; None where they never were."""
         folded, factorised = self._due.refreshed_at(layer)
         return (None if folded is None else self.step - folded), (
             None if factorised is None else self.step - factorised
         )
-
-    @property
-    def inverses_skipped(self) -> int:
-        """How many inverses were due and not refreshed, as ``inverse_tolerance`` has it; summed over layers."""
-        return self._refresh_layers.inverting.skipped
-
-    def join(self) -> None:
-        """Wait for inverses that are made beside the training, and end their thread; they are still used in their turn.
-
-        To be called where training ends; the callback does. A next step has a new thread.
-        """
-        self._refresh_layers.inverting.join()
 
     def release(self) -> None:
         """Let go of what was recorded of the last forward and its graph."""
@@ -728,7 +694,7 @@ class KFC:
             chosen = self._periods.step_begins(self.step - self._due.started_at, statistics=taken, device=device)
             if chosen is not None:
                 self._due.reschedule(self.schedule)
-                self.say(chosen)
+                inform(chosen)
 
     # State.
 
@@ -755,7 +721,6 @@ class KFC:
             "self_test_done": self._observation.self_test_done,
             "never_negative": self._observation.never_negative,
             "events": self.events.state_dict(),
-            "inverses_skipped": self.inverses_skipped,
             "trust_region": self._reviewer.region.state_dict(),
         }
 
@@ -785,7 +750,6 @@ class KFC:
         self._due.reschedule(self.schedule)
         self._due.load_state_dict(state["due"])
         self.events.load_state_dict(state["events"])
-        self._refresh_layers.inverting.skipped = int(state.get("inverses_skipped", 0))
         self._reviewer.region.load_state_dict(state.get("trust_region", {}))
         if state["layers"] is None:
             self._due.restart(self.step)
@@ -818,10 +782,6 @@ class KFC:
         if not any(self._due.has_statistics(name) for name in self._found.layers):
             self._due.restart(self.step)
         return problems
-
-
-def _say_nothing(line: str) -> None:
-    """Where nobody listens."""
 
 
 def _reviewed(numbers: StepNumbers, verdict: Verdict) -> StepNumbers:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,30 +13,13 @@ from lightning_kfc.distributed import is_sharded
 from lightning_kfc.factors.eigenbasis import Eigenbasis
 from lightning_kfc.factors.inverse import CholeskyInverse, EighInverse, EkfacInverse, Inverse
 from lightning_kfc.factors.quadratic import estimated_quadratic_form
-from lightning_kfc.factors.sketch import sketch_shape
 from lightning_kfc.factors.statistics import Statistics, factor_dtype
-from lightning_kfc.factors.stored import StoredAverage, stored_nbytes
+from lightning_kfc.factors.stored import StoredAverage, average_state, averages_of, stored_nbytes
 from lightning_kfc.held import Elsewhere
 from lightning_kfc.layers import Adapter
-from lightning_kfc.origin import Origin, Snapshot, average_state, averages_of
 from lightning_kfc.per_example import ExampleGradients
 from lightning_kfc.rules.adam import Moments
 from lightning_kfc.sharding import whole, write
-
-
-@dataclass(frozen=True)
-class Keeping:
-    """How layers keep what they hold.
-
-    Attributes:
-        factors: The running factors; see :mod:`lightning_kfc.factors.stored`.
-        inverse: The precision of Cholesky inverses, and of the products with them: ``"full"`` or ``"bfloat16"``.
-        origins: Whether it is kept what an inverse was made from, to tell how far the factors have moved since.
-    """
-
-    factors: str = "full"
-    inverse: str = "full"
-    origins: bool = False
 
 
 class Layer:
@@ -47,24 +29,20 @@ class Layer:
         name: The name of its (first) module in the model.
         adapters: The adapters of all modules that share the layer's parameters, the first one's first.
         reason: Why the layer has no Kronecker factors; empty where it has.
-        keeping: How factors and inverse are kept.
+        inverse_precision: That of a Cholesky inverse, and of the products with it: ``"full"`` or ``"bfloat16"``.
     """
 
     def __init__(
-        self, name: str, adapters: Sequence[Adapter], reason: str = "", keeping: Keeping | None = None
+        self, name: str, adapters: Sequence[Adapter], reason: str = "", inverse_precision: str = "full"
     ) -> None:
         self.name = name
-        self.keeping = keeping or Keeping()
         self.reason = reason
+        self._inverse_precision = inverse_precision
         self.adapters = list(adapters)
         self.averages: dict[str, StoredAverage] = {}
         self.inverse: Inverse | None = None
         #: The last inverse that gave a usable update, until the present one has given one.
         self.previous_inverse: Inverse | None = None
-        #: What the inverse was made from, where that is kept and known.
-        self.origin: Origin | None = None
-        #: What the next inverse is made from, from the step at which it is due until it is taken over.
-        self.coming: Snapshot | None = None
         #: What the rule "adam" remembers, in the eigenbasis of the inverse.
         self.moments: Moments | None = None
         # A sharded module shows the whole parameters from its forward to its backward: the gradients, and the
@@ -161,7 +139,7 @@ class Layer:
             if name in self.averages:
                 self.averages[name] = self.averages[name].updated(value, decay)
             else:
-                self.averages[name] = StoredAverage.start(value, decay, self.keeping.factors)
+                self.averages[name] = StoredAverage.start(value, decay)
         return kept
 
     def fold_elsewhere(self) -> bool:
@@ -177,8 +155,8 @@ class Layer:
         return kept
 
     def forget_inverses(self) -> None:
-        """Have no inverse, and let none come."""
-        self.inverse = self.previous_inverse = self.origin = self.coming = None
+        """Have no inverse."""
+        self.inverse = self.previous_inverse = None
 
     def inverse_type(self, chosen: type[Inverse]) -> type[Inverse]:
         """The kind of inverse of this layer, given the one that the user chose."""
@@ -197,16 +175,8 @@ class Layer:
 
     def curvature(self) -> Mapping[str, Tensor]:
         """The factors that are inverted: the running ones, or what the adapter makes of them."""
-        return self.curvature_of(self.averages)
-
-    def curvature_of(self, averages: Mapping[str, StoredAverage]) -> Mapping[str, Tensor]:
-        """The factors that are inverted, given the running ones."""
-        draws = min(average.draws for average in averages.values())
-        return self.adapter.estimate({name: average.value for name, average in averages.items()}, draws)
-
-    def origin_of(self, damping: float) -> Origin:
-        """What is kept of what an inverse would be made from now."""
-        return Origin.of(self.curvature(), damping)
+        draws = min(average.draws for average in self.averages.values())
+        return self.adapter.estimate(self.factors, draws)
 
     def factorise(self, inverse: type[Inverse], damping: float, step: int) -> None:
         """Refresh the inverse from the running factors; see :meth:`Inverse.factorise` for what it raises."""
@@ -217,28 +187,22 @@ class Layer:
         """A new inverse from the running factors, with what the present one has learnt."""
         return self.inverse_type(inverse).factorise(self.curvature(), damping).succeeding(self.inverse)
 
-    def take(self, fresh: Inverse, origin: Origin | None = None) -> None:
-        """Use a new inverse from now on; the last one is kept until the new one has given a usable update.
-
-        Args:
-            fresh: The new inverse.
-            origin: What it was made from.
-        """
-        self.origin = origin
+    def take(self, fresh: Inverse) -> None:
+        """Use a new inverse from now on; the last one is kept until the new one has given a usable update."""
         self.previous_inverse = self.previous_inverse or self.inverse
         if self.moments is not None:
             self.moments = self.moments.in_basis(self.inverse, fresh)
         self.inverse = self._kept(fresh)
 
     def go_back(self) -> None:
-        """Use the last inverse again, as the new one gave no usable update; what it was made from is not known."""
-        self.inverse, self.origin = self.previous_inverse, None
+        """Use the last inverse again, as the new one gave no usable update."""
+        self.inverse = self.previous_inverse
 
     def _kept(self, inverse: Inverse) -> Inverse:
         return inverse.in_precision(self._inverse_dtype())
 
     def _inverse_dtype(self) -> torch.dtype:
-        if self.keeping.inverse == "bfloat16":
+        if self._inverse_precision == "bfloat16":
             return torch.bfloat16
         return factor_dtype(next(iter(self.adapter.parameters().values())).dtype)
 
@@ -321,14 +285,11 @@ class Layer:
         if not self.averages or self.inverse is None:
             dtype = factor_dtype(next(iter(self.adapter.parameters().values())).dtype)
             shapes = self.adapter.factor_shapes()
-            kept = sum(stored_nbytes(shape, dtype, self.keeping.factors) for shape in shapes.values())
+            kept = sum(stored_nbytes(shape, dtype) for shape in shapes.values())
             kind = self.inverse_type(inverse)
             kept += kind.numel(shapes) * (self._inverse_dtype() if kind is CholeskyInverse else dtype).itemsize
-            if self.keeping.origins:
-                kept += sum(math.prod(sketch_shape(shape)) for shape in shapes.values()) * dtype.itemsize
             return kept + moments * math.prod(self.adapter.matrix_shape()) * dtype.itemsize
         kept = self.moments.nbytes() if self.moments is not None else 0
-        kept += self.origin.nbytes if self.origin is not None else 0
         return sum(average.nbytes for average in self.averages.values()) + self.inverse.nbytes() + kept
 
     def state_dict(self) -> dict[str, Any]:
@@ -338,10 +299,6 @@ class Layer:
             state["inverse"] = {"kind": self.inverse.name, **self.inverse.state()}
         if self.moments is not None:
             state["moments"] = self.moments.state_dict()
-        if self.origin is not None:
-            state["origin"] = self.origin.state_dict()
-        if self.coming is not None:
-            state["coming"] = self.coming.state_dict(self.averages)
         if self.rows is not None:
             state["rows"] = self.rows
         return state
@@ -371,14 +328,12 @@ class Layer:
         found = {name: tuple(entry["value"].shape) for name, entry in state["factors"].items()}
         if found and found != expected:
             return f"its factors have shapes {found} in the checkpoint, {expected} now"
-        self.averages = averages_of(state["factors"], device, self.keeping.factors) if with_factors else {}
+        self.averages = averages_of(state["factors"], device) if with_factors else {}
         self.roles = tuple(self.adapter.own_parameters())
         self.rows = state.get("rows")
         saved = dict(state.get("inverse", {}))
         self.forget_inverses()
         self.moments = None
-        if "coming" in state:
-            self.coming = Snapshot.from_state(state["coming"], self.averages, device, self.keeping.factors)
         kind = saved.pop("kind", None)
         if not with_inverse and kind in (inverse.name, Elsewhere.name):
             self.inverse = Elsewhere()
@@ -386,8 +341,6 @@ class Layer:
             self.inverse = self._kept(inverse(**_on(device, saved)))
             # Moments mean nothing without the basis that they are in.
             self.moments = Moments(**_on(device, state["moments"])) if "moments" in state else None
-            if self.keeping.origins and with_factors and "origin" in state:
-                self.origin = Origin.from_state(state["origin"], device)
         return None
 
 

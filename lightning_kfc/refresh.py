@@ -32,11 +32,9 @@ class Refresh:
         give_up: Called with a layer's name and the reason why its rows do not explain its gradient, once all ranks
             know.
         times: Adds up the time that it takes.
-        say: Takes a line that tells how the first inverses get on, where they take long.
 
     Attributes:
         communication: What the ranks have sent each other.
-        inverting: What refreshes the inverses.
     """
 
     def __init__(
@@ -48,7 +46,6 @@ class Refresh:
         exchange: Exchange,
         give_up: Callable[[str, str], None],
         times: StepTimes,
-        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._settings = settings
         self._due = due
@@ -62,7 +59,7 @@ class Refresh:
         self._begun: tuple[list[Layer], Reduction] | None = None
         self._asked: list[Layer] = []
         self.communication = exchange.communication
-        self.inverting = Inverting(settings, due, events, exchange, say)
+        self._inverting = Inverting(settings, due, events, exchange)
 
     # What all ranks must know of each other before they fold.
 
@@ -77,7 +74,7 @@ class Refresh:
     def exchanges(self, layers: Iterable[str], step: int, damping: float) -> bool:
         """Whether a refresh of these layers at this step sends anything between ranks."""
         layers = list(layers)
-        return self.expects(layers) or self.inverting.sends(layers, step, damping)
+        return self.expects(layers) or self._inverting.sends(layers, step, damping)
 
     def give_up_together(self, layer: str, reason: str) -> None:
         """Have all ranks give a layer up with the next statistics, though only this one may have the reason."""
@@ -120,12 +117,9 @@ class Refresh:
         with self._times.part("statistics"):
             dropped = self._fold_pending(layers, step)
         with self._times.part("inverses"):
-            self.inverting.at_once(layers, step, damping)
+            self._inverting(layers, step, damping)
         with self._times.part("statistics"):
             self._fold_second_moments(layers, step)
-        # Second moments are of the basis that the forward has seen; what replaces it carries them over.
-        with self._times.part("inverses"):
-            self.inverting.beside(layers, step, damping)
         return dropped
 
     # Statistics.

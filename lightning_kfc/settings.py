@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,14 +11,12 @@ from lightning_kfc.checks import (
     check_flag,
     check_fraction,
     check_integer,
-    check_not_negative,
     check_patterns,
     check_period,
     check_positive,
     check_positive_or_auto,
 )
 from lightning_kfc.factors.inverse import INVERSES
-from lightning_kfc.factors.stored import STORAGES
 from lightning_kfc.likelihood import LIKELIHOODS, Likelihood
 from lightning_kfc.placement import PLACEMENTS
 from lightning_kfc.reduction import PRECISIONS
@@ -30,6 +28,27 @@ RULES = ("natural", "adam", "auto")
 #: Steps of a warm-up from which periods can be chosen: after the first one, some that take statistics and inverses.
 LEAST_WARMUP = 4
 WEIGHT_SHARINGS = ("expand", "reduce")
+#: Settings of earlier versions: what became of each, and the way out.
+REMOVED = {
+    "background_inverses": "background_inverses was removed: inverses are made at the step that is due. Leave it out.",
+    "factor_examples": "factor_examples was removed: statistics come from whole batches. Leave it out.",
+    "factor_storage": "factor_storage was removed: factors stay as they are on their layer's device. Leave it out.",
+    "inverse_tolerance": "inverse_tolerance was removed: every inverse that is due is refreshed. Leave it out.",
+}
+
+
+def refuse_removed(owner: str, names: Iterable[str]) -> None:
+    """Refuse names that are no settings.
+
+    Args:
+        owner: The class that was given them.
+        names: The names.
+
+    Raises:
+        TypeError: If there is any; it says what became of a setting of an earlier version.
+    """
+    for name in names:
+        raise TypeError(REMOVED.get(name, f"{owner} has no setting {name!r}."))
 
 
 @dataclass(frozen=True)
@@ -55,9 +74,6 @@ class Settings:
     placement: str | float = "auto"
     reduce_precision: str = "full"
     stagger_inverses: bool = True
-    inverse_tolerance: float = 0.0
-    background_inverses: bool = False
-    factor_storage: str = "full"
     inverse_precision: str = "full"
     max_overhead: float = 0.15
     #: Until periods that are "auto" are chosen, those of the defaults.
@@ -104,9 +120,6 @@ class Settings:
         check_placement(self.placement, self.inverse)
         check_choice("reduce_precision", self.reduce_precision, PRECISIONS)
         check_flag("stagger_inverses", self.stagger_inverses)
-        check_not_negative("inverse_tolerance", self.inverse_tolerance)
-        check_flag("background_inverses", self.background_inverses)
-        check_choice("factor_storage", self.factor_storage, STORAGES)
         check_choice("inverse_precision", self.inverse_precision, PRECISIONS)
         if self.inverse_precision != "full" and self.inverse != "cholesky":
             raise ValueError(

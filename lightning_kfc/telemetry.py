@@ -10,6 +10,7 @@ from lightning_kfc.advice import Adviser
 from lightning_kfc.checks import check_flag
 from lightning_kfc.diagnostics import Diagnostics
 from lightning_kfc.kfc import KFC
+from lightning_kfc.messages import inform
 from lightning_kfc.reporting import Reporting
 
 #: Rules of advice are asked at every so many logged steps, and when training ends.
@@ -37,22 +38,13 @@ class Telemetry:
         kfc: Gives the engine; a checkpoint may replace it.
         trainer: The trainer.
         reports: Takes numbers and advice for the report.
-        say: Takes a line of advice.
     """
 
-    def __init__(
-        self,
-        settings: TelemetrySettings,
-        kfc: Callable[[], KFC],
-        trainer: Any,
-        reports: Reporting,
-        say: Callable[[str], None],
-    ) -> None:
+    def __init__(self, settings: TelemetrySettings, kfc: Callable[[], KFC], trainer: Any, reports: Reporting) -> None:
         self._settings = settings
         self._kfc = kfc
         self._trainer = trainer
         self._reports = reports
-        self._say = say
         self._diagnostics = Diagnostics(kfc, log_layers=settings.log_layers)
         self._adviser = Adviser()
         self._logged = 0
@@ -102,5 +94,5 @@ class Telemetry:
             gradient_scaler: Whether a gradient scaler is at work.
         """
         for sentence in self._adviser.new(self._diagnostics.facts(gradient_scaler=gradient_scaler)):
-            self._say(f"KFC advice: {sentence}")
+            inform(f"KFC advice: {sentence}")
         self._reports.advice = tuple(self._adviser.given)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import settings
+
+from lightning_kfc.messages import LOGGER
 
 # Two test processes share two cores, and the nets are tiny: more threads would only wait for each other.
 torch.set_num_threads(1)
@@ -18,3 +23,22 @@ settings.load_profile("lightning-kfc")
 def _seeded() -> None:
     """Each test starts from the same random state, whatever ran before it."""
     torch.manual_seed(0)
+
+
+class _Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@pytest.fixture
+def informed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The lines of information that the engine logs, where a plain loop asks for them."""
+    handler, level = _Lines(), LOGGER.level
+    monkeypatch.setattr(LOGGER, "handlers", [handler])
+    LOGGER.setLevel(logging.INFO)
+    yield handler.lines
+    LOGGER.setLevel(level)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
 from lightning_kfc import Bernoulli, Categorical, ExponentialSchedule, Gaussian, KFCCallback, LinearSchedule
+from lightning_kfc.settings import REMOVED, Settings
 from tests.lightning_nets import QUIET
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -122,12 +124,13 @@ def test_the_help_explains_every_option(cli, capsys):
         cli(["fit", "--trainer.callbacks.help", "lightning_kfc.KFCCallback"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "Preconditions gradients with KFC (Grosse & Martens 2016)" in shown
-    options = list(inspect.signature(KFCCallback).parameters)
+    options = [n for n, p in inspect.signature(KFCCallback).parameters.items() if p.kind != p.VAR_KEYWORD]
     assert len(options) > 10
     for option in options:
         # Its name, at least five words on it, and its type.
         assert re.search(rf"--trainer\.callbacks\.{option} \S+.{{0,90}}? (\S+ ){{5,}}.*?\(type: ", shown), option
     assert "Untyped" not in shown
+    assert "removed" not in shown
     assert "(type: Union[float, Literal['auto'], ExponentialSchedule, LinearSchedule], default: auto" in shown
 
 
@@ -150,3 +153,12 @@ def test_a_wrong_value_in_yaml_is_refused_naming_option_and_value(cli, tmp_path,
         cli(["fit", "--config", config, *FAST])
     shown = capsys.readouterr().err + str(raised.value)
     assert re.search(said, shown), shown
+
+
+@pytest.mark.parametrize("option", sorted(set(REMOVED) - {field.name for field in fields(Settings)}))
+def test_an_option_that_was_removed_is_refused_by_name(cli, tmp_path, capsys, option):
+    config = written(tmp_path, [entry(**{option: 1})])
+    with pytest.raises(SystemExit):
+        cli(["fit", "--config", config, *FAST])
+    shown = capsys.readouterr().err
+    assert re.search(rf"'lightning_kfc.KFCCallback':\s+Option '{option}' is not accepted", shown), shown

@@ -35,6 +35,7 @@ import lightning_kfc.pictures
 from lightning_kfc.advice import RULES
 from lightning_kfc.discovery import LOSS_FUNCTIONS
 from lightning_kfc.monitor import Events, StepNumbers
+from lightning_kfc.settings import REMOVED
 from tests.test_diagnostics import OF_ALL, PER_LAYER
 
 ROOT = Path(__file__).parent.parent
@@ -175,18 +176,26 @@ def test_the_command_lines_of_a_page_make_a_trainer_with_the_callback(
         assert any(isinstance(c, lightning_kfc.KFCCallback) for c in cli.trainer.callbacks), arguments
 
 
+def callback_options() -> dict[str, inspect.Parameter]:
+    parameters = inspect.signature(lightning_kfc.KFCCallback).parameters
+    return {name: parameter for name, parameter in parameters.items() if parameter.kind != parameter.VAR_KEYWORD}
+
+
 def test_the_settings_page_lists_every_option_with_its_default() -> None:
     rows = re.findall(r"^\| \[?`(\w+)`.*?\| `(.+?)` \|", (ROOT / "docs/settings.md").read_text("utf-8"), re.MULTILINE)
-    parameters = inspect.signature(lightning_kfc.KFCCallback.__init__).parameters
-    real = {name: repr(p.default).replace("'", '"') for name, p in parameters.items() if name != "self"}
+    real = {name: repr(p.default).replace("'", '"') for name, p in callback_options().items()}
     assert dict(rows) == real
 
 
 def test_the_settings_page_explains_every_option_under_a_heading_of_its_own() -> None:
     headings = re.findall(r"^#+ (.+)$", (ROOT / "docs/settings.md").read_text("utf-8"), re.MULTILINE)
     explained = {name for heading in headings for name in re.findall(r"`(\w+)`", heading)}
-    parameters = inspect.signature(lightning_kfc.KFCCallback.__init__).parameters
-    assert set(parameters) - {"self"} <= explained
+    assert set(callback_options()) <= explained
+
+
+def test_the_settings_page_names_every_option_that_was_removed() -> None:
+    _, _, section = (ROOT / "docs/settings.md").read_text("utf-8").partition("## Options of earlier versions")
+    assert set(REMOVED) - set(callback_options()) == set(re.findall(r"`(\w+)`", section)) & set(REMOVED)
 
 
 def test_the_api_page_has_every_public_name() -> None:

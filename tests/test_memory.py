@@ -18,7 +18,6 @@ from lightning_kfc.factors.running import RunningAverage
 from lightning_kfc.factors.stored import StoredAverage, stored_nbytes
 from tests.nets import classes, data, train_step
 
-STORAGES = ("full", "bfloat16", "cpu")
 DTYPES = {"full": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -76,68 +75,34 @@ def trained(steps: int, **settings: Any) -> tuple[KFC, nn.Sequential, list[Tenso
     return kfc, model, updates
 
 
-@pytest.mark.parametrize("factor_storage", STORAGES)
 @pytest.mark.parametrize(
     "form", [{"inverse": "cholesky"}, {"inverse": "eigh"}, {"inverse": "ekfac"}, {"rule": "adam", "inverse": "eigh"}]
 )
-def test_the_memory_that_coverage_tells_is_what_an_engine_holds(form: dict[str, str], factor_storage: str) -> None:
-    foretold = sum(row.bytes for row in KFC(net(), factor_storage=factor_storage, **form).coverage())
-    kfc, model, _ = trained(3, factor_storage=factor_storage, **form)
+def test_the_memory_that_coverage_tells_is_what_an_engine_holds(form: dict[str, str]) -> None:
+    foretold = sum(row.bytes for row in KFC(net(), **form).coverage())
+    kfc, model, _ = trained(3, **form)
     told = sum(row.bytes for row in kfc.coverage())
     measured = held_bytes(reachable_tensors(kfc, stop=[model, *model.parameters(), *model.buffers()]))
     assert told == foretold
     assert measured / told == pytest.approx(1, abs=0.1)
 
 
-def test_factors_in_bfloat16_take_half_and_triangles_little_more_than_half_of_that() -> None:
+def test_a_factor_takes_little_more_than_half_of_its_square() -> None:
     d = 1000
-    square = 4 * d * d
-    assert 0.5 < stored_nbytes((1, d, d), torch.float32) / square < 0.54
-    assert 0.25 < stored_nbytes((1, d, d), torch.float32, "bfloat16") / square < 0.27
-    for storage in STORAGES:
-        average = StoredAverage.start(torch.eye(d).unsqueeze(0), 0.9, storage)
-        assert average.nbytes == stored_nbytes((1, d, d), torch.float32, storage)
-        assert average.device == torch.device("cpu")
+    foretold = stored_nbytes((1, d, d), torch.float32)
+    assert 0.5 < foretold / (4 * d * d) < 0.54
+    assert StoredAverage.start(torch.eye(d).unsqueeze(0), 0.9).nbytes == foretold
 
 
 @pytest.mark.parametrize("shape", [(1, 300, 300), (2, 130, 130), (1, 5, 5), (3, 7)])
-@pytest.mark.parametrize("storage", ["full", "cpu"])
-def test_a_kept_average_is_that_of_whole_factors_to_the_last_bit(shape: tuple[int, ...], storage: str) -> None:
+def test_a_kept_average_is_that_of_whole_factors_to_the_last_bit(shape: tuple[int, ...]) -> None:
     values = [data(*shape, seed=seed) for seed in range(3)]
     values = [value + value.mT for value in values] if len(shape) == 3 else values
-    kept, whole = StoredAverage.start(values[0], 0.9, storage), RunningAverage.start(values[0], 0.9)
+    kept, whole = StoredAverage.start(values[0], 0.9), RunningAverage.start(values[0], 0.9)
     for value in values[1:]:
         kept, whole = kept.updated(value, 0.9), whole.updated(value, 0.9)
     assert torch.equal(kept.value, whole.value)
     assert (kept.weight, kept.squares, kept.draws) == (whole.weight, whole.squares, whole.draws)
-
-
-def test_an_average_in_bfloat16_is_off_by_its_roundings() -> None:
-    """Each update rounds by at most 2^-9 of a number, of which each later one leaves 0.9."""
-    values = [value + value.mT for value in (data(1, 200, 200, seed=seed).abs() for seed in range(40))]
-    kept, whole = StoredAverage.start(values[0], 0.9, "bfloat16"), RunningAverage.start(values[0], 0.9)
-    for value in values[1:]:
-        kept, whole = kept.updated(value, 0.9), whole.updated(value, 0.9)
-    assert kept.value.dtype == torch.float64
-    error = ((kept.value - whole.value) / whole.value).abs()
-    assert 2**-10 < float(error.max()) <= 10 * 2**-9
-    assert float((kept.value - whole.value).norm() / whole.value.norm()) < 2**-8
-
-
-def test_an_update_from_factors_on_the_cpu_is_the_same_and_from_bfloat16_close() -> None:
-    runs = {storage: torch.cat([u.flatten() for u in trained(6, factor_storage=storage)[2]]) for storage in STORAGES}
-    assert torch.equal(runs["full"], runs["cpu"])
-    difference = float((runs["full"] - runs["bfloat16"]).norm() / runs["full"].norm())
-    assert 0 < difference < 0.02
-
-
-def test_a_state_fits_any_storage() -> None:
-    kfc, _, _ = trained(2)
-    other = KFC(net(), factor_storage="bfloat16")
-    assert other.load_state_dict(kfc.state_dict()) == []
-    for name, layer in other.layers.items():
-        for key, factor in layer.factors.items():
-            assert torch.equal(factor, kfc.layers[name].factors[key].bfloat16().float())
 
 
 def test_between_forward_and_backward_only_the_inputs_of_norms_are_kept_and_nothing_after_release() -> None:

@@ -98,13 +98,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch, plain=1.0, statistics=0.6, inverse=2 / 7, preconditioning=0.02)
 
 
-def timed(clock: Clock, **settings: Any) -> tuple[Training, list[str]]:
+def timed(clock: Clock, **settings: Any) -> Training:
     defaults = {"factor_every_n_steps": "auto", "inverse_every_n_steps": "auto", "warmup_steps": 6}
     training = Training(**{**defaults, **settings})
     training.model.register_forward_hook(clock.pass_by)
-    said: list[str] = []
-    training.kfc.say = said.append
-    return training, said
+    return training
 
 
 def periods(kfc: KFC) -> tuple[int, int]:
@@ -112,58 +110,60 @@ def periods(kfc: KFC) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("staggered", [True, False])
-def test_the_engine_measures_its_parts_and_chooses_once(clock: Clock, staggered: bool) -> None:
-    training, said = timed(clock, stagger_inverses=staggered)
+def test_the_engine_measures_its_parts_and_chooses_once(clock: Clock, staggered: bool, informed: list[str]) -> None:
+    training = timed(clock, stagger_inverses=staggered)
     training.run(11)
     assert periods(training.kfc) == (10, 20)
-    assert said == []
+    assert informed == []
     training.run(2)
     expected = choose_periods(Costs(1.0, 0.02, 0.6, 2.0), 0.15)
     assert periods(training.kfc) == (expected.factors, expected.inverses) == (13, 26)
-    assert said == [
+    assert informed == [
         "KFC chose factor_every_n_steps=13 and inverse_every_n_steps=26, at which a step takes 14% longer "
         "(max_overhead=0.15)."
     ]
     clock.costs["statistics"] = 50.0
     training.run(70)
     assert periods(training.kfc) == (13, 26)
-    assert len(said) == 1
+    assert len(informed) == 1
     # They rule: in the mean, as many as foretold.
     inverted = [step for step, names in enumerate(training.inverted) for _ in names if step >= 13]
     assert len(inverted) == pytest.approx(70 / 26 * 7, abs=7)
 
 
 def test_only_what_is_auto_is_chosen(clock: Clock) -> None:
-    training, _ = timed(clock, factor_every_n_steps=8)
+    training = timed(clock, factor_every_n_steps=8)
     training.run(13)
     assert periods(training.kfc) == (8, 40)
-    training, _ = timed(clock, inverse_every_n_steps=30)
+    training = timed(clock, inverse_every_n_steps=30)
     training.run(13)
     assert periods(training.kfc) == (10, 30)
 
 
-def test_where_each_step_costs_more_than_the_budget_the_longest_periods_are_taken_and_it_is_said(clock: Clock) -> None:
+def test_where_each_step_costs_more_than_the_budget_the_longest_periods_are_taken_and_it_is_said(
+    clock: Clock, informed: list[str]
+) -> None:
     clock.costs["preconditioning"] = 0.5
-    training, said = timed(clock, max_overhead=0.2)
+    training = timed(clock, max_overhead=0.2)
     training.run(13)
     assert periods(training.kfc) == LONGEST
-    assert len(said) == 1
-    assert "more than max_overhead=0.2, though they are the longest that make sense" in said[0]
-    assert "alone, which no period changes, take 50%" in said[0]
+    assert len(informed) == 1
+    assert "more than max_overhead=0.2, though they are the longest that make sense" in informed[0]
+    assert "alone, which no period changes, take 50%" in informed[0]
 
 
 def test_statistics_at_every_step_leave_no_other_step_to_measure_and_it_is_chosen_all_the_same(clock: Clock) -> None:
-    training, _ = timed(clock, factor_every_n_steps=1, max_overhead=0.9)
+    training = timed(clock, factor_every_n_steps=1, max_overhead=0.9)
     training.run(30)
     assert periods(training.kfc) == (1, choose_periods(Costs(1.0, 0.02, 0.6, 2.0), 0.9, factors=1).inverses)
 
 
 @pytest.mark.parametrize("at", [3, 8, 12, 20])
-def test_a_resumed_run_goes_on_to_the_same_choice_and_keeps_it(clock: Clock, at: int) -> None:
-    first, _ = timed(clock)
+def test_a_resumed_run_goes_on_to_the_same_choice_and_keeps_it(clock: Clock, at: int, informed: list[str]) -> None:
+    first = timed(clock)
     first.run(at)
     state = copy.deepcopy(first.kfc.state_dict())
-    resumed, said = timed(clock)
+    resumed = timed(clock)
     resumed.model.load_state_dict(first.model.state_dict())
     resumed.inverted = list(first.inverted)
     assert resumed.kfc.load_state_dict(state) == []
@@ -171,19 +171,19 @@ def test_a_resumed_run_goes_on_to_the_same_choice_and_keeps_it(clock: Clock, at:
         training.run(40 - at)
     # The step in which it was saved is not timed, which moves the choice by a step where it was one of those needed.
     assert periods(resumed.kfc) == periods(first.kfc) == (13, 26)
-    assert len(said) == (at <= 12)
+    assert len(informed) == 1 + (at <= 12)
 
 
 def test_numbers_rule_over_a_saved_choice_and_a_state_without_one_is_measured_anew(clock: Clock) -> None:
-    first, _ = timed(clock)
+    first = timed(clock)
     first.run(13)
-    fixed, _ = timed(clock, factor_every_n_steps=3, inverse_every_n_steps=6)
+    fixed = timed(clock, factor_every_n_steps=3, inverse_every_n_steps=6)
     fixed.kfc.load_state_dict(first.kfc.state_dict())
     assert periods(fixed.kfc) == (3, 6)
-    fixed, _ = timed(clock, factor_every_n_steps=10, inverse_every_n_steps=20)
+    fixed = timed(clock, factor_every_n_steps=10, inverse_every_n_steps=20)
     fixed.run(30)
     state = fixed.kfc.state_dict()
-    resumed, _ = timed(clock)
+    resumed = timed(clock)
     resumed.kfc.load_state_dict(state)
     resumed.run(40)
     # There is no warm-up any more: the inverses of a whole period are added up.
@@ -191,7 +191,7 @@ def test_numbers_rule_over_a_saved_choice_and_a_state_without_one_is_measured_an
 
 
 def test_the_clock_of_the_engine_leaves_that_of_others_alone(clock: Clock) -> None:
-    training, _ = timed(clock)
+    training = timed(clock)
     times = training.kfc.times
     for _ in range(14):
         times.begin_step(torch.device("cpu"))

@@ -7,6 +7,7 @@ import logging
 import pickle
 import re
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,10 +15,10 @@ import torch
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 from torch import nn
 
-from lightning_kfc import KFC, KFCCallback
+from lightning_kfc import KFC, KFCCallback, distributed
 from lightning_kfc.layer import Layer
-from lightning_kfc.progress import announced
-from tests.harness import QUIET, Classifier, Watch, conv_net, fit, hooks_of, images, loader
+from lightning_kfc.messages import LOGGER
+from tests.harness import QUIET, Classifier, Watch, conv_net, fit, images, loader
 
 pytestmark = [pytest.mark.filterwarnings(entry) for entry in QUIET]
 
@@ -102,73 +103,101 @@ def test_a_notebook_shows_the_table_in_a_fixed_pitch() -> None:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    now = [100.0]
+    """The time, and the seconds that each inverse takes."""
+    now, refreshed = [100.0, 1.0], Layer.refreshed
+
+    def slow(self: Layer, *args: Any) -> Any:
+        now[0] += now[1]
+        return refreshed(self, *args)
+
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(Layer, "refreshed", slow)
     return now
 
 
-def work(clock: list[float], seconds: float, items: int = 10) -> list[str]:
-    said: list[str] = []
-    done = []
-    for item in announced(range(items), "Inverses", said.append):
-        clock[0] += seconds
-        done.append(item)
-    assert done == list(range(items))
-    return said
+@pytest.fixture
+def as_imported(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The engine's logger as it is before any training."""
+    level = LOGGER.level
+    LOGGER.setLevel(logging.NOTSET)
+    monkeypatch.setattr(LOGGER, "handlers", [])
+    monkeypatch.setattr(LOGGER, "propagate", True)
+    yield
+    LOGGER.setLevel(level)
 
 
-def test_what_is_soon_over_is_not_told_of(clock: list[float]) -> None:
-    assert work(clock, 0.199) == []
-    assert work(clock, 100, items=0) == []
+def step(layers: int = 10, steps: int = 1) -> None:
+    """Steps of a plain loop."""
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(layers)))
+    kfc = KFC(model)
+    for _ in range(steps):
+        with kfc.capture():
+            loss = nn.functional.cross_entropy(model(torch.randn(4, 3)), torch.zeros(4, dtype=torch.long))
+        kfc.update(loss)
+        loss.backward()
+        kfc.precondition(lr=0.1)
 
 
-def test_what_takes_long_is_told_of_ever_more_rarely(clock: list[float]) -> None:
-    assert work(clock, 1.0) == [
-        "Inverses: 2 of 10 layers after 2.0 s.",
-        "Inverses: 4 of 10 layers after 4.0 s.",
-        "Inverses: 8 of 10 layers after 8.0 s.",
-        "Inverses: all 10 layers after 10.0 s.",
-    ]
+def test_first_inverses_that_are_soon_made_are_not_told_of(clock: list[float], informed: list[str]) -> None:
+    clock[1] = 0.199
+    step()
+    assert informed == []
 
 
-def test_the_first_inverses_of_a_training_are_told_of_and_no_later_ones(
-    clock: list[float], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_first_inverses_that_take_long_are_told_of_ever_more_rarely_and_later_ones_never(
+    clock: list[float], informed: list[str]
 ) -> None:
-    refreshed = Layer.refreshed
-
-    def slow(self: Layer, *args: Any) -> Any:
-        clock[0] += 3
-        return refreshed(self, *args)
-
-    monkeypatch.setattr(Layer, "refreshed", slow)
-    with caplog.at_level(logging.INFO):
-        fit(Classifier(), kfc=KFCCallback(), data=loader(images()), max_steps=3)
-    said = [record.getMessage() for record in caplog.records if "first inverses" in record.getMessage()]
-    assert said == [
-        "KFC makes the first inverses: 1 of 2 layers after 3.0 s.",
-        "KFC makes the first inverses: all 2 layers after 6.0 s.",
+    step(steps=3)
+    assert informed == [
+        "KFC makes the first inverses: 2 of 10 layers after 2.0 s.",
+        "KFC makes the first inverses: 4 of 10 layers after 4.0 s.",
+        "KFC makes the first inverses: 8 of 10 layers after 8.0 s.",
+        "KFC makes the first inverses: 10 of 10 layers after 10.0 s.",
     ]
 
 
+def test_information_is_given_on_rank_zero_alone(
+    clock: list[float], informed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    step()
+    assert informed == []
+
+
+LINES = [
+    "KFC makes the first inverses: 1 of 2 layers after 3.0 s.",
+    "KFC makes the first inverses: 2 of 2 layers after 6.0 s.",
+]
+
+
+@pytest.mark.usefixtures("as_imported")
+@pytest.mark.parametrize("level", [logging.NOTSET, logging.WARNING])
+def test_the_callback_lets_the_engine_s_information_out_unless_the_user_has_set_its_level(
+    clock: list[float], caplog: pytest.LogCaptureFixture, level: int
+) -> None:
+    clock[1] = 3.0
+    LOGGER.setLevel(level)
+    fit(Classifier(), kfc=KFCCallback(), data=loader(images()), max_steps=3)
+    told = [message for message in caplog.messages if "first inverses" in message]
+    assert told == ([] if level else LINES)
+
+
+@pytest.mark.usefixtures("as_imported")
+def test_where_nobody_listens_to_logs_the_callback_s_go_to_standard_error_once(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock[1] = 3.0
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    for _ in range(2):
+        fit(Classifier(), kfc=KFCCallback(), data=loader(images()), max_steps=2)
+    told = [line for line in capsys.readouterr().err.splitlines() if "first inverses" in line]
+    assert told == 2 * LINES
+
+
+@pytest.mark.usefixtures("as_imported")
 def test_a_plain_loop_is_told_nothing_unless_it_asks(
     clock: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    refreshed = Layer.refreshed
-
-    def slow(self: Layer, *args: Any) -> Any:
-        clock[0] += 3
-        return refreshed(self, *args)
-
-    monkeypatch.setattr(Layer, "refreshed", slow)
-    said: list[str] = []
-    for say in (None, said.append):
-        model = conv_net()
-        kfc = KFC(model)
-        if say is not None:
-            kfc.say = say
-        with kfc.capture():
-            loss = nn.functional.cross_entropy(model(torch.randn(4, 1, 6, 6)), torch.zeros(4, dtype=torch.long))
-        kfc.update(loss)
-        assert hooks_of(model) == []
-    assert len(said) == 2
-    assert "inverses" not in capsys.readouterr().out
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    step()
+    assert "".join(capsys.readouterr()) == ""

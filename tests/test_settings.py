@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_kfc import KFC, Gaussian, LinearSchedule
-from lightning_kfc.settings import Settings
+from lightning_kfc import KFC, Gaussian, KFCCallback, LinearSchedule
+from lightning_kfc.settings import REMOVED, Settings
 from tests.nets import classes, data, double, engine, train_step
 
 NAN, INF = float("nan"), float("inf")
@@ -36,7 +37,6 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
     ("placement", None, TypeError, "placement must be a number, got None"),
     ("reduce_precision", "half", ValueError, "reduce_precision must be one of 'full', 'bfloat16', got 'half'"),
     ("inverse_precision", "half", ValueError, "inverse_precision must be one of 'full', 'bfloat16', got 'half'"),
-    ("factor_storage", "disk", ValueError, "factor_storage must be one of 'full', 'bfloat16', 'cpu', got 'disk'"),
     *[
         (name, v, error, message.format(name))
         for name in ("factor_every_n_steps", "inverse_every_n_steps")
@@ -50,12 +50,6 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
     ("warmup_steps", -1, ValueError, "warmup_steps must be at least 0, got -1"),
     ("max_overhead", 0.0, ValueError, "max_overhead must be a positive number, got 0.0"),
     ("stagger_inverses", 1, TypeError, "stagger_inverses must be true or false, got 1"),
-    *[
-        ("inverse_tolerance", v, ValueError, "inverse_tolerance must be a finite number of at least 0")
-        for v in (-0.1, NAN, INF)
-    ],
-    ("inverse_tolerance", None, TypeError, "inverse_tolerance must be a number, got None"),
-    ("background_inverses", 1, TypeError, "background_inverses must be true or false, got 1"),
     ("seed", -1, ValueError, "seed must be at least 0, got -1"),
     ("seed", "0", TypeError, "seed must be a whole number, got '0' of type str"),
     ("include", [3], TypeError, r"include takes glob patterns over module names.*got 3 of type int"),
@@ -72,6 +66,21 @@ def test_a_wrong_setting_is_an_error_naming_it_and_its_value(
         KFC(nn.Linear(2, 2), **{name: value})
     with pytest.raises(error, match=message):
         Settings(**{name: value})
+
+
+@pytest.mark.parametrize("name", sorted(set(REMOVED) - {field.name for field in fields(Settings)}))
+def test_a_setting_that_was_removed_is_an_error_naming_it_and_the_way_out(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"^{name} was removed: .*\. Leave it out\.$"):
+        KFC(nn.Linear(2, 2), **{name: None})
+    with pytest.raises(TypeError, match=rf"^{name} was removed: .*\. Leave it out\.$"):
+        KFCCallback(**{name: None})
+
+
+def test_a_setting_that_never_was_is_an_error_naming_it() -> None:
+    with pytest.raises(TypeError, match=r"^KFC has no setting 'dampng'"):
+        KFC(nn.Linear(2, 2), dampng=0.1)
+    with pytest.raises(TypeError, match=r"^KFCCallback has no setting 'dampng'"):
+        KFCCallback(dampng=0.1)
 
 
 @pytest.mark.parametrize(

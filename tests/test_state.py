@@ -129,6 +129,26 @@ def test_a_state_of_another_model_starts_the_layers_anew_that_do_not_fit_and_nam
     assert not kfc.layers["0"].averages
 
 
+def test_what_earlier_versions_have_saved_besides_is_left_out(uninterrupted: Run) -> None:
+    first, second = Run(), Run(seed=1)
+    first.train(8)
+    state = torch.load(first.save(), weights_only=True)
+    state["kfc"]["inverses_skipped"] = 7
+    for entry in state["kfc"]["layers"].values():
+        entry["origin"] = {"damping": 0.1, "sketches": {"A": torch.ones(1, 3, 3)}}
+        entry["coming"] = {"step": 7, "damping": 0.1, "factors": None, "origin": None}
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    assert second.load(file) == []
+    second.train(STEPS)
+    for one, two in zip(uninterrupted.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+    saved = second.kfc.state_dict()
+    assert "inverses_skipped" not in saved
+    assert all({"origin", "coming"}.isdisjoint(entry) for entry in saved["layers"].values())
+
+
 def test_a_state_of_an_unknown_version_is_an_error() -> None:
     run = Run()
     state = run.kfc.state_dict()

@@ -28,8 +28,6 @@ class Inverse(ABC):
     name: ClassVar[str]
     #: Whether :meth:`updated` wants the gradients of single examples, for which input rows must be kept.
     wants_examples: ClassVar[bool] = False
-    #: Whether :meth:`at_damping` follows, so that another damping asks for no new factorisation.
-    follows_damping: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod

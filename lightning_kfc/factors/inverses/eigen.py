@@ -63,7 +63,6 @@ class EighInverse(Inverse):
     values: Tensor
     damping: float
     name: ClassVar[str] = "eigh"
-    follows_damping: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Align the rows, also of what a checkpoint brings: a resumed run then rounds alike."""
