@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -54,14 +55,22 @@ class Attachment:
         self._announced: set[int] = set()
         self._undo = contextlib.ExitStack()
         self._undo.callback(_surround_training_steps(trainer.precision_plugin, self._around_training_step))
-        for optimizer in trainer.optimizers:
-            if isinstance(optimizer, Optimizer):
-                handle = optimizer.register_step_post_hook(self._after_step)
-                self._undo.callback(handle.remove)
+        self._trainer = trainer
+        # By reference: an optimizer that has gone must not hide a later one of the same address.
+        self._followed: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._follow_optimizers()
 
     def detach(self) -> None:
         """Leave the trainer as it was."""
         self._undo.close()
+
+    def _follow_optimizers(self) -> None:
+        """See the steps of all optimizers that the trainer has now: a module may replace them."""
+        for optimizer in self._trainer.optimizers:
+            if isinstance(optimizer, Optimizer) and optimizer not in self._followed:
+                self._followed.add(optimizer)
+                handle = optimizer.register_step_post_hook(self._after_step)
+                self._undo.callback(handle.remove)
 
     def backward_begins(self) -> None:
         """Lightning's backward begins: the gradients that arrive now are known."""
@@ -82,6 +91,7 @@ class Attachment:
             return
         # A backward that raised has not ended.
         self._in_backward = False
+        self._follow_optimizers()
         with self._capture(), self._gradients_watched(), self._observing():
             yield
 

@@ -295,6 +295,8 @@ class KFCHooks:
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Take over the checkpoint's state (under FSDP2 it is loaded after on_fit_start), and report."""
         self._training = True
+        # The module's own on_fit_start comes after ours.
+        self.kfc.follow_structure()
         if self._loaded is not None:
             self._take_over(self._loaded)
             self._loaded = None
@@ -401,6 +403,8 @@ class KFCHooks:
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Keep the batch, on which the step may be reviewed, and start the clock, where the time of steps is wanted."""
         self._reports.step_begins()
+        if self._replay is not None and not pl_module.automatic_optimization and self.kfc.reviews:
+            self._do_without_replay(trainer, pl_module)
         if self._replay is not None and (self.kfc.reviews or self.kfc.takes_parts):
             self._replay.keep(batch, batch_idx)
 

@@ -23,7 +23,7 @@ from lightning_kfc.find_layers import find_layers
 from lightning_kfc.isolation import full_precision
 from lightning_kfc.layer import Keeping, Layer
 from lightning_kfc.likelihood import Likelihood
-from lightning_kfc.monitor import Events, StepNumbers
+from lightning_kfc.monitor import Events, StepNumbers, listed
 from lightning_kfc.observation import Observation
 from lightning_kfc.part import Batch, Parts
 from lightning_kfc.part import Evaluation as PartEvaluation
@@ -36,6 +36,7 @@ from lightning_kfc.schedule import RefreshSchedule, value_at
 from lightning_kfc.settings import Settings
 from lightning_kfc.slots import Slots
 from lightning_kfc.step_times import StepTimes
+from lightning_kfc.structure import Structure
 from lightning_kfc.trust_region import FIXED_DAMPING, FIXED_RADIUS, REVIEWED_AT_FIRST, Verdict
 from lightning_kfc.units import Units
 
@@ -60,7 +61,7 @@ class KFC:
         kfc.review(lambda: loss_fn(model(x), y), optimizer=optimizer)
 
     Args:
-        model: The model. Modules that exist now are covered, those added later are not.
+        model: The model. Modules that are added or replaced later are found at the next step that takes statistics.
         damping: :math:`\lambda` of E4, in the units of the Fisher matrix of the loss; a number, or a function of
             the step such as :class:`~lightning_kfc.ExponentialSchedule`; ``"auto"`` sets itself by :meth:`review`.
         fisher: Whose targets the curvature is taken with: ``"mc"``: one sample a term from the model's own
@@ -194,21 +195,26 @@ class KFC:
     def _start(self, model: nn.Module, settings: Settings, process_group: Any) -> None:
         self._team = distributed.Team(process_group)
         self._model = model
-        self._found = find_layers(
+        keeping = Keeping(settings.factor_storage, settings.inverse_precision, settings.inverse_tolerance > 0)
+        self._structure = Structure(
             model,
-            settings.include,
-            settings.exclude,
-            settings.weight_sharing,
-            settings.max_factor_dim,
-            settings.rows_per_dim,
-            Keeping(settings.factor_storage, settings.inverse_precision, settings.inverse_tolerance > 0),
+            lambda strict: find_layers(
+                model,
+                settings.include,
+                settings.exclude,
+                settings.weight_sharing,
+                settings.max_factor_dim,
+                settings.rows_per_dim,
+                keeping,
+                strict=strict,
+            ),
         )
+        self._found = self._structure.found
         #: The rule, and why it was chosen, where it is ``"auto"``.
         self.rule_choice = choose_rule(model, self._found.layers, settings)
         #: As they were given; :attr:`settings` are those in force, with the rule that was chosen.
         self.given_settings = settings
         self.settings = settings = with_rule(settings, self.rule_choice)
-        self._dropped: dict[str, str] = {}
         self._said: set[str] = set()
         #: Where the time of a step goes; runs only between its own begin_step() and end_step().
         self.times = StepTimes()
@@ -231,7 +237,7 @@ class KFC:
             self._team, settings.placement, INVERSES[settings.inverse], self._found.layers, self.communication
         )
         self._observation = Observation(
-            model, settings, self._found, self._due, self._cannot_explain, self._team, self.times
+            model, settings, self._found, self._due, self._cannot_explain, self._team, self.times, self.events
         )
         self._parts = Parts(model, settings, self._team, self._observation, self.times, self._say_or_warn)
         self._refresh_layers = Refresh(
@@ -301,7 +307,33 @@ class KFC:
     def coverage(self) -> Coverage:
         """Every parameter with how it is treated and why; prints as a table."""
         moments = 2 if self.settings.rule == "adam" else 0
-        return coverage_of(self._model, self._found, INVERSES[self.settings.inverse], moments)
+        inverse, identity = INVERSES[self.settings.inverse], self._structure.identity
+        return coverage_of(self._model, self._found, inverse, moments, identity)
+
+    def follow_structure(self) -> str | None:
+        """Look for what was added to the model, replaced or taken away since; what is known of other layers stays.
+
+        :meth:`capture` does so at each step that takes statistics. All ranks must do so at the same step.
+
+        Returns:
+            What has changed, in words; None where nothing has.
+        """
+        if not self._structure.changed():
+            return None
+        change = self._structure.follow()
+        new = [layer.name for layer in change.new]
+        moved = {before: now for before, now in change.kept.items() if before != now}
+        # All ranks would ask for their statistics by the name that they had.
+        self._refresh_layers.discard([*change.gone, *moved])
+        for name in moved.values():
+            self._drop_pending(name)
+        self._due.follow(change.kept, new, self.step)
+        self._exchange.follow(change.kept)
+        self._observation.follow(change.kept, new, self.step)
+        self._unseen = {change.kept[name] for name in self._unseen if name in change.kept}
+        self._ranks_agree = False
+        said = str(change)
+        return f"KFC has found that the model is another at step {self.step}: {said}." if said else None
 
     def _cannot_explain(self, layer: str, reason: str) -> None:
         if self._team.size == 1:
@@ -310,8 +342,7 @@ class KFC:
             self._refresh_layers.give_up_together(layer, reason)
 
     def _drop(self, layer: str, reason: str) -> None:
-        self._dropped[layer] = reason
-        self._found.replace_by_parameters(layer, self._model, reason)
+        self._structure.drop(layer, reason)
         if distributed.rank() == 0:
             warnings.warn(
                 f"KFC has no Kronecker factors for {layer!r}: {reason}. Its parameters get a diagonal curvature; "
@@ -339,6 +370,10 @@ class KFC:
             ValueError: If the step is due, and ``factor_examples`` is set, but none of these is given.
         """
         self._begin_step_if_over()
+        self._observation.forgiving = self._has_stepped
+        recorded = self._due.date(self.step) or self._due.recorded_at(self.step, self._found.layers)
+        if recorded and self._micro_batch == 0 and (changed := self.follow_structure()):
+            self._say_or_warn(changed)
         if not self._ranks_agree:
             check_agreement(self.settings, self._found.layers, next(self._model.parameters()).device)
             self._ranks_agree = True
@@ -365,12 +400,14 @@ class KFC:
                 ``output_of`` or no term is recognised: 1/k when k micro-batches are accumulated.
 
         Raises:
-            LossNotRecognisedError: If the loss holds no recognised term.
+            LossNotRecognisedError: If the loss holds no term of the ``likelihood`` that was named.
             SelfTestError: If the first step shows that the rows of a layer do not explain its gradient.
             RuntimeError: If the step is due but its loss was not computed inside :meth:`capture`, or if its
-                backward has been run.
+                backward has been run. After the first optimizer step, nothing but the former is an error: what cannot
+                be used is left out and counted in :attr:`events`.
         """
-        if not (self._observation.active or self._parts.expected) and self._due.date(self.step):
+        recorded = self._observation.active or self._parts.expected or not self._found.layers
+        if not recorded and self._due.date(self.step):
             raise RuntimeError(
                 f"KFC has recorded nothing at step {self.step}: compute the loss inside `with kfc.capture():`."
             )
@@ -383,20 +420,50 @@ class KFC:
         self._reviewer.note_loss(loss, loss_scale)
         if not (self._observation.active or self._parts.expected):
             return
-        statistics = self._parts.statistics(
-            loss,
-            self.step,
-            self._micro_batch,
-            loss_scale=loss_scale,
-            loss_fraction=loss_fraction,
-            unseen=self._unseen,
-        )
-        self._refresh_layers.expect(self.recorded)
+        expected = {*self.recorded, *self._parts.expected}
+        self._observation.forgiving = self._has_stepped
+        try:
+            statistics = self._parts.statistics(
+                loss,
+                self.step,
+                self._micro_batch,
+                loss_scale=loss_scale,
+                loss_fraction=loss_fraction,
+                unseen=self._unseen,
+            )
+            self._leave_out(self._observation.failed)
+        except Exception as error:
+            if not self._has_stepped:
+                raise
+            statistics = {}
+            self._leave_out(dict.fromkeys(expected, error))
+        self._refresh_layers.expect(expected)
         # Finite or not is for all ranks to know together: refresh() looks at the sum over ranks.
         for name, entry in statistics.items():
             if name not in self._unseen:
                 self._found.layers[name].add(entry)
         self._micro_batch += 1
+
+    @property
+    def _has_stepped(self) -> bool:
+        """Whether an optimizer step has been made: from then on, training goes on whatever happens here."""
+        return self._stepped or self.step > 0
+
+    def _leave_out(self, failed: Mapping[str, Exception]) -> None:
+        """Do without this step's statistics of layers, on all ranks; say why, once."""
+        for name in failed:
+            if name not in self._found.layers or name in self._unseen:
+                continue
+            if self._team.size == 1:
+                self.forget([name])
+            else:
+                # The other ranks will ask for them: what is not finite is dropped by all.
+                self.layers[name].drop_pending()
+                self.layers[name].spoil()
+        for error in dict.fromkeys(failed.values()):
+            names = listed(name for name, own in failed.items() if own is error)
+            what = f"the statistics of {names} are left out of this step: {type(error).__name__}: {error}"
+            self.events.report("failed_statistics", self.step, what)
 
     def forget(self, layers: Iterable[str]) -> None:
         """Take no statistics of layers until their next step: their gradient gets a part that was not seen here."""
@@ -550,7 +617,7 @@ class KFC:
                     continue
                 if self._note_trained(layer):
                     unexplained.append(name)
-                if layer.inverse is None or tuple(gradients) != layer.roles:
+                if layer.inverse is None or tuple(gradients) != layer.roles or not layer.unchanged:
                     continue
                 matrix = layer.matrix(gradients)
                 gradient = matrix if loss_scale == 1 else matrix / loss_scale
@@ -666,9 +733,17 @@ class KFC:
 
     def _refresh(self, names: Iterable[str]) -> None:
         layers = [self._found.layers[name] for name in names]
+        # A layer whose parameters were replaced since is found anew where statistics are taken next.
+        layers = [layer for layer in layers if layer.unchanged]
         self._observation.count_again({layer.name for layer in layers if layer.pending is not None})
-        with full_precision(self._model):
-            self._unseen |= self._refresh_layers(layers, self.step, self.damping)
+        try:
+            with full_precision(self._model):
+                self._unseen |= self._refresh_layers(layers, self.step, self.damping)
+        except Exception as error:
+            # With several ranks the others wait for what this one has not sent, so that it cannot go on alone.
+            if not self._has_stepped or self._team.size > 1:
+                raise
+            self._leave_out({layer.name: error for layer in layers})
 
     def _note_trained(self, layer: Layer) -> bool:
         """Whether a layer that was recorded has a gradient of which no statistics were ever taken."""
@@ -762,7 +837,7 @@ class KFC:
             "layers": layers,
             "due": self._due.state_dict(),
             "periods": self._periods.state_dict(),
-            "dropped": dict(self._dropped),
+            "dropped": dict(self._structure.dropped),
             "self_test_done": self._observation.self_test_done,
             "never_negative": self._observation.never_negative,
             "events": self.events.state_dict(),
@@ -789,8 +864,7 @@ class KFC:
         self._stepped = False
         for name, reason in state["dropped"].items():
             if name in self._found.layers:
-                self._dropped[name] = reason
-                self._found.replace_by_parameters(name, self._model, reason)
+                self._structure.drop(name, reason)
         self._observation.restart_self_test(done=bool(state["self_test_done"]))
         self._observation.never_negative = bool(state.get("never_negative", False))
         self._periods.load_state_dict(state.get("periods", {}))
