@@ -148,6 +148,12 @@ def never_negative(loss: Tensor, terms: Sequence[WeightedTerm], loss_scale: floa
     return bool(terms) and bool(whole - total >= -ROUNDING * whole.abs())
 
 
+def all_zero(terms: Sequence[WeightedTerm]) -> bool:
+    """Whether terms are there, and each is multiplied by 0; a batch without examples is another matter."""
+    weights = [weighted.weights for weighted in terms if weighted.weights.numel()]
+    return bool(weights) and not any(bool(own.any()) for own in weights)
+
+
 def seed_scale(terms: Sequence[WeightedTerm]) -> float:
     """A power of two that brings the largest seeds near 1, so that they do not underflow in half precision."""
     largest = max((float(w.weights.max()) for w in terms if w.weights.numel()), default=0.0)

@@ -333,22 +333,27 @@ class KFC:
         self._unseen = {change.kept[name] for name in self._unseen if name in change.kept}
         self._ranks_agree = False
         said = str(change)
-        return f"KFC has found that the model is another at step {self.step}: {said}." if said else None
+        return f"KFC at step {self.step}: the layers of the model have changed; {said}." if said else None
 
-    def _cannot_explain(self, layer: str, reason: str) -> None:
+    def _cannot_explain(self, reasons: Mapping[str, str]) -> None:
         if self._team.size == 1:
-            self._drop(layer, reason)
-        else:
+            self._drop(reasons)
+            return
+        for layer, reason in reasons.items():
             self._refresh_layers.give_up_together(layer, reason)
 
-    def _drop(self, layer: str, reason: str) -> None:
-        self._structure.drop(layer, reason)
-        if distributed.rank() == 0:
-            warnings.warn(
-                f"KFC has no Kronecker factors for {layer!r}: {reason}. Its parameters get a diagonal curvature; "
-                "add it to `exclude` to give them their plain gradient and to silence this.",
-                stacklevel=2,
-            )
+    def _drop(self, reasons: Mapping[str, str]) -> None:
+        for reason in dict.fromkeys(reasons.values()):
+            alike = [layer for layer, own in reasons.items() if own == reason]
+            for layer in alike:
+                if layer in self._found.layers:  # else another part of its module took it along
+                    self._structure.drop(layer, reason)
+            if distributed.rank() == 0:
+                warnings.warn(
+                    f"KFC has no Kronecker factors for {listed(alike)}: {reason}. Its parameters get a diagonal "
+                    "curvature; add it to `exclude` to give them their plain gradient and to silence this.",
+                    stacklevel=2,
+                )
 
     # A step, in the order of its parts.
 

@@ -17,6 +17,7 @@ from lightning_kfc.factors.inverse import INVERSES
 from lightning_kfc.factors.statistics import Statistics
 from lightning_kfc.find_layers import Found
 from lightning_kfc.fisher import (
+    all_zero,
     back_propagate,
     empirical_statistics_of_loss,
     never_negative,
@@ -52,7 +53,7 @@ class Observation:
         settings: What to estimate, and how.
         found: The model's layers; a layer that cannot be explained is taken out of them, through ``drop``.
         due: When each layer is due.
-        drop: Called with a layer's name and the reason why its rows do not explain its gradient.
+        drop: Called with the names of layers and the reason why the rows of each do not explain its gradient.
         team: The ranks between which the batch is split; each of them samples targets of its own.
         times: Adds up the time that all this takes.
         events: Counts losses that cannot be used as they are.
@@ -71,7 +72,7 @@ class Observation:
         settings: Settings,
         found: Found,
         due: Due,
-        drop: Callable[[str, str], None],
+        drop: Callable[[Mapping[str, str]], None],
         team: Team,
         times: StepTimes,
         events: Events,
@@ -297,7 +298,7 @@ class Observation:
             # Every rank must bring statistics of the same layers, so that all of them drop the step together.
             seeds = unusable_seeds(kept, fisher, source)
             found = back_propagate(seeds, calls, 1.0, None, examples, on_failure=self._fail)
-        elif source is not None and not any(bool(w.weights.any()) for w in kept):
+        elif all_zero(kept):
             # What is multiplied by 0, to skip a batch, is no reason to forget the curvature that there was.
             self._report_no_gradient(step)
             found = {}
@@ -411,12 +412,9 @@ class Observation:
         return self._self_test
 
     def _conclude_self_test(self, test: SelfTest) -> None:
-        for name in test.never_called:
-            if name in self._found.layers:  # else another part of its module took it along
-                self._drop(name, self._found.layers[name].adapter.unseen)
-        for name, reason in test.unexplained.items():
-            if name in self._found.layers:
-                self._drop(name, reason)
+        unseen = {n: self._found.layers[n].adapter.unseen for n in test.never_called if n in self._found.layers}
+        if reasons := unseen | {n: why for n, why in test.unexplained.items() if n in self._found.layers}:
+            self._drop(reasons)
         test.waiting[:] = [n for n in test.waiting if n in self._found.layers and n not in test.unexplained]
         test.never_called.clear()
         test.unexplained.clear()
