@@ -538,7 +538,7 @@ class KFC:
         """
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         rates = {}
-        for name, layer in self.layers.items():
+        for name, layer in self._present().items():
             own = [groups.get(id(parameter)) for parameter in layer.trained_parameters().values()]
             if own and own[0] is not None and all(group is not None for group in own):
                 rates[name] = float(own[0]["lr"])
@@ -550,7 +550,11 @@ class KFC:
         Args:
             optimizer: Only for the layers whose parameters this optimizer steps; None for all.
         """
-        self._refresh(self.layers if optimizer is None else self.learning_rates(optimizer))
+        self._refresh(self._present() if optimizer is None else self.learning_rates(optimizer))
+
+    def _present(self) -> dict[str, Layer]:
+        """The layers that are what they were: others are found anew where statistics are taken next."""
+        return {name: layer for name, layer in self._found.layers.items() if layer.unchanged}
 
     def begin_refresh(self, optimizer: Optimizer) -> None:
         """Begin to add up over ranks what a step's losses have brought; the backward goes on meanwhile."""
@@ -599,7 +603,7 @@ class KFC:
             return self._precondition(lr, optimizer, loss_scale)
 
     def _precondition(self, lr: float | None, optimizer: Optimizer | None, loss_scale: float) -> bool:
-        rates = dict.fromkeys(self.layers, float(lr)) if lr is not None else {}
+        rates = dict.fromkeys(self._present(), float(lr)) if lr is not None else {}
         if optimizer is not None:
             rates = self.learning_rates(optimizer)
         if not self._all_finite(optimizer, rates):
@@ -622,7 +626,7 @@ class KFC:
                     continue
                 if self._note_trained(layer):
                     unexplained.append(name)
-                if layer.inverse is None or tuple(gradients) != layer.roles or not layer.unchanged:
+                if layer.inverse is None or tuple(gradients) != layer.roles:
                     continue
                 matrix = layer.matrix(gradients)
                 gradient = matrix if loss_scale == 1 else matrix / loss_scale
@@ -738,8 +742,6 @@ class KFC:
 
     def _refresh(self, names: Iterable[str]) -> None:
         layers = [self._found.layers[name] for name in names]
-        # A layer whose parameters were replaced since is found anew where statistics are taken next.
-        layers = [layer for layer in layers if layer.unchanged]
         self._observation.count_again({layer.name for layer in layers if layer.pending is not None})
         try:
             with full_precision(self._model):

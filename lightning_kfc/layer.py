@@ -214,7 +214,7 @@ class Layer:
 
         Estimated where that is far cheaper: see :func:`~lightning_kfc.factors.quadratic.estimated_quadratic_form`.
         """
-        if not self.averages:
+        if not self.averages or not self.unchanged:
             return 0.0
         return float(estimated_quadratic_form(self.curvature(), delta))
 
