@@ -153,12 +153,14 @@ class Recorder:
         paused: Whether calls pass unrecorded. A backward re-runs checkpointed forwards, which are none of ours.
         counted: The positions of the calls whose input rows have entered a statistic.
         times: Adds up the time that recording takes.
+        failures: What was raised while a call was recorded, by layer. The forward is the user's, and goes on.
     """
 
     calls: list[Call] = field(default_factory=list)
     paused: bool = False
     counted: set[int] = field(default_factory=set)
     times: StepTimes = field(default_factory=StepTimes)
+    failures: dict[str, Exception] = field(default_factory=dict)
     _handles: list[RemovableHandle] = field(default_factory=list)
 
     def attach(
@@ -180,7 +182,10 @@ class Recorder:
         for adapter in adapters:
 
             def record(forward: Forward, output: Tensor, adapter: Adapter = adapter) -> None:
-                self._record(layer, adapter, forward, output, direction, keep_inputs)
+                try:
+                    self._record(layer, adapter, forward, output, direction, keep_inputs)
+                except Exception as error:
+                    self.failures.setdefault(layer, error)
 
             self._handles.append(adapter.attach(ForwardHook(record)))
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import html
 import re
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_kfc.factors.inverse import Inverse
 from lightning_kfc.find_layers import Found
@@ -200,17 +201,31 @@ def _shorten(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(_cut(name, WIDTH - len("    ,")) for name in names[:most]) + more
 
 
-def coverage_of(model: nn.Module, found: Found, inverse: type[Inverse], moments: int = 0) -> Coverage:
-    """Make the coverage of a model from what was found in it.
+#: Why a parameter that the model has only since a moment ago has its plain gradient.
+TO_BE_FOUND = "new: found at the next step that takes statistics"
+
+
+def coverage_of(
+    model: nn.Module,
+    found: Found,
+    inverse: type[Inverse],
+    moments: int = 0,
+    identity: Callable[[str, nn.Parameter], int] = lambda name, parameter: id(parameter),
+) -> Coverage:
+    """Make the coverage of a model from what was found in it; the model may have changed since.
 
     Args:
         model: The model.
         found: What :func:`~lightning_kfc.find_layers.find_layers` returned.
         inverse: The user's kind of inverse.
         moments: How many numbers the rule keeps for each parameter; they count as memory of the inverse.
+        identity: Gives what a parameter, by its name and as it is now, is known by in ``found``.
     """
     owners: dict[int, list[Layer]] = {}
-    for layer in found.layers.values():
+    own = set(map(id, model.parameters()))
+    # A layer whose module, or whose parameters, were replaced takes no part any more.
+    present = [e for e in found.layers.values() if e.unchanged and own.issuperset(map(id, e.parameters()))]
+    for layer in present:
         for parameter in layer.parameters():
             owners.setdefault(id(parameter), []).append(layer)
     rows = []
@@ -218,21 +233,23 @@ def coverage_of(model: nn.Module, found: Found, inverse: type[Inverse], moments:
     for name, parameter in model.named_parameters():
         module, _, _ = name.rpartition(".")
         layers = owners.get(id(parameter), [])
+        numel = 0 if is_lazy(parameter) else parameter.numel()
         if not parameter.requires_grad:
             kind = layers[0].adapter.kind if layers else type(model.get_submodule(module)).__name__
-            row = CoverageRow(name, module, kind, "frozen", "requires_grad is False", {}, 0, parameter.numel())
+            row = CoverageRow(name, module, kind, "frozen", "requires_grad is False", {}, 0, numel)
         elif layers:
             adapter = layers[0].adapter
             held = sum(layer.nbytes(inverse, moments) for layer in layers if layer.name not in counted)
             counted |= {layer.name for layer in layers}
             why = layers[0].reason or adapter.approximation()
             shapes = _shapes(layers)
-            row = CoverageRow(name, module, adapter.kind, adapter.treatment, why, shapes, held, parameter.numel())
+            row = CoverageRow(name, module, adapter.kind, adapter.treatment, why, shapes, held, numel)
         else:
-            kind, reason = found.plain[id(parameter)]
-            row = CoverageRow(name, module, kind, "plain", reason, {}, 0, parameter.numel())
+            unknown = type(model.get_submodule(module)).__name__, TO_BE_FOUND
+            kind, reason = found.plain.get(identity(name, parameter), unknown)
+            row = CoverageRow(name, module, kind, "plain", reason, {}, 0, numel)
         rows.append(row)
-    return Coverage(tuple(rows), tuple(_lines(found.layers.values(), inverse, moments)))
+    return Coverage(tuple(rows), tuple(_lines(present, inverse, moments)))
 
 
 def _lines(layers: Iterable[Layer], inverse: type[Inverse], moments: int) -> Iterator[_Line]:

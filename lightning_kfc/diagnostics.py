@@ -137,8 +137,10 @@ class Diagnostics:
 
     def _ages(self) -> dict[str, float]:
         ages = [self._kfc().ages(name) for name in self._kfc().layers]
-        factors, inverses = ([age for age in part if age is not None] for part in zip(*ages, strict=True))
-        found = {"kfc/factor_age": factors, "kfc/inverse_age": inverses}
+        found = {
+            "kfc/factor_age": [factors for factors, _ in ages if factors is not None],
+            "kfc/inverse_age": [inverse for _, inverse in ages if inverse is not None],
+        }
         return {name: float(max(part)) for name, part in found.items() if part}
 
     def _chosen_periods(self) -> dict[str, float]:

@@ -243,14 +243,20 @@ class LossRecorder(TorchFunctionMode):
         super().__init__()
         self.terms: list[LossTerm] = []
         self.paused = False
+        #: What was raised while a call was read. The training step is the user's, and goes on.
+        self.failure: Exception | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call through, and record what a loss function was called with."""
         result = func(*args, **(kwargs or {}))
         read = LOSS_FUNCTIONS.get(func)
         if read is not None and not self.paused and isinstance(result, Tensor) and result.requires_grad:
-            with torch.no_grad(), torch.autocast(result.device.type, enabled=False):
-                term = read(result, *args, **(kwargs or {}))
+            try:
+                with torch.no_grad(), torch.autocast(result.device.type, enabled=False):
+                    term = read(result, *args, **(kwargs or {}))
+            except Exception as error:
+                self.failure = self.failure or error
+                return result
             if term is not None:
                 self.terms.append(term)
         return result

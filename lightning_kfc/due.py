@@ -31,6 +31,8 @@ class Due:
         self._folded: dict[str, int] = {}
         self._factorised: dict[str, tuple[int, float]] = {}
         self._waiting: dict[str, int] = {}
+        # Where layers that were found later began; each has a warm-up of its own.
+        self._own_starts: dict[str, int] = {}
         self._dates: tuple[int, int, dict[int | None, int]] | None = None
 
     def date(self, step: int) -> bool:
@@ -40,14 +42,23 @@ class Due:
     def recorded_at(self, step: int, layers: Iterable[str]) -> list[str]:
         """The layers whose statistics are taken at a step: all at a date, else those that wait for theirs.
 
-        A layer waits for no longer than one period: it may not be trained any more.
+        A layer waits for no longer than one period: it may not be trained any more. Layers that were found later
+        have their own warm-up.
         """
         if self.date(step):
             return list(layers)
-        if not self._waiting:
+        if not self._waiting and not self._own_starts:
             return []
         period = self._schedule.factor_every_n_steps
-        return [name for name in layers if name in self._waiting and step - self._waiting[name] <= period]
+        return [
+            name
+            for name in layers
+            if self._warms_up(name, step) or (name in self._waiting and step - self._waiting[name] <= period)
+        ]
+
+    def _warms_up(self, layer: str, step: int) -> bool:
+        """Whether a step is one of a layer's own warm-up, the one that ends it not included."""
+        return layer in self._own_starts and step - self._own_starts[layer] < self._schedule.warmup_steps
 
     def folded(self, layer: str, step: int) -> None:
         """Note that a layer's statistics were folded into its averages."""
@@ -105,6 +116,9 @@ class Due:
         return self._schedule.last_factors_due(step - self.started_at) + self.started_at
 
     def _last_inverse_date(self, layer: str, step: int) -> int:
+        if self._warms_up(layer, step):
+            start = self._own_starts[layer]
+            return self._schedule.last_inverses_due(step - start) + start
         slot, (_, dates) = self._slot(layer, step), self._last_dates(step)
         if slot not in dates:
             dates[slot] = self._schedule.last_inverses_due(step - self.started_at, slot) + self.started_at
@@ -113,6 +127,8 @@ class Due:
     def _slot(self, layer: str, step: int) -> int | None:
         # Slots are given out when the first step has shown which layers stay.
         since = step - self.started_at
+        if self._warms_up(layer, step):
+            return None
         return self._slots.of(layer) if since >= self._schedule.warmup_steps and since > 0 else None
 
     def hasten(self, layers: Iterable[str], step: int) -> None:
@@ -126,6 +142,21 @@ class Due:
         self._folded.pop(layer, None)
         self._factorised.pop(layer, None)
 
+    def follow(self, kept: Mapping[str, str], new: Iterable[str], step: int) -> None:
+        """Follow a model whose layers have changed.
+
+        Args:
+            kept: The present name of each layer that stays, by the name that it had.
+            new: Layers that begin at this step, with a warm-up of their own.
+            step: The optimizer step.
+        """
+        self._folded = {kept[name]: at for name, at in self._folded.items() if name in kept}
+        self._factorised = {kept[name]: made for name, made in self._factorised.items() if name in kept}
+        self._waiting = {kept[name]: at for name, at in self._waiting.items() if name in kept}
+        self._own_starts = {kept[name]: at for name, at in self._own_starts.items() if name in kept}
+        self._own_starts |= dict.fromkeys(new, step)
+        self._slots.follow(kept)
+
     def reschedule(self, schedule: RefreshSchedule) -> None:
         """Follow another schedule from now on."""
         self._schedule, self._dates = schedule, None
@@ -136,7 +167,7 @@ class Due:
         self.started_at = step
         self._dates = None
         self._slots.clear()
-        for kept in (self._folded, self._factorised, self._waiting):
+        for kept in (self._folded, self._factorised, self._waiting, self._own_starts):
             kept.clear()
 
     def state_dict(self) -> dict[str, Any]:
@@ -146,6 +177,7 @@ class Due:
             "folded": dict(self._folded),
             "factorised": {name: [at, damping] for name, (at, damping) in self._factorised.items()},
             "waiting": dict(self._waiting),
+            "own_starts": dict(self._own_starts),
             "slots": self._slots.state_dict(),
         }
 
@@ -155,5 +187,6 @@ class Due:
         self._folded = {name: int(at) for name, at in state["folded"].items()}
         self._factorised = {name: (int(at), float(damping)) for name, (at, damping) in state["factorised"].items()}
         self._waiting = {name: int(at) for name, at in state["waiting"].items()}
+        self._own_starts = {name: int(at) for name, at in state.get("own_starts", {}).items()}
         # States of versions without slots have none, and get theirs as at the start.
         self._slots.load_state_dict(state.get("slots", {}))

@@ -89,6 +89,12 @@ class Exchange:
             placement.add({layer.name: factorisation_cost(_shapes(layer))})
         return placement.owners[layer.name]
 
+    def follow(self, kept: Mapping[str, str]) -> None:
+        """Keep the owners of layers that stay, whose present names are given by those that they had."""
+        if self._placement is not None:
+            owners = self._placement.owners
+            self._placement.owners = {kept[name]: owner for name, owner in owners.items() if name in kept}
+
     def has_factors(self, layer: Layer) -> bool:
         """Whether this rank holds a layer's factors."""
         return self.owner(layer) in (None, self._team.rank)
@@ -350,6 +356,9 @@ def _attempted(factorise: Callable[[Layer], Inverse], layer: Layer) -> Outcome:
         return factorise(layer)
     except FactorisationError as error:
         return error
+    except Exception as error:
+        # Of an adapter of the user's, or for want of memory: other ranks wait for what came of it all the same.
+        return FactorisationError(f"{type(error).__name__}: {error}")
 
 
 def _on_cpu(state: Any) -> Any:

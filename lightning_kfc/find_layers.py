@@ -7,9 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_kfc.layer import Layer
 from lightning_kfc.layers import Adapter, ParameterAdapter, adapter_for
+
+#: Why the parameters of a lazy module have no curvature before it has seen an input.
+UNINITIALISED = "not initialised before the first forward"
 
 
 @dataclass
@@ -40,6 +44,13 @@ class Found:
             del self.layers[other]
         self._add_parameters(model, dict.fromkeys(given_up, reason))
 
+    def take_over(self, layers: Mapping[str, Layer], plain: Mapping[int, tuple[str, str]]) -> None:
+        """Have other layers and plain parameters, in the same object."""
+        self.layers.clear()
+        self.layers.update(layers)
+        self.plain.clear()
+        self.plain.update(plain)
+
     def _add_parameters(self, model: nn.Module, reasons: Mapping[int, str]) -> None:
         # In the model's order: the ranks of a process group must come to the same order, which that of ids is not.
         for name, parameter in model.named_parameters():
@@ -57,6 +68,8 @@ def find_layers(
     max_factor_dim: int | None = None,
     rows_per_dim: int | None = None,
     inverse_precision: str = "full",
+    *,
+    strict: bool = True,
 ) -> Found:
     """Find the layers of a model.
 
@@ -72,18 +85,22 @@ def find_layers(
         rows_per_dim: Statistics are taken from a part of a batch's rows that has so many times a factor's dimensions;
             None for all rows.
         inverse_precision: That of Cholesky inverses: ``"full"`` or ``"bfloat16"``.
+        strict: Whether it is an error that a pattern matches nothing, or that there is no layer.
 
     Raises:
         ValueError: If a pattern matches no module that has parameters of its own, or no layer with an adapter is left.
+            The layers of lazy modules are found once these are initialised, and count as layers that are left.
     """
-    owners = {name: module for name, module in model.named_modules() if module._parameters}
-    _check_patterns_match("include", include, owners)
-    _check_patterns_match("exclude", exclude, owners)
+    # A norm layer without scale and shift has the names of both, and None for each.
+    owners = {n: m for n, m in model.named_modules() if any(p is not None for p in m._parameters.values())}
+    if strict:
+        _check_patterns_match("include", include, owners)
+        _check_patterns_match("exclude", exclude, owners)
     left_out = {name: _left_out(name, include, exclude) for name in owners}
     held = _held_by_parents(owners)
     found, uses = Found(inverse_precision=inverse_precision), _Uses()
     for name, module in owners.items():
-        reason = left_out[name]
+        reason = left_out[name] or (UNINITIALISED if _uninitialised(module) else None)
         if reason is not None:
             found.plain |= dict.fromkeys(_identities(module._parameters), (type(module).__name__, reason))
         if name not in held:
@@ -104,7 +121,8 @@ def find_layers(
                 adapter.max_factor_dim = max_factor_dim
                 adapter.rows_per_dim = rows_per_dim
             found.layers[name] = Layer(name, adapters, inverse_precision=inverse_precision)
-    if not any(layer.adapter.own_parameters() for layer in found.layers.values()):
+    to_come = any(_uninitialised(module) for name, module in owners.items() if left_out[name] is None)
+    if strict and not to_come and not any(layer.adapter.own_parameters() for layer in found.layers.values()):
         _raise_no_layer(owners, include, exclude, held)
     found._add_parameters(model, {i: why for i, why in uses.unexplained().items() if i not in found.plain})
     return found
@@ -159,7 +177,12 @@ def _parts(name: str, module: nn.Module, weight_sharing: str) -> dict[str, Adapt
     kind = adapter_for(module)
     if kind is None or _refusal(module) is not None:
         return {}
-    return {f"{name}.{suffix}".strip("."): part for suffix, part in kind.parts(module, weight_sharing).items()}
+    parts = {f"{name}.{suffix}".strip("."): part for suffix, part in kind.parts(module, weight_sharing).items()}
+    return {part: adapter for part, adapter in parts.items() if adapter.parameters()}
+
+
+def _uninitialised(module: nn.Module) -> bool:
+    return any(parameter is not None and is_lazy(parameter) for parameter in module._parameters.values())
 
 
 def _connected(parts: Mapping[str, Adapter]) -> list[dict[str, Adapter]]:
@@ -206,6 +229,8 @@ def _left_out(name: str, include: Sequence[str] | None, exclude: Sequence[str] |
 
 def _refusal(module: nn.Module) -> str | None:
     kind = adapter_for(module)
+    if _uninitialised(module):
+        return UNINITIALISED
     if isinstance(module, nn.utils.parametrize.ParametrizationList):
         return "a weight that is re-parametrised is computed from it"
     if kind is None:

@@ -148,6 +148,12 @@ def never_negative(loss: Tensor, terms: Sequence[WeightedTerm], loss_scale: floa
     return bool(terms) and bool(whole - total >= -ROUNDING * whole.abs())
 
 
+def all_zero(terms: Sequence[WeightedTerm]) -> bool:
+    """Whether terms are there, and each is multiplied by 0; a batch without examples is another matter."""
+    weights = [weighted.weights for weighted in terms if weighted.weights.numel()]
+    return bool(weights) and not any(bool(own.any()) for own in weights)
+
+
 def seed_scale(terms: Sequence[WeightedTerm]) -> float:
     """A power of two that brings the largest seeds near 1, so that they do not underflow in half precision."""
     largest = max((float(w.weights.max()) for w in terms if w.weights.numel()), default=0.0)
@@ -244,6 +250,14 @@ def reaches(loss: Tensor, calls: Sequence[Call]) -> bool:
     return any(gradient is not None for gradient in found)
 
 
+#: Called with a layer's name and an error.
+OnFailure = Callable[[str, Exception], None]
+
+
+def _raised(layer: str, error: Exception) -> None:
+    raise error
+
+
 def back_propagate(
     passes: Iterator[Seeds],
     calls: Sequence[Call],
@@ -252,6 +266,7 @@ def back_propagate(
     examples: Mapping[str, ExampleGradients] | None = None,
     *,
     mean_fraction: float | None = None,
+    on_failure: OnFailure = _raised,
 ) -> dict[int, Statistics]:
     """The statistics of every call that the seeds reach.
 
@@ -263,6 +278,7 @@ def back_propagate(
         examples: By layer, what takes the gradients of single examples.
         mean_fraction: Where the seed is that of a whole loss, a mean over examples: the loss's fraction of the
             optimizer step; None for seeds of terms.
+        on_failure: Called with the name of a layer whose statistics could not be formed, and with the error.
 
     Returns:
         Statistics by the position of the call.
@@ -273,6 +289,12 @@ def back_propagate(
     jointly: dict[str, list[tuple[int, Call, Tensor]]] = {}
 
     def take(index: int, gradient: Tensor) -> None:
+        try:
+            add(index, gradient)
+        except Exception as error:
+            on_failure(calls[index].layer, error)
+
+    def add(index: int, gradient: Tensor) -> None:
         call, factor = calls[index], factors[index]
         arrived = call.output_gradient(gradient)
         with torch.no_grad():
@@ -329,6 +351,7 @@ def empirical_statistics_of_loss(
     loss_fraction: float,
     test: SelfTest | None,
     examples: Mapping[str, ExampleGradients] | None = None,
+    on_failure: OnFailure = _raised,
 ) -> dict[int, Statistics]:
     r"""The empirical Fisher of a loss whose terms are not recognised, taken to be a mean over examples.
 
@@ -336,4 +359,4 @@ def empirical_statistics_of_loss(
     :math:`f/N` of those of the examples, so that :math:`G = (N/f)\sum_r g_r g_r^\top`, N the examples of each call.
     """
     seeds: Seeds = [(loss_edge(loss), torch.full_like(loss, 1.0 / loss_scale))]
-    return back_propagate(iter([seeds]), calls, 1.0, test, examples, mean_fraction=loss_fraction)
+    return back_propagate(iter([seeds]), calls, 1.0, test, examples, mean_fraction=loss_fraction, on_failure=on_failure)

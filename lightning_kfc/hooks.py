@@ -282,6 +282,8 @@ class KFCHooks:
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Take over the checkpoint's state (under FSDP2 it is loaded after on_fit_start), and report."""
         self._training = True
+        # The module's own on_fit_start comes after ours.
+        self.kfc.follow_structure()
         if self._loaded is not None:
             self._take_over(self._loaded)
             self._loaded = None

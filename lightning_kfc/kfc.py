@@ -24,7 +24,7 @@ from lightning_kfc.isolation import eager_compiled_code, full_precision
 from lightning_kfc.layer import Layer
 from lightning_kfc.likelihood import Likelihood
 from lightning_kfc.messages import inform
-from lightning_kfc.monitor import Events, StepNumbers
+from lightning_kfc.monitor import Events, StepNumbers, listed
 from lightning_kfc.observation import Observation
 from lightning_kfc.period_choice import PeriodChoice
 from lightning_kfc.placement import factorisation_cost
@@ -35,6 +35,7 @@ from lightning_kfc.schedule import RefreshSchedule, value_at
 from lightning_kfc.settings import Settings, refuse_removed
 from lightning_kfc.slots import Slots
 from lightning_kfc.step_times import StepTimes
+from lightning_kfc.structure import Structure
 from lightning_kfc.trust_region import FIXED_DAMPING, FIXED_RADIUS, Verdict
 from lightning_kfc.units import Units
 
@@ -59,7 +60,7 @@ class KFC:
         kfc.review(optimizer=optimizer)
 
     Args:
-        model: The model. Modules that exist now are covered, those added later are not.
+        model: The model. Modules that are added or replaced later are found at the next step that takes statistics.
         damping: :math:`\lambda` of E4, in the units of the Fisher matrix of the loss; a number, or a function of
             the step such as :class:`~lightning_kfc.ExponentialSchedule`; ``"auto"`` sets itself by :meth:`review`.
         fisher: Whose targets the curvature is taken with: ``"mc"``: one sample a term from the model's own
@@ -177,21 +178,25 @@ class KFC:
     def _start(self, model: nn.Module, settings: Settings, process_group: Any) -> None:
         self._team = distributed.Team(process_group)
         self._model = model
-        self._found = find_layers(
+        self._structure = Structure(
             model,
-            settings.include,
-            settings.exclude,
-            settings.weight_sharing,
-            settings.max_factor_dim,
-            settings.rows_per_dim,
-            settings.inverse_precision,
+            lambda strict: find_layers(
+                model,
+                settings.include,
+                settings.exclude,
+                settings.weight_sharing,
+                settings.max_factor_dim,
+                settings.rows_per_dim,
+                settings.inverse_precision,
+                strict=strict,
+            ),
         )
+        self._found = self._structure.found
         #: The rule, and why it was chosen, where it is ``"auto"``.
         self.rule_choice = choose_rule(model, self._found.layers, settings)
         #: As they were given; :attr:`settings` are those in force, with the rule that was chosen.
         self.given_settings = settings
         self.settings = settings = with_rule(settings, self.rule_choice)
-        self._dropped: dict[str, str] = {}
         self._said: set[str] = set()
         #: Where the time of a step goes; runs only between its own begin_step() and end_step().
         self.times = StepTimes()
@@ -215,7 +220,7 @@ class KFC:
             self._team, settings.placement, INVERSES[settings.inverse], self._found.layers, self.communication
         )
         self._observation = Observation(
-            model, settings, self._found, self._due, self._cannot_explain, self._team, self.times
+            model, settings, self._found, self._due, self._cannot_explain, self._team, self.times, self.events
         )
         self._refresh_layers = Refresh(
             settings, self._due, self.events, self._team, self._exchange, self._drop, self.times
@@ -253,23 +258,53 @@ class KFC:
     def coverage(self) -> Coverage:
         """Every parameter with how it is treated and why; prints as a table."""
         moments = 2 if self.settings.rule == "adam" else 0
-        return coverage_of(self._model, self._found, INVERSES[self.settings.inverse], moments)
+        inverse, identity = INVERSES[self.settings.inverse], self._structure.identity
+        return coverage_of(self._model, self._found, inverse, moments, identity)
 
-    def _cannot_explain(self, layer: str, reason: str) -> None:
+    def follow_structure(self) -> str | None:
+        """Look for what was added to the model, replaced or taken away since; what is known of other layers stays.
+
+        :meth:`capture` does so at each step that takes statistics. All ranks must do so at the same step.
+
+        Returns:
+            What has changed, in words; None where nothing has.
+        """
+        if not self._structure.changed():
+            return None
+        change = self._structure.follow()
+        new = [layer.name for layer in change.new]
+        moved = {before: now for before, now in change.kept.items() if before != now}
+        # All ranks would ask for their statistics by the name that they had.
+        self._refresh_layers.discard([*change.gone, *moved])
+        for name in moved.values():
+            self._drop_pending(name)
+        self._due.follow(change.kept, new, self.step)
+        self._exchange.follow(change.kept)
+        self._observation.follow(change.kept, new, self.step)
+        self._unseen = {change.kept[name] for name in self._unseen if name in change.kept}
+        self._ranks_agree = False
+        said = str(change)
+        return f"KFC at step {self.step}: the layers of the model have changed; {said}." if said else None
+
+    def _cannot_explain(self, reasons: Mapping[str, str]) -> None:
         if self._team.size == 1:
-            self._drop(layer, reason)
-        else:
+            self._drop(reasons)
+            return
+        for layer, reason in reasons.items():
             self._refresh_layers.give_up_together(layer, reason)
 
-    def _drop(self, layer: str, reason: str) -> None:
-        self._dropped[layer] = reason
-        self._found.replace_by_parameters(layer, self._model, reason)
-        if distributed.rank() == 0:
-            warnings.warn(
-                f"KFC has no Kronecker factors for {layer!r}: {reason}. Its parameters get a diagonal curvature; "
-                "add it to `exclude` to give them their plain gradient and to silence this.",
-                stacklevel=2,
-            )
+    def _drop(self, reasons: Mapping[str, str]) -> None:
+        for reason in dict.fromkeys(reasons.values()):
+            alike = [layer for layer, own in reasons.items() if own == reason]
+            for layer in alike:
+                if layer in self._found.layers:  # else another part of its module took it along
+                    self._structure.drop(layer, reason)
+            if distributed.rank() == 0:
+                warnings.warn(
+                    f"KFC has no Kronecker factors for {listed(alike)}: {reason}. Its parameters get a diagonal "
+                    "curvature; add it to `exclude` to give them their plain gradient and to silence this.",
+                    stacklevel=2,
+                )
 
     # A step, in the order of its parts.
 
@@ -280,6 +315,10 @@ class KFC:
         Compute the loss inside. Compiled code runs eagerly there, and only there.
         """
         self._begin_step_if_over()
+        self._observation.forgiving = self._has_stepped
+        recorded = self._due.date(self.step) or self._due.recorded_at(self.step, self._found.layers)
+        if recorded and self._micro_batch == 0 and (changed := self.follow_structure()):
+            inform(changed)
         if not self._ranks_agree:
             check_agreement(self.settings, self._found.layers, next(self._model.parameters()).device)
             self._ranks_agree = True
@@ -305,12 +344,14 @@ class KFC:
                 ``output_of`` or no term is recognised: 1/k when k micro-batches are accumulated.
 
         Raises:
-            LossNotRecognisedError: If the loss holds no recognised term.
+            LossNotRecognisedError: If the loss holds no term of the ``likelihood`` that was named.
             SelfTestError: If the first step shows that the rows of a layer do not explain its gradient.
             RuntimeError: If the step is due but its loss was not computed inside :meth:`capture`, or if its
-                backward has been run.
+                backward has been run. After the first optimizer step, nothing but the former is an error: what cannot
+                be used is left out and counted in :attr:`events`.
         """
-        if not self._observation.active and self._due.date(self.step):
+        recorded = self._observation.active or not self._found.layers
+        if not recorded and self._due.date(self.step):
             raise RuntimeError(
                 f"KFC has recorded nothing at step {self.step}: compute the loss inside `with kfc.capture():`."
             )
@@ -325,21 +366,52 @@ class KFC:
             return
         # In manual optimization the forward is still being recorded.
         self._reviewer.pause()
-        statistics = self._observation.statistics(
-            loss,
-            self.step,
-            self._micro_batch,
-            loss_scale=loss_scale,
-            loss_fraction=loss_fraction,
-            unseen=self._unseen,
-        )
-        self._reviewer.resume()
-        self._refresh_layers.expect(self.recorded)
+        expected = set(self.recorded)
+        self._observation.forgiving = self._has_stepped
+        try:
+            statistics = self._observation.statistics(
+                loss,
+                self.step,
+                self._micro_batch,
+                loss_scale=loss_scale,
+                loss_fraction=loss_fraction,
+                unseen=self._unseen,
+            )
+            self._leave_out(self._observation.failed)
+        except Exception as error:
+            if not self._has_stepped:
+                raise
+            statistics = {}
+            self._leave_out(dict.fromkeys(expected, error))
+        finally:
+            self._reviewer.resume()
+        self._refresh_layers.expect(expected)
         # Finite or not is for all ranks to know together: refresh() looks at the sum over ranks.
         for name, entry in statistics.items():
             if name not in self._unseen:
                 self._found.layers[name].add(entry)
         self._micro_batch += 1
+
+    @property
+    def _has_stepped(self) -> bool:
+        """Whether an optimizer step has been made: from then on, training goes on whatever happens here."""
+        return self._stepped or self.step > 0
+
+    def _leave_out(self, failed: Mapping[str, Exception]) -> None:
+        """Do without this step's statistics of layers, on all ranks; say why, once."""
+        for name in failed:
+            if name not in self._found.layers or name in self._unseen:
+                continue
+            if self._team.size == 1:
+                self.forget([name])
+            else:
+                # The other ranks will ask for them: what is not finite is dropped by all.
+                self.layers[name].drop_pending()
+                self.layers[name].spoil()
+        for error in dict.fromkeys(failed.values()):
+            names = listed(name for name, own in failed.items() if own is error)
+            what = f"the statistics of {names} are left out of this step: {type(error).__name__}: {error}"
+            self.events.report("failed_statistics", self.step, what)
 
     def forget(self, layers: Iterable[str]) -> None:
         """Take no statistics of layers until their next step: their gradient gets a part that was not seen here."""
@@ -395,7 +467,7 @@ class KFC:
         """
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         rates = {}
-        for name, layer in self.layers.items():
+        for name, layer in self._present().items():
             own = [groups.get(id(parameter)) for parameter in layer.trained_parameters().values()]
             if own and own[0] is not None and all(group is not None for group in own):
                 rates[name] = float(own[0]["lr"])
@@ -407,7 +479,11 @@ class KFC:
         Args:
             optimizer: Only for the layers whose parameters this optimizer steps; None for all.
         """
-        self._refresh(self.layers if optimizer is None else self.learning_rates(optimizer))
+        self._refresh(self._present() if optimizer is None else self.learning_rates(optimizer))
+
+    def _present(self) -> dict[str, Layer]:
+        """The layers that are what they were: others are found anew where statistics are taken next."""
+        return {name: layer for name, layer in self._found.layers.items() if layer.unchanged}
 
     def begin_refresh(self, optimizer: Optimizer) -> None:
         """Begin to add up over ranks what a step's losses have brought; the backward goes on meanwhile."""
@@ -473,7 +549,7 @@ class KFC:
         loss_scale: float,
         loss_gradients: Mapping[int, Tensor],
     ) -> bool:
-        rates = dict.fromkeys(self.layers, float(lr)) if lr is not None else {}
+        rates = dict.fromkeys(self._present(), float(lr)) if lr is not None else {}
         if optimizer is not None:
             rates = self.learning_rates(optimizer)
         if not self._all_finite(optimizer, rates):
@@ -620,8 +696,14 @@ class KFC:
     def _refresh(self, names: Iterable[str]) -> None:
         layers = [self._found.layers[name] for name in names]
         self._observation.count_again({layer.name for layer in layers if layer.pending is not None})
-        with full_precision(self._model):
-            self._unseen |= self._refresh_layers(layers, self.step, self.damping)
+        try:
+            with full_precision(self._model):
+                self._unseen |= self._refresh_layers(layers, self.step, self.damping)
+        except Exception as error:
+            # With several ranks the others wait for what this one has not sent, so that it cannot go on alone.
+            if not self._has_stepped or self._team.size > 1:
+                raise
+            self._leave_out({layer.name: error for layer in layers})
 
     def _note_trained(self, layer: Layer) -> bool:
         """Whether a layer that was recorded has a gradient of which no statistics were ever taken."""
@@ -717,7 +799,7 @@ class KFC:
             "layers": layers,
             "due": self._due.state_dict(),
             "periods": self._periods.state_dict(),
-            "dropped": dict(self._dropped),
+            "dropped": dict(self._structure.dropped),
             "self_test_done": self._observation.self_test_done,
             "never_negative": self._observation.never_negative,
             "events": self.events.state_dict(),
@@ -742,8 +824,7 @@ class KFC:
         self._stepped = False
         for name, reason in state["dropped"].items():
             if name in self._found.layers:
-                self._dropped[name] = reason
-                self._found.replace_by_parameters(name, self._model, reason)
+                self._structure.drop(name, reason)
         self._observation.restart_self_test(done=bool(state["self_test_done"]))
         self._observation.never_negative = bool(state.get("never_negative", False))
         self._periods.load_state_dict(state.get("periods", {}))

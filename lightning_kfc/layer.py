@@ -56,6 +56,19 @@ class Layer:
         #: The roles of the parameters that factors and inverse are for; others may be frozen or unfrozen since.
         self.roles: tuple[str, ...] = ()
         self._pending_roles: tuple[str, ...] = ()
+        #: The layer's modules and parameters by their identity, when it was found.
+        self.found_as = self._identity()
+
+    def _identity(self) -> tuple[object, ...]:
+        return tuple(
+            (type(a), id(a.module), *((role, role in self._parts or id(p)) for role, p in a.parameters().items()))
+            for a in self.adapters
+        )
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the layer's modules still have the parameters that they had when it was found."""
+        return self._identity() == self.found_as
 
     @property
     def adapter(self) -> Adapter:
@@ -120,6 +133,16 @@ class Layer:
         """Forget what the micro-batches of the step have brought."""
         self.pending = self.examples = None
 
+    def spoil(self) -> None:
+        """Have what the step brings dropped, by all ranks: statistics that are not finite enter no average."""
+        like = next(iter(self.adapter.parameters().values()))
+        nan = torch.tensor(torch.nan, dtype=factor_dtype(like.dtype), device=like.device)
+        spoilt = {name: nan.repeat(shape) for name, shape in self.adapter.factor_shapes().items()}
+        means = {name: value for name, value in spoilt.items() if name in self.adapter.mean_factors}
+        self.add(Statistics(means, {name: value for name, value in spoilt.items() if name not in means}, 0))
+        if self.examples is not None:
+            self.examples.spoil()
+
     def fold(self, statistics: Statistics, decay: float) -> bool:
         """Fold a step's statistics into the running averages.
 
@@ -169,7 +192,7 @@ class Layer:
 
         Estimated where that is far cheaper: see :func:`~lightning_kfc.factors.quadratic.estimated_quadratic_form`.
         """
-        if not self.averages:
+        if not self.averages or not self.unchanged:
             return 0.0
         return float(estimated_quadratic_form(self.curvature(), delta))
 

@@ -52,11 +52,24 @@ def unrecognised(terms: Sequence[LossTerm], likelihood: str | Likelihood) -> str
             "not called while this loss was computed, or its output has no gradient. Name the module whose output "
             "the loss is computed from."
         )
-    seen = ", ".join(sorted({term.function for term in terms})) or "none"
     return (
         "KFC recognised no term of the loss "
-        f"(likelihood={likelihood!r}; loss functions seen in this step: {seen}). "
+        f"(likelihood={likelihood!r}; loss functions seen in this step: {_seen(terms)}). "
         "It knows cross_entropy, nll_loss, binary_cross_entropy_with_logits and mse_loss, as functions or modules. "
         "For another loss, name the likelihood and the module whose output is its logits, for example "
         "likelihood=Categorical(output_of='head'), or choose fisher='empirical'."
     )
+
+
+def by_its_own_gradient(terms: Sequence[LossTerm]) -> str:
+    """What to say where no term is recognised and no likelihood was named."""
+    return (
+        f"no term of the loss is recognised (loss functions seen in this step: {_seen(terms)}), so that its curvature "
+        "comes from the loss's own gradient (the empirical Fisher, of a mean over examples). Where the loss has "
+        "logits, likelihood=Categorical(output_of='head'), for example, names them and gives the model's own Fisher; "
+        "fisher='empirical' silences this"
+    )
+
+
+def _seen(terms: Sequence[LossTerm]) -> str:
+    return ", ".join(sorted({term.function for term in terms})) or "none"

@@ -11,8 +11,13 @@ from lightning_kfc import distributed
 
 def listed(names: Iterable[str], most: int = 5) -> str:
     """Names in quotes, for a message; many are cut short."""
-    quoted = [repr(name) for name in names]
-    return ", ".join(quoted[:most]) + (f" and {len(quoted) - most} more" if len(quoted) > most else "")
+    return shortened(map(repr, names), most)
+
+
+def shortened(entries: Iterable[str], most: int = 5) -> str:
+    """Entries of a list, for a message; many are cut short."""
+    entries = list(entries)
+    return ", ".join(entries[:most]) + (f" and {len(entries) - most} more" if len(entries) > most else "")
 
 
 @dataclass
@@ -37,6 +42,10 @@ class Events:
         missed_reviews: Steps that were to be reviewed and could not be, since their losses were not recorded, or not
             replayed.
         restarted_layers: Layers whose averages started anew, since their trainable parameters changed.
+        unrecognised_losses: Losses of which no term was recognised: statistics came from the loss's own gradient, or,
+            with a ``likelihood`` that no term has, from none.
+        losses_without_gradient: Losses whose gradient is zero, or that have none, of which no statistics were taken.
+        failed_statistics: Steps whose statistics could not be taken or folded, since an error was raised.
     """
 
     nonfinite_gradients: int = 0
@@ -50,6 +59,9 @@ class Events:
     shortened_steps: int = 0
     missed_reviews: int = 0
     restarted_layers: int = 0
+    unrecognised_losses: int = 0
+    losses_without_gradient: int = 0
+    failed_statistics: int = 0
 
     def count(self, event: str) -> int:
         """Add one to a count, and give the new one."""

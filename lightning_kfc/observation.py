@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 
 import torch
 from torch import Tensor, nn
 
 from lightning_kfc.capture import Call, Recorder, parameter_call
-from lightning_kfc.discovery import LossRecorder
+from lightning_kfc.discovery import LossRecorder, LossTerm
 from lightning_kfc.distributed import Team
 from lightning_kfc.due import Due
 from lightning_kfc.factors.inverse import INVERSES
 from lightning_kfc.factors.statistics import Statistics
 from lightning_kfc.find_layers import Found
 from lightning_kfc.fisher import (
+    all_zero,
     back_propagate,
     empirical_statistics_of_loss,
     never_negative,
@@ -29,7 +30,14 @@ from lightning_kfc.fisher import (
 )
 from lightning_kfc.isolation import eager_compiled_code, full_precision, leaving_no_trace, sinks_at_rest
 from lightning_kfc.layer import Layer
-from lightning_kfc.loss_terms import LossNotRecognisedError, attach_named_output, unrecognised, wanted_terms
+from lightning_kfc.loss_terms import (
+    LossNotRecognisedError,
+    attach_named_output,
+    by_its_own_gradient,
+    unrecognised,
+    wanted_terms,
+)
+from lightning_kfc.monitor import Events
 from lightning_kfc.per_example import ExampleGradients
 from lightning_kfc.selftest import SelfTest
 from lightning_kfc.settings import Settings
@@ -44,11 +52,14 @@ class Observation:
         settings: What to estimate, and how.
         found: The model's layers; a layer that cannot be explained is taken out of them, through ``drop``.
         due: When each layer is due.
-        drop: Called with a layer's name and the reason why its rows do not explain its gradient.
+        drop: Called with the names of layers and the reason why the rows of each do not explain its gradient.
         team: The ranks between which the batch is split; each of them samples targets of its own.
         times: Adds up the time that all this takes.
+        events: Counts losses that cannot be used as they are.
 
     Attributes:
+        forgiving: Whether an optimizer step has been made: from then on no loss is an error, and none of its layers.
+        failed: What was raised while the last statistics were taken, by layer.
         recorded: The layers whose statistics are taken at this step.
         self_test_done: Whether every layer has passed, or was dropped.
         never_negative: Whether no loss of the last step that was looked at has less than 0 in it, as far as is seen.
@@ -60,9 +71,10 @@ class Observation:
         settings: Settings,
         found: Found,
         due: Due,
-        drop: Callable[[str, str], None],
+        drop: Callable[[Mapping[str, str]], None],
         team: Team,
         times: StepTimes,
+        events: Events,
     ) -> None:
         self._model = model
         self._settings = settings
@@ -71,6 +83,7 @@ class Observation:
         self._drop = drop
         self._team = team
         self._times = times
+        self._events = events
         self._recorder: Recorder | None = None
         self._losses: LossRecorder | None = None
         self._self_test: SelfTest | None = None
@@ -78,6 +91,8 @@ class Observation:
         self._backward = contextlib.ExitStack()
         self.self_test_done = False
         self.never_negative = False
+        self.forgiving = False
+        self.failed: dict[str, Exception] = {}
         self.recorded: list[str] = []
 
     @property
@@ -102,7 +117,12 @@ class Observation:
                 wanted = functools.partial(test.direction, name) if test is not None and name in waiting else None
                 keep_inputs = layer.inverse_type(INVERSES[self._settings.inverse]).wants_examples
                 self._recorder.attach(name, layer.adapters, wanted, keep_inputs=keep_inputs)
-            handles += attach_named_output(self._model, self._settings.likelihood, self._losses)
+            try:
+                handles += attach_named_output(self._model, self._settings.likelihood, self._losses)
+            except ValueError as error:
+                if not self.forgiving:
+                    raise
+                self._losses.failure = error
             with eager_compiled_code(), self._losses:
                 try:
                     yield
@@ -147,6 +167,22 @@ class Observation:
         """Test no more, or anew from the next forward on."""
         self._self_test, self.self_test_done = None, done
 
+    def follow(self, kept: Mapping[str, str], new: Iterable[str], step: int) -> None:
+        """Follow a model whose layers have changed: test those that are new beside those that still wait for it.
+
+        Args:
+            kept: The present name of each layer that stays, by the name that it had.
+            new: The names of the new ones.
+            step: The optimizer step.
+        """
+        if self._self_test is None and not self.self_test_done:
+            return
+        waiting = {kept[name] for name in (self._self_test.waiting if self._self_test else ()) if name in kept}
+        layers = self._layers_with_rows([name for name in self._found.layers if name in waiting.union(new)])
+        self.restart_self_test(done=not layers)
+        if layers:
+            self._self_test = SelfTest(layers, self.generator(step, 0, stream=1)(torch.device("cpu")))
+
     def statistics(
         self,
         loss: Tensor,
@@ -168,11 +204,20 @@ class Observation:
             unseen: Layers whose examples are not to be collected.
 
         Raises:
-            LossNotRecognisedError: If the loss holds no recognised term.
-            SelfTestError: If the rows of a layer do not explain its gradient.
+            LossNotRecognisedError: If the loss holds no term of the likelihood that was named, before any optimizer
+                step was made.
+            SelfTestError: If the rows of a layer do not explain its gradient, likewise.
         """
+        self.failed = {}
         if self._recorder is None or self._losses is None:
             return {}
+        if self.forgiving and not loss.requires_grad:
+            self._report_no_gradient(step)
+            return {}
+        for name, error in self._recorder.failures.items():
+            self._fail(name, error)
+        if self._losses.failure is not None and not self.forgiving:
+            raise self._losses.failure
         self.pause()
         if micro_batch == 0:
             self.never_negative = True
@@ -184,7 +229,7 @@ class Observation:
                 names = {call.layer for call in recorded if call.inputs is not None}
                 examples = self._example_gradients(names - unseen, step)
                 found = self._back_propagate(
-                    loss, calls, self.generator(step, micro_batch), loss_scale, loss_fraction, examples
+                    loss, calls, self.generator(step, micro_batch), loss_scale, loss_fraction, examples, step
                 )
                 return self._by_layer(found, calls, len(recorded))
         finally:
@@ -207,6 +252,7 @@ class Observation:
         loss_scale: float,
         loss_fraction: float,
         examples: dict[str, ExampleGradients],
+        step: int,
     ) -> dict[int, Statistics]:
         assert self._losses is not None
         terms = list(self._losses.terms)
@@ -214,34 +260,88 @@ class Observation:
             loss, wanted_terms(terms, self._settings.likelihood), loss_scale=loss_scale, loss_fraction=loss_fraction
         )
         test, fisher = self._self_test, self._settings.fisher
+        if test is not None:
+            test.strict = not self.forgiving
+            test.recorded.difference_update(self.failed)
         if not self._graph_checked:
             refuse_reentrant_checkpointing(loss)
             self._graph_checked = True
         source = generator(kept[0].term.logits.device) if kept else None
         if source is not None and not all(w.is_finite() for w in kept):
             # Every rank must bring statistics of the same layers, so that all of them drop the step together.
-            found = back_propagate(unusable_seeds(kept, fisher, source), calls, 1.0, None, examples)
+            seeds = unusable_seeds(kept, fisher, source)
+            found = back_propagate(seeds, calls, 1.0, None, examples, on_failure=self._fail)
+        elif all_zero(kept):
+            # What is multiplied by 0, to skip a batch, is no reason to forget the curvature that there was.
+            self._report_no_gradient(step)
+            found = {}
         elif source is not None:
             scale = 1.0 if fisher == "empirical" else seed_scale(kept)
             self.never_negative &= never_negative(loss, kept, loss_scale)
             passes = seed_passes(kept, fisher, source)
-            found = back_propagate(passes, calls, scale, test, examples)
-        elif fisher == "empirical":
-            self.never_negative = False
-            found = empirical_statistics_of_loss(
-                loss, calls, loss_scale=loss_scale, loss_fraction=loss_fraction, test=test, examples=examples
-            )
-        elif reaches(loss, calls):
-            raise LossNotRecognisedError(unrecognised(terms, self._settings.likelihood))
+            found = back_propagate(passes, calls, scale, test, examples, on_failure=self._fail)
         else:
-            # A loss that trains other parameters than ours.
             self.never_negative = False
-            return {}
+            found = self._of_whole_loss(loss, calls, terms, loss_scale, loss_fraction, examples, step)
         # A term that this loss does not hold may belong to a later loss of the same training step.
         self._losses.terms[:] = [term for term in terms if all(term is not w.term for w in kept)]
         if test is not None:
             self._conclude_self_test(test)
         return found
+
+    def _of_whole_loss(
+        self,
+        loss: Tensor,
+        calls: Sequence[Call],
+        terms: Sequence[LossTerm],
+        loss_scale: float,
+        loss_fraction: float,
+        examples: dict[str, ExampleGradients],
+        step: int,
+    ) -> dict[int, Statistics]:
+        """Statistics of a loss none of whose terms count: its empirical Fisher, unless a likelihood was named."""
+        test, chosen = self._self_test, self._settings.fisher == "empirical"
+        if not chosen and self._settings.likelihood != "auto":
+            # A loss that trains other parameters than ours need not be recognised.
+            if reaches(loss, calls):
+                said = unrecognised(terms, self._settings.likelihood)
+                if not self.forgiving:
+                    raise LossNotRecognisedError(said)
+                self._events.report(
+                    "unrecognised_losses", step, f"no statistics are taken of this loss: {said.rstrip('.')}"
+                )
+            return {}
+        if test is not None and not chosen:
+            # A penalty on the weights, for one, is a part of this gradient that no rows explain.
+            test.strict = False
+        found = empirical_statistics_of_loss(
+            loss,
+            calls,
+            loss_scale=loss_scale,
+            loss_fraction=loss_fraction,
+            test=test,
+            examples=examples,
+            on_failure=self._fail,
+        )
+        if found and not any(bool(total.any()) for entry in found.values() for total in entry.sums.values()):
+            self._report_no_gradient(step)
+            for name in examples:
+                if self._found.layers[name].pending is None:
+                    self._found.layers[name].drop_pending()
+            return {}
+        if found and not chosen:
+            self._events.report("unrecognised_losses", step, by_its_own_gradient(terms))
+        return found
+
+    def _report_no_gradient(self, step: int) -> None:
+        what = "the gradient of this loss is zero, or there is none; no statistics are taken of it"
+        self._events.report("losses_without_gradient", step, what)
+
+    def _fail(self, layer: str, error: Exception) -> None:
+        """Note that a layer's statistics could not be taken; before the first optimizer step, that is an error."""
+        if not self.forgiving:
+            raise error
+        self.failed.setdefault(layer, error)
 
     def _by_layer(self, found: dict[int, Statistics], calls: Sequence[Call], recorded: int) -> dict[str, Statistics]:
         """The statistics of every layer that is still there, from those of its calls."""
@@ -255,7 +355,7 @@ class Observation:
                 entry = entry.without_means() if index in counted else entry
                 counted.add(index)
             statistics[name] = statistics[name] + entry if name in statistics else entry
-        return {name: entry for name, entry in statistics.items() if name in self._found.layers}
+        return {n: entry for n, entry in statistics.items() if n in self._found.layers and n not in self.failed}
 
     def _layers_with_rows(self, names: Iterable[str]) -> dict[str, Layer]:
         layers = {name: self._found.layers[name] for name in names}
@@ -285,10 +385,11 @@ class Observation:
         return self._self_test
 
     def _conclude_self_test(self, test: SelfTest) -> None:
-        for name in test.never_called:
-            if name in self._found.layers:  # else another part of its module took it along
-                self._drop(name, self._found.layers[name].adapter.unseen)
+        unseen = {n: self._found.layers[n].adapter.unseen for n in test.never_called if n in self._found.layers}
+        if reasons := unseen | {n: why for n, why in test.unexplained.items() if n in self._found.layers}:
+            self._drop(reasons)
+        test.waiting[:] = [n for n in test.waiting if n in self._found.layers and n not in test.unexplained]
         test.never_called.clear()
-        test.waiting[:] = [name for name in test.waiting if name in self._found.layers]
+        test.unexplained.clear()
         if not test.waiting:
             self.restart_self_test(done=True)

@@ -98,6 +98,10 @@ class ExampleGradients:
                 return
             self._take(_Rows(inputs, tuple(rows for _, rows in calls), factor))
 
+    def spoil(self) -> None:
+        """Make the second moment NaN: a part of the step's examples is missing."""
+        self.reached = self._incomplete = True
+
     def second_moment(self, basis: Eigenbasis) -> Tensor:
         """The sum over examples of the squared projections, ``(groups, d_out, d_in)``; NaN where it is not known."""
         if self._basis is not None and not self._basis.same_as(basis):

@@ -29,8 +29,8 @@ class Refresh:
         events: Counts what goes other than planned.
         team: The ranks between which the batch is split.
         exchange: Knows which of them holds what.
-        give_up: Called with a layer's name and the reason why its rows do not explain its gradient, once all ranks
-            know.
+        give_up: Called with the names of layers and the reason why the rows of each do not explain its gradient, once
+            all ranks know.
         times: Adds up the time that it takes.
 
     Attributes:
@@ -44,7 +44,7 @@ class Refresh:
         events: Events,
         team: Team,
         exchange: Exchange,
-        give_up: Callable[[str, str], None],
+        give_up: Callable[[Mapping[str, str]], None],
         times: StepTimes,
     ) -> None:
         self._settings = settings
@@ -195,9 +195,9 @@ class Refresh:
         return Reduction(self._team, outlines, pending, self._given_up, self._settings.reduce_precision)
 
     def _give_up_flagged(self, found: Mapping[str, Reduced], layers: Mapping[str, Layer]) -> None:
-        for name, reduced in found.items():
-            if reduced.flagged:
-                self._give_up(name, self._given_up.pop(name, layers[name].adapter.unseen))
+        flagged = [name for name, reduced in found.items() if reduced.flagged]
+        if flagged:
+            self._give_up({name: self._given_up.pop(name, layers[name].adapter.unseen) for name in flagged})
 
     # Second moments.
 

@@ -99,6 +99,10 @@ class Slots:
     def _open(self) -> Iterator[int]:
         return open_slots(self._schedule, with_statistics=self._with_statistics)
 
+    def follow(self, kept: Mapping[str, str]) -> None:
+        """Keep the slots of layers that stay, whose present names are given by those that they had."""
+        self._given = {kept[name]: slot for name, slot in self._given.items() if name in kept}
+
     def clear(self, schedule: RefreshSchedule | None = None) -> None:
         """Give out the slots anew, of another schedule where one is given."""
         self._schedule = schedule or self._schedule

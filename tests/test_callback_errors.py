@@ -1,13 +1,26 @@
-"""What cannot work is refused before the first optimizer step, naming the thing, the value and the way out."""
+"""What cannot work is refused before the first optimizer step, naming the thing, the value and the way out.
+
+From that step on a loss may look like anything: training goes on, and what cannot be used is counted and said once.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_kfc import Categorical, KFCCallback, LinearSchedule, LossNotRecognisedError
+from lightning_kfc import (
+    Categorical,
+    KFCCallback,
+    LinearSchedule,
+    LossNotRecognisedError,
+    observation,
+    register_adapter,
+)
+from lightning_kfc.layers.linear import LinearAdapter
+from lightning_kfc.refresh import Refresh
 from tests.lightning_nets import FEATURES, QUIET, ConvNet, Regression, images, loader, trainer, vectors
 
 pytestmark = QUIET
@@ -30,9 +43,13 @@ class Hinge(Regression):
         return F.multi_margin_loss(self(batch[0]), batch[1])
 
 
-def test_an_unknown_loss():
-    said = ["recognised no term of the loss", "loss functions seen in this step: none", "Categorical(output_of='head')"]
-    refused(LossNotRecognisedError, [*said, "fisher='empirical'"], KFCCallback(), Hinge())
+def test_an_unknown_loss_trains_by_its_own_gradient_which_one_line_says():
+    callback = KFCCallback()
+    with pytest.warns(UserWarning, match="no term of the loss is recognised .*the loss's own gradient") as said:
+        trainer(callback).fit(Hinge(), loader(vectors()))
+    assert len([w for w in said if "KFC" in str(w.message)]) == 1
+    assert callback.kfc.layers["head"].inverse is not None
+    assert callback.kfc.events.unrecognised_losses == 2
 
 
 def test_the_ways_out_of_an_unknown_loss_work():
@@ -130,3 +147,227 @@ def test_a_schedule_out_of_range(start, end, steps):
 def test_two_callbacks_for_the_same_layers_are_refused_by_lightning():
     with pytest.raises(RuntimeError, match="Found more than one stateful callback of type `KFCCallback`"):
         trainer(KFCCallback(), KFCCallback())
+
+
+# From the first optimizer step on, no loss is an error, and nothing of ours stops the training.
+
+
+class Losses(Regression):
+    """Computes the loss of each step by a function of its own, if there is one for it; else a cross entropy."""
+
+    def __init__(self, **by_step):
+        super().__init__()
+        self.by_step = {int(name.removeprefix("at_")): loss for name, loss in by_step.items()}
+        self.default = F.cross_entropy
+        self.weights = []
+
+    def training_step(self, batch, batch_idx):
+        self.weights.append(self.head.weight.detach().clone())
+        return self.by_step.get(batch_idx, self.default)(self(batch[0]), batch[1])
+
+
+def focal(logits, targets):
+    kept = logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
+    return (-((1 - kept.exp()) ** 2) * kept).mean()
+
+
+def zero_of_logits(logits, targets):
+    return logits.sum() * 0
+
+
+def zero_of_the_loss(logits, targets):
+    return 0 * F.cross_entropy(logits, targets)
+
+
+def zero_from_nothing(logits, targets):
+    return torch.zeros((), requires_grad=True, dtype=logits.dtype)
+
+
+#: Each step takes statistics.
+EACH = {"factor_every_n_steps": 1, "inverse_every_n_steps": 1, "damping": 0.1, "kl_clip": 0.03}
+
+
+def counted(callback):
+    return {name: count for name, count in callback.kfc.events.state_dict().items() if count}
+
+
+def warned_fit(callback, module, match, **options):
+    """Fit, with one warning of ours, which says that what follows is only counted."""
+    with pytest.warns(UserWarning, match=match) as said:
+        trainer(callback, **options).fit(module, loader(vectors(24)))
+    (ours,) = {str(w.message) for w in said if "KFC" in str(w.message)}
+    assert len([w for w in said if "KFC" in str(w.message)]) == 1
+    assert "only counted, in `kfc.events`" in ours
+    return ours
+
+
+def test_a_loss_that_is_another_one_from_some_step_on_is_counted_and_said_once():
+    module, callback = Losses(at_3=focal, at_4=focal, at_5=focal), KFCCallback(**EACH)
+    said = warned_fit(callback, module, "no term of the loss is recognised")
+    assert said.startswith("KFC at step 3: ")
+    assert counted(callback) == {"unrecognised_losses": 3}
+    assert callback.kfc.step == 5
+    assert callback.kfc.ages("head") == (0, 0)
+
+
+@pytest.mark.parametrize("loss", [zero_of_logits, zero_of_the_loss], ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_a_batch_that_is_skipped_by_a_loss_of_zero_leaves_curvature_and_weights_alone(loss, step):
+    module, callback = Losses(**{f"at_{step}": loss}), KFCCallback(**EACH)
+    factors = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, *args):
+            factors.append({name: value.clone() for name, value in callback.kfc.layers["head"].factors.items()})
+
+    with pytest.warns(UserWarning, match=f"KFC at step {step}: the gradient of this loss is zero"):
+        trainer(callback, Look()).fit(module, loader(vectors(24)))
+    assert counted(callback) == {"losses_without_gradient": 1}
+    assert all(torch.equal(factors[step][name], factors[step - 1][name]) for name in ("A", "G"))
+    for later in range(1, 6):
+        same = torch.equal(module.weights[later], module.weights[later - 1])
+        assert same == (later == step + 1), later
+
+
+def test_a_loss_that_depends_on_nothing_changes_nothing():
+    callback = KFCCallback(**EACH)
+    trainer(callback).fit(Losses(at_2=zero_from_nothing), loader(vectors(24)))
+    assert counted(callback) == {}
+    assert callback.kfc.layers["head"].inverse is not None
+
+
+def test_a_loss_of_zero_in_one_of_several_micro_batches_leaves_the_statistics_of_the_others():
+    module, callback = Losses(at_3=zero_of_logits), KFCCallback(**EACH)
+    with pytest.warns(UserWarning, match="the gradient of this loss is zero"):
+        trainer(callback, accumulate_grad_batches=2).fit(module, loader(vectors(24)))
+    assert counted(callback) == {"losses_without_gradient": 1}
+    assert callback.kfc.layers["head"].averages["A"].draws > 2
+
+
+def test_a_likelihood_that_no_term_has_any_more_is_counted_and_said_once():
+    module, callback = Losses(at_2=focal, at_4=focal), KFCCallback(likelihood="categorical", **EACH)
+    said = warned_fit(callback, module, "likelihood='categorical'")
+    assert "no statistics are taken of this loss" in said
+    assert counted(callback) == {"unrecognised_losses": 2}
+
+
+def test_logits_of_a_module_that_is_taken_away_are_counted_and_said_once():
+    class Renamed(Losses):
+        def on_train_batch_start(self, batch, batch_idx):
+            if batch_idx == 2:
+                self.tail = self.head
+                del self.head
+
+        def forward(self, inputs):
+            return (self.tail if hasattr(self, "tail") else self.head)(inputs)
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+    callback = KFCCallback(likelihood=Categorical(output_of="head"), **EACH)
+    said = warned_fit(callback, Renamed(), "found no logits: the module 'head'")
+    assert said.startswith("KFC at step 2: ")
+    assert counted(callback) == {"unrecognised_losses": 4}
+    assert list(callback.kfc.layers) == ["tail"]
+
+
+class Fragile(nn.Linear):
+    """A layer whose adapter raises when it is told to."""
+
+    raising = ""
+
+    def forward(self, input):
+        return F.linear(input, self.weight, self.bias)
+
+
+@register_adapter(Fragile)
+class _FragileAdapter(LinearAdapter):
+    kind = "Fragile"
+
+    def _may_raise(self, where):
+        if self.module.raising == where:
+            raise ZeroDivisionError("of the adapter")
+
+    def record(self, forward):
+        self._may_raise("record")
+        return super().record(forward)
+
+    def statistics(self, record, output_gradient):
+        self._may_raise("statistics")
+        return super().statistics(record, output_gradient)
+
+    def estimate(self, factors, draws):
+        self._may_raise("estimate")
+        return super().estimate(factors, draws)
+
+
+class WithFragile(Regression):
+    def __init__(self, raising, since):
+        super().__init__()
+        self.body = Fragile(FEATURES, FEATURES, dtype=torch.float64)
+        self.raising, self.since = raising, since
+
+    def forward(self, inputs):
+        return self.head(self.body(inputs).tanh())
+
+    def training_step(self, batch, batch_idx):
+        self.body.raising = self.raising if batch_idx >= self.since else ""
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("where", ["record", "statistics"])
+def test_a_layer_whose_statistics_raise_keeps_its_last_inverse_and_the_others_theirs(where):
+    module, callback = WithFragile(where, since=2), KFCCallback(**EACH)
+    said = warned_fit(callback, module, "the statistics of 'body' are left out of this step")
+    assert "ZeroDivisionError: of the adapter" in said
+    assert said.startswith("KFC at step 2: ")
+    assert counted(callback) == {"failed_statistics": 4}
+    assert callback.kfc.ages("body")[0] == 4
+    assert callback.kfc.ages("head")[0] == 0
+    assert callback.kfc.layers["body"].inverse is not None
+
+
+@pytest.mark.parametrize("where", ["record", "statistics"])
+def test_before_the_first_step_the_same_is_an_error(where):
+    with pytest.raises(ZeroDivisionError, match="of the adapter"):
+        trainer(KFCCallback(**EACH)).fit(WithFragile(where, since=0), loader(vectors()))
+
+
+def test_an_inverse_that_raises_is_a_failed_factorisation():
+    module, callback = WithFragile("estimate", since=5), KFCCallback(**EACH)
+    with pytest.warns(UserWarning, match="'body': ZeroDivisionError: of the adapter; the last good inverse is kept"):
+        trainer(callback).fit(module, loader(vectors(24)))
+    assert counted(callback) == {"failed_factorisations": 1}
+
+
+@pytest.mark.parametrize("part", ["statistics", "refresh"])
+def test_what_else_goes_wrong_is_counted_and_gradients_are_preconditioned_by_what_there_is(part, monkeypatch):
+    def broken(*args, **kwargs):
+        if callback.kfc.step >= 2:
+            raise ZeroDivisionError("of ours")
+        return original(*args, **kwargs)
+
+    owner, name = {"statistics": (observation, "back_propagate"), "refresh": (Refresh, "_fold_pending")}[part]
+    original = getattr(owner, name)
+    monkeypatch.setattr(owner, name, broken)
+    callback, seen = KFCCallback(**EACH), []
+
+    class Look(Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            seen.append(module.head.weight.grad.clone())
+
+    said = warned_fit_with(Look, callback, "ZeroDivisionError: of ours")
+    assert said.startswith("KFC at step 2: the statistics of 'head' are left out of this step")
+    assert counted(callback)["failed_statistics"] >= 4
+    assert callback.kfc.step == 5
+    assert callback.kfc.ages("head")[0] == 4
+    before, after = seen[-2:]
+    assert not torch.allclose(before, after, rtol=1e-3)
+
+
+def warned_fit_with(look, callback, match):
+    """As :func:`warned_fit`, with a look at the gradients on both sides of the callback."""
+    with pytest.warns(UserWarning, match=match) as said:
+        trainer(look(), callback, look()).fit(Losses(), loader(vectors(24)))
+    (ours,) = [str(w.message) for w in said if "KFC" in str(w.message)]
+    return ours

@@ -390,27 +390,53 @@ UNKNOWN: dict[str, Loss] = {
 }
 
 
+OWN_GRADIENT = r"no term of the loss is recognised .*seen in this step: {}.*the loss's own gradient.*output_of="
+
+
+@pytest.mark.parametrize("fisher", ["mc", "exact"])
 @pytest.mark.parametrize("case", UNKNOWN)
-def test_a_loss_that_is_not_recognised_is_an_error_that_tells_the_way_out(case: str) -> None:
-    model = head()
-    kfc = engine(model, fisher="mc")
-    with kfc.capture():
-        loss = UNKNOWN[case](model(data(4, 4)))
-    with pytest.raises(
-        LossNotRecognisedError, match=r"likelihood='auto'.*seen in this step: none.*output_of=.*empirical"
-    ):
-        kfc.update(loss)
+def test_a_loss_that_is_not_recognised_has_the_empirical_fisher_which_is_said_once(case: str, fisher: str) -> None:
+    model, x = head(), data(4, 4)
+    kfc = engine(model, fisher=fisher)
+    for step in range(2):
+        with kfc.capture():
+            loss = UNKNOWN[case](model(x))
+        if step == 0:
+            with pytest.warns(UserWarning, match=OWN_GRADIENT.format("none")) as said:
+                kfc.update(loss)
+            assert len(said) == 1
+        else:
+            kfc.update(loss)
+        kfc.precondition(lr=0.1)
+    assert kfc.events.unrecognised_losses == 2
+    chosen = observe(model, lambda: UNKNOWN[case](model(x)), fisher="empirical")
+    assert chosen.events.unrecognised_losses == 0
+    for name, layer in kfc.layers.items():
+        oracles.assert_equal(layer.G, chosen.layers[name].G, what=f"G of {name}")
 
 
-def test_a_recognised_function_that_is_no_part_of_the_loss_is_named_by_the_error() -> None:
+def test_a_recognised_function_that_is_no_part_of_the_loss_is_named() -> None:
     model = head()
     kfc = engine(model)
     with kfc.capture():
         z = model(data(4, 4))
         F.cross_entropy(z, TARGET)
         loss = F.huber_loss(z, Y)
-    with pytest.raises(LossNotRecognisedError, match="seen in this step: cross_entropy"):
+    with pytest.warns(UserWarning, match=OWN_GRADIENT.format("cross_entropy")):
         kfc.update(loss)
+
+
+def test_a_penalty_on_the_weights_beside_an_unrecognised_loss_is_no_error() -> None:
+    # No rows explain the gradient of such a loss.
+    model, x = head(), data(4, 4)
+    kfc = engine(model)
+    with kfc.capture():
+        loss = F.huber_loss(model(x), Y) + sum(p.square().sum() for p in model.parameters())
+    with pytest.warns(UserWarning, match="KFC") as said:
+        kfc.update(loss)
+    messages = sorted(str(warning.message).partition(":")[0] for warning in said)
+    assert messages == ["KFC at step 0", "KFC has no Kronecker factors for '0', '2'"]
+    assert {row.treatment for row in kfc.coverage()} == {"diagonal"}
 
 
 @pytest.mark.parametrize("name", ["categorical", "gaussian", "bernoulli"])
@@ -438,6 +464,24 @@ def test_a_likelihood_that_no_term_has_is_an_error_naming_it_and_what_was_seen()
         loss = F.cross_entropy(model(data(4, 4)), TARGET)
     with pytest.raises(LossNotRecognisedError, match=r"likelihood='bernoulli'.*cross_entropy"):
         kfc.update(loss)
+
+
+def test_a_likelihood_that_no_term_has_later_is_counted_and_said_once() -> None:
+    model, x = head(), data(4, 4)
+    kfc = observe(model, lambda: F.binary_cross_entropy_with_logits(model(x), LABELS), likelihood="bernoulli")
+    kfc.precondition(lr=0.1)
+    before = {name: layer.G.clone() for name, layer in kfc.layers.items()}
+    for step in range(2):
+        with kfc.capture():
+            loss = F.cross_entropy(model(x), TARGET)
+        if step == 0:
+            with pytest.warns(UserWarning, match=r"no statistics are taken.*likelihood='bernoulli'.*cross_entropy"):
+                kfc.update(loss)
+        else:
+            kfc.update(loss)
+        kfc.precondition(lr=0.1)
+    assert kfc.events.unrecognised_losses == 2
+    assert all(torch.equal(layer.G, before[name]) for name, layer in kfc.layers.items())
 
 
 NAMED: dict[str, tuple[Categorical | Bernoulli | Gaussian, Loss, Loss]] = {
@@ -506,6 +550,29 @@ def test_a_loss_without_gradient_is_an_error() -> None:
         loss = F.cross_entropy(model(data(4, 4)), TARGET).detach()
     with pytest.raises(ValueError, match="the loss has no gradient"):
         kfc.update(loss)
+
+
+def test_a_loss_without_gradient_is_counted_once_a_step_has_been_made() -> None:
+    model, x = head(), data(4, 4)
+    kfc = observe(model, lambda: F.cross_entropy(model(x), TARGET))
+    kfc.precondition(lr=0.1)
+    before = {name: layer.G.clone() for name, layer in kfc.layers.items()}
+    losses = [
+        lambda: F.cross_entropy(model(x), TARGET).detach(),
+        lambda: 0 * F.cross_entropy(model(x), TARGET),
+        lambda: (model(x) * 0).sum(),
+    ]
+    for count, loss in enumerate(losses):
+        with kfc.capture():
+            value = loss()
+        if count == 0:
+            with pytest.warns(UserWarning, match="the gradient of this loss is zero, or there is none"):
+                kfc.update(value)
+        else:
+            kfc.update(value)
+        kfc.precondition(lr=0.1)
+    assert kfc.events.losses_without_gradient == 3
+    assert all(torch.equal(layer.G, before[name]) for name, layer in kfc.layers.items())
 
 
 def test_a_forward_without_gradient_or_outside_the_capture_counts_for_nothing() -> None:
