@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_kfc.isolation import unseen_by_dispatch_modes
@@ -37,6 +36,46 @@ class Slot(int):
 
 
 @dataclass(frozen=True)
+class Traits:
+    """What is known of an operator.
+
+    Attributes:
+        is_plain: Whether it is made of tensor operations, as higher-order operators are not.
+        repoints: Whether it gives a tensor other memory.
+        resizes: Whether it changes the size of a tensor's memory.
+        collective: Whether other ranks take part in it.
+        seeded: Whether it draws random numbers.
+        written: The positions and names of the arguments that it writes.
+    """
+
+    is_plain: bool
+    repoints: bool = False
+    resizes: bool = False
+    collective: bool = False
+    seeded: bool = False
+    written: tuple[tuple[int, str], ...] = ()
+
+
+@functools.cache
+def traits_of(function: Any) -> Traits:
+    """The traits of an operator, by its schema."""
+    if not isinstance(function, torch._ops.OpOverload):
+        return Traits(is_plain=False)
+    name, collective = function._schema.name, function.namespace in COLLECTIVES
+    written = tuple(
+        (position, argument.name)
+        for position, argument in enumerate(function._schema.arguments)
+        if (argument.alias_info is not None and argument.alias_info.is_write)
+        # The schemas of batch norms do not tell that they write their running statistics.
+        or argument.name.startswith("running_")
+        or collective
+    )
+    seeded = torch.Tag.nondeterministic_seeded in function.tags
+    return Traits(True, name in REPOINTS, name in RESIZES, collective, seeded, written)
+
+
+# Made at each recorded operation, and so not frozen: that would take twice the time.
+@dataclass(slots=True)
 class Operation:
     """One recorded operation.
 
@@ -44,6 +83,8 @@ class Operation:
         function: The operator.
         args: Its positional arguments, with a slot for each tensor.
         kwargs: Its keyword arguments, likewise.
+        used: All slots among its arguments.
+        nested: Whether a container among its arguments holds slots.
         made: The slots of the tensors that it returned, in order; None for other results.
         reads: The numbers of the storages that it read.
         writes: The numbers of the storages that it made or wrote.
@@ -51,17 +92,14 @@ class Operation:
     """
 
     function: Any
-    args: tuple[Any, ...]
+    args: list[Any]
     kwargs: dict[str, Any]
-    made: tuple[Slot | None, ...]
-    reads: frozenset[int]
-    writes: frozenset[int]
-    draw: RandomDraw | None
-
-    @property
-    def is_collective(self) -> bool:
-        """Whether other ranks take part in it."""
-        return self.function.namespace in COLLECTIVES
+    used: list[Slot]
+    nested: bool
+    made: list[Slot | None]
+    reads: set[int]
+    writes: set[int]
+    draw: RandomDraw | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +131,14 @@ class RecordedLoss:
     @property
     def needs_collectives(self) -> bool:
         """Whether the loss depends on what other ranks send."""
-        return any(op.is_collective for op in self.tape.slice(self.slot, self.length, with_collectives=False))
+        return any(
+            traits_of(op.function).collective
+            for op, _ in self.tape.slice(self.slot, self.length, with_collectives=False)
+        )
+
+
+#: Operations in order, each with the slots that none after it uses.
+Slice = list[tuple[Operation, set[Slot]]]
 
 
 class Tape(TorchDispatchMode):
@@ -110,6 +155,11 @@ class Tape(TorchDispatchMode):
     # Else torch raises an error where such an operator meets a mode.
     supports_higher_order_operators = True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing is compiled while a tape is open, so that torch need not guard each operation against it.
+        return False
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         self.refusal: str | None = None
@@ -118,11 +168,11 @@ class Tape(TorchDispatchMode):
         # By the id of a tensor: a reference that tells whether it is still that tensor, its slot, and its storage.
         self._known: dict[int, tuple[weakref.ref[Tensor], Slot, int | None]] = {}
         self._slot_storage: list[int] = []
-        # By the address of a storage: its number. A weak reference keeps an address from being used again.
+        # By the address of a storage: its number.
         self._storages: dict[int, int] = {}
-        self._storage_references: list[StorageWeakRef] = []
-        # By the number of a storage: the last tensor on it, and how many elements of its type the storage has.
-        self._latest: dict[int, tuple[Slot, torch.dtype, int]] = {}
+        self._storage_references = _StorageReferences()
+        # By the number of a storage: the last tensor on it.
+        self._latest: dict[int, tuple[Slot, torch.dtype]] = {}
         self._outside: dict[Slot, tuple[Tensor, int]] = {}
         self._outside_owners: list[Tensor] = []
         self._outside_storages: set[int] = set()
@@ -132,33 +182,38 @@ class Tape(TorchDispatchMode):
         # The numbers of the storages whose content depends on tensors that require gradients.
         self._trained: set[int] = set()
         self._scalars: dict[Node, tuple[Slot, Tensor]] | None = None
-        self._slices: dict[tuple[Slot, int, bool], list[Operation]] = {}
+        self._slices: dict[tuple[Slot, int, bool], Slice] = {}
 
     # Recording.
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and record it."""
         kwargs = kwargs or {}
-        if self.paused or not self.replayable():
+        traits = traits_of(func)
+        if self.paused or not self.replayable() or traits.repoints:
             return func(*args, **kwargs)
-        if not isinstance(func, torch._ops.OpOverload):
+        if not traits.is_plain:
             self._refuse(f"the higher-order operator {func} is not made of tensor operations")
             return func(*args, **kwargs)
-        if func._schema.name in REPOINTS:
-            return func(*args, **kwargs)
-        recorded_args = tuple(self._encoded(value, func) for value in args)
-        recorded_kwargs = {name: self._encoded(value, func) for name, value in kwargs.items()}
-        reads = frozenset(self._slot_storage[slot] for slot in _slots((recorded_args, recorded_kwargs)))
-        written = self._about_to_be_written(func, args, kwargs)
-        draw = RandomDraw.of(args, kwargs) if torch.Tag.nondeterministic_seeded in func.tags else None
+        used: list[Slot] = []
+        recorded_args = [self._encoded(value, used, func) for value in args]
+        recorded_kwargs = {name: self._encoded(value, used, func) for name, value in kwargs.items()} if kwargs else {}
+        direct = len([value for value in recorded_args if type(value) is Slot])
+        direct += len([value for value in recorded_kwargs.values() if type(value) is Slot])
+        reads = {self._slot_storage[slot] for slot in used}
+        writes = self._about_to_be_written(func, traits, args, kwargs) if traits.written else set()
+        draw = RandomDraw.of(args, kwargs) if traits.seeded else None
         if not self.replayable():
             return func(*args, **kwargs)
         result = func(*args, **kwargs)
-        made = tuple(self._slot_of_result(value) for value in _flat(result))
-        writes = written | {self._slot_storage[slot] for slot in made if slot is not None}
+        results = [result] if isinstance(result, Tensor) else _flat(result)
+        made = [self._slot_of_result(value) if isinstance(value, Tensor) else None for value in results]
+        writes.update([self._slot_storage[slot] for slot in made if slot is not None])
         if not self._trained.isdisjoint(reads):
             self._trained |= writes
-        self._operations.append(Operation(func, recorded_args, recorded_kwargs, made, reads, frozenset(writes), draw))
+        self._operations.append(
+            Operation(func, recorded_args, recorded_kwargs, used, direct < len(used), made, reads, writes, draw)
+        )
         return result
 
     def replayable(self) -> bool:
@@ -170,6 +225,7 @@ class Tape(TorchDispatchMode):
         if self._scalars is None:
             self._scalars = self._scalar_results()
             self._known = {}
+            self._storage_references.release()
 
     def locate(self, loss: Tensor) -> RecordedLoss | None:
         """Find a loss on the tape, given it or a multiple of it; None where it is not there, or is 0.
@@ -205,23 +261,28 @@ class Tape(TorchDispatchMode):
         self._operations, self._known, self._outside, self._overwritten = [], {}, {}, {}
         self._outside_owners = []
 
-    def _encoded(self, value: Any, function: Any) -> Any:
+    def _encoded(self, value: Any, used: list[Slot], function: Any) -> Any:
         if isinstance(value, Tensor):
-            return self._slot_of(value, function)
-        if isinstance(value, (list, tuple)):
-            return type(value)([self._encoded(entry, function) for entry in value])
+            slot = self._slot_of(value, function)
+            used.append(slot)
+            return slot
+        # Sizes and the like are numbers throughout.
+        if isinstance(value, (list, tuple)) and value and not isinstance(value[0], (int, float)):
+            return type(value)([self._encoded(entry, used, function) for entry in value])
         return value
 
     def _slot_of(self, tensor: Tensor, function: Any) -> Slot:
-        if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-            self._refuse(f"{function} has an argument of the tensor subclass {type(tensor).__name__}")
+        kind = type(tensor)
+        if kind is not Tensor and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            self._refuse(f"{function} has an argument of the tensor subclass {kind.__name__}")
             return self._new_slot(tensor, None)
         address = _storage_address(tensor)
         known = self._known.get(id(tensor))
         if known is not None and known[0]() is tensor and known[2] == address:
-            if tensor.grad_fn is not None and self._slot_storage[known[1]] not in self._trained:
+            slot = known[1]
+            if self._slot_storage[slot] not in self._trained and tensor.grad_fn is not None:
                 self._refuse_hidden(tensor, function)
-            return known[1]
+            return slot
         # Assigning to `.data` gives a known tensor another storage; what holds that storage is another tensor's slot.
         number = None if address is None else self._storages.get(address)
         # Several parameters may share a storage, as those of a recurrent layer do: each has its own values.
@@ -235,7 +296,8 @@ class Tape(TorchDispatchMode):
 
     def _aliasing(self, tensor: Tensor, address: int | None, number: int) -> Slot:
         """The slot of a tensor that came to share the memory of a recorded one without an operation that tells."""
-        latest, dtype, count = self._latest[number]
+        latest, dtype = self._latest[number]
+        count = tensor.untyped_storage().nbytes() // dtype.itemsize
         self._aliased.add(number)
         # All of the memory as a vector, in the other type, in the tensor's geometry.
         steps: list[tuple[Any, tuple[Any, ...]]] = [(torch.ops.aten.as_strided.default, ([count], [1], 0))]
@@ -247,8 +309,9 @@ class Tape(TorchDispatchMode):
         for position, (function, arguments) in enumerate(steps):
             last = position == len(steps) - 1
             made = self._new_slot(tensor, address) if last else self._unnamed_slot(number)
-            storage = frozenset({number})
-            self._operations.append(Operation(function, (slot, *arguments), {}, (made,), storage, storage, None))
+            self._operations.append(
+                Operation(function, [slot, *arguments], {}, [slot], False, [made], {number}, {number})
+            )
             slot = made
         return slot
 
@@ -275,29 +338,27 @@ class Tape(TorchDispatchMode):
             number = len(self._slot_storage)
             if address is not None:
                 self._storages[address] = number
-                reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-                self._storage_references.append(reference)
+                self._storage_references.hold(tensor.untyped_storage())
         self._slot_storage.append(number)
         if address is not None:
-            self._latest[number] = slot, tensor.dtype, tensor.untyped_storage().nbytes() // tensor.itemsize
+            self._latest[number] = slot, tensor.dtype
         self._known[id(tensor)] = weakref.ref(tensor), slot, address
         return slot
 
-    def _slot_of_result(self, value: Any) -> Slot | None:
-        if not isinstance(value, Tensor):
-            return None
+    def _slot_of_result(self, value: Tensor) -> Slot:
         address = _storage_address(value)
         known = self._known.get(id(value))
         if known is not None and known[0]() is value and known[2] == address:
             return known[1]
         return self._new_slot(value, address)
 
-    def _about_to_be_written(self, function: Any, args: Any, kwargs: Any) -> set[int]:
+    def _about_to_be_written(self, function: Any, traits: Traits, args: Any, kwargs: Any) -> set[int]:
         """The numbers of the storages that an operation is going to write; their content is kept."""
         written: set[int] = set()
-        for tensor in _written(function, args, kwargs):
+        named = [args[position] if position < len(args) else kwargs.get(name) for position, name in traits.written]
+        for tensor in (leaf for leaf in _flat(named) if isinstance(leaf, Tensor)):
             address = _storage_address(tensor)
-            if address is None or function._schema.name in RESIZES or tensor.is_nested:
+            if address is None or traits.resizes or tensor.is_nested:
                 self._refuse(f"{function} writes a tensor in a way that cannot be repeated")
                 return written
             number = self._storages[address]
@@ -309,16 +370,19 @@ class Tape(TorchDispatchMode):
 
     # Replay.
 
-    def slice(self, slot: Slot, length: int, *, with_collectives: bool) -> list[Operation]:
-        """The operations, of the first ``length`` ones, on which a tensor depends."""
+    def slice(self, slot: Slot, length: int, *, with_collectives: bool) -> Slice:
+        """The operations, of the first ``length`` ones, on which a tensor depends, each with what it uses last."""
         key = slot, length, with_collectives
         if key not in self._slices:
-            live, kept = {self._slot_storage[slot]}, []
+            live, later, kept = {self._slot_storage[slot]}, {slot}, []
             for operation in reversed(self._operations[:length]):
-                if not live.isdisjoint(operation.writes) or (with_collectives and operation.is_collective):
+                collective = with_collectives and traits_of(operation.function).collective
+                if collective or not live.isdisjoint(operation.writes):
                     live |= operation.reads
                     live |= operation.writes
-                    kept.append(operation)
+                    last = {s for s in (*operation.used, *operation.made) if s is not None and s not in later}
+                    later |= last
+                    kept.append((operation, last))
             self._slices[key] = kept[::-1]
         return self._slices[key]
 
@@ -339,35 +403,20 @@ class Tape(TorchDispatchMode):
             RuntimeError: If an operation fails; the message names it.
         """
         operations = self.slice(slot, length, with_collectives=with_collectives)
-        last_use = {used: position for position, op in enumerate(operations) for used in _slots((op.args, op.kwargs))}
-        last_use[slot] = len(operations)
-        read = {used for op in operations for used in _slots((op.args, op.kwargs))} | {slot}
-        draws = [op.draw for op in operations if op.draw is not None]
+        read = {used for operation, _ in operations for used in operation.used} | {slot}
+        draws = [operation.draw for operation, _ in operations if operation.draw is not None]
         with unseen_by_dispatch_modes(), _default_generators_kept(draws), contextlib.ExitStack() as stack:
             values = self._values_from_outside(read, parameters)
             for device in {tensor.device.type for tensor in values.values()} | {"cpu"}:
                 stack.enter_context(torch.autocast(device, enabled=False))
-            for position, operation in enumerate(operations):
+            for operation, last in operations:
                 try:
-                    self._run(operation, values)
+                    _run(operation, values)
                 except Exception as error:
                     raise RuntimeError(f"{operation.function} could not be run again: {error}") from error
-                for used in {*_slots((operation.args, operation.kwargs)), *operation.made}:
-                    if used is not None and last_use.get(used, -1) <= position:
-                        values.pop(used, None)
+                for used in last:
+                    values.pop(used, None)
             return values[slot]
-
-    def _run(self, operation: Operation, values: dict[Slot, Tensor]) -> None:
-        draw = operation.draw
-        if draw is not None and not draw.own:
-            _set_default_state(draw.device, draw.state)
-        args, kwargs = _decoded((operation.args, operation.kwargs), values, draw)
-        result = operation.function(*args, **kwargs)
-        for made, value in zip(operation.made, _flat(result), strict=True):
-            if made is not None:
-                values[made] = value
-            elif operation.is_collective and hasattr(value, "wait"):
-                value.wait()
 
     def _values_from_outside(self, read: set[Slot], parameters: Mapping[int, Tensor]) -> dict[Slot, Tensor]:
         values: dict[Slot, Tensor] = {}
@@ -410,8 +459,29 @@ def _flat(value: Any) -> list[Any]:
     return [value]
 
 
-def _slots(value: Any) -> Iterator[Slot]:
-    return (leaf for leaf in _flat(value) if isinstance(leaf, Slot))
+def _run(operation: Operation, values: dict[Slot, Tensor]) -> None:
+    """Run an operation again, on values and for values by slot."""
+    draw = operation.draw
+    if draw is not None and not draw.own:
+        _set_default_state(draw.device, draw.state)
+    args, kwargs = operation.args, operation.kwargs
+    if operation.nested or draw is not None:
+        args, kwargs = _decoded((args, kwargs), values, draw)
+    else:
+        args = [values[value] if type(value) is Slot else value for value in args]
+        if kwargs:
+            kwargs = {name: values[value] if type(value) is Slot else value for name, value in kwargs.items()}
+    result = operation.function(*args, **kwargs)
+    if isinstance(result, Tensor):
+        if operation.made[0] is not None:
+            values[operation.made[0]] = result
+        return
+    for made, value in zip(operation.made, _flat(result), strict=True):
+        if made is not None:
+            values[made] = value
+        elif hasattr(value, "wait"):
+            # The handle of a collective.
+            value.wait()
 
 
 def _decoded(value: Any, values: Mapping[Slot, Tensor], draw: RandomDraw | None) -> Any:
@@ -426,24 +496,23 @@ def _decoded(value: Any, values: Mapping[Slot, Tensor], draw: RandomDraw | None)
     return value
 
 
-@functools.cache
-def _written_arguments(function: Any) -> tuple[tuple[int, str], ...]:
-    """The positions and names of the arguments that an operator writes."""
-    return tuple(
-        (position, argument.name)
-        for position, argument in enumerate(function._schema.arguments)
-        if (argument.alias_info is not None and argument.alias_info.is_write)
-        # The schemas of batch norms do not tell that they write their running statistics.
-        or argument.name.startswith("running_")
-        or function.namespace in COLLECTIVES
-    )
+class _StorageReferences:
+    """Weak references to storages: while they are held, no later storage gets the address of one that is gone."""
 
+    def __init__(self) -> None:
+        self._references: list[Any] = []
 
-def _written(function: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    values = [
-        args[position] if position < len(args) else kwargs.get(name) for position, name in _written_arguments(function)
-    ]
-    return [leaf for leaf in _flat(values) if isinstance(leaf, Tensor)]
+    def hold(self, storage: torch.UntypedStorage) -> None:
+        """Hold a reference to a storage, which does not keep its memory."""
+        self._references.append(storage._weak_ref())
+
+    def release(self) -> None:
+        """Let go of all references."""
+        while self._references:
+            torch.UntypedStorage._free_weak_ref(self._references.pop())  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+
+    def __del__(self) -> None:
+        self.release()
 
 
 @dataclass(frozen=True)
