@@ -55,8 +55,9 @@ class KFCHooks:
         fisher: Whose targets the curvature is taken with. "mc": sampled from the model; "exact": all
             possible ones, at one back-propagation each; "empirical": the data's.
         likelihood: What the loss is the negative logarithm of. "auto" recognises it by the loss functions
-            called in `training_step`. A likelihood object with `output_of` names the module whose output is
-            the logits, for losses that are computed otherwise.
+            called in `training_step`; where it recognises none, the curvature comes from the loss's own gradient. A
+            likelihood object with `output_of` names the module whose output is the logits, for losses that are
+            computed otherwise.
         factor_every_n_steps: Curvature statistics are taken every so many optimizer steps. "auto": chosen soon after
             the warm-up, by the time that the parts of a step have taken, to keep to `max_overhead`.
         inverse_every_n_steps: Inverses are refreshed every so many optimizer steps, or "auto".

@@ -66,8 +66,8 @@ class KFC:
         fisher: Whose targets the curvature is taken with: ``"mc"``: one sample a term from the model's own
             distribution; ``"exact"``: all its outcomes, one back-propagation each; ``"empirical"``: the data's.
         likelihood: What the loss is the negative logarithm of. ``"auto"`` recognises it from the loss
-            functions that are called; ``"categorical"``, ``"bernoulli"`` and ``"gaussian"`` keep only terms of that
-            kind; a :class:`~lightning_kfc.likelihood.Likelihood` with ``output_of`` names the module whose output is
+            functions that are called, and takes the empirical Fisher of a loss of which it recognises nothing;
+            ``"categorical"``, ``"bernoulli"`` and ``"gaussian"`` keep only terms of that kind; a :class:`~lightning_kfc.likelihood.Likelihood` with ``output_of`` names the module whose output is
             the logits, for losses computed otherwise.
         factor_every_n_steps: Statistics are taken every so many optimizer steps (the paper's T_cov). ``"auto"``: chosen
             soon after the warm-up, by the time that the parts of a step have taken, to keep to ``max_overhead``.

@@ -12,7 +12,7 @@ from lightning_kfc.likelihood import Likelihood
 
 
 class LossNotRecognisedError(RuntimeError):
-    """No loss term was recognised in the loss, so that the Fisher matrix is not known."""
+    """No term of the loss has the likelihood that was named, so that the Fisher matrix is not known."""
 
 
 def attach_named_output(model: nn.Module, likelihood: str | Likelihood, losses: LossRecorder) -> list[RemovableHandle]:
