@@ -155,11 +155,6 @@ class Tape(TorchDispatchMode):
     # Else torch raises an error where such an operator meets a mode.
     supports_higher_order_operators = True
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # Nothing is compiled while a tape is open, so that torch need not guard each operation against it.
-        return False
-
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         self.refusal: str | None = None
@@ -280,8 +275,11 @@ class Tape(TorchDispatchMode):
         known = self._known.get(id(tensor))
         if known is not None and known[0]() is tensor and known[2] == address:
             slot = known[1]
-            if self._slot_storage[slot] not in self._trained and tensor.grad_fn is not None:
-                self._refuse_hidden(tensor, function)
+            if self._slot_storage[slot] not in self._trained and tensor.requires_grad:
+                if tensor.grad_fn is not None:
+                    self._refuse_hidden(tensor, function)
+                # A parameter that was frozen before, as toggled optimizers have it.
+                self._trained.add(self._slot_storage[slot])
             return slot
         # Assigning to `.data` gives a known tensor another storage; what holds that storage is another tensor's slot.
         number = None if address is None else self._storages.get(address)

@@ -6,7 +6,6 @@ What is known of all other layers stays, and nothing raises, at the end of the f
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -118,7 +117,10 @@ def test_a_layer_that_is_added_is_preconditioned_from_the_next_statistics_on(
     assert said() == ([] if hook == "on_fit_start" else [line])
 
 
-def test_a_new_layer_has_a_warm_up_of_its_own_and_the_others_keep_their_dates() -> None:
+def test_a_new_layer_has_a_warm_up_of_its_own_and_the_others_keep_their_dates(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "lightning_kfc")
     model = double(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     x, y = data(6, 4), classes(6, count=3)
     kfc = KFC(model, warmup_steps=3, factor_every_n_steps=5, inverse_every_n_steps=10)
@@ -126,12 +128,11 @@ def test_a_new_layer_has_a_warm_up_of_its_own_and_the_others_keep_their_dates() 
     for step in range(20):
         if step == 6:
             model[2] = nn.Linear(5, 3).double()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            train_step(kfc, torch.optim.SGD(model.parameters(), lr=0.1), lambda: F.cross_entropy(model(x), y))
+        caplog.clear()
+        train_step(kfc, torch.optim.SGD(model.parameters(), lr=0.1), lambda: F.cross_entropy(model(x), y))
         recorded[step] = kfc.recorded
         inverted[step] = [name for name in kfc.layers if kfc.ages(name)[1] == 0]
-        assert len(caught) == (step == 10), [str(warning.message) for warning in caught]
+        assert len(caplog.records) == (step == 10), caplog.text
     dates = {0: ("0", "2"), 1: ("0", "2"), 2: ("0", "2"), 5: ("0", "2"), 10: ("0", "2"), 15: ("0", "2")}
     assert {step: names for step, names in recorded.items() if names} == {**dates, 11: ("2",), 12: ("2",)}
     assert [step for step, names in inverted.items() if "2" in names and step >= 10][:3] == [10, 11, 12]
@@ -355,7 +356,10 @@ def test_a_layer_that_was_dropped_stays_dropped_until_it_is_another() -> None:
     assert len(warned) == 1
 
 
-def test_a_parameter_of_another_shape_trains_plainly_until_the_next_statistics() -> None:
+def test_a_parameter_of_another_shape_trains_plainly_until_the_next_statistics(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "lightning_kfc")
     model = double(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     x, y = data(6, 4), classes(6, count=3)
     kfc = KFC(model, warmup_steps=0, factor_every_n_steps=3, inverse_every_n_steps=3)
@@ -367,11 +371,10 @@ def test_a_parameter_of_another_shape_trains_plainly_until_the_next_statistics()
             assert treatments(kfc)["2.weight"] == ("plain", "new: found at the next step that takes statistics")
             assert "2 " not in str(kfc.coverage()).splitlines()[4]
         model.zero_grad()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            with kfc.capture():
-                loss = F.cross_entropy(model(x), y)
-        assert len(caught) == (step == 3)
+        caplog.clear()
+        with kfc.capture():
+            loss = F.cross_entropy(model(x), y)
+        assert len(caplog.records) == (step == 3)
         kfc.update(loss)
         loss.backward()
         plain = [p.grad.clone() for p in model.parameters()]

@@ -381,6 +381,19 @@ def test_what_cannot_be_replayed_is_refused_by_name_and_still_runs(name: str) ->
     assert re.search(said, tape.refusal), tape.refusal
 
 
+def test_a_parameter_may_be_frozen_for_a_part_of_the_recording() -> None:
+    model, x = nn.Linear(6, 3), numbers()
+
+    def loss_of() -> Tensor:
+        model.requires_grad_(False)
+        first = model(x).sum()
+        model.requires_grad_(True)
+        return first + model(x).sum()
+
+    _, loss, found = recorded(loss_of)
+    assert found.replay({}, with_collectives=False) == pytest.approx(float(loss.detach()))
+
+
 def test_an_operation_that_no_longer_fits_is_named() -> None:
     weight = torch.tensor([1.0, -1.0, 2.0], requires_grad=True)
     _, _, found = recorded(lambda: weight[weight > 0].view(2).sum())
