@@ -67,8 +67,9 @@ class KFC:
             distribution; ``"exact"``: all its outcomes, one back-propagation each; ``"empirical"``: the data's.
         likelihood: What the loss is the negative logarithm of. ``"auto"`` recognises it from the loss
             functions that are called, and takes the empirical Fisher of a loss of which it recognises nothing;
-            ``"categorical"``, ``"bernoulli"`` and ``"gaussian"`` keep only terms of that kind; a :class:`~lightning_kfc.likelihood.Likelihood` with ``output_of`` names the module whose output is
-            the logits, for losses computed otherwise.
+            ``"categorical"``, ``"bernoulli"`` and ``"gaussian"`` keep only terms of that kind; a
+            :class:`~lightning_kfc.likelihood.Likelihood` with ``output_of`` names the module whose output is the
+            logits, for losses computed otherwise.
         factor_every_n_steps: Statistics are taken every so many optimizer steps (the paper's T_cov). ``"auto"``: chosen
             soon after the warm-up, by the time that the parts of a step have taken, to keep to ``max_overhead``.
         inverse_every_n_steps: Inverses are refreshed every so many optimizer steps (the paper's T_inv), or ``"auto"``.
@@ -274,8 +275,7 @@ class KFC:
         change = self._structure.follow()
         new = [layer.name for layer in change.new]
         moved = {before: now for before, now in change.kept.items() if before != now}
-        # All ranks would ask for their statistics by the name that they had.
-        self._refresh_layers.discard([*change.gone, *moved])
+        self._refresh_layers.follow(change.kept)
         for name in moved.values():
             self._drop_pending(name)
         self._due.follow(change.kept, new, self.step)

@@ -98,6 +98,16 @@ class Refresh:
             self._begun = None
         self._expected.difference_update(layers)
 
+    def follow(self, kept: Mapping[str, str]) -> None:
+        """Follow a model whose layers have changed.
+
+        Args:
+            kept: The present name of each layer that stays, by the name that it had. Statistics that wait under another
+                name are asked for no more.
+        """
+        self.discard([name for name in self._expected if kept.get(name) != name])
+        self._given_up = {kept[name]: reason for name, reason in self._given_up.items() if name in kept}
+
     def abandon(self) -> None:
         """Forget a sum that is still on its way, as an exception has left it."""
         self._begun = None

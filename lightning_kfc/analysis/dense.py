@@ -36,6 +36,8 @@ def evaluate(
         finally:
             for handle in handles:
                 handle.remove()
+    if losses.failure is not None:
+        raise losses.failure
     kept = weighted_terms(value, wanted_terms(losses.terms, likelihood))
     if not kept:
         raise LossNotRecognisedError(unrecognised(losses.terms, likelihood))
