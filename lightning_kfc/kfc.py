@@ -347,8 +347,10 @@ class KFC:
             LossNotRecognisedError: If the loss holds no term of the ``likelihood`` that was named.
             SelfTestError: If the first step shows that the rows of a layer do not explain its gradient.
             RuntimeError: If the step is due but its loss was not computed inside :meth:`capture`, or if its
-                backward has been run. After the first optimizer step, nothing but the former is an error: what cannot
-                be used is left out and counted in :attr:`events`.
+                backward has been run.
+
+        From the first optimizer step on, the missing :meth:`capture` alone is an error: what else cannot be used is
+        left out, and counted in :attr:`events`.
         """
         recorded = self._observation.active or not self._found.layers
         if not recorded and self._due.date(self.step):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_kfc import distributed
@@ -191,7 +192,9 @@ class Reviewer:
     def record(self, step: int) -> Iterator[None]:
         """Record the forward within, if the step is to be reviewed."""
         self._tape = None
-        if not (self.region.active and self.region.review_planned(step)) or self._before is not None:
+        planned = self.region.active and self.region.review_planned(step) and self._before is None
+        # The first forward of a lazy module makes its parameters, of which there is nothing to replay yet.
+        if not planned or any(map(is_lazy, self._model.parameters())):
             yield
             return
         self._tape = tape = Tape()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_kfc.isolation import unseen_by_dispatch_modes
@@ -270,6 +271,9 @@ class Tape(TorchDispatchMode):
         kind = type(tensor)
         if kind is not Tensor and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
             self._refuse(f"{function} has an argument of the tensor subclass {kind.__name__}")
+            return self._new_slot(tensor, None)
+        if kind is not Tensor and is_lazy(tensor):
+            self._refuse(f"{function} has an argument that is not initialised yet, as lazy modules have it")
             return self._new_slot(tensor, None)
         address = _storage_address(tensor)
         known = self._known.get(id(tensor))

@@ -405,11 +405,12 @@ def lazy_net() -> nn.Sequential:
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
-def test_lazy_modules_are_covered_after_the_first_forward(said: Callable[[], list[str]]) -> None:
+@pytest.mark.parametrize("automatic", [False, True], ids=["fixed", "auto"])
+def test_lazy_modules_are_covered_after_the_first_forward(automatic: bool, said: Callable[[], list[str]]) -> None:
     module = Classifier(lazy_net())
     start = KFC(module.net).coverage()
     assert {row.reason for row in start} == {"not initialised before the first forward"}
-    spy, kfc = watched_fit(module, epochs=1)
+    spy, kfc = watched_fit(module, epochs=1, **({"damping": "auto", "kl_clip": "auto"} if automatic else {}))
     for name, _ in module.named_parameters():
         assert spy.plain[name] == [0]
         assert spy.replaced[name] == [1, 2, 3, 4, 5]
@@ -418,6 +419,21 @@ def test_lazy_modules_are_covered_after_the_first_forward(said: Callable[[], lis
         "'net.4' (Linear)."
     ]
     assert {row.treatment for row in kfc.kfc.coverage()} == {"kfc", "block"}
+    assert kfc.kfc.reviews == automatic
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_a_lazy_module_that_is_made_in_a_training_step_ends_reviews_which_is_said() -> None:
+    class Lazily(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if batch_idx == 3:
+                self.net[3] = nn.LazyLinear(3)
+                new_optimizer(self)
+            return super().training_step(batch, batch_idx)
+
+    with pytest.warns(UserWarning, match="not initialised yet, as lazy modules have it"):
+        spy, _ = watched_fit(Lazily(dense_net()), epochs=2, damping="auto", kl_clip="auto")
+    assert spy.replaced["net.1.weight"] == list(range(2 * EPOCH))
 
 
 @pytest.mark.parametrize(
