@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+from lightning_kfc.isolation import unseen_by_dispatch_modes
 from lightning_kfc.layers import Adapter, Forward
 from lightning_kfc.layers.adapter import Probe, dense
 from lightning_kfc.sharding import whole, whole_forward
@@ -217,7 +218,7 @@ class Recorder:
         part = self.times.part("statistics")
         # Autocast would form the statistics in half precision; what looks for the loss would look at each operation.
         off = torch.autocast(output.device.type, enabled=False), torch._C.DisableTorchFunction()
-        with part, torch.no_grad(), off[0], off[1]:
+        with part, torch.no_grad(), off[0], off[1], unseen_by_dispatch_modes():
             recorded = adapter.record(forward)
             probe = None if direction is None else adapter.probe(forward, recorded, direction())
         self.calls.append(Call(layer, adapter, recorded, output_edge(output), output.shape, probe, inputs))

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lightning_kfc.factors.statistics import factor_dtype
+from lightning_kfc.isolation import unseen_by_dispatch_modes
 from lightning_kfc.likelihood import Bernoulli, Categorical, Gaussian, Likelihood
 
 
@@ -251,8 +252,9 @@ class LossRecorder(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         read = LOSS_FUNCTIONS.get(func)
         if read is not None and not self.paused and isinstance(result, Tensor) and result.requires_grad:
+            off = torch.autocast(result.device.type, enabled=False)
             try:
-                with torch.no_grad(), torch.autocast(result.device.type, enabled=False):
+                with torch.no_grad(), off, unseen_by_dispatch_modes():
                     term = read(result, *args, **(kwargs or {}))
             except Exception as error:
                 self.failure = self.failure or error
@@ -281,7 +283,8 @@ class NamedOutputHook:
         if self._losses is None or self._losses.paused or not torch.is_grad_enabled():
             return
         if isinstance(output, Tensor) and output.requires_grad:
-            self._losses.terms.append(_named_output_term(self._likelihood, output))
+            with unseen_by_dispatch_modes():
+                self._losses.terms.append(_named_output_term(self._likelihood, output))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NamedOutputHook:
         return NamedOutputHook(self._likelihood, None)

@@ -235,9 +235,15 @@ def _refusal(module: nn.Module) -> str | None:
         return "a weight that is re-parametrised is computed from it"
     if kind is None:
         return f"no adapter for {type(module).__name__}"
-    if "weight" not in module._parameters and getattr(module, "weight", None) is not None:
+    if _computes_its_weight(module):
         return "its weight is re-parametrised"
     return kind.refusal(module)
+
+
+def _computes_its_weight(module: nn.Module) -> bool:
+    # Without reading it: a spectral norm goes on with its power iteration whenever it is read.
+    held = module.__dict__.get("weight", module._buffers.get("weight"))
+    return held is not None or nn.utils.parametrize.is_parametrized(module, "weight")
 
 
 def _why_not(module: nn.Module, holder: nn.Module) -> str:

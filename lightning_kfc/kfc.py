@@ -209,6 +209,8 @@ class KFC:
         # Whether an optimizer evaluates its closure once more in the same step.
         self._again = False
         self._backward = contextlib.ExitStack()
+        # Of the present step, or the last one that had asked.
+        self._damping: tuple[int, float] | None = None
         self._ranks_agree = False
         self._micro_batch = 0
         self.step = 0
@@ -616,7 +618,21 @@ class KFC:
     def damping(self) -> float:
         """The damping in force at this step."""
         damping = self.settings.damping
-        return self._reviewer.region.damping if damping == "auto" else value_at(damping, self.step)
+        if damping == "auto":
+            return self._reviewer.region.damping
+        if self._damping is None or self._damping[0] != self.step:
+            self._damping = self.step, self._scheduled(damping)
+        return self._damping[1]
+
+    def _scheduled(self, damping: float | Callable[[int], float]) -> float:
+        try:
+            return value_at(damping, self.step)
+        except ValueError as error:
+            if self._damping is None:
+                raise
+            last = self._damping[1]
+            self.events.report("invalid_dampings", self.step, f"{str(error).rstrip('.')}; {last:g} is used instead")
+            return last
 
     @property
     def kl_clip(self) -> float | None:

@@ -41,6 +41,7 @@ class Events:
             back to the best point on their way.
         missed_reviews: Steps that were to be reviewed and could not be, since their losses were not recorded, or not
             replayed.
+        invalid_dampings: Steps at which a damping schedule gave no positive number; the last valid one was used.
         restarted_layers: Layers whose averages started anew, since their trainable parameters changed.
         unrecognised_losses: Losses of which no term was recognised: statistics came from the loss's own gradient, or,
             with a ``likelihood`` that no term has, from none.
@@ -58,6 +59,7 @@ class Events:
     undone_steps: int = 0
     shortened_steps: int = 0
     missed_reviews: int = 0
+    invalid_dampings: int = 0
     restarted_layers: int = 0
     unrecognised_losses: int = 0
     losses_without_gradient: int = 0

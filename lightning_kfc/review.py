@@ -40,13 +40,11 @@ class SeenLoss:
         value: The loss, without the factor of a gradient scaler.
         recorded: How it is evaluated again; None where its forward was not recorded.
         parameters: The parameters whose gradient may hold that of the loss, by ``id``.
-        versions: The versions of all parameters at its backward, by ``id``.
     """
 
     value: Tensor
     recorded: RecordedLoss | None
     parameters: dict[int, Tensor]
-    versions: Mapping[int, int]
 
 
 @dataclass(frozen=True)
@@ -227,8 +225,7 @@ class Reviewer:
         recorded = self._tape.locate(loss) if self._tape is not None else None
         if recorded is not None:
             recorded = replace(recorded, factor=recorded.factor / loss_scale)
-        versions = {id(p): p._version for p in self._model.parameters()} if recorded is not None else {}
-        self._losses.append(SeenLoss(value, recorded, self._trained_by(loss), versions))
+        self._losses.append(SeenLoss(value, recorded, self._trained_by(loss)))
 
     def _trained_by(self, loss: Tensor) -> dict[int, Tensor]:
         if len(self._optimizers) > 1 and loss.grad_fn is not None:
@@ -310,17 +307,16 @@ class Reviewer:
         losses = self._losses_of(parameters)
         refusal = self._tape.refusal if self._tape is not None else None
         known = [seen.recorded for seen in losses if seen.recorded is not None]
-        now = {id(p): p._version for p in self._model.parameters()}
-        moved = any(now.get(key, version) != version for seen in losses for key, version in seen.versions.items())
-        missing = refusal is None and (not losses or len(known) < len(losses) or moved)
+        stale = any(recorded.is_stale() for recorded in known)
+        missing = refusal is None and (not losses or len(known) < len(losses) or stale)
         needs_collectives = any(recorded.needs_collectives for recorded in known)
         refused, missed, with_collectives = self._any_rank(refusal is not None, missing, needs_collectives)
         if refused:
             self.end(refusal or "the forward of another rank cannot be replayed")
         elif missed:
             self._miss(
-                "the losses of the step were computed outside the recorded training step, or other weights have moved "
-                "since"
+                "the losses of the step were computed outside the recorded training step, or what they depend on has "
+                "been written since"
             )
         elif self._checks(losses, {}, with_collectives=with_collectives):
             if not self.region.adapts_damping:

@@ -32,6 +32,9 @@ RESIZES = ("aten::resize_", "aten::resize_as_", "aten::_resize_output_")
 REPOINTS = ("aten::set_", "aten::set_data")
 
 
+AS_STRIDED, COPY = torch.ops.aten.as_strided.default, torch.ops.aten.copy_.default
+
+
 class Slot(int):
     """Stands for a tensor in the arguments of an operation: its number on the tape."""
 
@@ -104,6 +107,21 @@ class Operation:
 
 
 @dataclass(frozen=True)
+class Outside:
+    """A tensor that no recorded operation has made.
+
+    Attributes:
+        alias: A tensor on the same memory.
+        identity: Its ``id``.
+        version: How often it had been written when it was read.
+    """
+
+    alias: Tensor
+    identity: int
+    version: int
+
+
+@dataclass(frozen=True)
 class RecordedLoss:
     """Where on a tape a loss is.
 
@@ -128,6 +146,10 @@ class RecordedLoss:
                 must decide alike.
         """
         return self.factor * float(self.tape.replay(self.slot, self.length, values, with_collectives=with_collectives))
+
+    def is_stale(self) -> bool:
+        """Whether anything that it depends on has been written since it was recorded, by no recorded operation."""
+        return self.tape.is_stale(self.slot, self.length)
 
     @property
     def needs_collectives(self) -> bool:
@@ -169,7 +191,7 @@ class Tape(TorchDispatchMode):
         self._storage_references = _StorageReferences()
         # By the number of a storage: the last tensor on it.
         self._latest: dict[int, tuple[Slot, torch.dtype]] = {}
-        self._outside: dict[Slot, tuple[Tensor, int]] = {}
+        self._outside: dict[Slot, Outside] = {}
         self._outside_owners: list[Tensor] = []
         self._outside_storages: set[int] = set()
         self._overwritten: dict[int, torch.UntypedStorage] = {}
@@ -177,6 +199,8 @@ class Tape(TorchDispatchMode):
         self._aliased: set[int] = set()
         # The numbers of the storages whose content depends on tensors that require gradients.
         self._trained: set[int] = set()
+        # The numbers of the storages that a collective has filled and nothing has read since.
+        self._unread: set[int] = set()
         self._scalars: dict[Node, tuple[Slot, Tensor]] | None = None
         self._slices: dict[tuple[Slot, int, bool], Slice] = {}
 
@@ -196,7 +220,14 @@ class Tape(TorchDispatchMode):
         recorded_kwargs = {name: self._encoded(value, used, func) for name, value in kwargs.items()} if kwargs else {}
         direct = len([value for value in recorded_args if type(value) is Slot])
         direct += len([value for value in recorded_kwargs.values() if type(value) is Slot])
-        reads = {self._slot_storage[slot] for slot in used}
+        reads = self._numbers(*used)
+        if not self._unread.isdisjoint(reads):
+            self._freeze(args, kwargs)
+        if traits.collective and func.namespace == "c10d" and self._trained.isdisjoint(reads):
+            # What does not depend on parameters need not be sent again. When it has arrived, its first reader sees.
+            self._about_to_be_written(func, traits, args, kwargs)
+            self._unread |= reads
+            return func(*args, **kwargs)
         writes = self._about_to_be_written(func, traits, args, kwargs) if traits.written else set()
         draw = RandomDraw.of(args, kwargs) if traits.seeded else None
         if not self.replayable():
@@ -284,6 +315,9 @@ class Tape(TorchDispatchMode):
                     self._refuse_hidden(tensor, function)
                 # A parameter that was frozen before, as toggled optimizers have it.
                 self._trained.add(self._slot_storage[slot])
+            if slot in self._outside and self._written_unseen(slot):
+                # By an optimizer's step, for one: what reads it now sees other values than what read it before.
+                return self._from_outside(tensor, address, function)
             return slot
         # Assigning to `.data` gives a known tensor another storage; what holds that storage is another tensor's slot.
         number = None if address is None else self._storages.get(address)
@@ -291,6 +325,16 @@ class Tape(TorchDispatchMode):
         if number is None or (number in self._outside_storages and tensor.is_leaf and tensor.requires_grad):
             return self._from_outside(tensor, address, function)
         return self._aliasing(tensor, address, number)
+
+    def _written_unseen(self, slot: Slot) -> bool:
+        outside = self._outside[slot]
+        return self._slot_storage[slot] not in self._overwritten and _version(outside.alias) != outside.version
+
+    def is_stale(self, slot: Slot, length: int) -> bool:
+        """Whether a tensor depends on anything that was written since it was read, by no recorded operation."""
+        operations = self.slice(slot, length, with_collectives=False)
+        read = {used for operation, _ in operations for used in operation.used}
+        return any(self._written_unseen(used) for used in read if used in self._outside)
 
     def _refuse_hidden(self, tensor: Tensor, function: Any) -> None:
         maker = tensor.grad_fn.name() if tensor.grad_fn is not None else "?"
@@ -302,11 +346,11 @@ class Tape(TorchDispatchMode):
         count = tensor.untyped_storage().nbytes() // dtype.itemsize
         self._aliased.add(number)
         # All of the memory as a vector, in the other type, in the tensor's geometry.
-        steps: list[tuple[Any, tuple[Any, ...]]] = [(torch.ops.aten.as_strided.default, ([count], [1], 0))]
+        steps: list[tuple[Any, tuple[Any, ...]]] = [(AS_STRIDED, ([count], [1], 0))]
         if dtype != tensor.dtype:
             steps.append((torch.ops.aten.view.dtype, (tensor.dtype,)))
         geometry = list(tensor.shape), list(tensor.stride()), tensor.storage_offset()
-        steps.append((torch.ops.aten.as_strided.default, geometry))
+        steps.append((AS_STRIDED, geometry))
         slot = latest
         for position, (function, arguments) in enumerate(steps):
             last = position == len(steps) - 1
@@ -316,6 +360,27 @@ class Tape(TorchDispatchMode):
             )
             slot = made
         return slot
+
+    def _freeze(self, args: Any, kwargs: Any) -> None:
+        """Take what collectives have written into these arguments for what a replay finds in them."""
+        for tensor in _flat((args, kwargs)):
+            address = _storage_address(tensor) if isinstance(tensor, Tensor) else None
+            number = None if address is None else self._storages.get(address)
+            if number is None or number not in self._unread:
+                continue
+            self._unread.discard(number)
+            latest, dtype = self._latest[number]
+            storage = tensor.untyped_storage()
+            count = storage.nbytes() // dtype.itemsize
+            content = torch.empty(0, dtype=dtype, device=tensor.device).set_(storage, 0, (count,), (1,)).clone()
+            given, whole = self._from_outside(content, _storage_address(content), None), self._unnamed_slot(number)
+            self._operations += [
+                Operation(AS_STRIDED, [latest, [count], [1], 0], {}, [latest], False, [whole], {number}, {number}),
+                Operation(COPY, [whole, given], {}, [whole, given], False, [whole], self._numbers(given), {number}),
+            ]
+
+    def _numbers(self, *slots: Slot) -> set[int]:
+        return {self._slot_storage[slot] for slot in slots}
 
     def _unnamed_slot(self, number: int) -> Slot:
         self._slot_storage.append(number)
@@ -329,7 +394,7 @@ class Tape(TorchDispatchMode):
         if tensor.requires_grad:
             self._trained.add(self._slot_storage[slot])
         # An alias: `.data` of the tensor itself may be exchanged later. The tensor itself is held for its id.
-        self._outside[slot] = tensor.detach(), id(tensor)
+        self._outside[slot] = Outside(tensor.detach(), id(tensor), _version(tensor))
         self._outside_owners.append(tensor)
         return slot
 
@@ -423,10 +488,11 @@ class Tape(TorchDispatchMode):
     def _values_from_outside(self, read: set[Slot], parameters: Mapping[int, Tensor]) -> dict[Slot, Tensor]:
         values: dict[Slot, Tensor] = {}
         copies: dict[int, torch.UntypedStorage] = {}
-        for slot, (tensor, identity) in self._outside.items():
+        for slot, outside in self._outside.items():
             if slot not in read:
                 continue
-            given, number = parameters.get(identity), self._slot_storage[slot]
+            tensor = outside.alias
+            given, number = parameters.get(outside.identity), self._slot_storage[slot]
             former = self._overwritten.get(number)
             if former is None and (given is None or number not in self._aliased):
                 values[slot] = tensor if given is None else given.detach()
@@ -443,6 +509,11 @@ class Tape(TorchDispatchMode):
 def _storage_address(tensor: Tensor) -> int | None:
     """What tells storages apart; None for tensors without one (sparse ones)."""
     return int(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else None
+
+
+def _version(tensor: Tensor) -> int:
+    # A tensor made under inference mode has none.
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _on_storage(tensor: Tensor, storage: torch.UntypedStorage) -> Tensor:

@@ -72,6 +72,7 @@ PARTS = [
 
 #: The calls from which training goes on: of statistics after the first step, and of inverses at any time.
 SURVIVED = [
+    ("observation.weighted_terms", 2),
     ("observation.seed_passes", 2),
     ("fisher._laid_out", 2),
     ("layer.Layer.refreshed", 1),

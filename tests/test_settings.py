@@ -107,7 +107,7 @@ def test_a_single_pattern_is_a_list_of_one() -> None:
     assert Settings(include="fc*").include == ("fc*",)
 
 
-def test_a_damping_schedule_that_leaves_the_positive_numbers_is_an_error_at_that_step() -> None:
+def test_a_damping_schedule_that_leaves_the_positive_numbers_is_said_once_and_its_last_valid_value_stays() -> None:
     model = double(nn.Linear(3, 3))
     kfc = engine(model, damping=lambda step: 0.1 - 0.1 * step)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -116,8 +116,25 @@ def test_a_damping_schedule_that_leaves_the_positive_numbers_is_an_error_at_that
         return F.cross_entropy(model(data(4, 3)), classes(4, count=3))
 
     train_step(kfc, optimizer, loss)
-    with pytest.raises(ValueError, match=r"damping at step 1 must be a positive number, got 0\.0"):
+    with pytest.warns(
+        UserWarning, match=r"damping at step 1 must be a positive number, got 0\.0; 0\.1 is used instead"
+    ):
         train_step(kfc, optimizer, loss)
+    train_step(kfc, optimizer, loss)
+    assert kfc.last_step is not None
+    assert kfc.last_step.damping == 0.1
+    assert kfc.events.invalid_dampings == 2
+
+
+def test_a_damping_schedule_that_begins_outside_the_positive_numbers_is_an_error_at_the_first_step() -> None:
+    model = double(nn.Linear(3, 3))
+    kfc = engine(model, damping=lambda step: -1.0)
+    with pytest.raises(ValueError, match=r"damping at step 0 must be a positive number, got -1\.0"):
+        train_step(
+            kfc,
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            lambda: F.cross_entropy(model(data(4, 3)), classes(4, count=3)),
+        )
 
 
 def test_the_damping_of_a_step_is_the_schedule_s_value_at_it() -> None:

@@ -43,7 +43,7 @@ def swapped_fit(placement: str, ranks: int) -> dict[str, Tensor]:
     strategy: Any = "auto"
     if ranks > 1:
         strategy = DDPStrategy(process_group_backend="gloo", find_unused_parameters=True)
-    module, callback = Swapped(), KFCCallback(**{**EXACT, "placement": placement, "factor_examples": None})
+    module, callback = Swapped(), KFCCallback(**{**EXACT, "placement": placement})
     used = trainer(callback, strategy=strategy, devices=ranks, max_epochs=2)
     used.fit(module, loader(images(24), 8 // ranks))
     return outcome(module, callback)
