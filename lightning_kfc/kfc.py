@@ -714,9 +714,10 @@ class KFC:
     def _refresh(self, names: Iterable[str]) -> None:
         layers = [self._found.layers[name] for name in names]
         self._observation.count_again({layer.name for layer in layers if layer.pending is not None})
+        damping = self.damping
         try:
             with full_precision(self._model):
-                self._unseen |= self._refresh_layers(layers, self.step, self.damping)
+                self._unseen |= self._refresh_layers(layers, self.step, damping)
         except Exception as error:
             # With several ranks the others wait for what this one has not sent, so that it cannot go on alone.
             if not self._has_stepped or self._team.size > 1:

@@ -50,6 +50,9 @@ def compare_curvature(
     """
     check_positive("damping", damping)
     check_integer("max_parameters", max_parameters, minimum=1)
+    with leaving_no_trace(model), torch.enable_grad():
+        # Where nothing is recognised, an engine would go on with the empirical Fisher, which is no Fisher to compare.
+        evaluate(model, loss, likelihood)
     expand = _observed(model, loss, layers, likelihood, "expand")
     chosen, skipped = _choose(expand.layers, max_parameters)
     if not chosen:
