@@ -91,7 +91,7 @@ class Operation:
         nested: Whether a container among its arguments holds slots.
         made: The slots of the tensors that it returned, in order; None for other results.
         reads: The numbers of the storages that it read.
-        writes: The numbers of the storages that it made or wrote.
+        mutates: The numbers of the storages that it wrote in place.
         draw: The state of its random generator before it ran; None where it draws no random numbers.
     """
 
@@ -102,7 +102,7 @@ class Operation:
     nested: bool
     made: list[Slot | None]
     reads: set[int]
-    writes: set[int]
+    mutates: set[int]
     draw: RandomDraw | None = None
 
 
@@ -111,13 +111,13 @@ class Outside:
     """A tensor that no recorded operation has made.
 
     Attributes:
-        alias: A tensor on the same memory.
-        identity: Its ``id``.
+        tensor: The tensor.
+        alias: Another one on the memory that it had when it was read; its ``.data`` may be exchanged later.
         version: How often it had been written when it was read.
     """
 
+    tensor: Tensor
     alias: Tensor
-    identity: int
     version: int
 
 
@@ -192,7 +192,6 @@ class Tape(TorchDispatchMode):
         # By the number of a storage: the last tensor on it.
         self._latest: dict[int, tuple[Slot, torch.dtype]] = {}
         self._outside: dict[Slot, Outside] = {}
-        self._outside_owners: list[Tensor] = []
         self._outside_storages: set[int] = set()
         self._overwritten: dict[int, torch.UntypedStorage] = {}
         # The numbers of the storages that other tensors than the recorded ones look into.
@@ -228,18 +227,18 @@ class Tape(TorchDispatchMode):
             self._about_to_be_written(func, traits, args, kwargs)
             self._unread |= reads
             return func(*args, **kwargs)
-        writes = self._about_to_be_written(func, traits, args, kwargs) if traits.written else set()
+        mutates = self._about_to_be_written(func, traits, args, kwargs) if traits.written else set()
         draw = RandomDraw.of(args, kwargs) if traits.seeded else None
         if not self.replayable():
             return func(*args, **kwargs)
         result = func(*args, **kwargs)
         results = [result] if isinstance(result, Tensor) else _flat(result)
         made = [self._slot_of_result(value) if isinstance(value, Tensor) else None for value in results]
-        writes.update([self._slot_storage[slot] for slot in made if slot is not None])
         if not self._trained.isdisjoint(reads):
-            self._trained |= writes
+            self._trained |= mutates
+            self._trained.update([self._slot_storage[slot] for slot in made if slot is not None])
         self._operations.append(
-            Operation(func, recorded_args, recorded_kwargs, used, direct < len(used), made, reads, writes, draw)
+            Operation(func, recorded_args, recorded_kwargs, used, direct < len(used), made, reads, mutates, draw)
         )
         return result
 
@@ -286,7 +285,6 @@ class Tape(TorchDispatchMode):
         """Record nothing any more, and let go of what was recorded."""
         self.refusal = reason
         self._operations, self._known, self._outside, self._overwritten = [], {}, {}, {}
-        self._outside_owners = []
 
     def _encoded(self, value: Any, used: list[Slot], function: Any) -> Any:
         if isinstance(value, Tensor):
@@ -328,7 +326,7 @@ class Tape(TorchDispatchMode):
 
     def _written_unseen(self, slot: Slot) -> bool:
         outside = self._outside[slot]
-        return self._slot_storage[slot] not in self._overwritten and _version(outside.alias) != outside.version
+        return self._slot_storage[slot] not in self._overwritten and _version(outside.tensor) != outside.version
 
     def is_stale(self, slot: Slot, length: int) -> bool:
         """Whether a tensor depends on anything that was written since it was read, by no recorded operation."""
@@ -355,9 +353,7 @@ class Tape(TorchDispatchMode):
         for position, (function, arguments) in enumerate(steps):
             last = position == len(steps) - 1
             made = self._new_slot(tensor, address) if last else self._unnamed_slot(number)
-            self._operations.append(
-                Operation(function, [slot, *arguments], {}, [slot], False, [made], {number}, {number})
-            )
+            self._operations.append(Operation(function, [slot, *arguments], {}, [slot], False, [made], {number}, set()))
             slot = made
         return slot
 
@@ -375,7 +371,7 @@ class Tape(TorchDispatchMode):
             content = torch.empty(0, dtype=dtype, device=tensor.device).set_(storage, 0, (count,), (1,)).clone()
             given, whole = self._from_outside(content, _storage_address(content), None), self._unnamed_slot(number)
             self._operations += [
-                Operation(AS_STRIDED, [latest, [count], [1], 0], {}, [latest], False, [whole], {number}, {number}),
+                Operation(AS_STRIDED, [latest, [count], [1], 0], {}, [latest], False, [whole], {number}, set()),
                 Operation(COPY, [whole, given], {}, [whole, given], False, [whole], self._numbers(given), {number}),
             ]
 
@@ -393,9 +389,7 @@ class Tape(TorchDispatchMode):
         self._outside_storages.add(self._slot_storage[slot])
         if tensor.requires_grad:
             self._trained.add(self._slot_storage[slot])
-        # An alias: `.data` of the tensor itself may be exchanged later. The tensor itself is held for its id.
-        self._outside[slot] = Outside(tensor.detach(), id(tensor), _version(tensor))
-        self._outside_owners.append(tensor)
+        self._outside[slot] = Outside(tensor, tensor.detach(), _version(tensor))
         return slot
 
     def _new_slot(self, tensor: Tensor, address: int | None) -> Slot:
@@ -441,14 +435,14 @@ class Tape(TorchDispatchMode):
         """The operations, of the first ``length`` ones, on which a tensor depends, each with what it uses last."""
         key = slot, length, with_collectives
         if key not in self._slices:
-            live, later, kept = {self._slot_storage[slot]}, {slot}, []
+            live, needed, kept = {self._slot_storage[slot]}, {slot}, []
             for operation in reversed(self._operations[:length]):
                 collective = with_collectives and traits_of(operation.function).collective
-                if collective or not live.isdisjoint(operation.writes):
+                made = [result for result in operation.made if result is not None]
+                if collective or not needed.isdisjoint(made) or not live.isdisjoint(operation.mutates):
                     live |= operation.reads
-                    live |= operation.writes
-                    last = {s for s in (*operation.used, *operation.made) if s is not None and s not in later}
-                    later |= last
+                    last = {*operation.used, *made} - needed
+                    needed |= last
                     kept.append((operation, last))
             self._slices[key] = kept[::-1]
         return self._slices[key]
@@ -492,7 +486,7 @@ class Tape(TorchDispatchMode):
             if slot not in read:
                 continue
             tensor = outside.alias
-            given, number = parameters.get(outside.identity), self._slot_storage[slot]
+            given, number = parameters.get(id(outside.tensor)), self._slot_storage[slot]
             former = self._overwritten.get(number)
             if former is None and (given is None or number not in self._aliased):
                 values[slot] = tensor if given is None else given.detach()
