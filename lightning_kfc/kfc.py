@@ -12,32 +12,32 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_kfc import distributed
-from lightning_kfc.agreement import check_agreement
-from lightning_kfc.application import Inspection, Ready, replace_gradients
-from lightning_kfc.coverage import Coverage, coverage_of
-from lightning_kfc.due import Due
-from lightning_kfc.exchange import Exchange
+from lightning_kfc.curvature.coverage import Coverage, coverage_of
+from lightning_kfc.curvature.find_layers import find_layers
+from lightning_kfc.curvature.layer import Layer
+from lightning_kfc.curvature.structure import Structure
+from lightning_kfc.distributed import process_group as distributed
+from lightning_kfc.distributed.agreement import check_agreement
+from lightning_kfc.distributed.placement import factorisation_cost
+from lightning_kfc.estimation.estimator import Observation
 from lightning_kfc.factors.inverse import INVERSES
-from lightning_kfc.find_layers import find_layers
-from lightning_kfc.isolation import eager_compiled_code, full_precision
-from lightning_kfc.layer import Layer
-from lightning_kfc.likelihood import Likelihood
-from lightning_kfc.messages import inform
-from lightning_kfc.monitor import Events, StepNumbers, listed
-from lightning_kfc.observation import Observation
-from lightning_kfc.period_choice import PeriodChoice
-from lightning_kfc.placement import factorisation_cost
-from lightning_kfc.refresh import Refresh
-from lightning_kfc.review import Reviewer
-from lightning_kfc.rule_choice import choose_rule, with_rule
-from lightning_kfc.schedule import RefreshSchedule, value_at
+from lightning_kfc.losses.likelihoods import Likelihood
+from lightning_kfc.monitoring.events import Events, StepNumbers, listed
+from lightning_kfc.monitoring.messages import inform
+from lightning_kfc.monitoring.timing import StepTimes
+from lightning_kfc.refresh.factors import Refresh
+from lightning_kfc.refresh.inverse_exchange import Exchange
+from lightning_kfc.rules.base import Inspection, Ready, replace_gradients
+from lightning_kfc.rules.choice import choose_rule, with_rule
+from lightning_kfc.rules.optimizer_units import Units
+from lightning_kfc.scheduling.automatic_periods import PeriodChoice
+from lightning_kfc.scheduling.refresh_schedule import RefreshSchedule, value_at
+from lightning_kfc.scheduling.staggering import Slots
+from lightning_kfc.scheduling.tracker import Due
 from lightning_kfc.settings import Settings, refuse_removed
-from lightning_kfc.slots import Slots
-from lightning_kfc.step_times import StepTimes
-from lightning_kfc.structure import Structure
-from lightning_kfc.trust_region import FIXED_DAMPING, FIXED_RADIUS, Verdict
-from lightning_kfc.units import Units
+from lightning_kfc.trust_region.region import FIXED_DAMPING, FIXED_RADIUS, Verdict
+from lightning_kfc.trust_region.review import Reviewer
+from lightning_kfc.utilities.isolation import eager_compiled_code, full_precision
 
 STATE_VERSION = 1
 
@@ -68,8 +68,8 @@ class KFC:
         likelihood: What the loss is the negative logarithm of. ``"auto"`` recognises it from the loss
             functions that are called, and takes the empirical Fisher of a loss of which it recognises nothing;
             ``"categorical"``, ``"bernoulli"`` and ``"gaussian"`` keep only terms of that kind; a
-            :class:`~lightning_kfc.likelihood.Likelihood` with ``output_of`` names the module whose output is the
-            logits, for losses computed otherwise.
+            :class:`~lightning_kfc.losses.likelihoods.Likelihood` with ``output_of`` names the module whose output is
+            the logits, for losses computed otherwise.
         factor_every_n_steps: Statistics are taken every so many optimizer steps (the paper's T_cov). ``"auto"``: chosen
             soon after the warm-up, by the time that the parts of a step have taken, to keep to ``max_overhead``.
         inverse_every_n_steps: Inverses are refreshed every so many optimizer steps (the paper's T_inv), or ``"auto"``.
@@ -85,7 +85,7 @@ class KFC:
             eigenbasis of the factors (:mod:`lightning_kfc.rules.adam`), which takes the momentum of SGD out of its
             steps, implies ``inverse="eigh"``, and in which ``damping`` has no part; ``"auto"``, with
             ``damping="auto"``: ``"adam"`` for models with attention and no wide factors
-            (:mod:`lightning_kfc.rule_choice`), else ``"natural"``.
+            (:mod:`lightning_kfc.rules.choice`), else ``"natural"``.
         weight_sharing: ``"expand"``: each use of a weight is a row; ``"reduce"``: each example is one.
         max_factor_dim: A factor of more dimensions is held as its diagonal, which :meth:`coverage` shows; None for no
             bound. The default admits every layer of the usual convolutional nets and transformers (d_in 4,609 in a
@@ -671,11 +671,11 @@ class KFC:
     def review(self, *, optimizer: Optimizer | None = None) -> Verdict | None:
         """After the optimizer's step: see whether it did what was expected, and adjust damping and KL clip.
 
-        It is what ``damping="auto"`` and ``kl_clip="auto"`` learn from (:mod:`lightning_kfc.trust_region`). Only a few
-        steps are reviewed. There :meth:`capture` has recorded the forward as tensor operations, which are replayed with
-        the new weights (:mod:`lightning_kfc.tape`); none of the user's code runs again. A step that did much less than
-        expected is shortened to the best point on its way, with the momentum that it leaves, or taken back where there
-        is none.
+        It is what ``damping="auto"`` and ``kl_clip="auto"`` learn from (:mod:`lightning_kfc.trust_region.region`). Only
+        a few steps are reviewed. There :meth:`capture` has recorded the forward as tensor operations, which are
+        replayed with the new weights (:mod:`lightning_kfc.trust_region.tape`); none of the user's code runs again. A
+        step that did much less than expected is shortened to the best point on its way, with the momentum that it
+        leaves, or taken back where there is none.
 
         Args:
             optimizer: The optimizer that made the step; its momentum is shortened with the step.

@@ -6,7 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lightning_kfc.checks import (
+from lightning_kfc.distributed.factor_reduction import PRECISIONS
+from lightning_kfc.distributed.placement import PLACEMENTS
+from lightning_kfc.factors.inverse import INVERSES
+from lightning_kfc.losses.likelihoods import LIKELIHOODS, Likelihood
+from lightning_kfc.scheduling.refresh_schedule import RefreshSchedule
+from lightning_kfc.trust_region.region import TrustRegion
+from lightning_kfc.utilities.checks import (
     check_choice,
     check_flag,
     check_fraction,
@@ -16,12 +22,6 @@ from lightning_kfc.checks import (
     check_positive,
     check_positive_or_auto,
 )
-from lightning_kfc.factors.inverse import INVERSES
-from lightning_kfc.likelihood import LIKELIHOODS, Likelihood
-from lightning_kfc.placement import PLACEMENTS
-from lightning_kfc.reduction import PRECISIONS
-from lightning_kfc.schedule import RefreshSchedule
-from lightning_kfc.trust_region import TrustRegion
 
 FISHERS = ("mc", "exact", "empirical")
 RULES = ("natural", "adam", "auto")
