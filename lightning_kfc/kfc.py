@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, Literal
 
 import torch
@@ -15,9 +15,10 @@ from torch.optim import Optimizer
 from lightning_kfc.curvature.coverage import Coverage, coverage_of
 from lightning_kfc.curvature.find_layers import find_layers
 from lightning_kfc.curvature.layer import Layer
+from lightning_kfc.curvature.ownership import LayerOwnership
 from lightning_kfc.curvature.structure import Structure
 from lightning_kfc.distributed import process_group as distributed
-from lightning_kfc.distributed.agreement import check_agreement
+from lightning_kfc.distributed.agreement import check_agreement, described
 from lightning_kfc.distributed.placement import factorisation_cost
 from lightning_kfc.estimation.estimator import Observation
 from lightning_kfc.factors.inverse import INVERSES
@@ -26,16 +27,16 @@ from lightning_kfc.monitoring.events import Events, StepNumbers, listed
 from lightning_kfc.monitoring.messages import inform
 from lightning_kfc.monitoring.timing import StepTimes
 from lightning_kfc.refresh.factors import Refresh
-from lightning_kfc.refresh.inverse_exchange import Exchange
 from lightning_kfc.rules.base import Inspection, Ready, replace_gradients
 from lightning_kfc.rules.choice import choose_rule, with_rule
 from lightning_kfc.rules.optimizer_units import Units
+from lightning_kfc.rules.update_exchange import received_updates
 from lightning_kfc.scheduling.automatic_periods import PeriodChoice
 from lightning_kfc.scheduling.refresh_schedule import RefreshSchedule, value_at
 from lightning_kfc.scheduling.staggering import Slots
 from lightning_kfc.scheduling.tracker import Due
 from lightning_kfc.settings import Settings, refuse_removed
-from lightning_kfc.trust_region.region import FIXED_DAMPING, FIXED_RADIUS, Verdict
+from lightning_kfc.trust_region.region import FIXED_DAMPING, FIXED_RADIUS, TrustRegion, Verdict
 from lightning_kfc.trust_region.review import Reviewer
 from lightning_kfc.utilities.isolation import eager_compiled_code, full_precision
 
@@ -201,7 +202,11 @@ class KFC:
         self._said: set[str] = set()
         #: Where the time of a step goes; runs only between its own begin_step() and end_step().
         self.times = StepTimes()
-        self._periods = PeriodChoice(settings, self.times)
+        factors, inverses = (
+            None if period == "auto" else period
+            for period in (settings.factor_every_n_steps, settings.inverse_every_n_steps)
+        )
+        self._periods = PeriodChoice(settings.schedule, factors, inverses, settings.max_overhead, self.times)
         self._due = Due(settings.schedule, self._slots())
         # Layers whose .grad holds a part of which no statistics were taken: what is taken then would not belong to it.
         self._unseen: set[str] = set()
@@ -219,16 +224,16 @@ class KFC:
         #: Where set, called at each step with the layers, their gradients and their updates; both may be views.
         self.inspect: Inspection | None = None
         self.communication = distributed.Communication()
-        self._exchange = Exchange(
+        self._ownership = LayerOwnership(
             self._team, settings.placement, INVERSES[settings.inverse], self._found.layers, self.communication
         )
         self._observation = Observation(
             model, settings, self._found, self._due, self._cannot_explain, self._team, self.times, self.events
         )
         self._refresh_layers = Refresh(
-            settings, self._due, self.events, self._team, self._exchange, self._drop, self.times
+            settings, self._due, self.events, self._team, self._ownership, self._drop, self.times
         )
-        self._reviewer = Reviewer(model, settings.trust_region(), self.events, self._exchange.total)
+        self._reviewer = Reviewer(model, TrustRegion.of(settings), self.events, self._ownership.total)
 
     def _slots(self) -> Slots:
         settings, found = self.settings, self._found
@@ -281,7 +286,7 @@ class KFC:
         for name in moved.values():
             self._drop_pending(name)
         self._due.follow(change.kept, new, self.step)
-        self._exchange.follow(change.kept)
+        self._ownership.follow(change.kept)
         self._observation.follow(change.kept, new, self.step)
         self._unseen = {change.kept[name] for name in self._unseen if name in change.kept}
         self._ranks_agree = False
@@ -322,7 +327,7 @@ class KFC:
         if recorded and self._micro_batch == 0 and (changed := self.follow_structure()):
             inform(changed)
         if not self._ranks_agree:
-            check_agreement(self.settings, self._found.layers, next(self._model.parameters()).device)
+            check_agreement(self._facts(), next(self._model.parameters()).device)
             self._ranks_agree = True
         if self._again:
             self._observation.record_nothing()
@@ -331,6 +336,17 @@ class KFC:
             return
         with self._reviewer.record(self.step), self._observation.capture(self.step):
             yield
+
+    def _facts(self) -> dict[str, str]:
+        """What must be the same on all ranks: settings, and layers with the shapes of their factors."""
+        facts = {field.name: described(getattr(self.settings, field.name)) for field in fields(self.settings)}
+        shapes = {name: layer.adapter.factor_shapes() for name, layer in self._found.layers.items()}
+        outlines = {
+            name: ", ".join(f"{factor} {tuple(shape)}" for factor, shape in own.items()) for name, own in shapes.items()
+        }
+        kinds = {name: layer.adapter.kind for name, layer in self._found.layers.items()}
+        facts["layers"] = ", ".join(f"{name} ({kinds[name]}, {outline})" for name, outline in outlines.items())
+        return facts
 
     def update(
         self, loss: Tensor, *, accumulate: bool = False, loss_scale: float = 1.0, loss_fraction: float = 1.0
@@ -410,6 +426,7 @@ class KFC:
                 # The other ranks will ask for them: what is not finite is dropped by all.
                 self.layers[name].drop_pending()
                 self.layers[name].spoil()
+                self._observation.spoil_examples(name)
         for error in dict.fromkeys(failed.values()):
             names = listed(name for name, own in failed.items() if own is error)
             what = f"the statistics of {names} are left out of this step: {type(error).__name__}: {error}"
@@ -434,6 +451,7 @@ class KFC:
     def _drop_pending(self, name: str) -> None:
         if name in self.layers:
             self.layers[name].drop_pending()
+        self._observation.forget_examples(name)
         self._observation.count_again({name})
 
     def ages(self, layer: str) -> tuple[int | None, int | None]:
@@ -583,7 +601,7 @@ class KFC:
             with full_precision(self._model):
                 damping, parameters = self.damping, self._stepped_by(optimizer)
                 reviewer = self._reviewer
-                ready = self._exchange.solved(ready, damping)
+                ready = received_updates(self._ownership, ready, damping)
                 numbers = replace_gradients(
                     self.settings.rule,
                     ready,
@@ -715,6 +733,10 @@ class KFC:
         try:
             with full_precision(self._model):
                 self._unseen |= self._refresh_layers(layers, self.step, self.damping)
+                with self.times.part("statistics"):
+                    # In the basis that the refresh has left.
+                    moments = self._observation.second_moments(layers)
+                    self._refresh_layers.fold_second_moments(layers, self.step, moments)
         except Exception as error:
             # With several ranks the others wait for what this one has not sent, so that it cannot go on alone.
             if not self._has_stepped or self._team.size > 1:
@@ -808,7 +830,7 @@ class KFC:
         """
         layers = None
         if factors:
-            layers = self._exchange.collected({name: layer.state_dict() for name, layer in self._found.layers.items()})
+            layers = self._ownership.collected({name: layer.state_dict() for name, layer in self._found.layers.items()})
         return {
             "version": STATE_VERSION,
             "step": self.step + int(self._stepped),
@@ -866,8 +888,8 @@ class KFC:
             reason = layer.load_state_dict(
                 state["layers"][name],
                 INVERSES[self.settings.inverse],
-                with_factors=self._exchange.has_factors(layer),
-                with_inverse=self._exchange.has_inverse(layer),
+                with_factors=self._ownership.has_factors(layer),
+                with_inverse=self._ownership.has_inverse(layer),
             )
             if self.settings.rule != "adam":
                 layer.moments = None

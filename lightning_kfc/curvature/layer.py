@@ -11,15 +11,14 @@ from torch import Tensor, nn
 
 from lightning_kfc.distributed.process_group import is_sharded
 from lightning_kfc.distributed.remote import Elsewhere
-from lightning_kfc.distributed.sharded_tensors import whole, write
-from lightning_kfc.estimation.example_gradients import ExampleGradients
+from lightning_kfc.distributed.sharded_tensors import part_of, whole
 from lightning_kfc.factors.eigenbasis import Eigenbasis
 from lightning_kfc.factors.inverse import CholeskyInverse, EighInverse, EkfacInverse, Inverse
+from lightning_kfc.factors.moments import Moments
 from lightning_kfc.factors.quadratic import estimated_quadratic_form
 from lightning_kfc.factors.statistics import Statistics, factor_dtype
 from lightning_kfc.factors.stored import StoredAverage, average_state, averages_of, stored_nbytes
 from lightning_kfc.layers import Adapter
-from lightning_kfc.rules.adam import Moments
 
 
 class Layer:
@@ -49,7 +48,6 @@ class Layer:
         # optimizer, are of the parts.
         self._parts = {role: p for role, p in self.adapter.parameters().items() if is_sharded(p)}
         self.pending: Statistics | None = None
-        self.examples: ExampleGradients | None = None
         self.factorised_at = -1
         #: The most rows that a step has had, which bounds the rank of its gradient; None where that is not known.
         self.rows: int | None = None
@@ -131,7 +129,7 @@ class Layer:
 
     def drop_pending(self) -> None:
         """Forget what the micro-batches of the step have brought."""
-        self.pending = self.examples = None
+        self.pending = None
 
     def spoil(self) -> None:
         """Have what the step brings dropped, by all ranks: statistics that are not finite enter no average."""
@@ -140,8 +138,6 @@ class Layer:
         spoilt = {name: nan.repeat(shape) for name, shape in self.adapter.factor_shapes().items()}
         means = {name: value for name, value in spoilt.items() if name in self.adapter.mean_factors}
         self.add(Statistics(means, {name: value for name, value in spoilt.items() if name not in means}, 0))
-        if self.examples is not None:
-            self.examples.spoil()
 
     def fold(self, statistics: Statistics, decay: float) -> bool:
         """Fold a step's statistics into the running averages.
@@ -234,29 +230,11 @@ class Layer:
         if self.moments is not None:
             self.moments = self.moments.without_momentum()
 
-    def collect_examples(self, *, basis_changes: bool) -> ExampleGradients:
-        """What takes the gradients of single examples in this step.
-
-        Args:
-            basis_changes: Whether the step ends with a new basis, for which they must be kept.
-        """
-        if self.examples is None:
-            shape = self.adapter.matrix_shape()
-            basis: Eigenbasis | None = None
-            if isinstance(self.inverse, EkfacInverse) and not basis_changes and self.inverse.basis.shape == shape:
-                basis = self.inverse.basis
-            self.examples = ExampleGradients(basis, shape)
-        return self.examples
-
-    def take_second_moment(self) -> Tensor | None:
-        """The second moment of the step's examples in the present basis; None where there are no examples or no basis.
-
-        It holds NaN where it could not be formed.
-        """
-        examples, self.examples = self.examples, None
-        if examples is None or not examples.reached or not isinstance(self.inverse, EkfacInverse):
-            return None
-        return examples.second_moment(self.inverse.basis)
+    def basis_of_examples(self) -> Eigenbasis | None:
+        """The basis in which the gradients of single examples are wanted; None where there is none that fits."""
+        if isinstance(self.inverse, EkfacInverse) and self.inverse.basis.shape == self.adapter.matrix_shape():
+            return self.inverse.basis
+        return None
 
     def fold_second_moment(self, moment: Tensor, decay: float) -> None:
         """Fold a step's second moment into the corrected eigenvalues."""
@@ -295,7 +273,7 @@ class Layer:
         half = any(gradient.dtype == torch.float16 for gradient in gradients.values())
         if half and float(matrix.abs().max()) > torch.finfo(torch.float16).max:
             return False
-        write(self.adapter, matrix, gradients)
+        _write(self.adapter, matrix, gradients)
         return True
 
     def nbytes(self, inverse: type[Inverse], moments: int = 0) -> int:
@@ -373,3 +351,25 @@ def _on(device: torch.device, saved: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_zero(gradient: Tensor) -> bool:
     return not bool((gradient._values() if gradient.is_sparse else gradient).any())
+
+
+def _write(adapter: Adapter, matrix: Tensor, gradients: Mapping[str, Tensor]) -> None:
+    """Fill gradients, some of them sharded, from a matrix ``(groups, d_out, d_in)`` that all ranks have.
+
+    Args:
+        adapter: Knows the layout.
+        matrix: The update.
+        gradients: By role.
+    """
+    if not any(map(is_sharded, gradients.values())):
+        adapter.write(matrix, gradients)
+        return
+    targets = {
+        role: torch.empty(g.shape, dtype=g.dtype, device=g.device) if is_sharded(g) else g
+        for role, g in gradients.items()
+    }
+    adapter.write(matrix, targets)
+    for role, gradient in gradients.items():
+        if is_sharded(gradient):
+            local: Tensor = gradient.to_local()  # type: ignore[attr-defined]  # a DTensor has it
+            local.copy_(part_of(targets[role], gradient))

@@ -10,21 +10,18 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.distributed import process_group as distributed
-from lightning_kfc.settings import Settings
 
 
 class RanksDisagreeError(ValueError):
     """The ranks of one training were given different settings, or different models."""
 
 
-def check_agreement(settings: Settings, layers: Mapping[str, Layer], device: torch.device) -> None:
-    """Compare settings and layers over all ranks; every rank must ask.
+def check_agreement(facts: Mapping[str, str], device: torch.device) -> None:
+    """Compare facts over all ranks. Collective: call on every rank.
 
     Args:
-        settings: This rank's settings.
-        layers: This rank's layers.
+        facts: What must be the same on all ranks, by name; the names are the same.
         device: Where messages are sent from.
 
     Raises:
@@ -32,8 +29,6 @@ def check_agreement(settings: Settings, layers: Mapping[str, Layer], device: tor
     """
     if distributed.Team().size == 1:
         return
-    facts = {field.name: described(getattr(settings, field.name)) for field in fields(settings)}
-    facts["layers"] = ", ".join(f"{name} {_outline(layer)}" for name, layer in layers.items())
     own = torch.tensor([_digest(value) for value in facts.values()], dtype=torch.int64, device=device)
     everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, own)
@@ -64,11 +59,6 @@ def described(value: Any) -> str:
         return repr(value)
     name = getattr(value, "__qualname__", None) or type(value).__qualname__
     return str(name)
-
-
-def _outline(layer: Layer) -> str:
-    shapes = ", ".join(f"{name} {tuple(shape)}" for name, shape in layer.adapter.factor_shapes().items())
-    return f"({layer.adapter.kind}, {shapes})"
 
 
 def _digest(text: str) -> int:

@@ -27,7 +27,7 @@ from lightning_kfc.estimation.back_propagation import (
 from lightning_kfc.estimation.example_gradients import ExampleGradients
 from lightning_kfc.estimation.recording import Call, Recorder, parameter_call
 from lightning_kfc.estimation.self_test import SelfTest
-from lightning_kfc.factors.inverse import INVERSES
+from lightning_kfc.factors.inverse import INVERSES, EkfacInverse
 from lightning_kfc.factors.statistics import Statistics
 from lightning_kfc.losses.selection import (
     LossNotRecognisedError,
@@ -85,6 +85,7 @@ class Observation:
         self._times = times
         self._events = events
         self._recorder: Recorder | None = None
+        self._examples: dict[str, ExampleGradients] = {}
         self._losses: LossRecorder | None = None
         self._self_test: SelfTest | None = None
         self._graph_checked = False
@@ -175,6 +176,7 @@ class Observation:
             new: The names of the new ones.
             step: The optimizer step.
         """
+        self._examples = {kept[name]: examples for name, examples in self._examples.items() if name in kept}
         if self._self_test is None and not self.self_test_done:
             return
         waiting = {kept[name] for name in (self._self_test.waiting if self._self_test else ()) if name in kept}
@@ -327,7 +329,7 @@ class Observation:
             self._report_no_gradient(step)
             for name in examples:
                 if self._found.layers[name].pending is None:
-                    self._found.layers[name].drop_pending()
+                    self.forget_examples(name)
             return {}
         if found and not chosen:
             self._events.report("unrecognised_losses", step, by_its_own_gradient(terms))
@@ -362,11 +364,34 @@ class Observation:
         return {name: layer for name, layer in layers.items() if layer.adapter.has_rows}
 
     def _example_gradients(self, layers: Iterable[str], step: int) -> dict[str, ExampleGradients]:
-        return {
-            name: self._found.layers[name].collect_examples(basis_changes=self._due.new_inverse(name, step))
-            for name in layers
-            if name in self._found.layers
-        }
+        for name in layers:
+            if name in self._found.layers and name not in self._examples:
+                layer = self._found.layers[name]
+                # Where the step ends with a new basis, the gradients themselves are kept for it.
+                basis = None if self._due.new_inverse(name, step) else layer.basis_of_examples()
+                self._examples[name] = ExampleGradients(basis, layer.adapter.matrix_shape())
+        return {name: self._examples[name] for name in layers if name in self._examples}
+
+    def forget_examples(self, layer: str) -> None:
+        """Forget the gradients of a layer's single examples."""
+        self._examples.pop(layer, None)
+
+    def spoil_examples(self, layer: str) -> None:
+        """Have a layer's second moment of this step dropped: it is made NaN."""
+        if layer in self._examples:
+            self._examples[layer].spoil()
+
+    def second_moments(self, layers: Iterable[Layer]) -> dict[str, Tensor]:
+        """The second moments of the step's examples, by layer, in the layers' present bases; each is given once.
+
+        One holds NaN where it could not be formed.
+        """
+        found = {}
+        for layer in layers:
+            examples, inverse = self._examples.pop(layer.name, None), layer.inverse
+            if examples is not None and examples.reached and isinstance(inverse, EkfacInverse):
+                found[layer.name] = examples.second_moment(inverse.basis)
+        return found
 
     def generator(self, step: int, micro_batch: int, stream: int = 0) -> Callable[[torch.device], torch.Generator]:
         """A generator that depends on seed, rank, step and micro-batch alone, so that a resumed run draws the same."""

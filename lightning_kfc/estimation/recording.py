@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from lightning_kfc.distributed.sharded_tensors import whole, whole_forward
+from lightning_kfc.distributed.process_group import is_sharded
+from lightning_kfc.distributed.sharded_tensors import whole
 from lightning_kfc.layers import Adapter, Forward
 from lightning_kfc.layers.adapter import Probe, dense
 from lightning_kfc.monitoring.timing import StepTimes
@@ -125,6 +126,15 @@ def parameter_call(layer: str, adapter: Adapter) -> Call:
     """A parameter that no forward call explains, as if it were one: the derivative arrives at the parameter itself."""
     (parameter,) = adapter.own_parameters().values()
     return Call(layer, adapter, None, get_gradient_edge(parameter), parameter.shape, None)
+
+
+def whole_forward(forward: Forward) -> Forward:
+    """What a tensor-parallel module read, and returned, as if one rank had run it."""
+    tensors = [*forward.args, *forward.kwargs.values(), forward.output]
+    if not any(map(is_sharded, tensors)):
+        return forward
+    kwargs = {name: whole(value) for name, value in forward.kwargs.items()}
+    return Forward(tuple(map(whole, forward.args)), kwargs, forward.output)
 
 
 class ForwardHook:

@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from lightning_kfc.curvature.layer import Layer
+from lightning_kfc.curvature.ownership import LayerOwnership
 from lightning_kfc.distributed.factor_reduction import Outline, Reduced, Reduction
 from lightning_kfc.distributed.process_group import Team
 from lightning_kfc.factors.inverse import EkfacInverse
 from lightning_kfc.factors.statistics import Statistics, factor_dtype
 from lightning_kfc.monitoring.events import Events, listed
 from lightning_kfc.monitoring.timing import StepTimes
-from lightning_kfc.refresh.inverse_exchange import Exchange
 from lightning_kfc.refresh.inverses import Inverting
 from lightning_kfc.scheduling.tracker import Due
 from lightning_kfc.settings import Settings
@@ -28,7 +29,7 @@ class Refresh:
         due: When each layer is due; told what was done.
         events: Counts what goes other than planned.
         team: The ranks between which the batch is split.
-        exchange: Knows which of them holds what.
+        ownership: Knows which of them holds what.
         give_up: Called with the names of layers and the reason why the rows of each do not explain its gradient, once
             all ranks know.
         times: Adds up the time that it takes.
@@ -43,7 +44,7 @@ class Refresh:
         due: Due,
         events: Events,
         team: Team,
-        exchange: Exchange,
+        ownership: LayerOwnership,
         give_up: Callable[[Mapping[str, str]], None],
         times: StepTimes,
     ) -> None:
@@ -51,15 +52,15 @@ class Refresh:
         self._due = due
         self._events = events
         self._team = team
-        self._exchange = exchange
+        self._ownership = ownership
         self._give_up = give_up
         self._times = times
         self._expected: set[str] = set()
         self._given_up: dict[str, str] = {}
         self._begun: tuple[list[Layer], Reduction] | None = None
         self._asked: list[Layer] = []
-        self.communication = exchange.communication
-        self._inverting = Inverting(settings, due, events, exchange)
+        self.communication = ownership.communication
+        self._inverting = Inverting(settings, due, events, ownership)
 
     # What all ranks must know of each other before they fold.
 
@@ -113,7 +114,7 @@ class Refresh:
         self._begun = None
 
     def __call__(self, layers: Sequence[Layer], step: int, damping: float) -> set[str]:
-        """Fold pending statistics, then refresh inverses, then fold second moments in the basis of these.
+        """Fold pending statistics, then refresh inverses.
 
         Args:
             layers: The layers.
@@ -128,8 +129,6 @@ class Refresh:
             dropped = self._fold_pending(layers, step)
         with self._times.part("inverses"):
             self._inverting(layers, step, damping)
-        with self._times.part("statistics"):
-            self._fold_second_moments(layers, step)
         return dropped
 
     # Statistics.
@@ -172,7 +171,7 @@ class Refresh:
         """Whether each sum is finite, which only the ranks that keep it can see."""
         kept = {name: reduced.statistics for name, reduced in found.items()}
         finite = {name: total is None or total.is_finite() for name, total in kept.items()}
-        if self._team.size == 1 or self._exchange.replicated or not found:
+        if self._team.size == 1 or self._ownership.replicated or not found:
             return finite
         device = next(iter(self._asked[0].adapter.parameters().values())).device
         told = self._team.largest(torch.tensor([float(not ok) for ok in finite.values()], device=device)).tolist()
@@ -201,7 +200,7 @@ class Refresh:
         for layer in asked:
             if layer.pending is None:
                 layer.note_roles()
-        outlines = [_outline(layer, self._exchange.owner(layer)) for layer in asked]
+        outlines = [_outline(layer, self._ownership.owner(layer)) for layer in asked]
         return Reduction(self._team, outlines, pending, self._given_up, self._settings.reduce_precision)
 
     def _give_up_flagged(self, found: Mapping[str, Reduced], layers: Mapping[str, Layer]) -> None:
@@ -211,10 +210,16 @@ class Refresh:
 
     # Second moments.
 
-    def _fold_second_moments(self, layers: Sequence[Layer], step: int) -> None:
+    def fold_second_moments(self, layers: Sequence[Layer], step: int, moments: Mapping[str, Tensor]) -> None:
+        """Fold the second moments of examples' gradients (EKFAC), after the refresh of the same layers.
+
+        Args:
+            layers: The layers.
+            step: The optimizer step.
+            moments: By layer, in the present basis.
+        """
         by_name = {layer.name: layer for layer in layers}
-        moments = {layer.name: layer.take_second_moment() for layer in layers}
-        found = {name: Statistics({}, {"S": S}, 0) for name, S in moments.items() if S is not None}
+        found = {name: Statistics({}, {"S": S}, 0) for name, S in moments.items()}
         for name, entry in self._moments_of_all_ranks(found).items():
             if entry.is_finite():
                 by_name[name].fold_second_moment(entry.sums["S"], self._settings.ema_decay)

@@ -6,10 +6,11 @@ import warnings
 from collections.abc import Iterable, Sequence
 
 from lightning_kfc.curvature.layer import Layer
+from lightning_kfc.curvature.ownership import LayerOwnership
 from lightning_kfc.distributed import process_group as distributed
 from lightning_kfc.factors.inverse import INVERSES, Inverse
 from lightning_kfc.monitoring.events import Events
-from lightning_kfc.refresh.inverse_exchange import Exchange
+from lightning_kfc.refresh.inverse_exchange import InverseExchange
 from lightning_kfc.scheduling.tracker import Due
 from lightning_kfc.settings import Settings
 
@@ -21,14 +22,15 @@ class Inverting:
         settings: The kind of inverse.
         due: When each layer is due; told what was done.
         events: Counts what goes other than planned.
-        exchange: Knows which rank holds what.
+        ownership: Knows which rank holds what.
     """
 
-    def __init__(self, settings: Settings, due: Due, events: Events, exchange: Exchange) -> None:
+    def __init__(self, settings: Settings, due: Due, events: Events, ownership: LayerOwnership) -> None:
         self._chosen = INVERSES[settings.inverse]
         self._due = due
         self._events = events
-        self._exchange = exchange
+        self._ownership = ownership
+        self._exchange = InverseExchange(ownership)
 
     def sends(self, layers: Iterable[str], step: int, damping: float) -> bool:
         """Whether a refresh of these layers at this step sends inverses between ranks."""
@@ -39,11 +41,11 @@ class Inverting:
         due = [
             layer
             for layer in layers
-            if (layer.averages or not self._exchange.has_factors(layer)) and self.sends([layer.name], step, damping)
+            if (layer.averages or not self._ownership.has_factors(layer)) and self.sends([layer.name], step, damping)
         ]
         if not due:
             return
-        self._exchange.communication.begin("inverses")
+        self._ownership.communication.begin("inverses")
         results = self._exchange.refreshed(
             due, lambda layer: layer.refreshed(self._chosen, damping), lambda layer: layer.inverse_type(self._chosen)
         )

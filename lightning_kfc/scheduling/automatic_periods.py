@@ -13,7 +13,6 @@ from lightning_kfc.distributed.process_group import Team
 from lightning_kfc.monitoring.timing import PARTS, REST, StepTimes
 from lightning_kfc.scheduling.period_costs import Costs, Periods, choose_periods
 from lightning_kfc.scheduling.refresh_schedule import RefreshSchedule
-from lightning_kfc.settings import Settings
 
 #: So many steps without statistics are timed after the warm-up; every fifth step is reviewed.
 BETWEEN = 5
@@ -25,10 +24,13 @@ Timed = tuple[bool, bool, dict[str, float]]
 
 
 class PeriodChoice:
-    """Chooses the periods, once; until then, and where none is "auto", the settings' schedule is in force.
+    """Chooses the periods, once; until then, and where none is "auto", the first schedule is in force.
 
     Args:
-        settings: Which periods are chosen, and their budget.
+        schedule: The schedule until periods are chosen.
+        factors: The period of statistics; None where it is chosen.
+        inverses: The period of inverses; None where it is chosen.
+        max_overhead: The share by which a step may take longer.
         times: Told where the time goes; runs a clock of ours as long as we need it.
 
     Attributes:
@@ -38,14 +40,22 @@ class PeriodChoice:
         ValueError: If a period is "auto" where deterministic algorithms are asked for.
     """
 
-    def __init__(self, settings: Settings, times: StepTimes) -> None:
-        if settings.automatic_periods and torch.are_deterministic_algorithms_enabled():
+    def __init__(
+        self,
+        schedule: RefreshSchedule,
+        factors: int | None,
+        inverses: int | None,
+        max_overhead: float,
+        times: StepTimes,
+    ) -> None:
+        self._automatic = factors is None or inverses is None
+        if self._automatic and torch.are_deterministic_algorithms_enabled():
             raise ValueError(
                 "Periods that are 'auto' follow the clock, so that no two runs are the same, but deterministic "
                 "algorithms are asked for (by Trainer(deterministic=True) or torch.use_deterministic_algorithms). Give "
                 "numbers for factor_every_n_steps and inverse_every_n_steps."
             )
-        self._settings = settings
+        self._first, self._factors, self._inverses, self._budget = schedule, factors, inverses, max_overhead
         self._times = times
         self._clock: StepTimes | None = None
         self._timed: list[Timed] = []
@@ -57,10 +67,10 @@ class PeriodChoice:
     @property
     def schedule(self) -> RefreshSchedule:
         """The schedule that is in force."""
-        if self.chosen is None or not self._settings.automatic_periods:
-            return self._settings.schedule
+        if self.chosen is None or not self._automatic:
+            return self._first
         return replace(
-            self._settings.schedule,
+            self._first,
             factor_every_n_steps=self.chosen.factors,
             inverse_every_n_steps=self.chosen.inverses,
         )
@@ -76,7 +86,7 @@ class PeriodChoice:
         Returns:
             What was chosen just now, in words; None where nothing was.
         """
-        if not self._settings.automatic_periods or self.chosen is not None:
+        if not self._automatic or self.chosen is not None:
             return None
         if self._clock is None:
             # The first step, with what it sets up, is over.
@@ -92,7 +102,7 @@ class PeriodChoice:
 
     def _note(self, step: int, statistics: bool) -> None:
         assert self._clock is not None
-        seconds, schedule = self._clock.seconds(), self._settings.schedule
+        seconds, schedule = self._clock.seconds(), self._first
         parts = {name: seconds[name] - self._seen.get(name, 0.0) for name in PARTS}
         self._seen = seconds
         warm = step < schedule.warmup_steps
@@ -107,11 +117,8 @@ class PeriodChoice:
         return (known and self._between >= BETWEEN) or self._after >= ENOUGH
 
     def _choose(self, device: torch.device) -> str:
-        costs = costs_of(self._timed, self._settings.schedule.inverse_every_n_steps)
-        given = self._settings
-        factors = given.factor_every_n_steps if isinstance(given.factor_every_n_steps, int) else None
-        inverses = given.inverse_every_n_steps if isinstance(given.inverse_every_n_steps, int) else None
-        own = choose_periods(costs, given.max_overhead, factors, inverses)
+        costs = costs_of(self._timed, self._first.inverse_every_n_steps)
+        own = choose_periods(costs, self._budget, self._factors, self._inverses)
         # Those of rank 0 for all: each has measured something else.
         everyone = Team()
         told = torch.tensor([own.factors, own.inverses, own.overhead], dtype=torch.float64, device=device)
@@ -121,7 +128,7 @@ class PeriodChoice:
         return self._described(costs)
 
     def _described(self, costs: Costs) -> str:
-        chosen, budget = self.chosen, self._settings.max_overhead
+        chosen, budget = self.chosen, self._budget
         assert chosen is not None
         found = (
             f"KFC chose factor_every_n_steps={chosen.factors} and inverse_every_n_steps={chosen.inverses}, at which a "

@@ -13,6 +13,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
+from lightning_kfc.settings import Settings
+
 #: Where an automatic radius and damping begin.
 START_RADIUS = 0.1
 START_DAMPING = 0.003
@@ -120,6 +122,13 @@ class TrustRegion:
     damping: float = START_DAMPING
     review_next: bool = False
     log_size: float = math.nan
+
+    @classmethod
+    def of(cls, settings: Settings) -> TrustRegion:
+        """The trust region at the start of training."""
+        # Adam's steps are not damped: there is nothing in them that a damping could adapt.
+        adapts_damping = settings.damping == "auto" and settings.rule == "natural"
+        return cls(adapts_radius=settings.kl_clip == "auto", adapts_damping=adapts_damping)
 
     @property
     def active(self) -> bool:

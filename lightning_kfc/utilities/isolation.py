@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.utils._python_dispatch import _disable_current_modes
-
-from lightning_kfc.distributed import process_group as distributed
 
 
 class _EagerStance:
@@ -85,7 +84,7 @@ def sinks_at_rest(loss: Tensor) -> Iterator[None]:
     reduced at the end of that pass. An extra pass through it would leave the real one without, silently, so that
     the ranks would go apart.
     """
-    if not distributed.initialised() or loss.grad_fn is None:
+    if not (dist.is_available() and dist.is_initialized()) or loss.grad_fn is None:
         yield
         return
     waiting = "_static_graph_delay_allreduce_enqueued"
