@@ -22,7 +22,7 @@ from benchmarks.pieces import parser_of_pieces
 from benchmarks.report import Results
 from benchmarks.tasks import TASKS
 from lightning_kfc import KFC
-from lightning_kfc.trust_region import Outcome, Verdict
+from lightning_kfc.trust_region.region import Outcome, Verdict
 
 #: Two losses, with and without batch norm and noise; those whose runs are short.
 ON = (("conv", 512), ("conv_autoencoder", 512), ("resnet", 128))

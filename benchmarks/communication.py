@@ -25,9 +25,9 @@ from torch import multiprocessing as mp
 
 from benchmarks.processes import free_port
 from benchmarks.shapes import NETWORKS
-from lightning_kfc.distributed import Team
+from lightning_kfc.distributed.factor_reduction import BUCKET_BYTES, Outline, Reduction
+from lightning_kfc.distributed.process_group import Team
 from lightning_kfc.factors.statistics import Statistics
-from lightning_kfc.reduction import BUCKET_BYTES, Outline, Reduction
 
 ROOT = Path(__file__).parent.parent
 WAYS = {

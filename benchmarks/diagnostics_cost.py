@@ -15,8 +15,8 @@ import torch
 
 from benchmarks.step_cost import WORKLOADS
 from lightning_kfc import KFC
-from lightning_kfc.diagnostics import Diagnostics
-from lightning_kfc.step_times import StepTimes
+from lightning_kfc.monitoring.timing import StepTimes
+from lightning_kfc.reporting.diagnostics import Diagnostics
 
 LOG_EVERY_N_STEPS = 50
 

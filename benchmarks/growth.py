@@ -29,7 +29,7 @@ from benchmarks.shapes import LARGEST, LayerShape, resnet50
 from lightning_kfc import KFC
 from lightning_kfc.factors.parts import number_of_parts
 from lightning_kfc.factors.stored import stored_nbytes
-from lightning_kfc.step_times import REST
+from lightning_kfc.monitoring.timing import REST
 
 RESULTS = Path(__file__).parent / "results" / "growth.json"
 PLOT = Path(__file__).parent.parent / "docs" / "_static" / "growth.svg"

@@ -28,7 +28,7 @@ from benchmarks.pieces import parser_of_pieces
 from benchmarks.plots import STYLE
 from benchmarks.report import lists_on_one_line, measured_with
 from benchmarks.tasks import TASKS, Goal, Task
-from lightning_kfc.trust_region import LARGEST_RADIUS, SMALLEST_DAMPING, SMALLEST_RADIUS
+from lightning_kfc.trust_region.region import LARGEST_RADIUS, SMALLEST_DAMPING, SMALLEST_RADIUS
 
 STEPS = 600
 #: Numbers are noted after every so many steps.

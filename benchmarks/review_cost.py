@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.networks import resnet20
-from lightning_kfc.tape import RecordedLoss, Tape
+from lightning_kfc.trust_region.tape import RecordedLoss, Tape
 
 RESULTS = Path(__file__).parent / "results"
 LossOf = Callable[[], Tensor]

@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.shapes import NETWORKS, LayerShape, Network
+from lightning_kfc.distributed.placement import Grid, Placement, gradient_workers
 from lightning_kfc.factors.packing import packed_numel
-from lightning_kfc.placement import Grid, Placement, gradient_workers
 
 ROOT = Path(__file__).parent.parent
 PLACEMENTS: dict[str, str | float] = {"comm-opt": "comm-opt", "1/8 of the ranks": 0.125, "mem-opt": "mem-opt"}

@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.optimizers import BatchLoss
 from benchmarks.tasks import TASKS
-from lightning_kfc import layer as layers
+from lightning_kfc.curvature import layer as layers
 from lightning_kfc.factors.quadratic import estimate_pays, estimated_quadratic_form, quadratic_form
 
 RESULT = Path(__file__).parent / "results" / "trace_error.md"

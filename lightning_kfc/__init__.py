@@ -1,12 +1,12 @@
 """Train networks with approximate natural gradient: KFC as a Lightning callback."""
 
 from lightning_kfc.callback import KFCCallback
+from lightning_kfc.estimation.self_test import SelfTestError
 from lightning_kfc.kfc import KFC
 from lightning_kfc.layers import register_adapter
-from lightning_kfc.likelihood import Bernoulli, Categorical, Gaussian
-from lightning_kfc.loss_terms import LossNotRecognisedError
-from lightning_kfc.schedule import ExponentialSchedule, LinearSchedule
-from lightning_kfc.selftest import SelfTestError
+from lightning_kfc.losses.likelihoods import Bernoulli, Categorical, Gaussian
+from lightning_kfc.losses.selection import LossNotRecognisedError
+from lightning_kfc.scheduling.refresh_schedule import ExponentialSchedule, LinearSchedule
 from lightning_kfc.version import __version__
 
 __all__ = [

@@ -5,39 +5,40 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_kfc import distributed
-from lightning_kfc.agreement import check_agreement
-from lightning_kfc.application import Inspection, Ready, replace_gradients
-from lightning_kfc.coverage import Coverage, coverage_of
-from lightning_kfc.due import Due
-from lightning_kfc.exchange import Exchange
+from lightning_kfc.curvature.coverage import Coverage, coverage_of
+from lightning_kfc.curvature.find_layers import find_layers
+from lightning_kfc.curvature.layer import Layer
+from lightning_kfc.curvature.ownership import LayerOwnership
+from lightning_kfc.curvature.structure import Structure
+from lightning_kfc.distributed import process_group as distributed
+from lightning_kfc.distributed.agreement import check_agreement, described
+from lightning_kfc.distributed.placement import factorisation_cost
+from lightning_kfc.estimation.estimator import Observation
 from lightning_kfc.factors.inverse import INVERSES
-from lightning_kfc.find_layers import find_layers
-from lightning_kfc.isolation import eager_compiled_code, full_precision
-from lightning_kfc.layer import Layer
-from lightning_kfc.likelihood import Likelihood
-from lightning_kfc.messages import inform
-from lightning_kfc.monitor import Events, StepNumbers, listed
-from lightning_kfc.observation import Observation
-from lightning_kfc.period_choice import PeriodChoice
-from lightning_kfc.placement import factorisation_cost
-from lightning_kfc.refresh import Refresh
-from lightning_kfc.review import Reviewer
-from lightning_kfc.rule_choice import choose_rule, with_rule
-from lightning_kfc.schedule import RefreshSchedule, value_at
+from lightning_kfc.losses.likelihoods import Likelihood
+from lightning_kfc.monitoring.events import Events, StepNumbers, listed
+from lightning_kfc.monitoring.messages import inform
+from lightning_kfc.monitoring.timing import StepTimes
+from lightning_kfc.refresh.factors import Refresh
+from lightning_kfc.rules.base import Inspection, Ready, replace_gradients
+from lightning_kfc.rules.choice import choose_rule, with_rule
+from lightning_kfc.rules.optimizer_units import Units
+from lightning_kfc.rules.update_exchange import received_updates
+from lightning_kfc.scheduling.automatic_periods import PeriodChoice
+from lightning_kfc.scheduling.refresh_schedule import RefreshSchedule, value_at
+from lightning_kfc.scheduling.staggering import Slots
+from lightning_kfc.scheduling.tracker import Due
 from lightning_kfc.settings import Settings, refuse_removed
-from lightning_kfc.slots import Slots
-from lightning_kfc.step_times import StepTimes
-from lightning_kfc.structure import Structure
-from lightning_kfc.trust_region import FIXED_DAMPING, FIXED_RADIUS, Verdict
-from lightning_kfc.units import Units
+from lightning_kfc.trust_region.region import FIXED_DAMPING, FIXED_RADIUS, TrustRegion, Verdict
+from lightning_kfc.trust_region.review import Reviewer
+from lightning_kfc.utilities.isolation import eager_compiled_code, full_precision
 
 STATE_VERSION = 1
 
@@ -68,8 +69,8 @@ class KFC:
         likelihood: What the loss is the negative logarithm of. ``"auto"`` recognises it from the loss
             functions that are called, and takes the empirical Fisher of a loss of which it recognises nothing;
             ``"categorical"``, ``"bernoulli"`` and ``"gaussian"`` keep only terms of that kind; a
-            :class:`~lightning_kfc.likelihood.Likelihood` with ``output_of`` names the module whose output is the
-            logits, for losses computed otherwise.
+            :class:`~lightning_kfc.losses.likelihoods.Likelihood` with ``output_of`` names the module whose output is
+            the logits, for losses computed otherwise.
         factor_every_n_steps: Statistics are taken every so many optimizer steps (the paper's T_cov). ``"auto"``: chosen
             soon after the warm-up, by the time that the parts of a step have taken, to keep to ``max_overhead``.
         inverse_every_n_steps: Inverses are refreshed every so many optimizer steps (the paper's T_inv), or ``"auto"``.
@@ -85,7 +86,7 @@ class KFC:
             eigenbasis of the factors (:mod:`lightning_kfc.rules.adam`), which takes the momentum of SGD out of its
             steps, implies ``inverse="eigh"``, and in which ``damping`` has no part; ``"auto"``, with
             ``damping="auto"``: ``"adam"`` for models with attention and no wide factors
-            (:mod:`lightning_kfc.rule_choice`), else ``"natural"``.
+            (:mod:`lightning_kfc.rules.choice`), else ``"natural"``.
         weight_sharing: ``"expand"``: each use of a weight is a row; ``"reduce"``: each example is one.
         max_factor_dim: A factor of more dimensions is held as its diagonal, which :meth:`coverage` shows; None for no
             bound. The default admits every layer of the usual convolutional nets and transformers (d_in 4,609 in a
@@ -201,7 +202,11 @@ class KFC:
         self._said: set[str] = set()
         #: Where the time of a step goes; runs only between its own begin_step() and end_step().
         self.times = StepTimes()
-        self._periods = PeriodChoice(settings, self.times)
+        factors, inverses = (
+            None if period == "auto" else period
+            for period in (settings.factor_every_n_steps, settings.inverse_every_n_steps)
+        )
+        self._periods = PeriodChoice(settings.schedule, factors, inverses, settings.max_overhead, self.times)
         self._due = Due(settings.schedule, self._slots())
         # Layers whose .grad holds a part of which no statistics were taken: what is taken then would not belong to it.
         self._unseen: set[str] = set()
@@ -219,16 +224,16 @@ class KFC:
         #: Where set, called at each step with the layers, their gradients and their updates; both may be views.
         self.inspect: Inspection | None = None
         self.communication = distributed.Communication()
-        self._exchange = Exchange(
+        self._ownership = LayerOwnership(
             self._team, settings.placement, INVERSES[settings.inverse], self._found.layers, self.communication
         )
         self._observation = Observation(
             model, settings, self._found, self._due, self._cannot_explain, self._team, self.times, self.events
         )
         self._refresh_layers = Refresh(
-            settings, self._due, self.events, self._team, self._exchange, self._drop, self.times
+            settings, self._due, self.events, self._team, self._ownership, self._drop, self.times
         )
-        self._reviewer = Reviewer(model, settings.trust_region(), self.events, self._exchange.total)
+        self._reviewer = Reviewer(model, TrustRegion.of(settings), self.events, self._ownership.total)
 
     def _slots(self) -> Slots:
         settings, found = self.settings, self._found
@@ -281,7 +286,7 @@ class KFC:
         for name in moved.values():
             self._drop_pending(name)
         self._due.follow(change.kept, new, self.step)
-        self._exchange.follow(change.kept)
+        self._ownership.follow(change.kept)
         self._observation.follow(change.kept, new, self.step)
         self._unseen = {change.kept[name] for name in self._unseen if name in change.kept}
         self._ranks_agree = False
@@ -322,7 +327,7 @@ class KFC:
         if recorded and self._micro_batch == 0 and (changed := self.follow_structure()):
             inform(changed)
         if not self._ranks_agree:
-            check_agreement(self.settings, self._found.layers, next(self._model.parameters()).device)
+            check_agreement(self._facts(), next(self._model.parameters()).device)
             self._ranks_agree = True
         if self._again:
             self._observation.record_nothing()
@@ -331,6 +336,17 @@ class KFC:
             return
         with self._reviewer.record(self.step), self._observation.capture(self.step):
             yield
+
+    def _facts(self) -> dict[str, str]:
+        """What must be the same on all ranks: settings, and layers with the shapes of their factors."""
+        facts = {field.name: described(getattr(self.settings, field.name)) for field in fields(self.settings)}
+        shapes = {name: layer.adapter.factor_shapes() for name, layer in self._found.layers.items()}
+        outlines = {
+            name: ", ".join(f"{factor} {tuple(shape)}" for factor, shape in own.items()) for name, own in shapes.items()
+        }
+        kinds = {name: layer.adapter.kind for name, layer in self._found.layers.items()}
+        facts["layers"] = ", ".join(f"{name} ({kinds[name]}, {outline})" for name, outline in outlines.items())
+        return facts
 
     def update(
         self, loss: Tensor, *, accumulate: bool = False, loss_scale: float = 1.0, loss_fraction: float = 1.0
@@ -412,6 +428,7 @@ class KFC:
                 # The other ranks will ask for them: what is not finite is dropped by all.
                 self.layers[name].drop_pending()
                 self.layers[name].spoil()
+                self._observation.spoil_examples(name)
         for error in dict.fromkeys(failed.values()):
             names = listed(name for name, own in failed.items() if own is error)
             what = f"the statistics of {names} are left out of this step: {type(error).__name__}: {error}"
@@ -436,6 +453,7 @@ class KFC:
     def _drop_pending(self, name: str) -> None:
         if name in self.layers:
             self.layers[name].drop_pending()
+        self._observation.forget_examples(name)
         self._observation.count_again({name})
 
     def ages(self, layer: str) -> tuple[int | None, int | None]:
@@ -585,7 +603,7 @@ class KFC:
             with full_precision(self._model):
                 damping, parameters = self.damping, self._stepped_by(optimizer)
                 reviewer = self._reviewer
-                ready = self._exchange.solved(ready, damping)
+                ready = received_updates(self._ownership, ready, damping)
                 numbers = replace_gradients(
                     self.settings.rule,
                     ready,
@@ -673,11 +691,11 @@ class KFC:
     def review(self, *, optimizer: Optimizer | None = None) -> Verdict | None:
         """After the optimizer's step: see whether it did what was expected, and adjust damping and KL clip.
 
-        It is what ``damping="auto"`` and ``kl_clip="auto"`` learn from (:mod:`lightning_kfc.trust_region`). Only a few
-        steps are reviewed. There :meth:`capture` has recorded the forward as tensor operations, which are replayed with
-        the new weights (:mod:`lightning_kfc.tape`); none of the user's code runs again. A step that did much less than
-        expected is shortened to the best point on its way, with the momentum that it leaves, or taken back where there
-        is none.
+        It is what ``damping="auto"`` and ``kl_clip="auto"`` learn from (:mod:`lightning_kfc.trust_region.region`). Only
+        a few steps are reviewed. There :meth:`capture` has recorded the forward as tensor operations, which are
+        replayed with the new weights (:mod:`lightning_kfc.trust_region.tape`); none of the user's code runs again. A
+        step that did much less than expected is shortened to the best point on its way, with the momentum that it
+        leaves, or taken back where there is none.
 
         Args:
             optimizer: The optimizer that made the step; its momentum is shortened with the step.
@@ -718,6 +736,10 @@ class KFC:
         try:
             with full_precision(self._model):
                 self._unseen |= self._refresh_layers(layers, self.step, damping)
+                with self.times.part("statistics"):
+                    # In the basis that the refresh has left.
+                    moments = self._observation.second_moments(layers)
+                    self._refresh_layers.fold_second_moments(layers, self.step, moments)
         except Exception as error:
             # With several ranks the others wait for what this one has not sent, so that it cannot go on alone.
             if not self._has_stepped or self._team.size > 1:
@@ -811,7 +833,7 @@ class KFC:
         """
         layers = None
         if factors:
-            layers = self._exchange.collected({name: layer.state_dict() for name, layer in self._found.layers.items()})
+            layers = self._ownership.collected({name: layer.state_dict() for name, layer in self._found.layers.items()})
         return {
             "version": STATE_VERSION,
             "step": self.step + int(self._stepped),
@@ -869,8 +891,8 @@ class KFC:
             reason = layer.load_state_dict(
                 state["layers"][name],
                 INVERSES[self.settings.inverse],
-                with_factors=self._exchange.has_factors(layer),
-                with_inverse=self._exchange.has_inverse(layer),
+                with_factors=self._ownership.has_factors(layer),
+                with_inverse=self._ownership.has_inverse(layer),
             )
             if self.settings.rule != "adam":
                 layer.moments = None

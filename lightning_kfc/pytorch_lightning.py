@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pytorch_lightning import Callback
 
-from lightning_kfc.hooks import KFCHooks
+from lightning_kfc.callback.hooks import KFCHooks
 
 
 class KFCCallback(KFCHooks, Callback):  # noqa: D101 (the docstring is the hooks')

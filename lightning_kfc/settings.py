@@ -6,7 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lightning_kfc.checks import (
+from lightning_kfc.distributed.factor_reduction import PRECISIONS
+from lightning_kfc.distributed.placement import PLACEMENTS
+from lightning_kfc.factors.inverse import INVERSES
+from lightning_kfc.losses.likelihoods import LIKELIHOODS, Likelihood
+from lightning_kfc.scheduling.refresh_schedule import RefreshSchedule
+from lightning_kfc.utilities.checks import (
     check_choice,
     check_flag,
     check_fraction,
@@ -16,12 +21,6 @@ from lightning_kfc.checks import (
     check_positive,
     check_positive_or_auto,
 )
-from lightning_kfc.factors.inverse import INVERSES
-from lightning_kfc.likelihood import LIKELIHOODS, Likelihood
-from lightning_kfc.placement import PLACEMENTS
-from lightning_kfc.reduction import PRECISIONS
-from lightning_kfc.schedule import RefreshSchedule
-from lightning_kfc.trust_region import TrustRegion
 
 FISHERS = ("mc", "exact", "empirical")
 RULES = ("natural", "adam", "auto")
@@ -78,12 +77,6 @@ class Settings:
     max_overhead: float = 0.15
     #: Until periods that are "auto" are chosen, those of the defaults.
     schedule: RefreshSchedule = field(init=False)
-
-    def trust_region(self) -> TrustRegion:
-        """The trust region at the start of training."""
-        # Adam's steps are not damped: there is nothing in them that a damping could adapt.
-        adapts_damping = self.damping == "auto" and self.rule == "natural"
-        return TrustRegion(adapts_radius=self.kl_clip == "auto", adapts_damping=adapts_damping)
 
     def __post_init__(self) -> None:
         """Check every setting."""

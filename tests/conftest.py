@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from lightning_kfc.messages import LOGGER
+from lightning_kfc.monitoring.messages import LOGGER
 
 # Two test processes share two cores, and the nets are tiny: more threads would only wait for each other.
 torch.set_num_threads(1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_kfc import KFCCallback
-from lightning_kfc.advice import (
+from lightning_kfc.monitoring.advice import (
     RULES,
     Adviser,
     Facts,

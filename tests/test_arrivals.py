@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from lightning_kfc.arrivals import Arrivals
+from lightning_kfc.estimation.graph import Arrivals
 from tests.nets import data
 
 

@@ -28,8 +28,8 @@ from benchmarks.report import Results, markdown, overview
 from benchmarks.tasks import TASKS, Goal, Task
 from benchmarks.tuning import Trial, Tuning
 from lightning_kfc import KFCCallback
-from lightning_kfc.schedule import RefreshSchedule
-from lightning_kfc.trust_region import Outcome
+from lightning_kfc.scheduling.refresh_schedule import RefreshSchedule
+from lightning_kfc.trust_region.region import Outcome
 
 
 def curve_of(loss: Callable[[int], float], iterations: list[int], seconds_each: float = 0.5) -> Curve:

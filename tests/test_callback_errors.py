@@ -20,7 +20,7 @@ from lightning_kfc import (
     register_adapter,
 )
 from lightning_kfc.layers.linear import LinearAdapter
-from lightning_kfc.refresh import Refresh
+from lightning_kfc.refresh.factors import Refresh
 from tests.lightning_nets import FEATURES, QUIET, ConvNet, Regression, images, loader, trainer, vectors
 
 pytestmark = QUIET

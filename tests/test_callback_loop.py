@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_kfc import KFCCallback
-from lightning_kfc.trust_region import START_DAMPING
+from lightning_kfc.trust_region.region import START_DAMPING
 from tests.lightning_nets import (
     QUIET,
     ConvNet,

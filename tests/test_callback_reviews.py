@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_kfc import KFCCallback, review
-from lightning_kfc.trust_region import START_DAMPING, TrustRegion, Verdict
+from lightning_kfc import KFCCallback
+from lightning_kfc.trust_region import review
+from lightning_kfc.trust_region.region import START_DAMPING, TrustRegion, Verdict
 from tests.lightning_nets import CLASSES, QUIET, ConvNet, Manual, Regression, images, loader, trainer, vectors
 
 pytestmark = QUIET

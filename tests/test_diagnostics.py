@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_kfc import KFC, KFCCallback
-from lightning_kfc.diagnostics import Diagnostics, bytes_held, summary
-from lightning_kfc.trust_region import Outcome, TrustRegion
+from lightning_kfc.reporting.diagnostics import Diagnostics, bytes_held, summary
+from lightning_kfc.trust_region.region import Outcome, TrustRegion
 from tests.harness import QUIET, Classifier, conv_net, dense_net, fit, images, loader, weights
 
 pytestmark = [pytest.mark.filterwarnings(entry) for entry in QUIET]
@@ -189,7 +189,7 @@ def test_decreases_are_those_of_the_last_review() -> None:
 
 
 def test_a_factor_is_looked_at_once_for_each_refresh_of_its_inverse(monkeypatch: pytest.MonkeyPatch) -> None:
-    import lightning_kfc.diagnostics as module
+    import lightning_kfc.reporting.diagnostics as module
 
     asked: list[tuple[int, list[str]]] = []
     original = module.spectra_of

@@ -56,27 +56,27 @@ HOOKS = [
 #: The parts of a due step: where they live, and what they are called there.
 PARTS = [
     "kfc.KFC.capture",
-    "capture.Recorder.attach",
-    "capture.Recorder._record",
+    "estimation.recording.Recorder.attach",
+    "estimation.recording.Recorder._record",
     "kfc.KFC.back_propagate",
-    "observation.weighted_terms",
-    "observation.seed_passes",
-    "fisher._laid_out",
+    "estimation.estimator.weighted_terms",
+    "estimation.estimator.seed_passes",
+    "estimation.back_propagation._laid_out",
     "kfc.KFC.precondition",
     "kfc.KFC._refresh",
-    "layer.Layer.fold",
-    "layer.Layer.refreshed",
-    "application.natural_step",
-    "layer.Layer.write",
+    "curvature.layer.Layer.fold",
+    "curvature.layer.Layer.refreshed",
+    "rules.base.natural_step",
+    "curvature.layer.Layer.write",
 ]
 
 #: The calls from which training goes on: of statistics after the first step, and of inverses at any time.
 SURVIVED = [
-    ("observation.weighted_terms", 2),
-    ("observation.seed_passes", 2),
-    ("fisher._laid_out", 2),
-    ("layer.Layer.refreshed", 1),
-    ("layer.Layer.refreshed", 2),
+    ("estimation.estimator.weighted_terms", 2),
+    ("estimation.estimator.seed_passes", 2),
+    ("estimation.back_propagation._laid_out", 2),
+    ("curvature.layer.Layer.refreshed", 1),
+    ("curvature.layer.Layer.refreshed", 2),
 ]
 
 

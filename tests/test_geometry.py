@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_kfc import KFC
-from lightning_kfc.capture import Recorder
+from lightning_kfc.estimation.recording import Recorder
 from lightning_kfc.factors import patches
 from lightning_kfc.layers import Forward
 from tests import oracles

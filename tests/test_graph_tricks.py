@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_kfc import KFC, KFCCallback, trust_region
+from lightning_kfc import KFC, KFCCallback
+from lightning_kfc.trust_region import region
 from tests.harness import QUIET, Classifier, Watch, conv_net, dense_net, fit, images, loader, trainer, weights
 
 pytestmark = [
@@ -150,8 +151,8 @@ def test_compiled_code_runs_eagerly_where_it_is_recorded_for_a_review_and_nothin
     torch._dynamo.reset()
     counted = Backend()
     # Statistics at the first step alone, and reviews of every second step.
-    monkeypatch.setattr(trust_region, "REVIEWED_AT_FIRST", 0)
-    monkeypatch.setattr(trust_region, "REVIEW_EVERY_N_STEPS", 2)
+    monkeypatch.setattr(region, "REVIEWED_AT_FIRST", 0)
+    monkeypatch.setattr(region, "REVIEW_EVERY_N_STEPS", 2)
     kfc = KFCCallback(factor_every_n_steps=99, inverse_every_n_steps=99, warmup_steps=1, damping=0.1)
     _, graphs, calls = fit_compiled(what, counted, kfc)
     assert kfc.kfc.reviews

@@ -15,7 +15,7 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_kfc import Categorical, KFCCallback
-from lightning_kfc.monitor import Events
+from lightning_kfc.monitoring.events import Events
 from tests.harness import QUIET, Classifier, Watch, conv_net, dense_net, fit, images, loader, weights
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_kfc import Bernoulli, Categorical, Gaussian
-from lightning_kfc.likelihood import Likelihood
+from lightning_kfc.losses.likelihoods import Likelihood
 from tests import oracles
 from tests.nets import data
 

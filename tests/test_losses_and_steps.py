@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
 
 from lightning_kfc import KFC, KFCCallback
-from lightning_kfc.review import Before, Reviewer
-from lightning_kfc.trust_region import Outcome, TrustRegion
+from lightning_kfc.trust_region.region import Outcome, TrustRegion
+from lightning_kfc.trust_region.review import Before, Reviewer
 from tests.lightning_nets import QUIET, Manual, Regression, loader, trainer, vectors
 
 pytestmark = [

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_kfc.monitor import History
+from lightning_kfc.monitoring.events import History
+from lightning_kfc.monitoring.timing import PARTS, REST, StepTimes
 from lightning_kfc.pictures import snapshots
 from lightning_kfc.pictures.snapshots import SpectraOverTime, shown, spectrum
-from lightning_kfc.step_times import PARTS, REST, StepTimes
 from tests.nets import data
 
 

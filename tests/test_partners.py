@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from lightning_kfc import KFCCallback
-from lightning_kfc.partners import Advice, advice
+from lightning_kfc.callback.optimizer_advice import Advice, advice
 from lightning_kfc.settings import Settings
 from tests.harness import QUIET, Classifier, fit
 

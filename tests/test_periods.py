@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lightning_kfc.kfc as engine_module
-import lightning_kfc.step_times as step_times
+import lightning_kfc.monitoring.timing as step_times
 from lightning_kfc import KFC, KFCCallback
-from lightning_kfc.layer import Layer
-from lightning_kfc.observation import Observation
-from lightning_kfc.periods import LONGEST, SHORTEST, Costs, candidates, choose_periods
+from lightning_kfc.curvature.layer import Layer
+from lightning_kfc.estimation.estimator import Observation
+from lightning_kfc.scheduling.period_costs import LONGEST, SHORTEST, Costs, candidates, choose_periods
 from tests.harness import QUIET, Classifier, fit, images, loader
 from tests.test_staggering import Training
 

@@ -27,7 +27,7 @@ from lightning_kfc.pictures import (
     svg,
 )
 from lightning_kfc.pictures.draw import HEAT_MAP_PIXELS
-from lightning_kfc.spatial import SpatialStatistics
+from lightning_kfc.reporting.map_watcher import SpatialStatistics
 from tests.nets import data
 
 

@@ -15,9 +15,10 @@ import torch
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 from torch import nn
 
-from lightning_kfc import KFC, KFCCallback, distributed
-from lightning_kfc.layer import Layer
-from lightning_kfc.messages import LOGGER
+from lightning_kfc import KFC, KFCCallback
+from lightning_kfc.curvature.layer import Layer
+from lightning_kfc.distributed import process_group as distributed
+from lightning_kfc.monitoring.messages import LOGGER
 from tests.harness import QUIET, Classifier, Watch, conv_net, fit, images, loader
 
 pytestmark = [pytest.mark.filterwarnings(entry) for entry in QUIET]

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_kfc import KFC
-from lightning_kfc.discovery import LossRecorder
-from lightning_kfc.fisher import never_negative, weighted_terms
-from lightning_kfc.trust_region import MOST_PROMISED
+from lightning_kfc.estimation.back_propagation import never_negative, weighted_terms
+from lightning_kfc.losses.terms import LossRecorder
+from lightning_kfc.trust_region.region import MOST_PROMISED
 from tests.nets import classes, data, double
 
 

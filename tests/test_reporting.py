@@ -29,10 +29,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_kfc import KFCCallback
-from lightning_kfc.report import CALLBACK_DEFAULTS
-from lightning_kfc.reporting import Reporting, ReportSettings
+from lightning_kfc.reporting.map_watcher import MapWatcher
+from lightning_kfc.reporting.report import Reporting, ReportSettings
+from lightning_kfc.reporting.sections import CALLBACK_DEFAULTS
 from lightning_kfc.settings import Settings
-from lightning_kfc.spatial import MapWatcher
 from tests.harness import QUIET, Classifier, Watch, dense_net, fit, hooks_of, images, loader, weights
 
 pytestmark = [pytest.mark.filterwarnings(entry) for entry in QUIET]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_kfc import ExponentialSchedule, LinearSchedule
-from lightning_kfc.schedule import RefreshSchedule, value_at
+from lightning_kfc.scheduling.refresh_schedule import RefreshSchedule, value_at
 
 
 def due(schedule: RefreshSchedule, until: int) -> tuple[list[int], list[int]]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD, AdamW
 
-from lightning_kfc.sgd import is_sgd, momenta, take_momentum_out
+from lightning_kfc.rules.momentum import is_sgd, momenta, take_momentum_out
 from tests import oracles
 from tests.nets import data
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_kfc.schedule import RefreshSchedule
-from lightning_kfc.slots import Slots, open_slots, shared_out
+from lightning_kfc.scheduling.refresh_schedule import RefreshSchedule
+from lightning_kfc.scheduling.staggering import Slots, open_slots, shared_out
 
 costs = st.dictionaries(st.text(min_size=1, max_size=4), st.integers(1, 1000).map(float), min_size=1, max_size=12)
 schedules = st.builds(RefreshSchedule, st.integers(1, 12), st.integers(1, 30), st.integers(0, 12))

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lightning_kfc import KFC
 from lightning_kfc.analysis import spatial_statistics
-from lightning_kfc.spatial import MapWatcher, autocorrelation, inhomogeneity
+from lightning_kfc.reporting.map_watcher import MapWatcher, autocorrelation, inhomogeneity
 from tests import oracles
 from tests.nets import classes, data, double, small_conv_net
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_kfc import KFC
+from lightning_kfc.curvature.spectra import spectra_of
 from lightning_kfc.factors.damping import split_damping
 from lightning_kfc.factors.spectrum import LANCZOS_STEPS, effective_rank, largest_eigenvalues
-from lightning_kfc.layer_spectra import spectra_of
 from tests.harness import conv_net
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_kfc.tape import RecordedLoss, Tape
+from lightning_kfc.trust_region.tape import RecordedLoss, Tape
 
 SIDE = 4
 

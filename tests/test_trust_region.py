@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_kfc import KFC
-from lightning_kfc import trust_region as region_module
 from lightning_kfc.factors.quadratic import quadratic_form
-from lightning_kfc.trust_region import Outcome, TrustRegion
+from lightning_kfc.trust_region import region as region_module
+from lightning_kfc.trust_region.region import Outcome, TrustRegion
 from tests.oracles import dense_fisher, kron
 
 

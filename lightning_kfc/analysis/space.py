@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_kfc.checks import check_integer
-from lightning_kfc.isolation import leaving_no_trace
 from lightning_kfc.kfc import KFC
-from lightning_kfc.likelihood import Likelihood
-from lightning_kfc.spatial import MapWatcher, Quantity, SpatialStatistics, spatial_modules
+from lightning_kfc.losses.likelihoods import Likelihood
+from lightning_kfc.reporting.map_watcher import MapWatcher, Quantity, SpatialStatistics, spatial_modules
+from lightning_kfc.utilities.checks import check_integer
+from lightning_kfc.utilities.isolation import leaving_no_trace
 
 
 @dataclass(frozen=True)

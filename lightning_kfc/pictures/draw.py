@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_kfc.pictures.canvas import COLOURS, grid, style
-from lightning_kfc.spatial import SpatialStatistics
+from lightning_kfc.reporting.map_watcher import SpatialStatistics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

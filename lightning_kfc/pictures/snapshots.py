@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from lightning_kfc.layer import Layer
+from lightning_kfc.curvature.layer import Layer
 
 #: So many layers are shown at most, evenly spread over the network: more would not be legible.
 MOST_LAYERS = 10

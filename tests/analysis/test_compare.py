@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lightning_kfc import Categorical, LossNotRecognisedError
 from lightning_kfc.analysis import compare_curvature, dense
 from lightning_kfc.analysis.assumptions import RowRecorder, assumption_errors
-from lightning_kfc.find_layers import find_layers
+from lightning_kfc.curvature.find_layers import find_layers
 from tests import oracles
 from tests.nets import classes, data, double, small_conv_net
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_kfc import KFC, ExponentialSchedule, KFCCallback
-from lightning_kfc.agreement import RanksDisagreeError
+from lightning_kfc.distributed.agreement import RanksDisagreeError
 from tests.distributed.nets import EXACT, Net, images, loader, trainer
 from tests.distributed.pool import Ranks, context, free_port, prepare_rank
 from tests.harness import QUIET

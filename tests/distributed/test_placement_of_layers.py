@@ -15,8 +15,8 @@ from torch import Tensor
 from torch import distributed as dist
 
 from lightning_kfc import KFCCallback
+from lightning_kfc.distributed.remote import Elsewhere
 from lightning_kfc.factors.inverse import CholeskyInverse, FactorisationError
-from lightning_kfc.held import Elsewhere
 from tests.distributed.nets import EXACT, Net, branched_net, dense_net, difference, fit, images, loader, trainer
 from tests.distributed.pool import Ranks
 from tests.harness import QUIET

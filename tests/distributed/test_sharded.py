@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from lightning_kfc import KFCCallback
-from lightning_kfc.sharding import whole
+from lightning_kfc.distributed.sharded_tensors import whole
 from tests.distributed.nets import EXACT, Net, conv_net, difference, images, loader, trainer
 from tests.distributed.pool import Ranks
 from tests.distributed.sharded_nets import (

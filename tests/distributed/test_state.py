@@ -13,7 +13,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from lightning_kfc import KFCCallback
-from lightning_kfc.held import Elsewhere
+from lightning_kfc.distributed.remote import Elsewhere
 from tests.distributed.nets import EXACT, Net, difference, images, loader, trainer
 from tests.distributed.pool import Ranks
 from tests.harness import QUIET

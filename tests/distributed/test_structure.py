@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from lightning_kfc import KFC, KFCCallback, observation
-from lightning_kfc.agreement import RanksDisagreeError
+from lightning_kfc import KFC, KFCCallback
+from lightning_kfc.distributed.agreement import RanksDisagreeError
+from lightning_kfc.estimation import estimator as observation
 from tests.distributed.nets import EXACT, Net, difference, images, loader, outcome, trainer
 from tests.distributed.pool import Ranks
 from tests.harness import QUIET

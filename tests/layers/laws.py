@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lightning_kfc.capture import output_edge
+from lightning_kfc.estimation.recording import output_edge
 from lightning_kfc.layers import Adapter, Forward
 from tests import oracles
 

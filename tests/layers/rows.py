@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_kfc import KFC
-from lightning_kfc.capture import output_edge
+from lightning_kfc.estimation.recording import output_edge
 from lightning_kfc.layers import Forward
 from tests import oracles
 

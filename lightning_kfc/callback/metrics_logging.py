@@ -1,0 +1,98 @@
+"""What a fit tells of itself as it goes: numbers to loggers, two of them in the progress bar, and advice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_kfc.kfc import KFC
+from lightning_kfc.monitoring.advice import Adviser
+from lightning_kfc.monitoring.messages import inform
+from lightning_kfc.reporting.diagnostics import Diagnostics
+from lightning_kfc.reporting.report import Reporting
+from lightning_kfc.utilities.checks import check_flag
+
+#: Rules of advice are asked at every so many logged steps, and when training ends.
+ASKED_EVERY = 10
+
+
+@dataclass(frozen=True)
+class TelemetrySettings:
+    """The options; see the callback for what each one does."""
+
+    log_layers: bool = False
+    progress_bar: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        check_flag("log_layers", self.log_layers)
+        check_flag("progress_bar", self.progress_bar)
+
+
+class Telemetry:
+    """Tells of one fit.
+
+    Args:
+        settings: The options.
+        kfc: Gives the engine; a checkpoint may replace it.
+        trainer: The trainer.
+        reports: Takes numbers and advice for the report.
+    """
+
+    def __init__(self, settings: TelemetrySettings, kfc: Callable[[], KFC], trainer: Any, reports: Reporting) -> None:
+        self._settings = settings
+        self._kfc = kfc
+        self._trainer = trainer
+        self._reports = reports
+        self._diagnostics = Diagnostics(kfc, log_layers=settings.log_layers)
+        self._adviser = Adviser()
+        self._logged = 0
+
+    def engine_replaced(self) -> None:
+        """A checkpoint's state is in force now."""
+        self._diagnostics.engine_replaced()
+
+    def _step(self) -> int:
+        return int(self._trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def _due(self) -> bool:
+        every = self._trainer.log_every_n_steps
+        return bool(every) and self._step() % every == 0
+
+    def before_step(self) -> None:
+        """Before a step is preconditioned: at one that is logged, it is looked at closely."""
+        self._diagnostics.begin_step(look=self._due())
+
+    def after_step(self, pl_module: Any, *, gradient_scaler: bool) -> None:
+        """After a step was preconditioned: log its numbers, if they are due.
+
+        Args:
+            pl_module: The module that is trained.
+            gradient_scaler: Whether a gradient scaler is at work.
+        """
+        self._diagnostics.end_step()
+        step = self._kfc().last_step
+        if self._settings.progress_bar and step is not None:
+            bar = {"kfc_nu": step.kl_clip_factor, "kfc_damping": step.damping}
+            pl_module.log_dict(bar, prog_bar=True, logger=False, on_step=True, on_epoch=False)
+        if not self._due() or step is None:
+            return
+        numbers = self._diagnostics.numbers()
+        self._reports.numbers(self._step(), numbers)
+        sent = self._kfc().communication.as_metrics() if self._trainer.world_size > 1 else {}
+        for logger in self._trainer.loggers:
+            logger.log_metrics({**numbers, **sent}, step=self._step())
+        self._logged += 1
+        if self._logged % ASKED_EVERY == 0:
+            self.advise(gradient_scaler=gradient_scaler)
+
+    def advise(self, *, gradient_scaler: bool) -> None:
+        """Give the advice that the numbers ask for and that was not given before.
+
+        Args:
+            gradient_scaler: Whether a gradient scaler is at work.
+        """
+        for sentence in self._adviser.new(self._diagnostics.facts(gradient_scaler=gradient_scaler)):
+            inform(f"KFC advice: {sentence}")
+        self._reports.advice = tuple(self._adviser.given)

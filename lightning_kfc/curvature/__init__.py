@@ -1,0 +1,1 @@
+"""What is kept of each layer, and which layers there are."""

@@ -1,0 +1,271 @@
+"""Which parameters are preconditioned, how, and why the others are not."""
+
+from __future__ import annotations
+
+import html
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lightning_kfc.curvature.find_layers import Found
+from lightning_kfc.curvature.layer import Layer
+from lightning_kfc.factors.inverse import Inverse
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """How one parameter is treated.
+
+    Attributes:
+        parameter: Its name in the model.
+        module: The name of the module that owns it.
+        kind: The kind of layer; the module's class where it has none.
+        treatment: ``"kfc"`` (Kronecker factors), ``"block"`` or ``"diagonal"`` (smaller forms of curvature),
+            ``"plain"`` (its own gradient) or ``"frozen"``.
+        reason: Why it has not the form of curvature that its kind of layer has, or which factor is a diagonal since it
+            would be too large; empty where it has.
+        factor_shapes: The shapes of its layer's factors, by name; a leading axis of groups where there are several.
+        bytes: The memory of its layer's factors and inverse, on the layer's first trainable parameter only.
+        numel: The number of its elements.
+    """
+
+    parameter: str
+    module: str
+    kind: str
+    treatment: str
+    reason: str
+    factor_shapes: dict[str, tuple[int, ...]]
+    bytes: int
+    numel: int
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One preconditioned layer, or several that differ in the numbers of their names only."""
+
+    name: str
+    kind: str
+    treatment: str
+    factors: str
+    numel: int
+    bytes: int
+
+    def cells(self) -> tuple[str, ...]:
+        return self.name, self.kind, f"{self.numel:,}", self.factors, _size(self.bytes)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """All parameters of a model, a row each; prints as a table of layers.
+
+    The table gives the number of dimensions of each factor: ``A 577, G 64`` is a pair of Kronecker factors,
+    ``96 x (A 10, G 1)`` one such pair a group, ``64 x F 2`` a dense block for each of 64 units; ``diag`` marks a
+    diagonal. Layers whose names differ in numbers only, and in nothing else, share a line: ``layers.[0-11].fc``.
+    """
+
+    rows: tuple[CoverageRow, ...]
+    _lines: tuple[_Line, ...]
+
+    def __getitem__(self, index: int) -> CoverageRow:
+        """One row."""
+        return self.rows[index]
+
+    def __len__(self) -> int:
+        """The number of parameters."""
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[CoverageRow]:
+        """Over the rows."""
+        return iter(self.rows)
+
+    def _repr_html_(self) -> str:
+        """The same table in a notebook."""
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+    def __str__(self) -> str:
+        """A table of layers, then what has another form of curvature or none, with the reasons."""
+        trainable = [row for row in self.rows if row.treatment != "frozen"]
+        covered = [row for row in trainable if row.treatment != "plain"]
+        lines = []
+        if self._lines:
+            header = ("Layer", "Kind", "Params", "Factors", "Memory")
+            lines += _table(header, [line.cells() for line in _merged(self._lines)])
+        done, total = (sum(row.numel for row in part) for part in (covered, trainable))
+        share = f" ({100 * done / total:.1f}%)" if total else ""
+        held = _size(sum(row.bytes for row in covered))
+        lines += _WRAP.wrap(
+            f"Preconditioned: {done:,} of {total:,} trainable parameters{share}, {held} of factors and inverses."
+        )
+        for treatment, label in _LABELS.items():
+            reasons: dict[str, list[str]] = {}
+            for row in self.rows:
+                if row.treatment == treatment and row.reason:
+                    reasons.setdefault(row.reason, []).append(row.parameter)
+            for reason, names in reasons.items():
+                lines += _WRAP.wrap(f"{label} ({reason}): {_shorten(names)}")
+        return "\n".join(lines)
+
+
+#: Columns of a terminal, which a table keeps to but for numbers that need more beside :data:`SHORTEST_NAME` of a name.
+WIDTH, SHORTEST_NAME = 80, 12
+
+_WRAP = textwrap.TextWrapper(WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+
+
+def wrapped(text: str) -> list[str]:
+    """Lines of at most :data:`WIDTH` columns."""
+    return _WRAP.wrap(text)
+
+
+_LABELS = {
+    "kfc": "Cheaper factors",
+    "block": "Block",
+    "diagonal": "Diagonal",
+    "plain": "Plain gradient",
+    "frozen": "Frozen",
+}
+
+
+def _merged(lines: Sequence[_Line]) -> list[_Line]:
+    """Lines that differ in the numbers of their names only become one, where those numbers make up a full grid."""
+    alike: dict[tuple[object, ...], list[_Line]] = {}
+    for line in lines:
+        key = (re.sub(r"\d+", "#", line.name), line.kind, line.treatment, line.factors, line.numel)
+        alike.setdefault(key, []).append(line)
+    merged: list[_Line] = []
+    for (pattern, *_), group in alike.items():
+        values = [sorted(set(column)) for column in zip(*(_numbers(line.name) for line in group), strict=True)]
+        if len(group) == 1 or prod(map(len, values)) != len(group):
+            merged += group
+            continue
+        parts = str(pattern).split("#")
+        name = parts[0] + "".join(_range(v) + part for v, part in zip(values, parts[1:], strict=True))
+        numel, held = sum(line.numel for line in group), sum(line.bytes for line in group)
+        merged.append(_Line(name, group[0].kind, group[0].treatment, group[0].factors, numel, held))
+    return merged
+
+
+def _numbers(name: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", name)]
+
+
+def _range(values: Sequence[int]) -> str:
+    if len(values) == 1:
+        return str(values[0])
+    whole = values[-1] - values[0] + 1 == len(values)
+    return f"[{values[0]}-{values[-1]}]" if whole else f"[{','.join(map(str, values))}]"
+
+
+def _sides(shapes: Shapes) -> str:
+    """The factors in short, from their shapes with the groups axis."""
+    groups = next(iter(shapes.values()))[0]
+    sides = ", ".join(f"{name} {shape[1]:,}{' diag' if len(shape) == 2 else ''}" for name, shape in shapes.items())
+    if groups == 1:
+        return sides
+    return f"{groups:,} x ({sides})" if len(shapes) > 1 else f"{groups:,} x {sides}"
+
+
+def _cut(name: str, width: int) -> str:
+    """A long name without its middle: its beginning and its end tell layers apart."""
+    if len(name) <= width:
+        return name
+    kept = max(width - 3, 2)
+    return f"{name[: kept // 2]}...{name[len(name) - (kept - kept // 2) :]}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    others = sum(max(len(row[i]) for row in [header, *rows]) + len("  ") for i in range(1, len(header)))
+    rows = [(_cut(row[0], max(WIDTH - others, SHORTEST_NAME)), *row[1:]) for row in rows]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [header, *rows]
+    ]
+    rule = "-" * max(map(len, lines))
+    return [rule, lines[0], rule, *lines[1:], rule]
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
+
+
+def _shorten(names: Sequence[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(_cut(name, WIDTH - len("    ,")) for name in names[:most]) + more
+
+
+#: Why a parameter that the model has only since a moment ago has its plain gradient.
+TO_BE_FOUND = "new: found at the next step that takes statistics"
+
+
+def coverage_of(
+    model: nn.Module,
+    found: Found,
+    inverse: type[Inverse],
+    moments: int = 0,
+    identity: Callable[[str, nn.Parameter], int] = lambda name, parameter: id(parameter),
+) -> Coverage:
+    """Make the coverage of a model from what was found in it; the model may have changed since.
+
+    Args:
+        model: The model.
+        found: What :func:`~lightning_kfc.curvature.find_layers.find_layers` returned.
+        inverse: The user's kind of inverse.
+        moments: How many numbers the rule keeps for each parameter; they count as memory of the inverse.
+        identity: Gives what a parameter, by its name and as it is now, is known by in ``found``.
+    """
+    owners: dict[int, list[Layer]] = {}
+    own = set(map(id, model.parameters()))
+    # A layer whose module, or whose parameters, were replaced takes no part any more.
+    present = [e for e in found.layers.values() if e.unchanged and own.issuperset(map(id, e.parameters()))]
+    for layer in present:
+        for parameter in layer.parameters():
+            owners.setdefault(id(parameter), []).append(layer)
+    rows = []
+    counted: set[str] = set()
+    for name, parameter in model.named_parameters():
+        module, _, _ = name.rpartition(".")
+        layers = owners.get(id(parameter), [])
+        numel = 0 if is_lazy(parameter) else parameter.numel()
+        if not parameter.requires_grad:
+            kind = layers[0].adapter.kind if layers else type(model.get_submodule(module)).__name__
+            row = CoverageRow(name, module, kind, "frozen", "requires_grad is False", {}, 0, numel)
+        elif layers:
+            adapter = layers[0].adapter
+            held = sum(layer.nbytes(inverse, moments) for layer in layers if layer.name not in counted)
+            counted |= {layer.name for layer in layers}
+            why = layers[0].reason or adapter.approximation()
+            shapes = _shapes(layers)
+            row = CoverageRow(name, module, adapter.kind, adapter.treatment, why, shapes, held, numel)
+        else:
+            unknown = type(model.get_submodule(module)).__name__, TO_BE_FOUND
+            kind, reason = found.plain.get(identity(name, parameter), unknown)
+            row = CoverageRow(name, module, kind, "plain", reason, {}, 0, numel)
+        rows.append(row)
+    return Coverage(tuple(rows), tuple(_lines(present, inverse, moments)))
+
+
+def _lines(layers: Iterable[Layer], inverse: type[Inverse], moments: int) -> Iterator[_Line]:
+    for layer in layers:
+        adapter = layer.adapter
+        if adapter.own_parameters():
+            factors = _sides(adapter.factor_shapes())
+            numel = prod(adapter.matrix_shape())
+            held = layer.nbytes(inverse, moments)
+            yield _Line(layer.name, adapter.kind, adapter.treatment, factors, numel, held)
+
+
+def _shapes(layers: Sequence[Layer]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a parameter's factors; with the part's name where it serves several parts of a module."""
+    return {
+        name if len(layers) == 1 else f"{layer.name.rpartition('.')[2]}.{name}": shape[1:] if shape[0] == 1 else shape
+        for layer in layers
+        for name, shape in layer.adapter.factor_shapes().items()
+    }

@@ -1,0 +1,293 @@
+"""Finds the layers of a model, and an adapter for each."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lightning_kfc.curvature.layer import Layer
+from lightning_kfc.layers import Adapter, ParameterAdapter, adapter_for
+
+#: Why the parameters of a lazy module have no curvature before it has seen an input.
+UNINITIALISED = "not initialised before the first forward"
+
+
+@dataclass
+class Found:
+    """What was found in a model.
+
+    Attributes:
+        layers: The layers to precondition, by name.
+        plain: The parameters that keep their plain gradient, by ``id``: their module's kind, and why.
+        inverse_precision: That of the layers' Cholesky inverses: ``"full"`` or ``"bfloat16"``.
+    """
+
+    layers: dict[str, Layer] = field(default_factory=dict)
+    plain: dict[int, tuple[str, str]] = field(default_factory=dict)
+    inverse_precision: str = "full"
+
+    def replace_by_parameters(self, name: str, model: nn.Module, reason: str) -> None:
+        """Give a layer up: each of its parameters becomes a layer of its own.
+
+        Args:
+            name: The layer's name.
+            model: The model, where the parameters have their names.
+            reason: Why its rows do not explain its gradient.
+        """
+        given_up = {id(p) for adapter in self.layers.pop(name).adapters for p in adapter.parameters().values()}
+        # The other parts of the same module would precondition these parameters a second time.
+        for other in [n for n, layer in self.layers.items() if given_up & set(map(id, layer.parameters()))]:
+            del self.layers[other]
+        self._add_parameters(model, dict.fromkeys(given_up, reason))
+
+    def take_over(self, layers: Mapping[str, Layer], plain: Mapping[int, tuple[str, str]]) -> None:
+        """Have other layers and plain parameters, in the same object."""
+        self.layers.clear()
+        self.layers.update(layers)
+        self.plain.clear()
+        self.plain.update(plain)
+
+    def _add_parameters(self, model: nn.Module, reasons: Mapping[int, str]) -> None:
+        # In the model's order: the ranks of a process group must come to the same order, which that of ids is not.
+        for name, parameter in model.named_parameters():
+            if id(parameter) in reasons:
+                module, _, own = name.rpartition(".")
+                adapter = ParameterAdapter(model.get_submodule(module), own)
+                self.layers[name] = Layer(name, [adapter], reasons[id(parameter)], self.inverse_precision)
+
+
+def find_layers(
+    model: nn.Module,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    weight_sharing: str = "expand",
+    max_factor_dim: int | None = None,
+    rows_per_dim: int | None = None,
+    inverse_precision: str = "full",
+    *,
+    strict: bool = True,
+) -> Found:
+    """Find the layers of a model.
+
+    Modules that share all their parameters form one layer. A parameter that is shared in any other way, or
+    whose module has no adapter, becomes a layer of its own, with a diagonal curvature.
+
+    Args:
+        model: The model.
+        include: Glob patterns over module names: only these are preconditioned.
+        exclude: Glob patterns over module names: these are not.
+        weight_sharing: ``"expand"`` or ``"reduce"``.
+        max_factor_dim: Above this many dimensions a factor is held as its diagonal.
+        rows_per_dim: Statistics are taken from a part of a batch's rows that has so many times a factor's dimensions;
+            None for all rows.
+        inverse_precision: That of Cholesky inverses: ``"full"`` or ``"bfloat16"``.
+        strict: Whether it is an error that a pattern matches nothing, or that there is no layer.
+
+    Raises:
+        ValueError: If a pattern matches no module that has parameters of its own, or no layer with an adapter is left.
+            The layers of lazy modules are found once these are initialised, and count as layers that are left.
+    """
+    # A norm layer without scale and shift has the names of both, and None for each.
+    owners = {n: m for n, m in model.named_modules() if any(p is not None for p in m._parameters.values())}
+    if strict:
+        _check_patterns_match("include", include, owners)
+        _check_patterns_match("exclude", exclude, owners)
+    left_out = {name: _left_out(name, include, exclude) for name in owners}
+    held = _held_by_parents(owners)
+    found, uses = Found(inverse_precision=inverse_precision), _Uses()
+    for name, module in owners.items():
+        reason = left_out[name] or (UNINITIALISED if _uninitialised(module) else None)
+        if reason is not None:
+            found.plain |= dict.fromkeys(_identities(module._parameters), (type(module).__name__, reason))
+        if name not in held:
+            parts = _parts(name, module, weight_sharing)
+            parts = {
+                part: adapter for part, adapter in parts.items() if left_out[part if part in held else name] is None
+            }
+            for adapter in parts.values():
+                adapter.batch_axis = _batch_axis(name, model)
+            uses.add(parts)
+            served = {identity for adapter in parts.values() for identity in _identities(adapter.parameters())}
+            for holder in (name, *(child for child, parent in held.items() if parent == name)):
+                others = [i for i in _identities(owners[holder]._parameters) if i not in served]
+                uses.add_other(holder, others, left_out[holder] or _why_not(module, owners[holder]))
+    for use in uses.explained():
+        for name, adapters in use.items():
+            for adapter in adapters:
+                adapter.max_factor_dim = max_factor_dim
+                adapter.rows_per_dim = rows_per_dim
+            found.layers[name] = Layer(name, adapters, inverse_precision=inverse_precision)
+    to_come = any(_uninitialised(module) for name, module in owners.items() if left_out[name] is None)
+    if strict and not to_come and not any(layer.adapter.own_parameters() for layer in found.layers.values()):
+        _raise_no_layer(owners, include, exclude, held)
+    found._add_parameters(model, {i: why for i, why in uses.unexplained().items() if i not in found.plain})
+    return found
+
+
+class _Uses:
+    """Which adapters use which parameters."""
+
+    def __init__(self) -> None:
+        self._uses: dict[object, dict[str, list[Adapter]]] = {}
+        self._by_parameter: dict[int, set[object]] = {}
+        self._reasons: dict[int, str] = {}
+
+    def add(self, parts: Mapping[str, Adapter]) -> None:
+        """The adapters of one module, by layer name; modules that share all their parameters share their layers."""
+        for connected in _connected(parts):
+            key = tuple((type(adapter), _identities(adapter.parameters())) for adapter in connected.values())
+            layers = self._uses.setdefault(key, {name: [] for name in connected})
+            for adapters, adapter in zip(layers.values(), connected.values(), strict=True):
+                adapters.append(adapter)
+                for identity in _identities(adapter.parameters()):
+                    self._by_parameter.setdefault(identity, set()).add(key)
+
+    def add_other(self, name: str, identities: Iterable[int], reason: str) -> None:
+        """Parameters of a module that no adapter explains."""
+        for identity in identities:
+            self._by_parameter.setdefault(identity, set()).add(name)
+            self._reasons[identity] = reason
+
+    def _is_explained(self, key: object) -> bool:
+        adapters = [adapter for adapters in self._uses[key].values() for adapter in adapters]
+        return all(self._by_parameter[i] == {key} for a in adapters for i in _identities(a.parameters()))
+
+    def explained(self) -> list[dict[str, list[Adapter]]]:
+        """The layers whose parameters are used in no other way, by name."""
+        return [layers for key, layers in self._uses.items() if self._is_explained(key)]
+
+    def unexplained(self) -> dict[int, str]:
+        """All other parameters, with the reason."""
+        done = {key for key in self._uses if self._is_explained(key)}
+        reasons = {}
+        for identity, users in self._by_parameter.items():
+            if not users <= done:
+                tied = "shared with a module that uses it otherwise"
+                beside = "its module's other parameters are shared"
+                reasons[identity] = tied if len(users) > 1 else self._reasons.get(identity, beside)
+        return reasons
+
+
+def _parts(name: str, module: nn.Module, weight_sharing: str) -> dict[str, Adapter]:
+    """The adapters of a module, by layer name."""
+    kind = adapter_for(module)
+    if kind is None or _refusal(module) is not None:
+        return {}
+    parts = {f"{name}.{suffix}".strip("."): part for suffix, part in kind.parts(module, weight_sharing).items()}
+    return {part: adapter for part, adapter in parts.items() if adapter.parameters()}
+
+
+def _uninitialised(module: nn.Module) -> bool:
+    return any(parameter is not None and is_lazy(parameter) for parameter in module._parameters.values())
+
+
+def _connected(parts: Mapping[str, Adapter]) -> list[dict[str, Adapter]]:
+    """The parts in groups that have no parameter in common."""
+    groups: list[dict[str, Adapter]] = []
+    for name, adapter in parts.items():
+        own = set(_identities(adapter.parameters()))
+        group = {name: adapter}
+        apart = []
+        for other in groups:
+            if own & {i for a in other.values() for i in _identities(a.parameters())}:
+                group = {**other, **group}
+            else:
+                apart.append(other)
+        groups = [*apart, group]
+    return groups
+
+
+def _batch_axis(name: str, model: nn.Module) -> int:
+    """The axis of the examples by the ``batch_first`` of the nearest module around that has one; else the first."""
+    path: str | None = name
+    while path is not None:
+        module = model.get_submodule(path)
+        # The layers of a Transformer leave it to their attention modules.
+        for at in (module, getattr(module, "self_attn", None)):
+            batch_first = getattr(at, "batch_first", None)
+            if isinstance(batch_first, bool):
+                return 0 if batch_first else 1
+        path = path.rpartition(".")[0] if path else None
+    return 0
+
+
+def _identities(parameters: Mapping[str, nn.Parameter | None]) -> tuple[int, ...]:
+    return tuple(id(parameter) for parameter in parameters.values() if parameter is not None)
+
+
+def _left_out(name: str, include: Sequence[str] | None, exclude: Sequence[str] | None) -> str | None:
+    if include is not None and not _matches(name, include):
+        return "not in include"
+    if exclude is not None and _matches(name, exclude):
+        return "in exclude"
+    return None
+
+
+def _refusal(module: nn.Module) -> str | None:
+    kind = adapter_for(module)
+    if _uninitialised(module):
+        return UNINITIALISED
+    if isinstance(module, nn.utils.parametrize.ParametrizationList):
+        return "a weight that is re-parametrised is computed from it"
+    if kind is None:
+        return f"no adapter for {type(module).__name__}"
+    if _computes_its_weight(module):
+        return "its weight is re-parametrised"
+    return kind.refusal(module)
+
+
+def _computes_its_weight(module: nn.Module) -> bool:
+    # Without reading it: a spectral norm goes on with its power iteration whenever it is read.
+    held = module.__dict__.get("weight", module._buffers.get("weight"))
+    return held is not None or nn.utils.parametrize.is_parametrized(module, "weight")
+
+
+def _why_not(module: nn.Module, holder: nn.Module) -> str:
+    """Why no part of a module serves a parameter that it, or a module it holds, owns."""
+    return _refusal(module) or _refusal(holder) or f"not a weight of {type(module).__name__}'s layers"
+
+
+def _held_by_parents(owners: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Modules that only hold parameters for another one, which never calls them; with that one's name."""
+    held = {}
+    for name, module in owners.items():
+        kind = adapter_for(module)
+        for child in () if kind is None else kind.held(module):
+            if f"{name}.{child}".lstrip(".") in owners:
+                held[f"{name}.{child}".lstrip(".")] = name
+    return held
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _check_patterns_match(option: str, patterns: Sequence[str] | None, owners: Mapping[str, nn.Module]) -> None:
+    for pattern in patterns or ():
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in owners):
+            raise ValueError(
+                f"{option} pattern {pattern!r} matches no module that has parameters. "
+                f"The modules are: {', '.join(owners) or 'none'}."
+            )
+
+
+def _raise_no_layer(
+    owners: Mapping[str, nn.Module],
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    held: Mapping[str, str],
+) -> None:
+    lines = [
+        f"  {name} ({type(module).__name__}): "
+        f"{_left_out(name, include, exclude) or _refusal(owners[held.get(name, name)]) or 'frozen, or shared'}"
+        for name, module in owners.items()
+    ]
+    raise ValueError(
+        "KFC found no layer to precondition. There must be at least one module with an adapter (such as Linear or "
+        "Conv2d) that is trainable and not left out. The modules with parameters are:\n"
+        + ("\n".join(lines) or "  none")
+    )

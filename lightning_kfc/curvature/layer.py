@@ -1,0 +1,375 @@
+"""One preconditioned layer: its modules' adapters, its running factors and its inverse."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_kfc.distributed.process_group import is_sharded
+from lightning_kfc.distributed.remote import Elsewhere
+from lightning_kfc.distributed.sharded_tensors import part_of, whole
+from lightning_kfc.factors.eigenbasis import Eigenbasis
+from lightning_kfc.factors.inverse import CholeskyInverse, EighInverse, EkfacInverse, Inverse
+from lightning_kfc.factors.moments import Moments
+from lightning_kfc.factors.quadratic import estimated_quadratic_form
+from lightning_kfc.factors.statistics import Statistics, factor_dtype
+from lightning_kfc.factors.stored import StoredAverage, average_state, averages_of, stored_nbytes
+from lightning_kfc.layers import Adapter
+
+
+class Layer:
+    """What :class:`~lightning_kfc.KFC` keeps for one layer.
+
+    Args:
+        name: The name of its (first) module in the model.
+        adapters: The adapters of all modules that share the layer's parameters, the first one's first.
+        reason: Why the layer has no Kronecker factors; empty where it has.
+        inverse_precision: That of a Cholesky inverse, and of the products with it: ``"full"`` or ``"bfloat16"``.
+    """
+
+    def __init__(
+        self, name: str, adapters: Sequence[Adapter], reason: str = "", inverse_precision: str = "full"
+    ) -> None:
+        self.name = name
+        self.reason = reason
+        self._inverse_precision = inverse_precision
+        self.adapters = list(adapters)
+        self.averages: dict[str, StoredAverage] = {}
+        self.inverse: Inverse | None = None
+        #: The last inverse that gave a usable update, until the present one has given one.
+        self.previous_inverse: Inverse | None = None
+        #: What the rule "adam" remembers, in the eigenbasis of the inverse.
+        self.moments: Moments | None = None
+        # A sharded module shows the whole parameters from its forward to its backward: the gradients, and the
+        # optimizer, are of the parts.
+        self._parts = {role: p for role, p in self.adapter.parameters().items() if is_sharded(p)}
+        self.pending: Statistics | None = None
+        self.factorised_at = -1
+        #: The most rows that a step has had, which bounds the rank of its gradient; None where that is not known.
+        self.rows: int | None = None
+        #: The roles of the parameters that factors and inverse are for; others may be frozen or unfrozen since.
+        self.roles: tuple[str, ...] = ()
+        self._pending_roles: tuple[str, ...] = ()
+        #: The layer's modules and parameters by their identity, when it was found.
+        self.found_as = self._identity()
+
+    def _identity(self) -> tuple[object, ...]:
+        return tuple(
+            (type(a), id(a.module), *((role, role in self._parts or id(p)) for role, p in a.parameters().items()))
+            for a in self.adapters
+        )
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the layer's modules still have the parameters that they had when it was found."""
+        return self._identity() == self.found_as
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter through which gradients are read and written."""
+        return self.adapters[0]
+
+    @property
+    def module(self) -> nn.Module:
+        """The layer's (first) module."""
+        return self.adapter.module
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The layer's parameters, trainable or not."""
+        return list(self.adapter.parameters().values())
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trainable now, by role, as the optimizer has them."""
+        own = self.adapter.own_parameters()
+        return {role: self._parts.get(role, parameter) for role, parameter in own.items()}
+
+    def factor(self, name: str) -> Tensor:
+        """A running factor, without the groups axis where there is one group.
+
+        Raises:
+            RuntimeError: If no statistics have been taken yet.
+        """
+        if name not in self.averages and isinstance(self.inverse, Elsewhere):
+            raise RuntimeError(
+                f"another rank holds the factors of layer {self.name!r}: with placement='mem-opt', or a fraction, each "
+                "layer's are on one rank only. Use placement='comm-opt' to have all of them on all ranks."
+            )
+        if name not in self.averages:
+            raise RuntimeError(f"layer {self.name!r} has no factor {name} yet: no statistics have been taken.")
+        value = self.averages[name].value
+        return value[0] if value.shape[0] == 1 else value
+
+    @property
+    def A(self) -> Tensor:
+        """The input factor (E1) as running average, ``(d_in, d_in)``; a leading groups axis where groups > 1."""
+        return self.factor("A")
+
+    @property
+    def G(self) -> Tensor:
+        """The output factor (E2) as running average, ``(d_out, d_out)``; a leading groups axis where groups > 1."""
+        return self.factor("G")
+
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        """All running factors by name, with their groups axis."""
+        return {name: average.value for name, average in self.averages.items()}
+
+    def add(self, statistics: Statistics) -> None:
+        """Add the statistics of one more micro-batch of the step."""
+        self.pending = statistics if self.pending is None else self.pending + statistics
+        self.note_roles()
+
+    def note_roles(self) -> None:
+        """Note for which parameters the next statistics to be folded are: those that are trainable now."""
+        self._pending_roles = tuple(self.adapter.own_parameters())
+
+    def drop_pending(self) -> None:
+        """Forget what the micro-batches of the step have brought."""
+        self.pending = None
+
+    def spoil(self) -> None:
+        """Have what the step brings dropped, by all ranks: statistics that are not finite enter no average."""
+        like = next(iter(self.adapter.parameters().values()))
+        nan = torch.tensor(torch.nan, dtype=factor_dtype(like.dtype), device=like.device)
+        spoilt = {name: nan.repeat(shape) for name, shape in self.adapter.factor_shapes().items()}
+        means = {name: value for name, value in spoilt.items() if name in self.adapter.mean_factors}
+        self.add(Statistics(means, {name: value for name, value in spoilt.items() if name not in means}, 0))
+
+    def fold(self, statistics: Statistics, decay: float) -> bool:
+        """Fold a step's statistics into the running averages.
+
+        Returns:
+            False where the averages had to start anew, since parameters were frozen or unfrozen.
+        """
+        factors = statistics.factors()
+        kept = not self.averages or (
+            self.roles == self._pending_roles
+            and all(self.averages[name].shape == f.shape for name, f in factors.items())
+        )
+        if not kept:
+            self.averages, self.moments = {}, None
+            self.forget_inverses()
+        self.roles = self._pending_roles
+        for name, value in factors.items():
+            if name in self.averages:
+                self.averages[name] = self.averages[name].updated(value, decay)
+            else:
+                self.averages[name] = StoredAverage.start(value, decay)
+        return kept
+
+    def fold_elsewhere(self) -> bool:
+        """Note that another rank, which has the running averages, folds a step's statistics into them.
+
+        Returns:
+            False where they start anew, as in :meth:`fold`.
+        """
+        kept = self.roles in ((), self._pending_roles)
+        if not kept:
+            self.forget_inverses()
+        self.roles = self._pending_roles
+        return kept
+
+    def forget_inverses(self) -> None:
+        """Have no inverse."""
+        self.inverse = self.previous_inverse = None
+
+    def inverse_type(self, chosen: type[Inverse]) -> type[Inverse]:
+        """The kind of inverse of this layer, given the one that the user chose."""
+        own = self.adapter.inverse_type(chosen)
+        # Without rows of single examples there is only the product of the factors' own eigenvalues.
+        return EighInverse if own is EkfacInverse and not self.adapter.pairs_rows else own
+
+    def quadratic(self, delta: Tensor) -> float:
+        r""":math:`\delta^\top F\delta` of a change ``(groups, d_out, d_in)`` of the parameters; 0 without factors.
+
+        Estimated where that is far cheaper: see :func:`~lightning_kfc.factors.quadratic.estimated_quadratic_form`.
+        """
+        if not self.averages or not self.unchanged:
+            return 0.0
+        return float(estimated_quadratic_form(self.curvature(), delta))
+
+    def curvature(self) -> Mapping[str, Tensor]:
+        """The factors that are inverted: the running ones, or what the adapter makes of them."""
+        draws = min(average.draws for average in self.averages.values())
+        return self.adapter.estimate(self.factors, draws)
+
+    def factorise(self, inverse: type[Inverse], damping: float, step: int) -> None:
+        """Refresh the inverse from the running factors; see :meth:`Inverse.factorise` for what it raises."""
+        self.factorised_at = step
+        self.take(self.refreshed(inverse, damping))
+
+    def refreshed(self, inverse: type[Inverse], damping: float) -> Inverse:
+        """A new inverse from the running factors, with what the present one has learnt."""
+        return self.inverse_type(inverse).factorise(self.curvature(), damping).succeeding(self.inverse)
+
+    def take(self, fresh: Inverse) -> None:
+        """Use a new inverse from now on; the last one is kept until the new one has given a usable update."""
+        self.previous_inverse = self.previous_inverse or self.inverse
+        if self.moments is not None:
+            self.moments = self.moments.in_basis(self.inverse, fresh)
+        self.inverse = self._kept(fresh)
+
+    def go_back(self) -> None:
+        """Use the last inverse again, as the new one gave no usable update."""
+        self.inverse = self.previous_inverse
+
+    def _kept(self, inverse: Inverse) -> Inverse:
+        return inverse.in_precision(self._inverse_dtype())
+
+    def _inverse_dtype(self) -> torch.dtype:
+        if self._inverse_precision == "bfloat16":
+            return torch.bfloat16
+        return factor_dtype(next(iter(self.adapter.parameters().values())).dtype)
+
+    def forget_momentum(self) -> None:
+        """Let go of the momentum of the rule "adam", where there is one."""
+        if self.moments is not None:
+            self.moments = self.moments.without_momentum()
+
+    def basis_of_examples(self) -> Eigenbasis | None:
+        """The basis in which the gradients of single examples are wanted; None where there is none that fits."""
+        if isinstance(self.inverse, EkfacInverse) and self.inverse.basis.shape == self.adapter.matrix_shape():
+            return self.inverse.basis
+        return None
+
+    def fold_second_moment(self, moment: Tensor, decay: float) -> None:
+        """Fold a step's second moment into the corrected eigenvalues."""
+        assert isinstance(self.inverse, EkfacInverse)
+        self.inverse = self.inverse.updated(moment, decay)
+
+    def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Tensors with the shapes of the parameters, by role, as one matrix ``(groups, d_out, d_in)``.
+
+        It is in float32 or better; of sharded tensors it is the whole, for which all ranks must ask together.
+        """
+        joint = self.adapter.matrix({role: whole(tensor) for role, tensor in tensors.items()})
+        return joint.to(torch.promote_types(joint.dtype, torch.float32))
+
+    def gradients(self) -> dict[str, Tensor] | None:
+        """The gradients of the layer's parameters, or None where one of them has none."""
+        found = {name: parameter.grad for name, parameter in self.trained_parameters().items()}
+        if not found or any(gradient is None for gradient in found.values()):
+            return None
+        return {name: gradient for name, gradient in found.items() if gradient is not None}
+
+    def gradient_is_zero(self) -> bool:
+        """Whether the layer's parameters have no gradient, or one that is zero in every element."""
+        parameters = {**self.adapter.parameters(), **self._parts}.values()
+        # A rank's part of a sharded gradient says nothing about the other ranks' parts.
+        return all(g is None or (type(g) is Tensor and _is_zero(g)) for g in (p.grad for p in parameters))
+
+    def write(self, matrix: Tensor) -> bool:
+        """Replace the gradients by a matrix ``(groups, d_out, d_in)``.
+
+        Returns:
+            False where the gradients' own precision cannot hold it (float16), and they were left as they were.
+        """
+        gradients = self.gradients()
+        assert gradients is not None
+        half = any(gradient.dtype == torch.float16 for gradient in gradients.values())
+        if half and float(matrix.abs().max()) > torch.finfo(torch.float16).max:
+            return False
+        _write(self.adapter, matrix, gradients)
+        return True
+
+    def nbytes(self, inverse: type[Inverse], moments: int = 0) -> int:
+        """Bytes that factors and inverse hold, or will hold once there are some, given the user's kind of inverse.
+
+        Args:
+            inverse: The user's kind of inverse.
+            moments: How many numbers the rule keeps for each parameter.
+        """
+        if not self.averages or self.inverse is None:
+            dtype = factor_dtype(next(iter(self.adapter.parameters().values())).dtype)
+            shapes = self.adapter.factor_shapes()
+            kept = sum(stored_nbytes(shape, dtype) for shape in shapes.values())
+            kind = self.inverse_type(inverse)
+            kept += kind.numel(shapes) * (self._inverse_dtype() if kind is CholeskyInverse else dtype).itemsize
+            return kept + moments * math.prod(self.adapter.matrix_shape()) * dtype.itemsize
+        kept = self.moments.nbytes() if self.moments is not None else 0
+        return sum(average.nbytes for average in self.averages.values()) + self.inverse.nbytes() + kept
+
+    def state_dict(self) -> dict[str, Any]:
+        """Factors and inverse in plain tensors and numbers."""
+        state: dict[str, Any] = {"factors": average_state(self.averages)}
+        if self.inverse is not None:
+            state["inverse"] = {"kind": self.inverse.name, **self.inverse.state()}
+        if self.moments is not None:
+            state["moments"] = self.moments.state_dict()
+        if self.rows is not None:
+            state["rows"] = self.rows
+        return state
+
+    def load_state_dict(
+        self,
+        state: Mapping[str, Any],
+        inverse: type[Inverse],
+        *,
+        with_factors: bool = True,
+        with_inverse: bool = True,
+    ) -> str | None:
+        """Take over factors and, where it is of the same kind, the inverse.
+
+        Args:
+            state: From :meth:`state_dict`.
+            inverse: The user's kind of inverse.
+            with_factors: Whether this rank is to hold the factors.
+            with_inverse: Whether this rank is to hold the inverse.
+
+        Returns:
+            Why the state does not fit this layer, or None where it was taken over.
+        """
+        device = next(iter(self.adapter.parameters().values())).device
+        inverse = self.inverse_type(inverse)
+        expected = self.adapter.factor_shapes()
+        found = {name: tuple(entry["value"].shape) for name, entry in state["factors"].items()}
+        if found and found != expected:
+            return f"its factors have shapes {found} in the checkpoint, {expected} now"
+        self.averages = averages_of(state["factors"], device) if with_factors else {}
+        self.roles = tuple(self.adapter.own_parameters())
+        self.rows = state.get("rows")
+        saved = dict(state.get("inverse", {}))
+        self.forget_inverses()
+        self.moments = None
+        kind = saved.pop("kind", None)
+        if not with_inverse and kind in (inverse.name, Elsewhere.name):
+            self.inverse = Elsewhere()
+        elif kind == inverse.name:
+            self.inverse = self._kept(inverse(**_on(device, saved)))
+            # Moments mean nothing without the basis that they are in.
+            self.moments = Moments(**_on(device, state["moments"])) if "moments" in state else None
+        return None
+
+
+def _on(device: torch.device, saved: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in saved.items()}
+
+
+def _is_zero(gradient: Tensor) -> bool:
+    return not bool((gradient._values() if gradient.is_sparse else gradient).any())
+
+
+def _write(adapter: Adapter, matrix: Tensor, gradients: Mapping[str, Tensor]) -> None:
+    """Fill gradients, some of them sharded, from a matrix ``(groups, d_out, d_in)`` that all ranks have.
+
+    Args:
+        adapter: Knows the layout.
+        matrix: The update.
+        gradients: By role.
+    """
+    if not any(map(is_sharded, gradients.values())):
+        adapter.write(matrix, gradients)
+        return
+    targets = {
+        role: torch.empty(g.shape, dtype=g.dtype, device=g.device) if is_sharded(g) else g
+        for role, g in gradients.items()
+    }
+    adapter.write(matrix, targets)
+    for role, gradient in gradients.items():
+        if is_sharded(gradient):
+            local: Tensor = gradient.to_local()  # type: ignore[attr-defined]  # a DTensor has it
+            local.copy_(part_of(targets[role], gradient))

@@ -1,0 +1,155 @@
+"""Which rank holds the factors and the inverse of which layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch import distributed as dist
+
+from lightning_kfc.curvature.layer import Layer
+from lightning_kfc.distributed.placement import Grid, Placement, factorisation_cost, gradient_workers
+from lightning_kfc.distributed.process_group import Communication, Team, is_sharded
+from lightning_kfc.factors.inverse import Inverse
+from lightning_kfc.factors.packing import Shape
+
+
+class LayerOwnership:
+    """Knows which rank holds what of which layer, and sends it; with one rank, nothing is sent.
+
+    Args:
+        team: The ranks between which the batch is split.
+        placement: ``"comm-opt"``, ``"mem-opt"``, the fraction of ranks that hold each inverse, or ``"auto"``:
+            MEM-OPT where parameters are sharded and the inverse allows it, else COMM-OPT.
+        inverse: The user's kind of inverse.
+        layers: All layers; others may come and go.
+        communication: Counts bytes.
+    """
+
+    def __init__(
+        self,
+        team: Team,
+        placement: str | float,
+        inverse: type[Inverse],
+        layers: Mapping[str, Layer],
+        communication: Communication,
+    ) -> None:
+        #: The ranks between which the batch is split.
+        self.team = team
+        # Every rank projects its own examples, for which it needs the basis.
+        self._asked = "comm-opt" if placement == "auto" and inverse.wants_examples else placement
+        self._layers = layers
+        self.communication = communication
+        self._placement: Placement | None = None
+        self._groups: dict[tuple[int, ...], Any] = {}
+
+    # Who holds what.
+
+    @property
+    def placement(self) -> Placement:
+        """The placement of this run's ranks; made when first asked for, when all of them are there."""
+        if self._placement is None or self._placement.grid.ranks != self.team.size:
+            asked = self._asked
+            if asked == "auto":
+                parameters = [p for layer in self._layers.values() for p in layer.parameters()]
+                asked = "mem-opt" if any(map(is_sharded, parameters)) else "comm-opt"
+            self._placement = Placement(Grid(self.team.size, gradient_workers(asked, self.team.size)))
+            self._groups.clear()
+        return self._placement
+
+    @property
+    def replicated(self) -> bool:
+        """Whether every rank holds all factors and inverses."""
+        return self.placement.grid.workers == self.team.size
+
+    def owner(self, layer: Layer) -> int | None:
+        """The only rank of the team that holds a layer's factors; None where all do."""
+        if self.replicated:
+            return None
+        placement = self.placement
+        if layer.name not in placement.owners:
+            placement.add({name: factorisation_cost(shapes_of(other)) for name, other in self._layers.items()})
+            placement.add({layer.name: factorisation_cost(shapes_of(layer))})
+        return placement.owners[layer.name]
+
+    def follow(self, kept: Mapping[str, str]) -> None:
+        """Keep the owners of layers that stay, whose present names are given by those that they had."""
+        if self._placement is not None:
+            owners = self._placement.owners
+            self._placement.owners = {kept[name]: owner for name, owner in owners.items() if name in kept}
+
+    def has_factors(self, layer: Layer) -> bool:
+        """Whether this rank holds a layer's factors."""
+        return self.owner(layer) in (None, self.team.rank)
+
+    def has_inverse(self, layer: Layer) -> bool:
+        """Whether this rank holds a layer's inverse."""
+        owner = self.owner(layer)
+        return owner is None or self.placement.grid.holds(owner, self.team.rank)
+
+    def total(self, own: float) -> float:
+        """What the ranks find together, each for the layers whose factors it holds; every rank must ask."""
+        if self.replicated:
+            return own
+        device = next(iter(self._layers.values())).parameters()[0].device
+        return self.team.total([own], device)[0]
+
+    # State.
+
+    def collected(self, states: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """The states of all layers, on the team's first rank; the others keep what they hold. Every rank must ask.
+
+        Only that rank saves them. One layer at a time, in the memory of the CPU: no device need have room for all.
+        """
+        if self.replicated:
+            return dict(states)
+        result = {}
+        for name, state in states.items():
+            owner = self.owner(self._layers[name]) or 0
+            if owner != 0 and self.team.rank == owner:
+                dist.send_object_list([_on_cpu(state)], self.team.global_rank(0), group=self.team.group)
+            if owner != 0 and self.team.rank == 0:
+                received: list[Any] = [None]
+                dist.recv_object_list(received, self.team.global_rank(owner), group=self.team.group)
+                state = received[0]
+            result[name] = state
+        return result
+
+    # Messages.
+
+    def broadcast(self, flat: Tensor, source: int, ranks: tuple[int, ...], what: str) -> Callable[[], None]:
+        """Begin to send a buffer from one rank to some; what is returned waits for it.
+
+        Args:
+            flat: The buffer, filled on the source.
+            source: The rank that sends.
+            ranks: All that take part, the source among them.
+            what: What the bytes are counted as.
+        """
+        if len(ranks) == 1:
+            return lambda: None
+        self.communication.add(what, flat.nbytes)
+        group = self._subgroup(ranks)
+        work = dist.broadcast(flat, self.team.global_rank(source), group=group, async_op=True)
+        return lambda: work.wait()
+
+    def _subgroup(self, ranks: tuple[int, ...]) -> Any:
+        if len(ranks) == self.team.size:
+            return self.team.group
+        if ranks not in self._groups:
+            everyone = [self.team.global_rank(rank) for rank in ranks]
+            # Only the group's own ranks come here: those of another tensor-parallel position make theirs.
+            self._groups[ranks] = dist.new_group(everyone, use_local_synchronization=True)
+        return self._groups[ranks]
+
+
+def shapes_of(layer: Layer) -> Mapping[str, Shape]:
+    """The shapes of a layer's factors."""
+    return layer.adapter.factor_shapes()
+
+
+def _on_cpu(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {key: _on_cpu(value) for key, value in state.items()}
+    return state.cpu() if isinstance(state, Tensor) else state

@@ -1,0 +1,1 @@
+"""On which rank things are, and what ranks send each other."""

@@ -1,0 +1,252 @@
+r"""One sum over ranks for the statistics of all layers: flat buffers of packed triangles, filled and sent in buckets.
+
+The loss is the mean over the W ranks, so :math:`G = (1/W)\sum G_\mathrm{rank}`, while totals and numbers of rows behind
+A add up.
+
+What ranks found may differ: a branch that only some took, a rank without examples. So each of them sends the same
+layout, with zeros for what it has not, and beside it a header that says what it has. No rank ever waits for a
+message that another one does not send.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from lightning_kfc.distributed.process_group import Team
+from lightning_kfc.factors.packing import Shape, pack, packed_numel, unpack
+from lightning_kfc.factors.statistics import Statistics
+
+#: A buffer is sent when it has grown to this size, while the next one is filled.
+BUCKET_BYTES = 32 * 2**20
+PRECISIONS = ("full", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What every rank knows of a layer's statistics before any is there.
+
+    Attributes:
+        name: The layer.
+        shapes: Of its statistics, by factor name.
+        means: The names of those that are divided by a number of rows; the others are plain sums.
+        dtype: The precision they are in.
+        device: Where they are.
+        owner: The rank of the team that keeps the sum; None where all do.
+        symmetric: Whether those of three axes are symmetric matrices, of which a triangle is sent.
+    """
+
+    name: str
+    shapes: Mapping[str, Shape]
+    means: frozenset[str]
+    dtype: torch.dtype
+    device: torch.device
+    owner: int | None = None
+    symmetric: bool = True
+
+    def sizes(self) -> list[int]:
+        """The number of elements that each of them takes in a buffer."""
+        return [packed_numel(shape, symmetric=self.symmetric) for shape in self.shapes.values()]
+
+    def numel(self) -> int:
+        """The number of elements that all of them take."""
+        return sum(self.sizes())
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """The sum of a layer's statistics over ranks.
+
+    Attributes:
+        present: On how many ranks there were any.
+        rows: The rows of all ranks.
+        flagged: Whether any rank raised the layer's flag.
+        statistics: The sum; None on ranks that do not keep it.
+    """
+
+    present: int
+    rows: float
+    flagged: bool
+    statistics: Statistics | None
+
+
+@dataclass
+class _Bucket:
+    """A part of the statistics on its way.
+
+    Attributes:
+        outlines: The layers in it, in order.
+        flat: Their packed statistics, then the sum of those of all ranks.
+        owner: The rank that gets the sum; None for all.
+        finish: Waits for the sum, and returns it; None on ranks that do not get it.
+    """
+
+    outlines: list[Outline]
+    flat: Tensor
+    owner: int | None
+    finish: Callable[[], Tensor | None] = field(default=lambda: None)
+
+
+class Reduction:
+    """A sum over ranks that has begun; every rank of the team must begin it, and then end it, with the same outlines.
+
+    Args:
+        team: The ranks.
+        outlines: The layers, the same and in the same order on every rank.
+        statistics: What this rank has, by layer.
+        flags: Layers whose flag this rank raises.
+        precision: ``"full"``, or ``"bfloat16"``: numbers are rounded to bfloat16 before they are sent, added up in
+            their own precision, and, where all ranks get the sum, rounded once more.
+        bucket_bytes: The size at which a buffer is sent; None for the default.
+    """
+
+    def __init__(
+        self,
+        team: Team,
+        outlines: Sequence[Outline],
+        statistics: Mapping[str, Statistics],
+        flags: Iterable[str] = (),
+        precision: str = "full",
+        bucket_bytes: int | None = None,
+    ) -> None:
+        self._team = team
+        self._outlines = list(outlines)
+        self._wire = torch.bfloat16 if precision == "bfloat16" else None
+        flagged = set(flags)
+        # A row count is whole and below 2**53, which float64 holds exactly.
+        header = [
+            (float(o.name in statistics), statistics[o.name].rows if o.name in statistics else 0.0, o.name in flagged)
+            for o in self._outlines
+        ]
+        self._header = torch.tensor(header, dtype=torch.float64).to(self._outlines[0].device)
+        self._header_work = dist.all_reduce(self._header, group=team.group, async_op=True)
+        self.bytes = self._header.nbytes
+        self._buckets = []
+        for bucket in _buckets(self._outlines, bucket_bytes or BUCKET_BYTES):
+            flat = torch.empty(
+                sum(o.numel() for o in bucket),
+                dtype=self._wire or bucket[0].dtype,
+                device=bucket[0].device,
+            )
+            for outline, part in zip(bucket, torch.split(flat, [o.numel() for o in bucket]), strict=True):
+                _fill(part, outline, statistics.get(outline.name))
+            self._buckets.append(self._send(_Bucket(bucket, flat, bucket[0].owner)))
+            self.bytes += flat.nbytes
+
+    def end(self) -> dict[str, Reduced]:
+        """Wait for the sums, which are then the same on every rank that keeps them."""
+        self._header_work.wait()
+        header = {o.name: row for o, row in zip(self._outlines, self._header.tolist(), strict=True)}
+        sums: dict[str, Statistics] = {}
+        for bucket in self._buckets:
+            flat = bucket.finish()
+            if flat is None:
+                continue
+            parts = torch.split(flat, [o.numel() for o in bucket.outlines])
+            for outline, part in zip(bucket.outlines, parts, strict=True):
+                sums[outline.name] = _read(part, outline, header[outline.name][1], self._team.size)
+        return {
+            name: Reduced(int(present), rows, flagged > 0, sums.get(name) if present else None)
+            for name, (present, rows, flagged) in header.items()
+        }
+
+    def _send(self, bucket: _Bucket) -> _Bucket:
+        group, flat, owner = self._team.group, bucket.flat, bucket.owner
+        if self._wire is not None:
+            bucket.finish = self._send_rounded(bucket)
+        elif owner is None:
+            work = dist.all_reduce(flat, group=group, async_op=True)
+            bucket.finish = lambda: _waited(work, flat)
+        else:
+            work = dist.reduce(flat, self._team.global_rank(owner), group=group, async_op=True)
+            bucket.finish = lambda: _waited(work, flat if owner == self._team.rank else None)
+        return bucket
+
+    def _send_rounded(self, bucket: _Bucket) -> Callable[[], Tensor | None]:
+        """Each rank adds up its own piece in full precision, which no library's sum of bfloat16 numbers does.
+
+        As bytes: gloo moves no bfloat16.
+        """
+        team, dtype, numel = self._team, bucket.outlines[0].dtype, bucket.flat.numel()
+        if bucket.owner is not None:
+            here = bucket.owner == team.rank
+            sent = [2 * numel if member == bucket.owner else 0 for member in range(team.size)]
+            pieces = bucket.flat.new_empty(team.size * numel if here else 0)
+            work = dist.all_to_all_single(
+                _bytes(pieces),
+                _bytes(bucket.flat),
+                [2 * numel if here else 0] * team.size,
+                sent,
+                group=team.group,
+                async_op=True,
+            )
+            return lambda: _sum(work, pieces, team.size, dtype) if here else _waited(work, None)
+        length = -(-numel // team.size)
+        padded = torch.nn.functional.pad(bucket.flat, (0, length * team.size - numel))
+        pieces = torch.empty_like(padded)
+        work = dist.all_to_all_single(_bytes(pieces), _bytes(padded), group=team.group, async_op=True)
+
+        def finish() -> Tensor:
+            own = _sum(work, pieces, team.size, dtype).to(torch.bfloat16)
+            dist.all_gather_into_tensor(_bytes(padded), _bytes(own), group=team.group)
+            return padded[:numel].to(dtype)
+
+        return finish
+
+
+def _buckets(outlines: Sequence[Outline], largest: int) -> Iterable[list[Outline]]:
+    """Layers in order, together where precision, device and owner are the same and the buffer is not full."""
+    kinds: dict[Any, list[Outline]] = {}
+    for outline in outlines:
+        kinds.setdefault((outline.dtype, outline.device, outline.owner), []).append(outline)
+    for alike in kinds.values():
+        bucket: list[Outline] = []
+        size = 0
+        for outline in alike:
+            own = outline.numel() * outline.dtype.itemsize
+            if bucket and size + own > largest:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(outline)
+            size += own
+        yield bucket
+
+
+def _fill(part: Tensor, outline: Outline, statistics: Statistics | None) -> None:
+    if statistics is None:
+        part.zero_()
+        return
+    totals = {**statistics.means, **statistics.sums}
+    for name, piece in zip(outline.shapes, torch.split(part, outline.sizes()), strict=True):
+        pack(totals[name], piece, symmetric=outline.symmetric)
+
+
+def _read(part: Tensor, outline: Outline, rows: float, ranks: int) -> Statistics:
+    pieces = dict(zip(outline.shapes, torch.split(part, outline.sizes()), strict=True))
+    for name in pieces.keys() - outline.means:
+        pieces[name].div_(ranks)
+    totals = {
+        name: unpack(piece, shape, symmetric=outline.symmetric)
+        for (name, shape), piece in zip(outline.shapes.items(), pieces.values(), strict=True)
+    }
+    means = {name: total for name, total in totals.items() if name in outline.means}
+    return Statistics(means, {name: total for name, total in totals.items() if name not in means}, rows)
+
+
+def _waited(work: Any, result: Tensor | None) -> Tensor | None:
+    work.wait()
+    return result
+
+
+def _sum(work: Any, pieces: Tensor, ranks: int, dtype: torch.dtype) -> Tensor:
+    work.wait()
+    return pieces.view(ranks, -1).to(dtype).sum(0)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.uint8)

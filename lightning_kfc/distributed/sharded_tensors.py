@@ -1,0 +1,24 @@
+"""Tensors of which each rank holds a part (DTensor): read whole, written part by part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lightning_kfc.distributed.process_group import is_sharded
+
+
+def whole(tensor: Any) -> Any:
+    """A sharded tensor as a plain one, which all ranks of its mesh must ask for together; anything else as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def part_of(full: Tensor, like: Any) -> Tensor:
+    """The part of a tensor, which all ranks have whole, that this rank holds in the layout of another one."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh
+    replicated = DTensor.from_local(full, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    part: Tensor = replicated.redistribute(mesh, like.placements).to_local()
+    return part

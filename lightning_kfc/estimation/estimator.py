@@ -1,0 +1,420 @@
+"""What a due step shows of itself: its forward, its loss, and from these the statistics of every layer."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+
+import torch
+from torch import Tensor, nn
+
+from lightning_kfc.curvature.find_layers import Found
+from lightning_kfc.curvature.layer import Layer
+from lightning_kfc.distributed.process_group import Team
+from lightning_kfc.estimation.back_propagation import (
+    all_zero,
+    back_propagate,
+    empirical_statistics_of_loss,
+    never_negative,
+    reaches,
+    refuse_reentrant_checkpointing,
+    seed_passes,
+    seed_scale,
+    unusable_seeds,
+    weighted_terms,
+)
+from lightning_kfc.estimation.example_gradients import ExampleGradients
+from lightning_kfc.estimation.recording import Call, Recorder, parameter_call
+from lightning_kfc.estimation.self_test import SelfTest
+from lightning_kfc.factors.inverse import INVERSES, EkfacInverse
+from lightning_kfc.factors.statistics import Statistics
+from lightning_kfc.losses.selection import (
+    LossNotRecognisedError,
+    attach_named_output,
+    by_its_own_gradient,
+    unrecognised,
+    wanted_terms,
+)
+from lightning_kfc.losses.terms import LossRecorder, LossTerm
+from lightning_kfc.monitoring.events import Events
+from lightning_kfc.monitoring.timing import StepTimes
+from lightning_kfc.scheduling.tracker import Due
+from lightning_kfc.settings import Settings
+from lightning_kfc.utilities.isolation import eager_compiled_code, full_precision, leaving_no_trace, sinks_at_rest
+
+
+class Observation:
+    """Records due steps, one at a time, and makes their statistics.
+
+    Args:
+        model: The model.
+        settings: What to estimate, and how.
+        found: The model's layers; a layer that cannot be explained is taken out of them, through ``drop``.
+        due: When each layer is due.
+        drop: Called with the names of layers and the reason why the rows of each do not explain its gradient.
+        team: The ranks between which the batch is split; each of them samples targets of its own.
+        times: Adds up the time that all this takes.
+        events: Counts losses that cannot be used as they are.
+
+    Attributes:
+        forgiving: Whether an optimizer step has been made: from then on no loss is an error, and none of its layers.
+        failed: What was raised while the last statistics were taken, by layer.
+        recorded: The layers whose statistics are taken at this step.
+        self_test_done: Whether every layer has passed, or was dropped.
+        never_negative: Whether no loss of the last step that was looked at has less than 0 in it, as far as is seen.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        found: Found,
+        due: Due,
+        drop: Callable[[Mapping[str, str]], None],
+        team: Team,
+        times: StepTimes,
+        events: Events,
+    ) -> None:
+        self._model = model
+        self._settings = settings
+        self._found = found
+        self._due = due
+        self._drop = drop
+        self._team = team
+        self._times = times
+        self._events = events
+        self._recorder: Recorder | None = None
+        self._examples: dict[str, ExampleGradients] = {}
+        self._losses: LossRecorder | None = None
+        self._self_test: SelfTest | None = None
+        self._graph_checked = False
+        self._backward = contextlib.ExitStack()
+        self.self_test_done = False
+        self.never_negative = False
+        self.forgiving = False
+        self.failed: dict[str, Exception] = {}
+        self.recorded: list[str] = []
+
+    @property
+    def active(self) -> bool:
+        """Whether a forward was recorded and not yet let go of."""
+        return self._recorder is not None
+
+    @contextlib.contextmanager
+    def capture(self, step: int) -> Iterator[None]:
+        """Record what the forward and the loss of this (micro-)batch show, if this step is due; else do nothing."""
+        self.recorded = self._due.recorded_at(step, self._found.layers)
+        if not self.recorded:
+            self.release()
+            yield
+            return
+        self._recorder, self._losses = Recorder(times=self._times), LossRecorder()
+        test = self._prepare_self_test(step)
+        waiting = set(test.waiting) if test is not None else set()
+        handles = []
+        try:
+            for name, layer in self._layers_with_rows(self.recorded).items():
+                wanted = functools.partial(test.direction, name) if test is not None and name in waiting else None
+                keep_inputs = layer.inverse_type(INVERSES[self._settings.inverse]).wants_examples
+                self._recorder.attach(name, layer.adapters, wanted, keep_inputs=keep_inputs)
+            try:
+                handles += attach_named_output(self._model, self._settings.likelihood, self._losses)
+            except ValueError as error:
+                if not self.forgiving:
+                    raise
+                self._losses.failure = error
+            with eager_compiled_code(), self._losses:
+                try:
+                    yield
+                finally:
+                    self.resume()
+        finally:
+            self._recorder.detach()
+            for handle in handles:
+                handle.remove()
+
+    def record_nothing(self) -> None:
+        """Record nothing of the coming forward."""
+        self.recorded = []
+        self.release()
+
+    def release(self) -> None:
+        """Let go of what was recorded of the last forward and its graph."""
+        self._recorder = self._losses = None
+
+    def pause(self) -> None:
+        """Record nothing until :meth:`resume`: a backward re-runs checkpointed forwards, which are none of ours.
+
+        What a due step's forward ran eagerly, its backward must run again eagerly.
+        """
+        if self._recorder is not None and self._losses is not None:
+            self._recorder.paused = self._losses.paused = True
+            self._backward.enter_context(eager_compiled_code())
+
+    def resume(self) -> None:
+        """Record again, if the capture is still open; also to be called where a backward has raised."""
+        self._backward.close()
+        if self._recorder is not None and self._losses is not None:
+            self._recorder.paused = self._losses.paused = False
+
+    def count_again(self, layers: Set[str]) -> None:
+        """Have the next loss count the input rows of calls again, whose statistics are no longer pending."""
+        if self._recorder is not None:
+            calls, counted = self._recorder.calls, self._recorder.counted
+            counted.difference_update([i for i in counted if calls[i].layer in layers])
+
+    def restart_self_test(self, *, done: bool) -> None:
+        """Test no more, or anew from the next forward on."""
+        self._self_test, self.self_test_done = None, done
+
+    def follow(self, kept: Mapping[str, str], new: Iterable[str], step: int) -> None:
+        """Follow a model whose layers have changed: test those that are new beside those that still wait for it.
+
+        Args:
+            kept: The present name of each layer that stays, by the name that it had.
+            new: The names of the new ones.
+            step: The optimizer step.
+        """
+        self._examples = {kept[name]: examples for name, examples in self._examples.items() if name in kept}
+        if self._self_test is None and not self.self_test_done:
+            return
+        waiting = {kept[name] for name in (self._self_test.waiting if self._self_test else ()) if name in kept}
+        layers = self._layers_with_rows([name for name in self._found.layers if name in waiting.union(new)])
+        self.restart_self_test(done=not layers)
+        if layers:
+            self._self_test = SelfTest(layers, self.generator(step, 0, stream=1)(torch.device("cpu")))
+
+    def statistics(
+        self,
+        loss: Tensor,
+        step: int,
+        micro_batch: int,
+        *,
+        loss_scale: float,
+        loss_fraction: float,
+        unseen: Set[str],
+    ) -> dict[str, Statistics]:
+        """Send the seeds of a loss to the recorded layers, while its graph lives.
+
+        Args:
+            loss: The scalar whose backward follows.
+            step: The optimizer step.
+            micro_batch: The number of losses of this step that came before.
+            loss_scale: The factor that a gradient scaler has multiplied ``loss`` by.
+            loss_fraction: The share of ``loss`` in the optimizer step, where its terms do not tell.
+            unseen: Layers whose examples are not to be collected.
+
+        Raises:
+            LossNotRecognisedError: If the loss holds no term of the likelihood that was named, before any optimizer
+                step was made.
+            SelfTestError: If the rows of a layer do not explain its gradient, likewise.
+        """
+        self.failed = {}
+        if self._recorder is None or self._losses is None:
+            return {}
+        if self.forgiving and not loss.requires_grad:
+            self._report_no_gradient(step)
+            return {}
+        for name, error in self._recorder.failures.items():
+            self._fail(name, error)
+        if self._losses.failure is not None and not self.forgiving:
+            raise self._losses.failure
+        self.pause()
+        if micro_batch == 0:
+            self.never_negative = True
+        try:
+            part = self._times.part("statistics")
+            with part, full_precision(self._model), leaving_no_trace(self._model), sinks_at_rest(loss):
+                recorded = list(self._recorder.calls)
+                calls = recorded + self._parameter_calls()
+                names = {call.layer for call in recorded if call.inputs is not None}
+                examples = self._example_gradients(names - unseen, step)
+                found = self._back_propagate(
+                    loss, calls, self.generator(step, micro_batch), loss_scale, loss_fraction, examples, step
+                )
+                return self._by_layer(found, calls, len(recorded))
+        finally:
+            self.resume()
+
+    # Parts of a due step.
+
+    def _parameter_calls(self) -> list[Call]:
+        return [
+            parameter_call(name, layer.adapter)
+            for name, layer in self._found.layers.items()
+            if name in self.recorded and not layer.adapter.has_rows and layer.adapter.own_parameters()
+        ]
+
+    def _back_propagate(
+        self,
+        loss: Tensor,
+        calls: Sequence[Call],
+        generator: Callable[[torch.device], torch.Generator],
+        loss_scale: float,
+        loss_fraction: float,
+        examples: dict[str, ExampleGradients],
+        step: int,
+    ) -> dict[int, Statistics]:
+        assert self._losses is not None
+        terms = list(self._losses.terms)
+        kept = weighted_terms(
+            loss, wanted_terms(terms, self._settings.likelihood), loss_scale=loss_scale, loss_fraction=loss_fraction
+        )
+        test, fisher = self._self_test, self._settings.fisher
+        if test is not None:
+            test.strict = not self.forgiving
+            test.recorded.difference_update(self.failed)
+        if not self._graph_checked:
+            refuse_reentrant_checkpointing(loss)
+            self._graph_checked = True
+        source = generator(kept[0].term.logits.device) if kept else None
+        if source is not None and not all(w.is_finite() for w in kept):
+            # Every rank must bring statistics of the same layers, so that all of them drop the step together.
+            seeds = unusable_seeds(kept, fisher, source)
+            found = back_propagate(seeds, calls, 1.0, None, examples, on_failure=self._fail)
+        elif all_zero(kept):
+            # What is multiplied by 0, to skip a batch, is no reason to forget the curvature that there was.
+            self._report_no_gradient(step)
+            found = {}
+        elif source is not None:
+            scale = 1.0 if fisher == "empirical" else seed_scale(kept)
+            self.never_negative &= never_negative(loss, kept, loss_scale)
+            passes = seed_passes(kept, fisher, source)
+            found = back_propagate(passes, calls, scale, test, examples, on_failure=self._fail)
+        else:
+            self.never_negative = False
+            found = self._of_whole_loss(loss, calls, terms, loss_scale, loss_fraction, examples, step)
+        # A term that this loss does not hold may belong to a later loss of the same training step.
+        self._losses.terms[:] = [term for term in terms if all(term is not w.term for w in kept)]
+        if test is not None:
+            self._conclude_self_test(test)
+        return found
+
+    def _of_whole_loss(
+        self,
+        loss: Tensor,
+        calls: Sequence[Call],
+        terms: Sequence[LossTerm],
+        loss_scale: float,
+        loss_fraction: float,
+        examples: dict[str, ExampleGradients],
+        step: int,
+    ) -> dict[int, Statistics]:
+        """Statistics of a loss none of whose terms count: its empirical Fisher, unless a likelihood was named."""
+        test, chosen = self._self_test, self._settings.fisher == "empirical"
+        if not chosen and self._settings.likelihood != "auto":
+            # A loss that trains other parameters than ours need not be recognised.
+            if reaches(loss, calls):
+                said = unrecognised(terms, self._settings.likelihood)
+                if not self.forgiving:
+                    raise LossNotRecognisedError(said)
+                self._events.report(
+                    "unrecognised_losses", step, f"no statistics are taken of this loss: {said.rstrip('.')}"
+                )
+            return {}
+        if test is not None and not chosen:
+            # A penalty on the weights, for one, is a part of this gradient that no rows explain.
+            test.strict = False
+        found = empirical_statistics_of_loss(
+            loss,
+            calls,
+            loss_scale=loss_scale,
+            loss_fraction=loss_fraction,
+            test=test,
+            examples=examples,
+            on_failure=self._fail,
+        )
+        if found and not any(bool(total.any()) for entry in found.values() for total in entry.sums.values()):
+            self._report_no_gradient(step)
+            for name in examples:
+                if self._found.layers[name].pending is None:
+                    self.forget_examples(name)
+            return {}
+        if found and not chosen:
+            self._events.report("unrecognised_losses", step, by_its_own_gradient(terms))
+        return found
+
+    def _report_no_gradient(self, step: int) -> None:
+        what = "the gradient of this loss is zero, or there is none; no statistics are taken of it"
+        self._events.report("losses_without_gradient", step, what)
+
+    def _fail(self, layer: str, error: Exception) -> None:
+        """Note that a layer's statistics could not be taken; before the first optimizer step, that is an error."""
+        if not self.forgiving:
+            raise error
+        self.failed.setdefault(layer, error)
+
+    def _by_layer(self, found: dict[int, Statistics], calls: Sequence[Call], recorded: int) -> dict[str, Statistics]:
+        """The statistics of every layer that is still there, from those of its calls."""
+        assert self._recorder is not None
+        counted = self._recorder.counted
+        statistics: dict[str, Statistics] = {}
+        for index, entry in found.items():
+            name = calls[index].layer
+            if index < recorded:
+                # A later loss through the same call adds to G alone: the call's input rows are in A already.
+                entry = entry.without_means() if index in counted else entry
+                counted.add(index)
+            statistics[name] = statistics[name] + entry if name in statistics else entry
+        return {n: entry for n, entry in statistics.items() if n in self._found.layers and n not in self.failed}
+
+    def _layers_with_rows(self, names: Iterable[str]) -> dict[str, Layer]:
+        layers = {name: self._found.layers[name] for name in names}
+        return {name: layer for name, layer in layers.items() if layer.adapter.has_rows}
+
+    def _example_gradients(self, layers: Iterable[str], step: int) -> dict[str, ExampleGradients]:
+        for name in layers:
+            if name in self._found.layers and name not in self._examples:
+                layer = self._found.layers[name]
+                # Where the step ends with a new basis, the gradients themselves are kept for it.
+                basis = None if self._due.new_inverse(name, step) else layer.basis_of_examples()
+                self._examples[name] = ExampleGradients(basis, layer.adapter.matrix_shape())
+        return {name: self._examples[name] for name in layers if name in self._examples}
+
+    def forget_examples(self, layer: str) -> None:
+        """Forget the gradients of a layer's single examples."""
+        self._examples.pop(layer, None)
+
+    def spoil_examples(self, layer: str) -> None:
+        """Have a layer's second moment of this step dropped: it is made NaN."""
+        if layer in self._examples:
+            self._examples[layer].spoil()
+
+    def second_moments(self, layers: Iterable[Layer]) -> dict[str, Tensor]:
+        """The second moments of the step's examples, by layer, in the layers' present bases; each is given once.
+
+        One holds NaN where it could not be formed.
+        """
+        found = {}
+        for layer in layers:
+            examples, inverse = self._examples.pop(layer.name, None), layer.inverse
+            if examples is not None and examples.reached and isinstance(inverse, EkfacInverse):
+                found[layer.name] = examples.second_moment(inverse.basis)
+        return found
+
+    def generator(self, step: int, micro_batch: int, stream: int = 0) -> Callable[[torch.device], torch.Generator]:
+        """A generator that depends on seed, rank, step and micro-batch alone, so that a resumed run draws the same."""
+        mixed = 0
+        for part in (self._settings.seed, self._team.rank, step, micro_batch, stream):
+            # The multiplier of Knuth's MMIX generator: neighbouring steps get unrelated seeds.
+            mixed = (mixed * 6364136223846793005 + part + 1442695040888963407) % 2**63
+        return lambda device: torch.Generator(device).manual_seed(mixed)
+
+    def _prepare_self_test(self, step: int) -> SelfTest | None:
+        if self._self_test is None and not self.self_test_done:
+            layers = self._layers_with_rows(self._found.layers)
+            self._self_test = SelfTest(layers, self.generator(step, 0, stream=1)(torch.device("cpu")))
+        if self._self_test is not None:
+            self._self_test.recorded = set(self.recorded)
+        return self._self_test
+
+    def _conclude_self_test(self, test: SelfTest) -> None:
+        unseen = {n: self._found.layers[n].adapter.unseen for n in test.never_called if n in self._found.layers}
+        if reasons := unseen | {n: why for n, why in test.unexplained.items() if n in self._found.layers}:
+            self._drop(reasons)
+        test.waiting[:] = [n for n in test.waiting if n in self._found.layers and n not in test.unexplained]
+        test.never_called.clear()
+        test.unexplained.clear()
+        if not test.waiting:
+            self.restart_self_test(done=True)

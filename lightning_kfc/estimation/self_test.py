@@ -1,0 +1,209 @@
+r"""The first-step self-test: the recorded rows must rebuild the weight gradient of every covered layer.
+
+For one random direction u and any derivatives that the seeds bring, the law
+:math:`\sum_r g_r (\bar a_r^\top u) = \nabla\bar W u` holds exactly for a layer whose rows are right, and with
+probability 1 for no other. The products with u are formed in the forward, so that no activation is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from lightning_kfc.curvature.layer import Layer
+from lightning_kfc.distributed.sharded_tensors import whole
+from lightning_kfc.estimation.recording import Call
+from lightning_kfc.factors.statistics import factor_dtype
+
+#: The relative error that rounding may leave, by the precision of the derivatives.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 1e-1}
+
+#: At most so many bytes of derivatives are squared at a time.
+CHUNK_BYTES = 2**20
+
+
+class SelfTestError(RuntimeError):
+    """The rows recorded for a layer do not rebuild the gradient of its parameters."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter's derivative arrives, and how it will look."""
+
+    edge: GradientEdge
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, parameter: nn.Parameter) -> _Place:
+        return cls(get_gradient_edge(parameter), parameter.shape, parameter.dtype, parameter.device)
+
+    def zeros(self) -> Tensor:
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What a layer's rows say of its gradient times the direction, ``(groups, d_out)``.
+
+    Attributes:
+        rebuilt: The sum over rows.
+        spread: The sum of the squares of its terms.
+        tolerance: What the derivatives' precision allows, relative.
+    """
+
+    rebuilt: Tensor
+    spread: Tensor
+    tolerance: float
+
+    def __add__(self, other: _Sums) -> _Sums:
+        rebuilt, spread = self.rebuilt + other.rebuilt, self.spread + other.spread
+        return _Sums(rebuilt, spread, max(self.tolerance, other.tolerance))
+
+
+class SelfTest:
+    """One check of every layer, made when seeds first bring it a derivative that is not zero.
+
+    Args:
+        layers: The layers by name.
+        generator: The source of randomness for the directions, on the CPU.
+    """
+
+    def __init__(self, layers: Mapping[str, Layer], generator: torch.Generator) -> None:
+        self._layers = layers
+        self._generator = generator
+        self._directions: dict[str, Tensor] = {}
+        self._owners: list[tuple[str, str, _Place]] = []
+        self._used: dict[str, dict[str, _Place]] = {}
+        self._arrived: dict[str, _Sums] = {}
+        #: The layers that have not been checked yet.
+        self.waiting: list[str] = list(layers)
+        #: The layers that are recorded in this step; no other one can be checked.
+        self.recorded: set[str] = set(layers)
+        #: Layers whose parameters get a derivative although their modules were never called.
+        self.never_called: list[str] = []
+        #: Whether a layer that fails is an error; else it is noted in :attr:`unexplained`.
+        self.strict = True
+        #: Why layers have failed.
+        self.unexplained: dict[str, str] = {}
+
+    def parameters(self) -> list[GradientEdge]:
+        """Where the derivatives by parameters arrive that the next check needs; it begins anew with this call."""
+        self._arrived.clear()
+        self._owners = [
+            (layer, role, place)
+            for layer in self.waiting
+            if layer in self.recorded
+            for role, place in (self._used.get(layer) or self._places(layer)).items()
+        ]
+        return [place.edge for _, _, place in self._owners]
+
+    def _places(self, layer: str) -> dict[str, _Place]:
+        return {role: _Place.of(p) for role, p in self._layers[layer].adapter.own_parameters().items()}
+
+    def direction(self, layer: str) -> Tensor:
+        """The layer's direction u, shape ``(groups, d_in)`` for the parameters that are trainable now."""
+        # Asked for in the forward, where a sharded module has the whole parameter that the graph will know.
+        self._used[layer] = self._places(layer)
+        groups, _, d_in = self._layers[layer].adapter.matrix_shape()
+        if layer not in self._directions or self._directions[layer].shape != (groups, d_in):
+            self._directions[layer] = torch.randn((groups, d_in), generator=self._generator, dtype=torch.float64)
+        return self._directions[layer]
+
+    def take(self, call: Call, gradient: Tensor) -> None:
+        """Take the derivative that arrived at a call's output, for the next check."""
+        if call.probe is None or call.layer in self.unexplained:
+            return
+        dtype = factor_dtype(gradient.dtype)
+        rows = call.adapter.output_rows(call.output_gradient(gradient).to(dtype))
+        probe = call.probe().to(dtype)
+        d_out = self._layers[call.layer].adapter.matrix_shape()[1]
+        if rows.shape != (*probe.shape, d_out):
+            made = f"{type(call.adapter).__name__}.output_rows() made rows of shape {tuple(rows.shape)}"
+            asked = f"its input rows and its gradient ask for {(*probe.shape, d_out)}"
+            self._fail(call.layer, f"{made} for {call.layer!r}; {asked}.", f"{made}; {asked}")
+            return
+        sums = _Sums(
+            *_products(rows, probe),
+            TOLERANCE.get(gradient.dtype, 0.1),
+        )
+        earlier = self._arrived.get(call.layer)
+        self._arrived[call.layer] = sums if earlier is None else earlier + sums
+
+    def check(self, calls: Sequence[Call], of_parameters: Sequence[Tensor | None]) -> None:
+        """Compare the gradients rebuilt from the rows of what was taken with autograd's own.
+
+        Args:
+            calls: What was recorded in the forward.
+            of_parameters: The derivatives that arrived at :meth:`parameters`; None where none did.
+
+        Raises:
+            SelfTestError: If they differ for a layer.
+        """
+        own: dict[str, dict[str, Tensor]] = {}
+        reached: set[str] = set()
+        for (layer, role, place), gradient in zip(self._owners, of_parameters, strict=True):
+            own.setdefault(layer, {})[role] = place.zeros() if gradient is None else whole(gradient)
+            if gradient is not None:
+                reached.add(layer)
+        self._used.clear()
+        for layer in own:
+            if layer in self.unexplained:
+                continue
+            if layer in self._arrived:
+                if self._check_layer(layer, self._arrived[layer], own[layer]):
+                    self.waiting.remove(layer)
+            elif layer in reached:
+                if any(call.layer == layer for call in calls):
+                    self._fail_by(layer, float("inf"))
+                else:
+                    self.never_called.append(layer)
+                self.waiting.remove(layer)
+
+    @torch.no_grad()
+    def _check_layer(self, layer: str, sums: _Sums, own: Mapping[str, Tensor]) -> bool:
+        """Whether there was anything to compare: derivatives of 0 (dead units, ignored targets) show nothing."""
+        expected_matrix = self._layers[layer].adapter.matrix(own)
+        expected_matrix = expected_matrix.to(factor_dtype(expected_matrix.dtype))
+        expected = torch.einsum("goi,gi->go", expected_matrix, self.direction(layer).to(expected_matrix))
+        # Rounding grows with the terms of the sum, which may all but cancel in it.
+        size = float(expected.norm()) + float(sums.spread.sum().sqrt())
+        error = float((sums.rebuilt - expected).norm())
+        if error > sums.tolerance * size:
+            self._fail_by(layer, error / size)
+        return size > 0
+
+    def _fail_by(self, layer: str, error: float) -> None:
+        kind = self._layers[layer].adapter.kind
+        said = (
+            f"The rows that KFC recorded for {layer!r} ({kind}) do not rebuild the gradient of its parameters "
+            f"(relative error {error:.2g}). Likely causes: its weight is also used outside the module's forward "
+            "(as a functional call, a tied weight, or in a compiled or scripted region); its weight is "
+            "re-parametrised; a hook with another order changes what goes in or comes out. "
+            f"Add {layer!r} to `exclude` to train it with its plain gradient."
+        )
+        self._fail(layer, said, "its rows do not rebuild its gradient")
+
+    def _fail(self, layer: str, said: str, reason: str) -> None:
+        if self.strict:
+            raise SelfTestError(said)
+        self.unexplained[layer] = reason
+
+
+def _products(rows: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums over rows of derivative times probe, and of its square, ``(groups, d_out)``.
+
+    Some examples at a time: squares of all of them would be as large as the activation, and leave holes in memory.
+    """
+    _, positions, groups, d_out = rows.shape
+    size = max(1, CHUNK_BYTES // max(1, positions * groups * d_out * rows.itemsize))
+    rebuilt = spread = rows.new_zeros((groups, d_out))
+    for some, along in zip(torch.split(rows, size), torch.split(probe, size), strict=True):
+        rebuilt = rebuilt + torch.einsum("ntgo,ntg->go", some, along)
+        spread = spread + torch.einsum("ntgo,ntg->go", some.square(), along.square())
+    return rebuilt, spread

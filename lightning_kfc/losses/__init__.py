@@ -1,0 +1,1 @@
+"""Which likelihood a loss is the negative logarithm of."""

@@ -1,0 +1,75 @@
+"""Which of the recorded loss terms count, by the likelihood that the user has named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_kfc.losses.likelihoods import Likelihood
+from lightning_kfc.losses.terms import LossRecorder, LossTerm, NamedOutputHook
+
+
+class LossNotRecognisedError(RuntimeError):
+    """No term of the loss has the likelihood that was named, so that the Fisher matrix is not known."""
+
+
+def attach_named_output(model: nn.Module, likelihood: str | Likelihood, losses: LossRecorder) -> list[RemovableHandle]:
+    """Watch the module whose output the likelihood names as the logits, if it names one.
+
+    Raises:
+        ValueError: If the model has no such module.
+    """
+    if not isinstance(likelihood, Likelihood) or likelihood.output_of is None:
+        return []
+    modules = dict(model.named_modules())
+    if likelihood.output_of not in modules:
+        raise ValueError(
+            f"likelihood names the logits as the output of {likelihood.output_of!r}, but the model has no such "
+            f"module. Its modules are: {', '.join(name for name in modules if name)}."
+        )
+    hook = NamedOutputHook(likelihood, losses)
+    return [modules[likelihood.output_of].register_forward_hook(hook)]
+
+
+def wanted_terms(terms: Sequence[LossTerm], likelihood: str | Likelihood) -> list[LossTerm]:
+    """The terms of the likelihood that the user has named; all where none is."""
+    if likelihood == "auto":
+        return list(terms)
+    if isinstance(likelihood, Likelihood):
+        if likelihood.output_of is not None:
+            return [term for term in terms if term.value_edge is None]
+        return [term for term in terms if isinstance(term.likelihood, type(likelihood))]
+    return [term for term in terms if term.likelihood.name == likelihood]
+
+
+def unrecognised(terms: Sequence[LossTerm], likelihood: str | Likelihood) -> str:
+    """What to say where no term counts, and the way out."""
+    if isinstance(likelihood, Likelihood) and likelihood.output_of is not None:
+        return (
+            f"KFC found no logits: the module {likelihood.output_of!r}, which likelihood={likelihood!r} names, was "
+            "not called while this loss was computed, or its output has no gradient. Name the module whose output "
+            "the loss is computed from."
+        )
+    return (
+        "KFC recognised no term of the loss "
+        f"(likelihood={likelihood!r}; loss functions seen in this step: {_seen(terms)}). "
+        "It knows cross_entropy, nll_loss, binary_cross_entropy_with_logits and mse_loss, as functions or modules. "
+        "For another loss, name the likelihood and the module whose output is its logits, for example "
+        "likelihood=Categorical(output_of='head'), or choose fisher='empirical'."
+    )
+
+
+def by_its_own_gradient(terms: Sequence[LossTerm]) -> str:
+    """What to say where no term is recognised and no likelihood was named."""
+    return (
+        f"no term of the loss is recognised (loss functions seen in this step: {_seen(terms)}), so that its curvature "
+        "comes from the loss's own gradient (the empirical Fisher, of a mean over examples). Where the loss has "
+        "logits, likelihood=Categorical(output_of='head'), for example, names them and gives the model's own Fisher; "
+        "fisher='empirical' silences this"
+    )
+
+
+def _seen(terms: Sequence[LossTerm]) -> str:
+    return ", ".join(sorted({term.function for term in terms})) or "none"

@@ -1,0 +1,1 @@
+"""From statistics to factors and inverses, over all ranks."""

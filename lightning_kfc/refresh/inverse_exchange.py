@@ -1,0 +1,222 @@
+"""Brings inverses from the ranks that factorise to those that hold them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from lightning_kfc.curvature.layer import Layer
+from lightning_kfc.curvature.ownership import LayerOwnership, shapes_of
+from lightning_kfc.distributed.placement import factorisation_cost, longest_first
+from lightning_kfc.distributed.remote import Elsewhere
+from lightning_kfc.factors.inverse import FactorisationError, Inverse
+from lightning_kfc.factors.packing import Shape, pack, packed_numel, unpack
+from lightning_kfc.factors.statistics import factor_dtype
+from lightning_kfc.monitoring.messages import inform
+
+#: Seconds that first inverses take before a line is logged; each later line comes after twice the time.
+PATIENCE = 2.0
+#: The result of a layer's refresh.
+Outcome = Inverse | FactorisationError
+
+
+class InverseExchange:
+    """Has each inverse made by one rank, and received by the others that hold it.
+
+    Args:
+        ownership: Knows which rank holds what.
+    """
+
+    def __init__(self, ownership: LayerOwnership) -> None:
+        self._ownership = ownership
+        self._any_refreshed = False
+
+    def _inverters(self, layers: Sequence[Layer]) -> dict[str, int]:
+        """The rank that makes each layer's inverse, given the layers that are due together; the same on every rank."""
+        if self._ownership.replicated:
+            # What is due together is spread over all ranks, whatever else they own.
+            return longest_first({e.name: factorisation_cost(shapes_of(e)) for e in layers}, self._ownership.team.size)
+        return {layer.name: self._ownership.owner(layer) or 0 for layer in layers}
+
+    def refreshed(
+        self,
+        layers: Sequence[Layer],
+        factorise: Callable[[Layer], Inverse],
+        kinds: Callable[[Layer], type[Inverse]],
+    ) -> dict[str, Outcome]:
+        """New inverses of layers, each factorised by one rank.
+
+        Args:
+            layers: The layers that are due, the same on every rank.
+            factorise: Makes a layer's inverse; called on its owner.
+            kinds: The kind of a layer's inverse.
+
+        Returns:
+            By layer: the inverse, one that says that another rank has it, or why there is none.
+        """
+        outcome: dict[str, Outcome] = {}
+        owners = self._inverters(layers)
+        own = [layer for layer in layers if owners[layer.name] == self._ownership.team.rank]
+        # The later ones take as long, which is known by then.
+        for layer in own if self._any_refreshed else _with_progress(own):
+            outcome[layer.name] = _attempted(factorise, layer)
+        self._any_refreshed = True
+        if self._ownership.team.size == 1:
+            return outcome
+        layouts = {
+            layer.name: _Layout.of(kinds(layer), shapes_of(layer), layer.adapter.matrix_shape()) for layer in layers
+        }
+        numbers = self._numbers_of_owners(layers, layouts, outcome)
+        whole = [layer for layer in layers if not math.isnan(numbers[layer.name][0])]
+        shared = self._broadcast_inverses(whole, owners, layouts, outcome, numbers)
+        result: dict[str, Outcome] = {}
+        for layer in layers:
+            if math.isnan(numbers[layer.name][0]):
+                said = f"rank {owners[layer.name]} found no factorisation"
+                result[layer.name] = outcome.get(layer.name, FactorisationError(said))
+            else:
+                result[layer.name] = shared.get(layer.name, Elsewhere())
+        return result
+
+    def _numbers_of_owners(
+        self,
+        layers: Sequence[Layer],
+        layouts: Mapping[str, _Layout],
+        made: Mapping[str, Outcome],
+    ) -> dict[str, list[float]]:
+        """For each layer 0, or NaN where it failed, then its inverse's numbers; every rank must ask."""
+        own: list[float] = []
+        for layer in layers:
+            result, names = made.get(layer.name), layouts[layer.name].numbers
+            if isinstance(result, Inverse):
+                own += [0.0, *(float(getattr(result, name)) for name in names)]
+            else:
+                own += [-math.inf if result is None else math.inf, *[-math.inf] * len(names)]
+        device = next(iter(layers[0].adapter.parameters().values())).device if layers else torch.device("cpu")
+        told = (
+            self._ownership.team.largest(torch.tensor(own, dtype=torch.float64, device=device)).tolist()
+            if layers
+            else []
+        )
+        self._ownership.communication.add("inverses", 8 * len(told))
+        result_numbers: dict[str, list[float]] = {}
+        for layer in layers:
+            count = 1 + len(layouts[layer.name].numbers)
+            first, *rest = told[:count]
+            del told[:count]
+            result_numbers[layer.name] = [math.nan if first == math.inf else first, *rest]
+        return result_numbers
+
+    def _broadcast_inverses(
+        self,
+        layers: Sequence[Layer],
+        owners: Mapping[str, int],
+        layouts: Mapping[str, _Layout],
+        made: Mapping[str, Outcome],
+        numbers: Mapping[str, list[float]],
+    ) -> dict[str, Inverse]:
+        """The inverses that this rank is to hold, from their owners in its group."""
+        members = self._ownership.placement.grid.members(self._ownership.team.rank)
+        own = [layer for layer in layers if owners[layer.name] in members]
+        parcels = []
+        for owner, dtype, device in dict.fromkeys((owners[e.name], *_kind(e)) for e in own):
+            inside = [layer for layer in own if (owners[layer.name], *_kind(layer)) == (owner, dtype, device)]
+            flat = torch.empty(sum(layouts[e.name].numel() for e in inside), dtype=dtype, device=device)
+            if owner == self._ownership.team.rank:
+                for layer, part in zip(
+                    inside, torch.split(flat, [layouts[e.name].numel() for e in inside]), strict=True
+                ):
+                    inverse = made[layer.name]
+                    assert isinstance(inverse, Inverse)
+                    layouts[layer.name].write(inverse, part)
+            parcels.append((inside, flat, self._ownership.broadcast(flat, owner, members, "inverses")))
+        found = {}
+        for inside, flat, wait in parcels:
+            wait()
+            for layer, part in zip(inside, torch.split(flat, [layouts[e.name].numel() for e in inside]), strict=True):
+                # The owner, too, takes what it sent, so that all hold the same to the last bit.
+                found[layer.name] = layouts[layer.name].read(part, numbers[layer.name][1:])
+        return found
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The tensors of an inverse in a buffer, and its other numbers.
+
+    Attributes:
+        kind: The kind of inverse.
+        tensors: The shape of each tensor, and whether it is symmetric.
+        numbers: The names of its numbers.
+    """
+
+    kind: type[Inverse]
+    tensors: Mapping[str, tuple[Shape, bool]]
+    numbers: tuple[str, ...]
+
+    @classmethod
+    def of(cls, kind: type[Inverse], factors: Mapping[str, Shape], matrix: Shape) -> _Layout:
+        """What follows from the factors' shapes: ``A_inverse`` is shaped as A, ``values`` as the gradient."""
+        tensors: dict[str, tuple[Shape, bool]] = {}
+        numbers = []
+        for field in fields(kind):  # type: ignore[arg-type]  # each kind is a dataclass
+            factor, _, what = field.name.partition("_")
+            if what and factor in factors:
+                tensors[field.name] = factors[factor], what == "inverse"
+            elif field.name == "values":
+                tensors[field.name] = matrix, False
+            else:
+                numbers.append(field.name)
+        return cls(kind, tensors, tuple(numbers))
+
+    def _sizes(self) -> list[int]:
+        return [packed_numel(shape, symmetric=symmetric) for shape, symmetric in self.tensors.values()]
+
+    def numel(self) -> int:
+        """The number of elements in the buffer."""
+        return sum(self._sizes())
+
+    def write(self, inverse: Inverse, flat: Tensor) -> None:
+        """Fill an inverse's part of a buffer."""
+        for (name, (_, symmetric)), part in zip(self.tensors.items(), torch.split(flat, self._sizes()), strict=True):
+            pack(getattr(inverse, name), part, symmetric=symmetric)
+
+    def read(self, flat: Tensor, numbers: Iterable[float]) -> Inverse:
+        """The inverse from its part of a buffer."""
+        tensors = {
+            name: unpack(part, shape, symmetric=symmetric)
+            for (name, (shape, symmetric)), part in zip(
+                self.tensors.items(), torch.split(flat, self._sizes()), strict=True
+            )
+        }
+        return self.kind(**tensors, **dict(zip(self.numbers, numbers, strict=True)))
+
+
+def _with_progress(layers: Sequence[Layer]) -> Iterator[Layer]:
+    """The layers that first inverses are made of, one after another; where that takes long, its progress is logged."""
+    started, wait = time.monotonic(), PATIENCE
+    for done, layer in enumerate(layers, 1):
+        yield layer
+        passed = time.monotonic() - started
+        if passed >= (PATIENCE if done == len(layers) else wait):
+            inform(f"KFC makes the first inverses: {done} of {len(layers)} layers after {passed:.1f} s.")
+            wait = 2 * passed
+
+
+def _attempted(factorise: Callable[[Layer], Inverse], layer: Layer) -> Outcome:
+    try:
+        return factorise(layer)
+    except FactorisationError as error:
+        return error
+    except Exception as error:
+        # Of an adapter of the user's, or for want of memory: other ranks wait for what came of it all the same.
+        return FactorisationError(f"{type(error).__name__}: {error}")
+
+
+def _kind(layer: Layer) -> tuple[torch.dtype, torch.device]:
+    parameter = next(iter(layer.adapter.parameters().values()))
+    return factor_dtype(parameter.dtype), parameter.device

@@ -1,0 +1,1 @@
+"""Shows what a training did, and changes nothing."""

@@ -1,0 +1,254 @@
+"""Pictures and the report of a training: when they are due, what they need, and where they go."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from lightning_kfc.kfc import KFC
+from lightning_kfc.monitoring.events import History
+from lightning_kfc.pictures import (
+    check_matplotlib,
+    draw_autocorrelation,
+    draw_coverage,
+    draw_factors,
+    draw_numbers,
+    draw_spectra,
+    draw_step_time,
+    png,
+)
+from lightning_kfc.pictures.html import render
+from lightning_kfc.pictures.snapshots import SpectraOverTime, shown, shown_factors
+from lightning_kfc.reporting.map_watcher import MapWatcher, spatial_modules
+from lightning_kfc.reporting.sections import run_facts, sections
+from lightning_kfc.utilities.checks import check_folder, check_integer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: The report's file in its folder.
+REPORT = "report.html"
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """The options of pictures and report; see the callback for what each one does."""
+
+    pictures_every_n_steps: int | None = None
+    report_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if self.pictures_every_n_steps is not None:
+            check_integer("pictures_every_n_steps", self.pictures_every_n_steps, minimum=1)
+            check_matplotlib("KFCCallback(pictures_every_n_steps=...)")
+        if self.report_dir is not None:
+            object.__setattr__(self, "report_dir", check_folder("report_dir", self.report_dir))
+            check_matplotlib("KFCCallback(report_dir=...)")
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is anything to do."""
+        return self.pictures_every_n_steps is not None or self.report_dir is not None
+
+
+class Reporting:
+    """What one fit shows of itself, on the rank that writes.
+
+    Between the steps of pictures only the clock runs.
+
+    Args:
+        settings: The options.
+        kfc: Gives the engine; a checkpoint may have replaced it since.
+        trainer: The trainer.
+        module: The module that is trained.
+    """
+
+    def __init__(self, settings: ReportSettings, kfc: Callable[[], KFC], trainer: Any, module: nn.Module) -> None:
+        self._settings = settings
+        self._kfc = kfc
+        self._trainer = trainer
+        self._module = module
+        self._active = settings.wanted and bool(trainer.is_global_zero)
+        self._timed = self._active or bool(trainer.is_global_zero and trainer.log_every_n_steps)
+        self._due_at = 0
+        self._watcher: MapWatcher | None = None
+        self._watched_step = -1
+        self._spectra = SpectraOverTime()
+        self._logged = False
+        self._coverage = ""
+        self.history = History()
+        #: The advice that was given, for the report.
+        self.advice: tuple[str, ...] = ()
+        self._refuse_shared_folder()
+
+    def _refuse_shared_folder(self) -> None:
+        """Two callbacks would overwrite each other's report."""
+        folder = self._settings.report_dir
+        all_settings = [getattr(callback, "_report_settings", None) for callback in self._trainer.callbacks]
+        if folder is not None and sum(getattr(s, "report_dir", None) == folder for s in all_settings) > 1:
+            raise ValueError(f"two KFCCallbacks have report_dir={folder!r}: give each a folder of its own.")
+
+    # Around a training step.
+
+    def step_begins(self) -> None:
+        """Start the clock of a batch, where numbers are logged or a report is written."""
+        if self._timed:
+            self._kfc().times.begin_step(next(self._module.parameters()).device)
+
+    @contextlib.contextmanager
+    def observing(self) -> Iterator[None]:
+        """Watch the maps of convolutions in this forward, if pictures are due and the engine takes statistics."""
+        kfc = self._kfc()
+        # At the first step only, where micro-batches are accumulated: one of them is enough.
+        if not self._active or kfc.step < self._due_at or not kfc.recorded or kfc.step == self._watched_step:
+            yield
+            return
+        modules = spatial_modules({name: layer.module for name, layer in kfc.layers.items()})
+        self._watcher, self._watched_step = MapWatcher({name: modules[name] for name in shown(modules)}), kfc.step
+        self._watcher.attach()
+        try:
+            yield
+        finally:
+            self._watcher.detach()
+
+    @contextlib.contextmanager
+    def seeds(self) -> Iterator[None]:
+        """While the engine sends its seeds back: their derivatives are those to look at."""
+        if self._watcher is None:
+            yield
+            return
+        self._watcher.listening = True
+        try:
+            yield
+        finally:
+            self._watcher.listening = False
+
+    def numbers(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Keep numbers that are logged at a step, for the report."""
+        if self._active:
+            # Of what there is a number of for each layer, a picture has room for the median.
+            self.history.add(
+                step, {k: v for k, v in numbers.items() if not k.endswith(("_min", "_max")) and _of_all(k)}
+            )
+            self._logged = True
+
+    def step_ends(self, step: int, outputs: object) -> None:
+        """The batch is over; take the pictures, if they are due.
+
+        Args:
+            step: The step that loggers know this batch's numbers by.
+            outputs: What the training step gave.
+        """
+        if not self._timed:
+            return
+        kfc = self._kfc()
+        kfc.times.end_step()
+        if not self._active:
+            return
+        if self._logged:
+            self._logged = False
+            logged = dict(self._trainer.callback_metrics)
+            if isinstance(outputs, Mapping) and not any("loss" in key for key in logged):
+                logged["loss"] = outputs.get("loss")
+            self.history.add(step, {key: float(value) for key, value in logged.items() if _is_number(value)})
+        done = kfc.last_step.step if kfc.last_step is not None else -1
+        if done == self._watched_step and done >= self._due_at:
+            self._take(done, step)
+
+    def _take(self, done: int, step: int) -> None:
+        every = self._settings.pictures_every_n_steps
+        # Without a period: at steps that lie ever further apart, since what a report compares moves ever more slowly.
+        self._due_at = max(1, 2 * done) if every is None else (done // every + 1) * every
+        self._spectra.take(done, self._kfc().layers)
+        if every is not None:
+            self._send(step)
+
+    # What is drawn, and where it goes.
+
+    def figures(self) -> dict[str, Figure]:
+        """All pictures as of now, by name."""
+        kfc = self._kfc()
+        return {
+            "numbers": draw_numbers(self.history.series()),
+            "step_time": draw_step_time(kfc.times.mean_step()),
+            "coverage": draw_coverage(str(kfc.coverage())),
+            "spectra": draw_spectra(self._spectra.by_layer()),
+            "autocorrelation": draw_autocorrelation(self._watcher.statistics() if self._watcher else ()),
+            "factors": draw_factors(shown_factors(kfc.layers)),
+        }
+
+    def _send(self, step: int) -> None:
+        figures = self.figures()
+        coverage = str(self._kfc().coverage())
+        if coverage == self._coverage:
+            # It hardly ever changes, and one picture of it is enough.
+            del figures["coverage"]
+        self._coverage = coverage
+        for logger in self._trainer.loggers:
+            add_figure = getattr(logger.experiment, "add_figure", None)
+            if callable(add_figure):
+                # A logger has the numbers themselves.
+                for name in (name for name in figures if name != "numbers"):
+                    add_figure(f"kfc/{name}", figures[name], global_step=step)
+        if self._settings.report_dir is not None:
+            folder = Path(self._settings.report_dir) / "pictures"
+            for name, figure in figures.items():
+                _write(folder / f"{name}-{step:07d}.png", png(figure))
+
+    def write(self, *, interrupted_by: BaseException | None = None) -> Path | None:
+        """Write the report, once; None where there is none to write.
+
+        Args:
+            interrupted_by: What ended the training before its time.
+        """
+        if not self._active:
+            return None
+        self._active = False
+        if self._settings.report_dir is None:
+            return None
+        kfc = self._kfc()
+        if kfc.last_step is not None:
+            self._spectra.take(kfc.last_step.step, kfc.layers)
+        path = Path(self._settings.report_dir) / REPORT
+        facts = run_facts(kfc, self._trainer, interrupted_by)
+        shown = sections(kfc, facts, self.figures(), self._missing(), self.advice)
+        title = f"KFC: training of {type(self._module).__name__}"
+        return path if _write(path, render(title, shown).encode()) else None
+
+    def _missing(self) -> dict[str, str]:
+        """Why some pictures have nothing to show."""
+        missing = {}
+        if not self.history.series():
+            missing["numbers"] = "No numbers were logged: see log_every_n_steps."
+        if self._watcher is None or not self._watcher.statistics():
+            missing["autocorrelation"] = "No convolution over two dimensions was seen while statistics were taken."
+        return missing
+
+
+def _of_all(key: str) -> bool:
+    """Whether a key has no layer in it."""
+    return key.count("/") == 1
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+def _write(path: Path, content: bytes) -> bool:
+    """Write a file whole or not at all; training goes on where that fails, with a warning."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        part.write_bytes(content)
+        part.replace(path)
+    except OSError as error:
+        warnings.warn(f"KFCCallback could not write {str(path)!r}: {error}.", stacklevel=2)
+        return False
+    return True

@@ -1,0 +1,77 @@
+"""Which rule suits a model: what ``rule="auto"`` becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from lightning_kfc.curvature.layer import Layer
+from lightning_kfc.distributed import process_group as distributed
+from lightning_kfc.settings import Settings
+
+#: The rule "adam" decomposes every factor, which costs far more than inverting it: on the deep autoencoder, whose
+#: layers are 1,000 wide, it lost what it gains elsewhere. The transformers on which it gained had factors of up to 257.
+WIDEST = 512
+
+
+@dataclass(frozen=True)
+class RuleChoice:
+    """A rule.
+
+    Attributes:
+        rule: ``"natural"`` or ``"adam"``.
+        reason: Why, in words; empty where there is nothing to say.
+    """
+
+    rule: str
+    reason: str = ""
+
+
+def choose_rule(model: nn.Module, layers: Mapping[str, Layer], settings: Settings) -> RuleChoice:
+    """The rule of the settings; where it is "auto", "adam" for models with attention that are not too wide.
+
+    Attention is told by the names of classes: those of models are many, and each is named for what it does.
+
+    Args:
+        model: The model.
+        layers: Those of its layers that are preconditioned.
+        settings: The settings.
+    """
+    if settings.rule != "auto":
+        return RuleChoice(settings.rule)
+    attention = next((name for name, m in model.named_modules() if "attention" in type(m).__name__.lower()), None)
+    if attention is None:
+        return RuleChoice("natural")
+    where = f"the model has attention ({attention!r})" if attention else "the model has attention"
+    against = _against_adam(layers, settings)
+    if against:
+        return RuleChoice("natural", f"{where}, but {against}")
+    return RuleChoice("adam", where)
+
+
+def with_rule(settings: Settings, choice: RuleChoice) -> Settings:
+    """The settings, checked, with a rule that was chosen."""
+    return settings if settings.rule == choice.rule else replace(settings, rule=choice.rule)
+
+
+def _against_adam(layers: Mapping[str, Layer], settings: Settings) -> str:
+    """What speaks against the rule "adam"; empty where nothing does."""
+    if settings.inverse == "ekfac" or settings.inverse_precision != "full":
+        return "inverse='ekfac' and inverse_precision='bfloat16' need the rule 'natural'"
+    if settings.placement not in ("auto", "comm-opt", 1):
+        return f"placement={settings.placement!r} needs the rule 'natural'"
+    if settings.damping != "auto":
+        return "damping is not 'auto', and has a part in the rule 'natural' alone"
+    parameters = [parameter for layer in layers.values() for parameter in layer.adapter.parameters().values()]
+    if any(map(distributed.is_sharded, parameters)):
+        return "its parameters are sharded"
+    widths = {
+        name: max((shape[-1] for shape in layer.adapter.factor_shapes().values() if len(shape) == 3), default=0)
+        for name, layer in layers.items()
+    }
+    widest = max(widths, key=lambda name: widths[name], default=None)
+    if widest is not None and widths[widest] > WIDEST:
+        return f"{widest!r} has a factor of {widths[widest]:,} dimensions, which the rule 'adam' makes dear"
+    return ""

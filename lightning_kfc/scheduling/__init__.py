@@ -1,0 +1,1 @@
+"""When statistics and inverses are due."""

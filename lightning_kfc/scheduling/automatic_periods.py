@@ -1,0 +1,184 @@
+"""Times the parts of the first steps and chooses the periods that are "auto"."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from statistics import fmean, median
+from typing import Any
+
+import torch
+
+from lightning_kfc.distributed.process_group import Team
+from lightning_kfc.monitoring.timing import PARTS, REST, StepTimes
+from lightning_kfc.scheduling.period_costs import Costs, Periods, choose_periods
+from lightning_kfc.scheduling.refresh_schedule import RefreshSchedule
+
+#: So many steps without statistics are timed after the warm-up; every fifth step is reviewed.
+BETWEEN = 5
+#: The choice is made after so many steps that follow the warm-up at the latest: those of the period until then.
+ENOUGH = 20
+
+#: A timed step: whether it took statistics, whether it refreshed all inverses, and the seconds of its parts.
+Timed = tuple[bool, bool, dict[str, float]]
+
+
+class PeriodChoice:
+    """Chooses the periods, once; until then, and where none is "auto", the first schedule is in force.
+
+    Args:
+        schedule: The schedule until periods are chosen.
+        factors: The period of statistics; None where it is chosen.
+        inverses: The period of inverses; None where it is chosen.
+        max_overhead: The share by which a step may take longer.
+        times: Told where the time goes; runs a clock of ours as long as we need it.
+
+    Attributes:
+        chosen: What was chosen; None before that.
+
+    Raises:
+        ValueError: If a period is "auto" where deterministic algorithms are asked for.
+    """
+
+    def __init__(
+        self,
+        schedule: RefreshSchedule,
+        factors: int | None,
+        inverses: int | None,
+        max_overhead: float,
+        times: StepTimes,
+    ) -> None:
+        self._automatic = factors is None or inverses is None
+        if self._automatic and torch.are_deterministic_algorithms_enabled():
+            raise ValueError(
+                "Periods that are 'auto' follow the clock, so that no two runs are the same, but deterministic "
+                "algorithms are asked for (by Trainer(deterministic=True) or torch.use_deterministic_algorithms). Give "
+                "numbers for factor_every_n_steps and inverse_every_n_steps."
+            )
+        self._first, self._factors, self._inverses, self._budget = schedule, factors, inverses, max_overhead
+        self._times = times
+        self._clock: StepTimes | None = None
+        self._timed: list[Timed] = []
+        self._seen: dict[str, float] = {}
+        # Steps timed after the warm-up, and those of them without statistics.
+        self._after = self._between = 0
+        self.chosen: Periods | None = None
+
+    @property
+    def schedule(self) -> RefreshSchedule:
+        """The schedule that is in force."""
+        if self.chosen is None or not self._automatic:
+            return self._first
+        return replace(
+            self._first,
+            factor_every_n_steps=self.chosen.factors,
+            inverse_every_n_steps=self.chosen.inverses,
+        )
+
+    def step_begins(self, since: int, *, statistics: bool, device: torch.device) -> str | None:
+        """A step begins; the one before it is over. Every rank must ask, at the same steps.
+
+        Args:
+            since: The number of the new step, counted from the start of the warm-up, at least 1.
+            statistics: Whether the step before took statistics.
+            device: Where the model is.
+
+        Returns:
+            What was chosen just now, in words; None where nothing was.
+        """
+        if not self._automatic or self.chosen is not None:
+            return None
+        if self._clock is None:
+            # The first step, with what it sets up, is over.
+            self._clock = self._times.also = StepTimes()
+        else:
+            self._clock.end_step()
+            self._note(since - 1, statistics)
+        if self._enough():
+            self._clock = self._times.also = None
+            return self._choose(device)
+        self._clock.begin_step(device)
+        return None
+
+    def _note(self, step: int, statistics: bool) -> None:
+        assert self._clock is not None
+        seconds, schedule = self._clock.seconds(), self._first
+        parts = {name: seconds[name] - self._seen.get(name, 0.0) for name in PARTS}
+        self._seen = seconds
+        warm = step < schedule.warmup_steps
+        self._timed.append((statistics, warm and schedule.inverses_due(step), parts))
+        if warm:
+            return
+        self._after += 1
+        self._between += not statistics
+
+    def _enough(self) -> bool:
+        known = any(all_inverted for _, all_inverted, _ in self._timed)
+        return (known and self._between >= BETWEEN) or self._after >= ENOUGH
+
+    def _choose(self, device: torch.device) -> str:
+        costs = costs_of(self._timed, self._first.inverse_every_n_steps)
+        own = choose_periods(costs, self._budget, self._factors, self._inverses)
+        # Those of rank 0 for all: each has measured something else.
+        everyone = Team()
+        told = torch.tensor([own.factors, own.inverses, own.overhead], dtype=torch.float64, device=device)
+        told = everyone.largest(told if everyone.rank == 0 else torch.zeros_like(told))
+        self.chosen = Periods(int(told[0]), int(told[1]), float(told[2]))
+        self._timed.clear()
+        return self._described(costs)
+
+    def _described(self, costs: Costs) -> str:
+        chosen, budget = self.chosen, self._budget
+        assert chosen is not None
+        found = (
+            f"KFC chose factor_every_n_steps={chosen.factors} and inverse_every_n_steps={chosen.inverses}, at which a "
+            f"step takes {100 * chosen.overhead:.0f}% longer"
+        )
+        if chosen.overhead <= budget:
+            return f"{found} (max_overhead={budget:g})."
+        alone = costs.each_step / costs.plain
+        return (
+            f"{found}: more than max_overhead={budget:g}, though they are the longest that make sense. Preconditioning "
+            f"and reviews alone, which no period changes, take {100 * alone:.0f}%."
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, lists and dicts."""
+        return {
+            "chosen": None
+            if self.chosen is None
+            else [self.chosen.factors, self.chosen.inverses, self.chosen.overhead],
+            "timed": [[statistics, inverses, dict(parts)] for statistics, inverses, parts in self._timed],
+            "after": [self._after, self._between],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave; nothing where a version without "auto" has saved it."""
+        self._clock = self._times.also = None
+        self._seen = {}
+        chosen = state.get("chosen")
+        self.chosen = None if chosen is None else Periods(int(chosen[0]), int(chosen[1]), float(chosen[2]))
+        self._timed = [(bool(s), bool(i), dict(parts)) for s, i, parts in state.get("timed", [])]
+        self._after, self._between = map(int, state.get("after", (0, 0)))
+
+
+def costs_of(timed: Sequence[Timed], period: int) -> Costs:
+    """What the parts of a step cost, from timed steps: medians, since some steps wait for something else.
+
+    Args:
+        timed: At least one step.
+        period: T_inv of the time when they were taken: so many steps together refresh all inverses once.
+    """
+    between = [parts for statistics, _, parts in timed if not statistics]
+    some = between or [parts for _, _, parts in timed]
+    plain = max(median(parts[REST] for parts in some), 1e-9)
+    # What is recorded makes the forward longer, too: compiled code runs eagerly then.
+    taken = [parts["statistics"] + max(parts[REST] - plain, 0.0) for statistics, _, parts in timed if statistics]
+    full = [parts["inverses"] for _, all_inverted, parts in timed if all_inverted]
+    recent = [parts["inverses"] for _, _, parts in timed[-period:]]
+    return Costs(
+        plain=plain,
+        each_step=median(parts["preconditioning"] for parts in some) + fmean(parts["reviews"] for parts in some),
+        statistics=median(taken) if taken else 0.0,
+        inverses=median(full) if full else sum(recent),
+    )

@@ -1,0 +1,121 @@
+"""At which step of the inverses' period each layer has its turn: a pure function of the layers' costs.
+
+Where all layers are inverted at the same step, that step takes as long as all of them together. A *slot* is an offset
+within the period; the layers are given to as few slots as leave no step dearer than the dearest single layer, which
+cannot be divided. Small layers so stay together, which several ranks factorise side by side.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from lightning_kfc.distributed.placement import longest_first
+from lightning_kfc.scheduling.refresh_schedule import RefreshSchedule
+
+
+def open_slots(schedule: RefreshSchedule, *, with_statistics: bool) -> Iterator[int]:
+    """The slots of a schedule, in the order in which they are to be filled.
+
+    First those just after a date of statistics, so that inverses are made from factors as fresh as can be; last those
+    at such a date, which is dear enough without inverses.
+
+    Args:
+        schedule: The periods. There are no slots where statistics are taken less often than inverses are due.
+        with_statistics: Whether only slots at dates of statistics are open; there are none where the period of the
+            inverses is no multiple of that of the statistics.
+    """
+    factors, inverses = schedule.factor_every_n_steps, schedule.inverse_every_n_steps
+    if inverses < factors or (with_statistics and inverses % factors):
+        return iter(())
+    ages = [0] if with_statistics else itertools.chain(range(1, factors), [0])
+    return (slot for age in ages for slot in range(age, inverses, factors))
+
+
+def shared_out(costs: Mapping[str, float], slots: Iterator[int]) -> tuple[list[int], dict[str, int]]:
+    """The slots that are used, and each layer's.
+
+    Args:
+        costs: Of the layers, by name.
+        slots: Those that are open.
+    """
+    used = list(itertools.islice(slots, len(costs)))
+    if not used:
+        return [], {}
+    longest = max(costs.values())
+    count = min(len(used), math.ceil(sum(costs.values()) / longest) if longest else 1)
+    while True:
+        loads = [0.0] * count
+        seats = longest_first(costs, count, loads)
+        if max(loads) <= longest or count == len(used):
+            return used[:count], {name: used[seat] for name, seat in seats.items()}
+        count += 1
+
+
+class Slots:
+    """The slot of each layer; layers that are found later are added to the slots that have least to do.
+
+    Args:
+        schedule: The periods.
+        costs: Gives the cost of each present layer by name.
+        staggered: Whether layers have slots of their own.
+        with_statistics: Whether inverses are to be made only at dates of statistics.
+    """
+
+    def __init__(
+        self,
+        schedule: RefreshSchedule,
+        costs: Callable[[], Mapping[str, float]],
+        *,
+        staggered: bool = True,
+        with_statistics: bool = False,
+    ) -> None:
+        self._schedule = schedule
+        self._costs = costs
+        self._staggered = staggered
+        self._with_statistics = with_statistics
+        self._used: list[int] = []
+        self._given: dict[str, int] = {}
+        self.clear()
+
+    def of(self, layer: str) -> int | None:
+        """A layer's slot; None where layers have no slots of their own."""
+        if not (self._staggered and self._possible):
+            return None
+        if layer not in self._given:
+            self._add(self._costs())
+        return self._given.get(layer)
+
+    def _add(self, costs: Mapping[str, float]) -> None:
+        if not self._used:
+            self._used, self._given = shared_out(costs, self._open())
+        loads = [sum(costs.get(n, 0.0) for n, own in self._given.items() if own == slot) for slot in self._used]
+        new = {name: cost for name, cost in costs.items() if name not in self._given}
+        seats = longest_first(new, len(self._used), loads)
+        self._given |= {name: self._used[seat] for name, seat in seats.items()}
+
+    def _open(self) -> Iterator[int]:
+        return open_slots(self._schedule, with_statistics=self._with_statistics)
+
+    def follow(self, kept: Mapping[str, str]) -> None:
+        """Keep the slots of layers that stay, whose present names are given by those that they had."""
+        self._given = {kept[name]: slot for name, slot in self._given.items() if name in kept}
+
+    def clear(self, schedule: RefreshSchedule | None = None) -> None:
+        """Give out the slots anew, of another schedule where one is given."""
+        self._schedule = schedule or self._schedule
+        self._used, self._given = [], {}
+        self._possible = next(self._open(), None) is not None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, lists and dicts."""
+        return {"used": list(self._used), "given": dict(self._given)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave, where the present schedule has these slots; else start anew."""
+        self.clear()
+        used = [int(slot) for slot in state.get("used", [])]
+        if used == list(itertools.islice(self._open(), len(used))):
+            self._used, self._given = used, {name: int(slot) for name, slot in state.get("given", {}).items()}

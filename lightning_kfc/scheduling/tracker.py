@@ -1,0 +1,192 @@
+"""Which layers' statistics and inverses are due at a step.
+
+The schedule alone would do if every layer were trained at every step. Where several optimizers take turns (a
+generator stepped at every fifth batch), a layer can miss each of its dates, so that what it missed is made up for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lightning_kfc.scheduling.refresh_schedule import RefreshSchedule
+from lightning_kfc.scheduling.staggering import Slots
+
+
+class Due:
+    """Keeps, for each layer, when its statistics and its inverse were last refreshed.
+
+    Args:
+        schedule: The dates.
+        slots: At which step of the period each layer's inverse is due after the warm-up, so that no step makes all.
+
+    Attributes:
+        started_at: The step from which the schedule counts, so that a restart without statistics warms up again.
+    """
+
+    def __init__(self, schedule: RefreshSchedule, slots: Slots) -> None:
+        self._schedule = schedule
+        self._slots = slots
+        self.started_at = 0
+        self._folded: dict[str, int] = {}
+        self._factorised: dict[str, tuple[int, float]] = {}
+        self._waiting: dict[str, int] = {}
+        # Where layers that were found later began; each has a warm-up of its own.
+        self._own_starts: dict[str, int] = {}
+        self._dates: tuple[int, int, dict[int | None, int]] | None = None
+
+    def date(self, step: int) -> bool:
+        """Whether a step is one at which all layers' statistics are taken."""
+        return self._schedule.factors_due(step - self.started_at)
+
+    def recorded_at(self, step: int, layers: Iterable[str]) -> list[str]:
+        """The layers whose statistics are taken at a step: all at a date, else those that wait for theirs.
+
+        A layer waits for no longer than one period: it may not be trained any more. Layers that were found later
+        have their own warm-up.
+        """
+        if self.date(step):
+            return list(layers)
+        if not self._waiting and not self._own_starts:
+            return []
+        period = self._schedule.factor_every_n_steps
+        return [
+            name
+            for name in layers
+            if self._warms_up(name, step) or (name in self._waiting and step - self._waiting[name] <= period)
+        ]
+
+    def _warms_up(self, layer: str, step: int) -> bool:
+        """Whether a step is one of a layer's own warm-up, the one that ends it not included."""
+        return layer in self._own_starts and step - self._own_starts[layer] < self._schedule.warmup_steps
+
+    def folded(self, layer: str, step: int) -> None:
+        """Note that a layer's statistics were folded into its averages."""
+        self._folded[layer] = step
+        self._waiting.pop(layer, None)
+
+    def has_statistics(self, layer: str) -> bool:
+        """Whether a layer's statistics were ever folded."""
+        return layer in self._folded
+
+    def refreshed_at(self, layer: str) -> tuple[int | None, int | None]:
+        """The steps at which a layer's statistics and its inverse were last refreshed; None where they never were."""
+        factorised = self._factorised.get(layer)
+        return self._folded.get(layer), None if factorised is None else factorised[0]
+
+    def trained_unrecorded(self, layer: str, step: int) -> None:
+        """Note that a layer was trained at a step that did not record it; if it missed a date, it waits from now."""
+        if self._folded.get(layer, -1) < self._last_dates(step)[0]:
+            self._waiting[layer] = step
+
+    def give_up(self, layer: str) -> None:
+        """Wait no longer for a layer whose record brought nothing."""
+        self._waiting.pop(layer, None)
+
+    def new_inverse(self, layer: str, step: int) -> bool:
+        """Whether a layer's inverse will be refreshed at a step that takes its statistics."""
+        if layer not in self._factorised:
+            return True
+        at, date = self._factorised[layer][0], self._last_inverse_date(layer, step)
+        # A date of its own that no statistics have preceded is passed over. Were it made up for when they come, all
+        # layers that have passed theirs over would be inverted at that step.
+        return at < date and (self._slot(layer, step) is None or at < self._last_factors_before(date))
+
+    def inverse(self, layer: str, step: int, damping: float) -> bool:
+        """Whether a layer's inverse is due, and would not come out as it is."""
+        if not self.new_inverse(layer, step):
+            return False
+        at, used = self._factorised.get(layer, (-1, None))
+        return self._folded.get(layer, -1) > at or damping != used
+
+    def factorised(self, layer: str, step: int, damping: float) -> None:
+        """Note that a layer's inverse was refreshed, or that the attempt failed."""
+        self._factorised[layer] = (step, damping)
+
+    def _last_dates(self, step: int) -> tuple[int, dict[int | None, int]]:
+        """The latest steps, up to this one, at which statistics and, by slot, inverses were due; the latter as asked.
+
+        Kept, since every layer asks at every step.
+        """
+        if self._dates is None or self._dates[0] != step:
+            self._dates = step, self._last_factors_before(step), {}
+        return self._dates[1:]
+
+    def _last_factors_before(self, step: int) -> int:
+        return self._schedule.last_factors_due(step - self.started_at) + self.started_at
+
+    def _last_inverse_date(self, layer: str, step: int) -> int:
+        if self._warms_up(layer, step):
+            start = self._own_starts[layer]
+            return self._schedule.last_inverses_due(step - start) + start
+        slot, (_, dates) = self._slot(layer, step), self._last_dates(step)
+        if slot not in dates:
+            dates[slot] = self._schedule.last_inverses_due(step - self.started_at, slot) + self.started_at
+        return dates[slot]
+
+    def _slot(self, layer: str, step: int) -> int | None:
+        # Slots are given out when the first step has shown which layers stay.
+        since = step - self.started_at
+        if self._warms_up(layer, step):
+            return None
+        return self._slots.of(layer) if since >= self._schedule.warmup_steps and since > 0 else None
+
+    def hasten(self, layers: Iterable[str], step: int) -> None:
+        """Have layers take statistics and refresh their inverses at their first step from this one on."""
+        for layer in layers:
+            self._waiting[layer] = step
+            self._factorised.pop(layer, None)
+
+    def forget(self, layer: str) -> None:
+        """Forget a layer that starts anew."""
+        self._folded.pop(layer, None)
+        self._factorised.pop(layer, None)
+
+    def follow(self, kept: Mapping[str, str], new: Iterable[str], step: int) -> None:
+        """Follow a model whose layers have changed.
+
+        Args:
+            kept: The present name of each layer that stays, by the name that it had.
+            new: Layers that begin at this step, with a warm-up of their own.
+            step: The optimizer step.
+        """
+        self._folded = {kept[name]: at for name, at in self._folded.items() if name in kept}
+        self._factorised = {kept[name]: made for name, made in self._factorised.items() if name in kept}
+        self._waiting = {kept[name]: at for name, at in self._waiting.items() if name in kept}
+        self._own_starts = {kept[name]: at for name, at in self._own_starts.items() if name in kept}
+        self._own_starts |= dict.fromkeys(new, step)
+        self._slots.follow(kept)
+
+    def reschedule(self, schedule: RefreshSchedule) -> None:
+        """Follow another schedule from now on."""
+        self._schedule, self._dates = schedule, None
+        self._slots.clear(schedule)
+
+    def restart(self, step: int) -> None:
+        """Start anew: the warm-up begins at this step."""
+        self.started_at = step
+        self._dates = None
+        self._slots.clear()
+        for kept in (self._folded, self._factorised, self._waiting, self._own_starts):
+            kept.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, lists and dicts."""
+        return {
+            "started_at": self.started_at,
+            "folded": dict(self._folded),
+            "factorised": {name: [at, damping] for name, (at, damping) in self._factorised.items()},
+            "waiting": dict(self._waiting),
+            "own_starts": dict(self._own_starts),
+            "slots": self._slots.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        self.restart(int(state["started_at"]))
+        self._folded = {name: int(at) for name, at in state["folded"].items()}
+        self._factorised = {name: (int(at), float(damping)) for name, (at, damping) in state["factorised"].items()}
+        self._waiting = {name: int(at) for name, at in state["waiting"].items()}
+        self._own_starts = {name: int(at) for name, at in state.get("own_starts", {}).items()}
+        # States of versions without slots have none, and get theirs as at the start.
+        self._slots.load_state_dict(state.get("slots", {}))

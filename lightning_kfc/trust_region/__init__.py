@@ -1,0 +1,1 @@
+"""How long a step may be, and how much is damped."""

@@ -1,0 +1,199 @@
+r"""A trust region that sets its own radius and damping, from how well steps do what was expected of them.
+
+The radius r bounds :math:`\alpha^2\langle V, \nabla\bar W\rangle`, twice the KL of a step by the approximate Fisher
+matrix (:math:`\kappa` of E7). A step :math:`\delta` is *reviewed* by the reduction ratio
+:math:`\rho = (h(\theta+\delta) - h(\theta)) / M(\delta)`, both losses on the step's own batch, with
+:math:`M(\delta) = \langle\nabla h, \delta\rangle + \tfrac12\delta^\top F\delta + \tfrac\lambda2\|\delta\|^2`
+(Martens & Grosse 2015, arXiv:1503.05671, sec. 6.4 and 6.5).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from lightning_kfc.settings import Settings
+
+#: Where an automatic radius and damping begin.
+START_RADIUS = 0.1
+START_DAMPING = 0.003
+#: What stands in for "auto" where steps cannot be reviewed.
+FIXED_RADIUS = 0.03
+FIXED_DAMPING = 0.01
+
+#: Every one of the first steps is reviewed, then one in so many.
+REVIEWED_AT_FIRST = 10
+REVIEW_EVERY_N_STEPS = 5
+
+# On a batch that is noisy a smaller damping always looks better: it lets a step fit that batch alone. Without these
+# floors the region would shrink to nothing along with it.
+SMALLEST_RADIUS, LARGEST_RADIUS = 1e-3, 10.0
+SMALLEST_DAMPING, LARGEST_DAMPING = 1e-3, 10.0
+
+POOR, GOOD, DAMPING_GOOD = 0.25, 0.75, 0.45
+DAMPING_FACTOR = 0.8
+#: A step is undone if the loss has grown by more than this share of the decrease that its slope foretold.
+TOLERATED_GROWTH = 0.1
+#: By its slope, a step may promise so many times the loss that there is, where this cannot fall below 0. On the way to
+#: its minimum, a quadratic model gains half of what its slope promises: a longer step promises more than all there is.
+MOST_PROMISED = 2.0
+#: A step this many times its running (geometric) mean in size comes from an inverse that no longer fits.
+SURPRISE = 3.0
+SIZE_DECAY = 0.9
+
+
+@dataclass(frozen=True)
+class Outcome:
+    r"""What a step did, beside what was expected of it.
+
+    Attributes:
+        loss_before: :math:`h(\theta)` on the step's batch.
+        loss_after: :math:`h(\theta+\delta)` on the same batch.
+        slope: :math:`\langle\nabla h, \delta\rangle`, momentum and weight decay included in :math:`\delta`.
+        curvature: :math:`\tfrac12\delta^\top F\delta` by the factors.
+        squared_length: :math:`\|\delta\|^2` over the layers whose update was damped.
+    """
+
+    loss_before: float
+    loss_after: float
+    slope: float
+    curvature: float
+    squared_length: float
+
+    def expected(self, damping: float) -> float:
+        r""":math:`M(\delta)`, the change of the loss that was expected."""
+        return self.slope + self.curvature + 0.5 * damping * self.squared_length
+
+    def ratio(self, damping: float) -> float:
+        r""":math:`\rho`, 1 for a step that did what was expected; NaN where there was nothing to expect."""
+        expected = self.expected(damping)
+        return (self.loss_after - self.loss_before) / expected if expected else math.nan
+
+    def best_share(self) -> float:
+        r"""The share of the step at which the loss is least, by the parabola through what is known of it.
+
+        That is :math:`h(\theta)`, its slope, and :math:`h(\theta+\delta)`. 0 where the loss is not finite or the step
+        leads uphill; above 1 where it could have been longer.
+        """
+        bend = self.loss_after - self.loss_before - self.slope
+        if not (math.isfinite(bend) and self.slope < 0):
+            return 0.0
+        return -self.slope / (2 * bend) if bend > 0 else math.inf
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What follows from a review.
+
+    Attributes:
+        ratio: The reduction ratio.
+        undo: Whether the loss has grown beyond what is tolerated, so that the step is to be taken back.
+        refresh: Whether statistics and inverses are to be refreshed at the next step.
+        predicted_decrease: Of the loss, by the model of the curvature; NaN where it is not known.
+        actual_decrease: Of the loss; negative where it grew.
+        kept: The share of the step that is to be kept: 1 for all of it, 0 where it is taken back as a whole.
+    """
+
+    ratio: float
+    undo: bool
+    refresh: bool
+    predicted_decrease: float = math.nan
+    actual_decrease: float = math.nan
+    kept: float = 1.0
+
+
+@dataclass
+class TrustRegion:
+    """Radius and damping, and when the next step is reviewed.
+
+    Attributes:
+        adapts_radius: Whether the radius sets itself (``kl_clip="auto"``).
+        adapts_damping: Whether the damping sets itself (``damping="auto"``).
+        radius: The bound on a step's squared norm in the Fisher metric.
+        damping: Added to the curvature from the next refresh of inverses on.
+        review_next: Whether the next step is reviewed whatever its number.
+        log_size: Running mean of the logarithm of a step's squared norm; NaN before there is one.
+    """
+
+    adapts_radius: bool
+    adapts_damping: bool
+    radius: float = START_RADIUS
+    damping: float = START_DAMPING
+    review_next: bool = False
+    log_size: float = math.nan
+
+    @classmethod
+    def of(cls, settings: Settings) -> TrustRegion:
+        """The trust region at the start of training."""
+        # Adam's steps are not damped: there is nothing in them that a damping could adapt.
+        adapts_damping = settings.damping == "auto" and settings.rule == "natural"
+        return cls(adapts_radius=settings.kl_clip == "auto", adapts_damping=adapts_damping)
+
+    @property
+    def active(self) -> bool:
+        """Whether anything sets itself."""
+        return self.adapts_radius or self.adapts_damping
+
+    def review_planned(self, step: int) -> bool:
+        """Whether a step is to be reviewed, which its forward must know.
+
+        Args:
+            step: The optimizer step.
+        """
+        return self.review_next or step < REVIEWED_AT_FIRST or step % REVIEW_EVERY_N_STEPS == 0
+
+    def note_size(self, size: float) -> None:
+        r"""Note the size of the coming step; after a surprisingly large one, the next step is reviewed.
+
+        Args:
+            size: :math:`\alpha^2\langle V, \nabla\bar W\rangle` before clipping, positive.
+        """
+        log_size = math.log(size)
+        self.review_next = log_size > self.log_size + math.log(SURPRISE)
+        known = math.isfinite(self.log_size)
+        self.log_size = SIZE_DECAY * self.log_size + (1 - SIZE_DECAY) * log_size if known else log_size
+
+    def judge(self, outcome: Outcome, size: float) -> Verdict:
+        r"""Draw the consequences of a reviewed step.
+
+        Args:
+            outcome: What it did.
+            size: :math:`\alpha^2\langle V, \nabla\bar W\rangle` before clipping.
+        """
+        expected, ratio = outcome.expected(self.damping), outcome.ratio(self.damping)
+        growth = outcome.loss_after - outcome.loss_before
+        undo = not growth <= TOLERATED_GROWTH * abs(outcome.slope)
+        # Also where the ratio is NaN, or where the loss grew as a model that led uphill had it.
+        poor = undo or not ratio >= POOR
+        if self.adapts_radius:
+            if poor:
+                self.radius = max(SMALLEST_RADIUS, 0.5 * min(self.radius, size))
+            elif ratio > GOOD:
+                self.radius = min(LARGEST_RADIUS, 2 * min(self.radius, 4 * size))
+                self.radius = max(SMALLEST_RADIUS, self.radius)
+        if self.adapts_damping:
+            if poor:
+                self.damping = min(LARGEST_DAMPING, self.damping / DAMPING_FACTOR)
+            elif ratio > DAMPING_GOOD:
+                self.damping = max(SMALLEST_DAMPING, self.damping * DAMPING_FACTOR)
+        self.review_next = self.review_next or poor
+        # A step that leads uphill by its slope, as momentum can, is no worse for it unless the loss has grown.
+        shorten = undo or (poor and outcome.slope < 0)
+        kept = min(outcome.best_share(), 1.0) if shorten else 1.0
+        return Verdict(ratio, undo, poor, -expected, -growth, kept)
+
+    def state_dict(self) -> dict[str, float]:
+        """What changes in training, as plain numbers; what is a fixed setting is not a part of it."""
+        return {name: float(getattr(self, name)) for name in self._changing()}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Take over what :meth:`state_dict` gave; what is now a fixed setting stays as it is set."""
+        for name in self._changing():
+            if name in state:
+                setattr(self, name, type(getattr(self, name))(state[name]))
+
+    def _changing(self) -> list[str]:
+        adapts = {"radius": self.adapts_radius, "damping": self.adapts_damping}
+        names = [field.name for field in fields(self) if not field.name.startswith("adapts_")]
+        return [name for name in names if adapts.get(name, True)]

@@ -1,0 +1,1 @@
+"""Checks and contexts that know nothing of KFC."""

@@ -1,0 +1,183 @@
+"""Contexts that keep what a due step does from showing in the user's model, compiler and random streams."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.utils._python_dispatch import _disable_current_modes
+
+
+class _EagerStance:
+    """The compiler's stance during due steps, however many engines are in one.
+
+    The stance belongs to the process, and the backwards of two callbacks in one trainer are not nested: A begins, B
+    begins, A ends, B ends. If each put back what it found, the last would put back the first one's force_eager.
+    """
+
+    def __init__(self) -> None:
+        self._inside = 0
+        self._stance = contextlib.ExitStack()
+
+    def enter(self) -> None:
+        if self._inside == 0:
+            self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+        self._inside += 1
+
+    def leave(self) -> None:
+        self._inside -= 1
+        if self._inside == 0:
+            self._stance.close()
+
+
+_EAGER_STANCE = _EagerStance()
+
+
+@contextlib.contextmanager
+def eager_compiled_code() -> Iterator[None]:
+    """Run compiled code eagerly, so that hooks fire and the loss is seen; what is compiled stays compiled."""
+    if "torch._dynamo" not in sys.modules:
+        # Nothing can have been compiled, and importing the compiler would cost seconds.
+        yield
+        return
+    _EAGER_STANCE.enter()
+    try:
+        yield
+    finally:
+        _EAGER_STANCE.leave()
+
+
+def unseen_by_dispatch_modes() -> contextlib.AbstractContextManager[Any]:
+    """Keep torch dispatch modes, the user's and our own, from seeing the operations within."""
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return contextlib.nullcontext()
+    return _disable_current_modes()
+
+
+def full_precision(model: nn.Module) -> torch.autocast:
+    """A plain loop may call us under autocast, which would form factors and updates in half precision."""
+    return torch.autocast(next(model.parameters()).device.type, enabled=False)
+
+
+@contextlib.contextmanager
+def leaving_no_trace(model: nn.Module) -> Iterator[None]:
+    """Around an extra back-propagation: the user's buffers, random streams and hooks on parameters do not notice it.
+
+    Under activation checkpointing it runs forwards again, which update buffers and draw random numbers once more.
+    """
+    with _buffers_kept(model), _random_streams_kept(model), _parameter_hooks_set_aside(model):
+        yield
+
+
+@contextlib.contextmanager
+def sinks_at_rest(loss: Tensor) -> Iterator[None]:
+    """Keep DistributedDataParallel from counting an extra back-propagation as its own.
+
+    With ``static_graph=True`` it puts a node on what the first forward returns, whose backward has all gradients
+    reduced at the end of that pass. An extra pass through it would leave the real one without, silently, so that
+    the ranks would go apart.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or loss.grad_fn is None:
+        yield
+        return
+    waiting = "_static_graph_delay_allreduce_enqueued"
+    at_work = [ddp for ddp in _data_parallel_sinks(loss) if not getattr(ddp, waiting, True)]
+    try:
+        for ddp in at_work:
+            setattr(ddp, waiting, True)
+        yield
+    finally:
+        for ddp in at_work:
+            setattr(ddp, waiting, False)
+
+
+def _data_parallel_sinks(loss: Tensor) -> list[Any]:
+    """The DistributedDataParallel modules whose outputs a loss is made of."""
+    pending, seen, found = [loss.grad_fn], set(), []
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "_DDPSinkBackward":
+            found.append(node.ddp_weakref())  # type: ignore[attr-defined]  # DDP's own node has it
+        pending += [below for below, _ in node.next_functions]
+    return [ddp for ddp in found if ddp is not None]
+
+
+@contextlib.contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put the buffers (batch norm's running statistics) of modules in training mode back as they were."""
+    kept = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        if module.training
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, value in kept:
+            # Through .data: the graph may hold the buffer, and its backward must not take it for changed.
+            buffer.data.copy_(value)
+            module._buffers[name] = buffer
+
+
+@dataclass(frozen=True)
+class RandomStreams:
+    """The states of the random streams of torch, Python and NumPy at one time."""
+
+    torch_states: Mapping[torch.device, Tensor]
+    python_state: Any
+    numpy_state: Any
+
+    @classmethod
+    def of(cls, model: nn.Module) -> RandomStreams:
+        """The present states, on the CPU and on the model's devices."""
+        devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+        states = {torch.device("cpu"): torch.get_rng_state()}
+        states |= {device: getattr(torch, device.type).get_rng_state(device) for device in devices}
+        numpy_random = sys.modules.get("numpy.random")
+        return cls(states, random.getstate(), numpy_random.get_state() if numpy_random is not None else None)
+
+    def restore(self) -> None:
+        """Go back to these states."""
+        for device, state in self.torch_states.items():
+            if device.type == "cpu":
+                torch.set_rng_state(state)
+            else:
+                getattr(torch, device.type).set_rng_state(state, device)
+        random.setstate(self.python_state)
+        if self.numpy_state is not None:
+            sys.modules["numpy.random"].set_state(self.numpy_state)
+
+
+@contextlib.contextmanager
+def _random_streams_kept(model: nn.Module) -> Iterator[None]:
+    """Leave the random streams of torch, Python and NumPy as they were."""
+    streams = RandomStreams.of(model)
+    try:
+        yield
+    finally:
+        streams.restore()
+
+
+@contextlib.contextmanager
+def _parameter_hooks_set_aside(model: nn.Module) -> Iterator[None]:
+    """Keep hooks on parameters from seeing, and from changing, derivatives that are not the loss's gradient."""
+    kept = [(parameter, parameter._backward_hooks) for parameter in model.parameters() if parameter._backward_hooks]
+    for parameter, _ in kept:
+        parameter._backward_hooks = None
+    try:
+        yield
+    finally:
+        for parameter, hooks in kept:
+            parameter._backward_hooks = hooks
