@@ -13,10 +13,13 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
 from lightning_kfc import KFC, KFCCallback
 from lightning_kfc.factors.inverse import INVERSES, CholeskyInverse, Factors
-from tests.harness import QUIET, Classifier, Watch, conv_net, dense_net, fit, images, loader, weights
+from lightning_kfc.trust_region.region import Outcome, TrustRegion, Verdict
+from lightning_kfc.trust_region.review import Before
+from tests.harness import QUIET, Classifier, Watch, conv_net, dense_net, fit, images, loader, trainer, weights
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
 
@@ -278,3 +281,36 @@ def test_an_update_that_float16_cannot_hold_leaves_the_gradient() -> None:
         assert kfc.precondition(lr=0.1)
     assert all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), kept, strict=True))
     assert kfc.events.nonfinite_updates == 1
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "16-mixed", "bf16-mixed", "bf16-true"])
+def test_reviews_replay_the_loss_in_every_precision(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes: list[Outcome] = []
+    judge = TrustRegion.judge
+
+    def noting(region: TrustRegion, outcome: Outcome, size: float) -> Verdict:
+        outcomes.append(outcome)
+        return judge(region, outcome, size)
+
+    monkeypatch.setattr(TrustRegion, "judge", noting)
+    fresh: list[float] = []
+    outcome_of = Before.outcome
+
+    def evaluate(before: Before, *arguments: Any) -> Outcome | None:
+        plugin = used.precision_plugin
+        with torch.no_grad(), plugin.forward_context():
+            fresh.append(float(module.loss(module(plugin.convert_input(data)), targets)))
+        return outcome_of(before, *arguments)
+
+    monkeypatch.setattr(Before, "outcome", evaluate)
+    data, targets = images(32).tensors
+    data = data if precision == "64-true" else data.float()
+    torch.manual_seed(0)
+    module, kfc = Classifier(dense_net()), KFCCallback()
+    module = module.double() if precision == "64-true" else module.float()
+    used = trainer([kfc], max_steps=6, **precision_options(precision))
+    used.fit(module, loader(TensorDataset(data, targets), batch_size=32))
+    assert len(outcomes) == len(fresh) == 6
+    assert kfc.kfc.events.missed_reviews == 0
+    for outcome, expected in zip(outcomes, fresh, strict=True):
+        assert outcome.loss_after == pytest.approx(expected, rel=RELATIVE_ERROR[precision])
