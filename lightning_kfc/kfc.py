@@ -263,6 +263,11 @@ class KFC:
         """When statistics and inverses are due; where a period is ``"auto"``, the default's until it is chosen."""
         return self._periods.schedule
 
+    @property
+    def statistics_source(self) -> str:
+        """What the last statistics came from: the loss functions, or the gradient of the loss itself."""
+        return ", ".join(self._observation.sources) or "nothing so far"
+
     def coverage(self) -> Coverage:
         """Every parameter with how it is treated and why; prints as a table."""
         moments = 2 if self.settings.rule == "adam" else 0

@@ -5,6 +5,8 @@ From that step on a loss may look like anything: training goes on, and what cann
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -12,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_kfc import (
+    KFC,
     Categorical,
     KFCCallback,
     LinearSchedule,
@@ -371,3 +374,27 @@ def warned_fit_with(look, callback, match):
         trainer(look(), callback, look()).fit(Losses(), loader(vectors(24)))
     (ours,) = [str(w.message) for w in said if "KFC" in str(w.message)]
     return ours
+
+
+def test_what_the_statistics_came_from_is_known_at_any_time() -> None:
+    model = nn.Linear(3, 2)
+    kfc, x, y = KFC(model), torch.randn(4, 3), torch.zeros(4, dtype=torch.long)
+    assert kfc.statistics_source == "nothing so far"
+    losses = [
+        (lambda: F.mse_loss(model(x), x[:, :2]), "mse_loss"),
+        (
+            lambda: F.mse_loss(model(x), x[:, :2]) + F.cross_entropy(model(x), x[:, 0].long() * 0),
+            "mse_loss, cross_entropy",
+        ),
+        (lambda: model(x).square().mean(), "the gradient of the loss itself"),
+    ]
+    for loss_of, source in losses:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with kfc.capture():
+                loss = loss_of()
+            kfc.update(loss)
+        model.zero_grad()
+        loss.backward()
+        kfc.precondition(lr=0.1)
+        assert kfc.statistics_source == source

@@ -62,6 +62,7 @@ class Observation:
         failed: What was raised while the last statistics were taken, by layer.
         recorded: The layers whose statistics are taken at this step.
         self_test_done: Whether every layer has passed, or was dropped.
+        sources: What the last statistics came from: the loss functions, or the gradient of the loss itself.
         never_negative: Whether no loss of the last step that was looked at has less than 0 in it, as far as is seen.
     """
 
@@ -92,6 +93,7 @@ class Observation:
         self._backward = contextlib.ExitStack()
         self.self_test_done = False
         self.never_negative = False
+        self.sources: list[str] = []
         self.forgiving = False
         self.failed: dict[str, Exception] = {}
         self.recorded: list[str] = []
@@ -282,6 +284,7 @@ class Observation:
             self.never_negative &= never_negative(loss, kept, loss_scale)
             passes = seed_passes(kept, fisher, source)
             found = back_propagate(passes, calls, scale, test, examples, on_failure=self._fail)
+            self.sources = list(dict.fromkeys(weighted.term.function for weighted in kept))
         else:
             self.never_negative = False
             found = self._of_whole_loss(loss, calls, terms, loss_scale, loss_fraction, examples, step)
@@ -331,6 +334,8 @@ class Observation:
                 if self._found.layers[name].pending is None:
                     self.forget_examples(name)
             return {}
+        if found:
+            self.sources = ["the gradient of the loss itself"]
         if found and not chosen:
             self._events.report("unrecognised_losses", step, by_its_own_gradient(terms))
         return found
