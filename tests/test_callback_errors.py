@@ -382,10 +382,7 @@ def test_what_the_statistics_came_from_is_known_at_any_time() -> None:
     assert kfc.statistics_source == "nothing so far"
     losses = [
         (lambda: F.mse_loss(model(x), x[:, :2]), "mse_loss"),
-        (
-            lambda: F.mse_loss(model(x), x[:, :2]) + F.cross_entropy(model(x), x[:, 0].long() * 0),
-            "mse_loss, cross_entropy",
-        ),
+        (lambda: F.mse_loss(model(x), x[:, :2]) + F.cross_entropy(model(x), y), "mse_loss, cross_entropy"),
         (lambda: model(x).square().mean(), "the gradient of the loss itself"),
     ]
     for loss_of, source in losses:
