@@ -149,3 +149,36 @@ def test_every_owner_of_state_is_a_class_of_its_file() -> None:
         text = code_of(paths(files))
         for name in re.findall(r"`(\w+)`", owners):
             assert re.search(rf"^class {name}\b", text, re.MULTILINE), name
+
+
+DECISIONS = sorted((ROOT / "docs" / "decisions").glob("*.md"))
+
+
+def page_id(page: Path) -> str:
+    return page.stem
+
+
+def test_the_index_of_decisions_links_every_page() -> None:
+    index = (ROOT / "docs" / "decisions" / "index.md").read_text(encoding="utf-8")
+    pages = {page.name for page in DECISIONS} - {"index.md"}
+    assert pages
+    assert set(re.findall(r"^\| \[.+?\]\((\w+\.md)\) \|", index, re.MULTILINE)) == pages
+
+
+@pytest.mark.parametrize("page", DECISIONS, ids=page_id)
+def test_what_a_decision_names_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert [path for path in paths(text) if not (ROOT / path).exists()] == []
+    scripts = re.findall(r"python -m (benchmarks\.\w+)", text)
+    assert [name for name in scripts if not (ROOT / name.replace(".", "/")).with_suffix(".py").exists()] == []
+    shown = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", text)
+    assert shown or page.name == "index.md"
+    missing = [name for file, name in shown if not re.search(rf"^def {name}\(", code_of([file]), re.MULTILINE)]
+    assert missing == []
+    if page.name != "index.md":
+        code = re.search(r"\*\*Code\.\*\*(.*?)\n\n", text, re.DOTALL)
+        assert code is not None
+        names = [part for name in re.findall(r"`([\w.]+)`", code[1]) for part in name.split(".")]
+        files = [file for file in paths(code[1]) if file.startswith("lightning_kfc/")]
+        assert files
+        assert [name for name in names if not re.search(rf"\b{name}\b", code_of(files))] == []
