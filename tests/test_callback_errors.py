@@ -16,9 +16,9 @@ from lightning_kfc import (
     KFCCallback,
     LinearSchedule,
     LossNotRecognisedError,
-    observation,
     register_adapter,
 )
+from lightning_kfc.estimation import estimator as observation
 from lightning_kfc.layers.linear import LinearAdapter
 from lightning_kfc.refresh.factors import Refresh
 from tests.lightning_nets import FEATURES, QUIET, ConvNet, Regression, images, loader, trainer, vectors

@@ -18,7 +18,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_kfc import KFC, KFCCallback, reduction
+from lightning_kfc import KFC, KFCCallback
+from lightning_kfc.distributed import factor_reduction as reduction
 from lightning_kfc.factors.packing import packed_numel
 from lightning_kfc.layers import registry
 from tests.distributed.nets import (
