@@ -27,7 +27,7 @@ from lightning_kfc.monitoring.advice import (
     small_coverage,
     statistics_take_long,
 )
-from tests.harness import QUIET, Classifier, dense_net, fit, images, loader
+from tests.helpers.harness import QUIET, Classifier, dense_net, fit, images, loader
 
 pytestmark = [
     *(pytest.mark.filterwarnings(entry) for entry in QUIET),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from lightning_kfc.estimation.graph import Arrivals
-from tests.nets import data
+from tests.helpers.nets import data
 
 
 def chain() -> tuple[list[Tensor], Tensor]:

@@ -13,7 +13,7 @@ import yaml
 
 from lightning_kfc import Bernoulli, Categorical, ExponentialSchedule, Gaussian, KFCCallback, LinearSchedule
 from lightning_kfc.settings import REMOVED, Settings
-from tests.lightning_nets import QUIET
+from tests.helpers.lightning_nets import QUIET
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CONFIG = str(EXAMPLES / "digits_cli.yaml")

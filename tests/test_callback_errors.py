@@ -21,7 +21,7 @@ from lightning_kfc import (
 from lightning_kfc.estimation import estimator as observation
 from lightning_kfc.layers.linear import LinearAdapter
 from lightning_kfc.refresh.factors import Refresh
-from tests.lightning_nets import FEATURES, QUIET, ConvNet, Regression, images, loader, trainer, vectors
+from tests.helpers.lightning_nets import FEATURES, QUIET, ConvNet, Regression, images, loader, trainer, vectors
 
 pytestmark = QUIET
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import lightning_kfc
 import lightning_kfc.pytorch_lightning
 from lightning_kfc import Categorical, KFCCallback
-from tests.lightning_nets import (
+from tests.helpers.lightning_nets import (
     QUIET,
     ConvNet,
     Regression,

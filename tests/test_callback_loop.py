@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lightning_kfc import KFCCallback
 from lightning_kfc.trust_region.region import START_DAMPING
-from tests.lightning_nets import (
+from tests.helpers.lightning_nets import (
     QUIET,
     ConvNet,
     Regression,

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_kfc import KFCCallback
-from tests.lightning_nets import (
+from tests.helpers.lightning_nets import (
     QUIET,
     Regression,
     damped_solve,

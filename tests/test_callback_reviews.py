@@ -16,7 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_kfc import KFCCallback
 from lightning_kfc.trust_region import review
 from lightning_kfc.trust_region.region import START_DAMPING, TrustRegion, Verdict
-from tests.lightning_nets import CLASSES, QUIET, ConvNet, Manual, Regression, images, loader, trainer, vectors
+from tests.helpers.lightning_nets import CLASSES, QUIET, ConvNet, Manual, Regression, images, loader, trainer, vectors
 
 pytestmark = QUIET
 

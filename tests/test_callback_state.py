@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 import lightning_kfc.pytorch_lightning
 from lightning_kfc import KFCCallback
-from tests.lightning_nets import QUIET, ConvNet, Regression, images, loader, trainer, vectors
-from tests.resumed_run import ByStep, new_callback, run
+from tests.helpers.lightning_nets import QUIET, ConvNet, Regression, images, loader, trainer, vectors
+from tests.helpers.resumed_run import ByStep, new_callback, run
 
 # The runs are short, and a long momentum is a part of the state that counts.
 pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore:KFCCallback. a momentum of 0.9")]
@@ -62,7 +62,7 @@ def test_a_run_that_was_killed_in_any_hook_is_resumed_bit_for_bit(tmp_path):
     hooks = ["on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward"]
     hooks += ["on_before_optimizer_step", "on_train_batch_end", "on_save_checkpoint", "on_train_epoch_end"]
     root = Path(__file__).parents[1]
-    command = [sys.executable, "-W", "ignore", "-m", "tests.resumed_run", str(tmp_path), *hooks]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.helpers.resumed_run", str(tmp_path), *hooks]
     done = subprocess.run(
         command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, check=False
     )

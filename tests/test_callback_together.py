@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_kfc import KFCCallback
-from tests.lightning_nets import (
+from tests.helpers.lightning_nets import (
     QUIET,
     ConvNet,
     Regression,

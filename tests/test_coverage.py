@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_kfc import KFC
-from tests.nets import classes, engine, observe
+from tests.helpers.nets import classes, engine, observe
 
 
 class Everything(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.nets import classes, data, engine, kronecker_layers
+from tests.helpers.nets import classes, data, engine, kronecker_layers
 
 
 class Net(nn.Module):

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from lightning_kfc import KFC, KFCCallback
 from lightning_kfc.reporting.diagnostics import Diagnostics, bytes_held, summary
 from lightning_kfc.trust_region.region import Outcome, TrustRegion
-from tests.harness import QUIET, Classifier, conv_net, dense_net, fit, images, loader, weights
+from tests.helpers.harness import QUIET, Classifier, conv_net, dense_net, fit, images, loader, weights
 
 pytestmark = [pytest.mark.filterwarnings(entry) for entry in QUIET]
 

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from lightning_kfc import KFC
 from lightning_kfc.estimation import example_gradients as per_example
 from lightning_kfc.factors.inverse import EighInverse, EkfacInverse
-from tests import oracles
-from tests.nets import classes, data, double, engine, observe, small_conv_net, train_step
+from tests.helpers import oracles
+from tests.helpers.nets import classes, data, double, engine, observe, small_conv_net, train_step
 
 Loss = Callable[[Tensor], Tensor]
 

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from lightning_kfc.factors.inverse import BlockInverse, EighInverse, EkfacInverse
 from lightning_kfc.layers import Adapter
-from tests import oracles
-from tests.nets import classes, data, engine, observe, train_step
+from tests.helpers import oracles
+from tests.helpers.nets import classes, data, engine, observe, train_step
 
 
 class Pooled(nn.Module):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import lightning_kfc
 from lightning_kfc import KFCCallback
-from tests.harness import QUIET, Classifier, Watch, conv_net, fit, hooks_of, images, loader, trainer, weights
+from tests.helpers.harness import QUIET, Classifier, Watch, conv_net, fit, hooks_of, images, loader, trainer, weights
 
 pytestmark = [
     *(pytest.mark.filterwarnings(line) for line in QUIET),

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_kfc import Categorical
-from tests import oracles
-from tests.nets import classes, data, double, engine, observe, small_conv_net
+from tests.helpers import oracles
+from tests.helpers.nets import classes, data, double, engine, observe, small_conv_net
 
 
 def per_call_output_gradients(model: nn.Module, layer: str, x: Tensor, target: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from lightning_kfc import KFC
 from lightning_kfc.estimation.recording import Recorder
 from lightning_kfc.factors import patches
 from lightning_kfc.layers import Forward
-from tests import oracles
-from tests.nets import data, engine, observe
+from tests.helpers import oracles
+from tests.helpers.nets import data, engine, observe
 
 
 def rebuilt_gradient(kfc: KFC, name: str, loss: Callable[[], Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_kfc import KFC, KFCCallback
 from lightning_kfc.trust_region import region
-from tests.harness import QUIET, Classifier, Watch, conv_net, dense_net, fit, images, loader, trainer, weights
+from tests.helpers.harness import QUIET, Classifier, Watch, conv_net, dense_net, fit, images, loader, trainer, weights
 
 pytestmark = [
     *(pytest.mark.filterwarnings(line) for line in QUIET),

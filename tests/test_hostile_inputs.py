@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_kfc import Categorical, KFCCallback
 from lightning_kfc.monitoring.events import Events
-from tests.harness import QUIET, Classifier, Watch, conv_net, dense_net, fit, images, loader, weights
+from tests.helpers.harness import QUIET, Classifier, Watch, conv_net, dense_net, fit, images, loader, weights
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
 

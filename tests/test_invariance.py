@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.nets import classes, data, double, engine
+from tests.helpers.nets import classes, data, double, engine
 
 
 def net() -> nn.Sequential:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_kfc import KFCCallback
 from lightning_kfc.factors.inverse import INVERSES
-from tests.nets import data, small_conv_net
+from tests.helpers.nets import data, small_conv_net
 
 
 def quiet(test: Any) -> Any:

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_kfc import KFC, Categorical
-from tests import oracles
-from tests.nets import classes, data, double, engine, observe, small_conv_net, train_step
+from tests.helpers import oracles
+from tests.helpers.nets import classes, data, double, engine, observe, small_conv_net, train_step
 
 
 def hooks_on(model: nn.Module) -> int:

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import large_layers
 from lightning_kfc import KFC, KFCCallback
-from tests import oracles
-from tests.nets import classes, data, double, engine, observe, train_step
+from tests.helpers import oracles
+from tests.helpers.nets import classes, data, double, engine, observe, train_step
 
 KINDS = {
     "linear": (lambda: nn.Linear(5, 3), (4, 2, 5)),

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lightning_kfc import Bernoulli, Categorical, Gaussian
 from lightning_kfc.losses.likelihoods import Likelihood
-from tests import oracles
-from tests.nets import data
+from tests.helpers import oracles
+from tests.helpers.nets import data
 
 LIKELIHOODS: list[Likelihood] = [Categorical(), Bernoulli(), Gaussian()]
 

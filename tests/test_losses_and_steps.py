@@ -15,7 +15,7 @@ from torch.optim import SGD, Optimizer
 from lightning_kfc import KFC, KFCCallback
 from lightning_kfc.trust_region.region import Outcome, TrustRegion
 from lightning_kfc.trust_region.review import Before, Reviewer
-from tests.lightning_nets import QUIET, Manual, Regression, loader, trainer, vectors
+from tests.helpers.lightning_nets import QUIET, Manual, Regression, loader, trainer, vectors
 
 pytestmark = [
     *QUIET,

@@ -16,7 +16,7 @@ from lightning_kfc import KFC
 from lightning_kfc.factors.inverse import CholeskyInverse
 from lightning_kfc.factors.running import RunningAverage
 from lightning_kfc.factors.stored import StoredAverage, stored_nbytes
-from tests.nets import classes, data, train_step
+from tests.helpers.nets import classes, data, train_step
 
 DTYPES = {"full": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -14,7 +14,7 @@ from lightning_kfc.monitoring.events import History
 from lightning_kfc.monitoring.timing import PARTS, REST, StepTimes
 from lightning_kfc.pictures import snapshots
 from lightning_kfc.pictures.snapshots import SpectraOverTime, shown, spectrum
-from tests.nets import data
+from tests.helpers.nets import data
 
 
 def test_a_history_holds_all_numbers_until_there_are_too_many_then_evenly_spread_ones_and_the_last() -> None:

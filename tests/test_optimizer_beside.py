@@ -16,9 +16,18 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_kfc import KFCCallback
 from lightning_kfc.trust_region.region import TrustRegion, Verdict
-from tests.harness import QUIET as HARNESS_QUIET
-from tests.harness import Classifier, fit
-from tests.lightning_nets import QUIET, ConvNet, head_gradient, head_values, images, loader, relative_error, trainer
+from tests.helpers.harness import QUIET as HARNESS_QUIET
+from tests.helpers.harness import Classifier, fit
+from tests.helpers.lightning_nets import (
+    QUIET,
+    ConvNet,
+    head_gradient,
+    head_values,
+    images,
+    loader,
+    relative_error,
+    trainer,
+)
 
 pytestmark = [
     *QUIET,

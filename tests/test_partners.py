@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import (
 from lightning_kfc import KFCCallback
 from lightning_kfc.callback.optimizer_advice import Advice, advice
 from lightning_kfc.settings import Settings
-from tests.harness import QUIET, Classifier, fit
+from tests.helpers.harness import QUIET, Classifier, fit
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
 

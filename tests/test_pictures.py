@@ -28,7 +28,7 @@ from lightning_kfc.pictures import (
 )
 from lightning_kfc.pictures.draw import HEAT_MAP_PIXELS
 from lightning_kfc.reporting.map_watcher import SpatialStatistics
-from tests.nets import data
+from tests.helpers.nets import data
 
 
 def titles(figure: Any) -> list[str]:

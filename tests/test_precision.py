@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from lightning_kfc import KFC, KFCCallback
 from lightning_kfc.factors.inverse import INVERSES, CholeskyInverse, Factors
-from tests.harness import QUIET, Classifier, Watch, conv_net, dense_net, fit, images, loader, weights
+from tests.helpers.harness import QUIET, Classifier, Watch, conv_net, dense_net, fit, images, loader, weights
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
 

@@ -19,7 +19,7 @@ from lightning_kfc import KFC, KFCCallback
 from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.distributed import process_group as distributed
 from lightning_kfc.monitoring.messages import LOGGER
-from tests.harness import QUIET, Classifier, Watch, conv_net, fit, images, loader
+from tests.helpers.harness import QUIET, Classifier, Watch, conv_net, fit, images, loader
 
 pytestmark = [pytest.mark.filterwarnings(entry) for entry in QUIET]
 

@@ -15,7 +15,7 @@ from lightning_kfc import KFC
 from lightning_kfc.estimation.back_propagation import never_negative, weighted_terms
 from lightning_kfc.losses.terms import LossRecorder
 from lightning_kfc.trust_region.region import MOST_PROMISED
-from tests.nets import classes, data, double
+from tests.helpers.nets import classes, data, double
 
 
 def model_and_batch() -> tuple[nn.Module, Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_kfc import KFCCallback
-from tests.harness import QUIET, Classifier, fit, images
+from tests.helpers.harness import QUIET, Classifier, fit, images
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
 

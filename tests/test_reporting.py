@@ -33,7 +33,7 @@ from lightning_kfc.reporting.map_watcher import MapWatcher
 from lightning_kfc.reporting.report import Reporting, ReportSettings
 from lightning_kfc.reporting.sections import CALLBACK_DEFAULTS
 from lightning_kfc.settings import Settings
-from tests.harness import QUIET, Classifier, Watch, dense_net, fit, hooks_of, images, loader, weights
+from tests.helpers.harness import QUIET, Classifier, Watch, dense_net, fit, hooks_of, images, loader, weights
 
 pytestmark = [pytest.mark.filterwarnings(entry) for entry in QUIET]
 

@@ -13,8 +13,8 @@ from torch.optim import SGD
 
 from lightning_kfc import KFC, KFCCallback
 from lightning_kfc.rules.adam import adam_step
-from tests.harness import QUIET, Classifier, dense_net, fit
-from tests.nets import classes, data, train_step
+from tests.helpers.harness import QUIET, Classifier, dense_net, fit
+from tests.helpers.nets import classes, data, train_step
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests import oracles
-from tests.nets import classes, data, double, observe
+from tests.helpers import oracles
+from tests.helpers.nets import classes, data, double, observe
 
 Loss = Callable[[Tensor], Tensor]
 

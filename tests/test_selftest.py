@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from lightning_kfc import KFC, SelfTestError, register_adapter
 from lightning_kfc.layers import Adapter, Forward
-from tests import oracles
-from tests.nets import classes, data, double, engine, kronecker_layers, observe
+from tests.helpers import oracles
+from tests.helpers.nets import classes, data, double, engine, kronecker_layers, observe
 
 TARGET = classes(4, count=3)
 

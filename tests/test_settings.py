@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lightning_kfc import KFC, Gaussian, KFCCallback, LinearSchedule
 from lightning_kfc.settings import REMOVED, Settings
-from tests.nets import classes, data, double, engine, train_step
+from tests.helpers.nets import classes, data, double, engine, train_step
 
 NAN, INF = float("nan"), float("inf")
 

@@ -12,8 +12,8 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from lightning_kfc.rules.momentum import is_sgd, momenta, take_momentum_out
-from tests import oracles
-from tests.nets import data
+from tests.helpers import oracles
+from tests.helpers.nets import data
 
 
 @given(

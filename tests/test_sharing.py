@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 
 from lightning_kfc import KFC
-from tests import oracles
+from tests.helpers import oracles
+from tests.helpers.nets import classes, data, engine, observe, train_step
 from tests.layers.rows import curved, dense_fisher, rebuilt_gradient
-from tests.nets import classes, data, engine, observe, train_step
 
 
 def treatments(kfc: KFC) -> dict[str, str]:

@@ -12,7 +12,7 @@ from lightning_kfc import KFC
 from lightning_kfc.curvature.spectra import spectra_of
 from lightning_kfc.factors.damping import split_damping
 from lightning_kfc.factors.spectrum import LANCZOS_STEPS, effective_rank, largest_eigenvalues
-from tests.harness import conv_net
+from tests.helpers.harness import conv_net
 
 
 def symmetric(values: Tensor, groups: int = 1) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lightning_kfc import KFC
 from lightning_kfc.distributed.placement import factorisation_cost
-from tests.nets import classes, data, double, engine, train_step
+from tests.helpers.nets import classes, data, double, engine, train_step
 
 WIDTHS = (6, 12, 9, 9, 5, 5, 5, 3)
 

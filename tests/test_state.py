@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_kfc import KFC, ExponentialSchedule
-from tests.nets import classes, data, engine, small_conv_net, train_step
+from tests.helpers.nets import classes, data, engine, small_conv_net, train_step
 
 STEPS = 14
 

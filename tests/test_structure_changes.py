@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
 from lightning_kfc import KFC, KFCCallback
-from tests.harness import QUIET, Classifier, Watch, dense_net, fit, images, loader, trainer, weights
-from tests.nets import classes, data, double, engine, observe, train_step
+from tests.helpers.harness import QUIET, Classifier, Watch, dense_net, fit, images, loader, trainer, weights
+from tests.helpers.nets import classes, data, double, engine, observe, train_step
 
 pytestmark = [*(pytest.mark.filterwarnings(line) for line in QUIET)]
 

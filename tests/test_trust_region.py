@@ -16,7 +16,7 @@ from lightning_kfc import KFC
 from lightning_kfc.factors.quadratic import quadratic_form
 from lightning_kfc.trust_region import region as region_module
 from lightning_kfc.trust_region.region import Outcome, TrustRegion
-from tests.oracles import dense_fisher, kron
+from tests.helpers.oracles import dense_fisher, kron
 
 
 def region(**changed):

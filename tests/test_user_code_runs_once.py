@@ -29,9 +29,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_kfc import KFCCallback
-from tests.impure_steps import Batches, Impure
-from tests.lightning_nets import QUIET, trainer
-from tests.visible import Seen, first_difference, picture, train
+from tests.helpers.impure_steps import Batches, Impure
+from tests.helpers.lightning_nets import QUIET, trainer
+from tests.helpers.visible import Seen, first_difference, picture, train
 
 pytestmark = [
     *QUIET,

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader
 
 from lightning_kfc import KFCCallback
-from tests.nets import classes
+from tests.helpers.nets import classes
 
 # Lightning's own advice, and its own use of what torch deprecates.
 pytestmark = [

@@ -7,7 +7,7 @@ import pytest
 from tests.distributed.nets import dense_net
 from tests.distributed.pool import Ranks
 from tests.distributed.test_ddp import compare
-from tests.harness import QUIET
+from tests.helpers.harness import QUIET
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
 

@@ -36,7 +36,7 @@ from tests.distributed.nets import (
     trainer,
 )
 from tests.distributed.pool import Ranks
-from tests.harness import QUIET
+from tests.helpers.harness import QUIET
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
 ROUNDING = 1e-9

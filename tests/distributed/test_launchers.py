@@ -10,7 +10,7 @@ import torch
 from tests.distributed.launched import train
 from tests.distributed.nets import Net, difference, fit, images
 from tests.distributed.pool import context
-from tests.harness import QUIET
+from tests.helpers.harness import QUIET
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
 

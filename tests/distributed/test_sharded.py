@@ -25,7 +25,7 @@ from tests.distributed.sharded_nets import (
     TensorParallel,
     tensor_parallel_net,
 )
-from tests.harness import QUIET
+from tests.helpers.harness import QUIET
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
 ROUNDING = 1e-9

@@ -17,7 +17,7 @@ from lightning_kfc.distributed.agreement import RanksDisagreeError
 from lightning_kfc.estimation import estimator as observation
 from tests.distributed.nets import EXACT, Net, difference, images, loader, outcome, trainer
 from tests.distributed.pool import Ranks
-from tests.harness import QUIET
+from tests.helpers.harness import QUIET
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
 ROUNDING = 1e-9

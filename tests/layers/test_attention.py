@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests import oracles
+from tests.helpers import oracles
+from tests.helpers.nets import classes, data, engine, observe, train_step
 from tests.layers.rows import Matrix, curved, dense_fisher, gradients, rebuilt_gradient
-from tests.nets import classes, data, engine, observe, train_step
 
 EMBED = 4
 PARTS = ("q", "k", "v", "out_proj")

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.nn import functional as F
 
 from lightning_kfc import ExponentialSchedule, KFCCallback
-from tests.lightning_nets import Regression, loader, trainer, vectors
+from tests.helpers.lightning_nets import Regression, loader, trainer, vectors
 
 
 class ByStep(Regression):

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils.hooks import RemovableHandle
 
-from tests.lightning_nets import trainer
+from tests.helpers.lightning_nets import trainer
 
 
 class Steps:
