@@ -13,7 +13,7 @@ import pytest
 from lightning_kfc.layers import ParameterAdapter
 from lightning_kfc.layers.registry import registered_adapters
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
