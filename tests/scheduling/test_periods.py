@@ -19,7 +19,7 @@ from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.estimation.estimator import Observation
 from lightning_kfc.scheduling.period_costs import LONGEST, SHORTEST, Costs, candidates, choose_periods
 from tests.helpers.harness import QUIET, Classifier, fit, images, loader
-from tests.test_staggering import Training
+from tests.refresh.test_staggering import Training
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
 
