@@ -173,7 +173,7 @@ CASES: dict[str, list[Case]] = {
             "a row for each input vector; equals the Fisher block for one row, and in a linear net with squared error",
             _in("factors/test_geometry.py", "rows_of_a_linear_rebuild_its_gradient_on_any_leading_dimensions")
             + _in(
-                "test_scale.py",
+                "engine/test_scale.py",
                 "one_example_is_exact_whatever_the_widths_and_the_factor_on_the_loss",
                 "a_linear_net_on_sequences_with_squared_error_is_exact_wherever_the_batch_axis_is",
             ),
@@ -182,7 +182,7 @@ CASES: dict[str, list[Case]] = {
             '`weight_sharing="reduce"`',
             "exact",
             "a row for each example; equals the Fisher block before a sum or mean over positions with squared error",
-            _in("test_scale.py", "a_linear_on_sequences_then_a_mean_over_them_is_exact_with_reduce")
+            _in("engine/test_scale.py", "a_linear_on_sequences_then_a_mean_over_them_is_exact_with_reduce")
             + _in(_LINEAR, "a_linear_then_a_mean_or_sum_over_a_leading_sequence_is_exact_with_reduce"),
         ),
         Case(

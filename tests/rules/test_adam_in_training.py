@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lightning_kfc import KFCCallback
+from tests.engine.test_precision import precision_options
 from tests.helpers.harness import QUIET, Classifier, dense_net, fit, images, loader
-from tests.test_precision import precision_options
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
 

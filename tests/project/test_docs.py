@@ -36,9 +36,9 @@ from lightning_kfc.losses.terms import LOSS_FUNCTIONS
 from lightning_kfc.monitoring.advice import RULES
 from lightning_kfc.monitoring.events import Events, StepNumbers
 from lightning_kfc.settings import REMOVED
-from tests.test_diagnostics import OF_ALL, PER_LAYER
+from tests.reporting.test_diagnostics import OF_ALL, PER_LAYER
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(
     r"(?:^ *<!-- (?P<mark>.*?) -->\n)?^(?P<indent> *)```(?P<language>[\w{}-]+)\n(?P<code>.*?)^(?P=indent)```$",

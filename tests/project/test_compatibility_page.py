@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 
 from lightning_kfc import KFCCallback
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_row_of_the_page_names_a_test_that_exists() -> None:

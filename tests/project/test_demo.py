@@ -13,9 +13,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks.networks import conv_net
-from tests.test_reporting import PICTURES
+from tests.reporting.test_reporting import PICTURES
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def load_example(name: str) -> ModuleType:

@@ -15,7 +15,7 @@ from lightning_kfc import Bernoulli, Categorical, ExponentialSchedule, Gaussian,
 from lightning_kfc.settings import REMOVED, Settings
 from tests.helpers.lightning_nets import QUIET
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 CONFIG = str(EXAMPLES / "digits_cli.yaml")
 FAST = ["--trainer.fast_dev_run=2", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 

@@ -320,7 +320,7 @@ NEIGHBOURS: dict[str, tuple[Any, Any, str]] = {
     "class": (
         Slotted(),
         Thing(n=1),
-        "it: tests.test_user_code_runs_once.Slotted != tests.test_user_code_runs_once.Thing",
+        "it: tests.callback.test_user_code_runs_once.Slotted != tests.callback.test_user_code_runs_once.Thing",
     ),
     "type of a number": ([True], [1], "it[0]: True != 1"),
     "type of a key": ({1: 0}, {"1": 0}, "it, key 0: 1 != '1'"),

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import examples_outcome, quickstart_time
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_quickstart_is_taken_apart_into_what_its_reader_types() -> None:

@@ -292,9 +292,10 @@ def killed_run(folder: str) -> None:
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
     folder = tmp_path_factory.mktemp("killed")
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     code = (
-        "import sys, torch; torch.set_num_threads(1); import tests.test_fault_injection as t; t.killed_run(sys.argv[1])"
+        "import sys, torch; torch.set_num_threads(1); "
+        "from tests.engine.test_fault_injection import killed_run; killed_run(sys.argv[1])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(folder)], cwd=root, capture_output=True, text=True, timeout=120, check=True

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from tests.test_demo import ROOT, load_example
+from tests.project.test_demo import ROOT, load_example
 
 EXAMPLES = sorted(p for p in (ROOT / "examples").glob("*.py") if p.name != "run_all.py" and not p.name.startswith("_"))
 PAGE = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
