@@ -15,6 +15,8 @@ from lightning_kfc.analysis.__main__ import main
 from lightning_kfc.analysis.demo import digits, train_demo
 from tests.helpers.nets import classes, data
 
+pytestmark = pytest.mark.slow
+
 
 def few_digits() -> tuple[Tensor, Tensor]:
     return data(20, 1, 14, 14), classes(20, count=10)

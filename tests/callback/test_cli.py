@@ -19,7 +19,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 CONFIG = str(EXAMPLES / "digits_cli.yaml")
 FAST = ["--trainer.fast_dev_run=2", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 
-pytestmark = QUIET
+pytestmark = [*QUIET, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -80,6 +80,7 @@ def accuracy(schedule: str, kfc: KFCCallback | None) -> float:
     return float((module.net(x).argmax(1) == y).double().mean())
 
 
+@pytest.mark.slow
 # A momentum of 0.9 in so short a run is warned of; here it is the user's.
 @pytest.mark.filterwarnings("ignore:KFCCallback. a momentum of")
 @pytest.mark.parametrize("schedule", list(SCHEDULES))

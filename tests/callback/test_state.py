@@ -58,6 +58,7 @@ def test_a_run_resumed_at_any_step_is_the_uninterrupted_one_bit_for_bit(tmp_path
     assert tried == steps
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_in_any_hook_is_resumed_bit_for_bit(tmp_path):
     hooks = ["on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward"]
     hooks += ["on_before_optimizer_step", "on_train_batch_end", "on_save_checkpoint", "on_train_epoch_end"]

@@ -213,6 +213,7 @@ def test_the_learning_rate_finder_records_nothing_and_finds_what_it_finds_withou
     assert curves[0] == curves[1]
 
 
+@pytest.mark.slow
 def test_the_tuner_finds_what_it_finds_without_us(tmp_path):
     found = []
     for callbacks in ([KFCCallback()], []):
@@ -232,6 +233,7 @@ def test_the_tuner_finds_what_it_finds_without_us(tmp_path):
     assert found[0][1] == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["before", "after"])
 def test_the_batch_size_finder_records_nothing(tmp_path, place):
     module, callback = Tuned(), KFCCallback()

@@ -37,6 +37,7 @@ pytestmark = [
     *QUIET,
     # Lightning's, where a step skips its batch.
     pytest.mark.filterwarnings("ignore:`training_step` returned `None`"),
+    pytest.mark.slow,
 ]
 
 BATCHES = 25

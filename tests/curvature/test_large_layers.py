@@ -28,6 +28,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @given(
     kind=st.sampled_from(list(KINDS)),
     weight_sharing=st.sampled_from(["expand", "reduce"]),

@@ -38,7 +38,7 @@ from tests.distributed.nets import (
 from tests.distributed.pool import Ranks
 from tests.helpers.harness import QUIET
 
-pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
+pytestmark = [*(pytest.mark.filterwarnings(line) for line in QUIET), pytest.mark.slow]
 ROUNDING = 1e-9
 
 

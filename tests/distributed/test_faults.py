@@ -24,7 +24,7 @@ from tests.distributed.nets import EXACT, Net, images, loader, trainer
 from tests.distributed.pool import Ranks, context, free_port, prepare_rank
 from tests.helpers.harness import QUIET
 
-pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
+pytestmark = [*(pytest.mark.filterwarnings(line) for line in QUIET), pytest.mark.slow]
 TIMEOUT = 3
 
 

@@ -12,7 +12,7 @@ from tests.distributed.nets import Net, difference, fit, images
 from tests.distributed.pool import context
 from tests.helpers.harness import QUIET
 
-pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
+pytestmark = [*(pytest.mark.filterwarnings(line) for line in QUIET), pytest.mark.slow]
 
 
 @pytest.mark.parametrize("strategy", ["ddp_notebook", "ddp_spawn"])

@@ -14,7 +14,7 @@ from tests.distributed.nets import EXACT, Net, difference, images, loader, outco
 from tests.distributed.pool import Ranks
 from tests.helpers.harness import QUIET
 
-pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
+pytestmark = [*(pytest.mark.filterwarnings(line) for line in QUIET), pytest.mark.slow]
 
 
 def train() -> tuple[tuple[int, int], dict[str, Tensor]]:

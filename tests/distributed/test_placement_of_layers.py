@@ -21,7 +21,7 @@ from tests.distributed.nets import EXACT, Net, branched_net, dense_net, differen
 from tests.distributed.pool import Ranks
 from tests.helpers.harness import QUIET
 
-pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
+pytestmark = [*(pytest.mark.filterwarnings(line) for line in QUIET), pytest.mark.slow]
 RARE = {"factor_every_n_steps": 2, "inverse_every_n_steps": 3, "warmup_steps": 1, "kl_clip": 1e-4}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 from torch import distributed as dist
@@ -11,6 +12,8 @@ from lightning_kfc.factors.inverse import INVERSES
 from tests.distributed.pool import Ranks
 from tests.helpers import oracles
 from tests.helpers.nets import classes, data, engine, small_conv_net
+
+pytestmark = pytest.mark.slow
 
 
 def _values(x: Tensor, y: Tensor) -> dict[str, Tensor]:

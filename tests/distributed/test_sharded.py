@@ -27,7 +27,7 @@ from tests.distributed.sharded_nets import (
 )
 from tests.helpers.harness import QUIET
 
-pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
+pytestmark = [*(pytest.mark.filterwarnings(line) for line in QUIET), pytest.mark.slow]
 ROUNDING = 1e-9
 
 

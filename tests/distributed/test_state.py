@@ -18,7 +18,7 @@ from tests.distributed.nets import EXACT, Net, difference, images, loader, train
 from tests.distributed.pool import Ranks
 from tests.helpers.harness import QUIET
 
-pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
+pytestmark = [*(pytest.mark.filterwarnings(line) for line in QUIET), pytest.mark.slow]
 #: Periods that end neither together nor with an epoch's 3 steps.
 RARE = {"factor_every_n_steps": 2, "inverse_every_n_steps": 4, "warmup_steps": 1}
 

@@ -15,6 +15,8 @@ from tests.distributed.pool import Ranks
 from tests.helpers.impure_steps import ROWS, Batches, Impure
 from tests.helpers.visible import Seen, train
 
+pytestmark = pytest.mark.slow
+
 BATCHES = 15
 KINDS = [
     "AddsToBuffers",

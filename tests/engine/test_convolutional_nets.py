@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_kfc import KFCCallback
 
+pytestmark = pytest.mark.slow
+
 
 class UNet3d(nn.Module):
     """Segments a volume: strided and dilated convolutions down, transposed ones up, a skip in between."""

@@ -25,6 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*`isinstance.treespec, LeafSpec.`"),
     pytest.mark.filterwarnings("ignore:.*The number of training batches"),
+    pytest.mark.slow,
 ]
 
 VOCABULARY, LENGTH, EXAMPLES, LABELS = 12, 8, 24, 3

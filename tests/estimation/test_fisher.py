@@ -97,6 +97,7 @@ def test_empirical_factors_do_not_converge_to_the_exact_ones_on_a_model_that_doe
     assert max(distances) - min(distances) < 1e-9, f"distances {distances}"
 
 
+@pytest.mark.slow
 def test_empirical_terms_of_one_example_add_up_without_their_products() -> None:
     # Random signs cancel the products of different pixels in expectation.
     model, x, target = (
@@ -123,6 +124,7 @@ def test_empirical_terms_of_one_example_add_up_without_their_products() -> None:
     assert spread < 3 * float(expected.norm())
 
 
+@pytest.mark.slow
 def test_exact_terms_that_share_an_example_along_the_first_axis_add_up_without_their_products() -> None:
     # Language models flatten (N, S, K) logits to (N * S, K): random signs cancel the products in expectation.
     class Flattened(nn.Module):

@@ -120,6 +120,7 @@ def fit_compiled(what: str, backend: Any, kfc: KFCCallback | None) -> tuple[Clas
     return module, graphs, calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["submodule", "net", "net in place", "LightningModule", "loss"])
 def test_compiled_code_runs_eagerly_on_due_steps_and_is_compiled_once_for_those_between(
     what: str, backend: Backend

@@ -288,6 +288,7 @@ def test_a_subclass_that_calls_its_output_projection_is_listed_not_crashed() -> 
     assert treatments["in_proj_weight"] == "diagonal"
 
 
+@pytest.mark.slow
 def test_a_compiled_transformer_layer_is_seen_on_due_steps_and_stays_compiled_between_them() -> None:
     torch._dynamo.reset()
     compiled = []

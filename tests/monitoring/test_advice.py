@@ -233,6 +233,7 @@ def test_float16_that_overflows_again_and_again_is_noticed() -> None:
     assert not spoken("skipped", run(10_000))
 
 
+@pytest.mark.slow
 def test_advice_is_said_once_and_is_in_the_report(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         said = advice(KFCCallback(damping=1e4, kl_clip=None, report_dir=str(tmp_path)), steps=120, log_every_n_steps=1)
@@ -241,6 +242,7 @@ def test_advice_is_said_once_and_is_in_the_report(tmp_path: Path, caplog: pytest
     assert f"<li>{sentence}</li>" in (tmp_path / "report.html").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_a_training_that_gives_no_occasion_has_none_in_its_report(tmp_path: Path) -> None:
     assert advice(KFCCallback(report_dir=str(tmp_path)), steps=6) == []
     assert "<h2>Advice</h2><p>None.</p>" in (tmp_path / "report.html").read_text("utf-8")

@@ -31,6 +31,8 @@ from lightning_kfc import KFCCallback
 from lightning_kfc.scheduling.refresh_schedule import RefreshSchedule
 from lightning_kfc.trust_region.region import Outcome
 
+pytestmark = pytest.mark.slow
+
 
 def curve_of(loss: Callable[[int], float], iterations: list[int], seconds_each: float = 0.5) -> Curve:
     return Curve(iterations, [seconds_each * i for i in iterations], [loss(i) for i in iterations])

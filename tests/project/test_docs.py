@@ -106,6 +106,7 @@ def command_line() -> LightningCLI:
         return LightningCLI(BoringModel, run=False, save_config_callback=None, seed_everything_default=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", having("python"), ids=page_id)
 def test_the_python_of_a_page_runs_from_top_to_bottom(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

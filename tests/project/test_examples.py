@@ -11,6 +11,8 @@ import torch
 
 from tests.project.test_demo import ROOT, load_example
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = sorted(p for p in (ROOT / "examples").glob("*.py") if p.name != "run_all.py" and not p.name.startswith("_"))
 PAGE = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
 

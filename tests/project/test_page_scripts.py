@@ -11,6 +11,8 @@ import pytest
 
 from benchmarks import examples_outcome, quickstart_time
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -11,6 +11,8 @@ from benchmarks import scaling
 from benchmarks.scaling import PLACEMENTS, Schedule, gpu_nodes, held_bytes, predict
 from benchmarks.shapes import NETWORKS
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_networks_have_the_parameters_that_they_are_known_for() -> None:
     # torchvision's ResNet-50 has 25,557,032 with those of batch norm, 53,120; its ViT-L/16 304,326,632 with the class

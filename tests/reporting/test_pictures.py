@@ -30,6 +30,8 @@ from lightning_kfc.pictures.draw import HEAT_MAP_PIXELS
 from lightning_kfc.reporting.map_watcher import SpatialStatistics
 from tests.helpers.nets import data
 
+pytestmark = pytest.mark.slow
+
 
 def titles(figure: Any) -> list[str]:
     return [axis.get_title(loc="left") for axis in figure.axes if axis.get_title(loc="left")]

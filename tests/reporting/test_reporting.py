@@ -35,7 +35,7 @@ from lightning_kfc.reporting.sections import CALLBACK_DEFAULTS
 from lightning_kfc.settings import Settings
 from tests.helpers.harness import QUIET, Classifier, Watch, dense_net, fit, hooks_of, images, loader, weights
 
-pytestmark = [pytest.mark.filterwarnings(entry) for entry in QUIET]
+pytestmark = [*(pytest.mark.filterwarnings(entry) for entry in QUIET), pytest.mark.slow]
 
 PICTURES = ("step_time", "coverage", "spectra", "autocorrelation", "factors")
 SECTIONS = [
