@@ -17,13 +17,9 @@ from torch.utils.data import TensorDataset
 
 from lightning_kfc import KFC, KFCCallback
 from lightning_kfc.factors.inverse import INVERSES, CholeskyInverse, Factors
-<<<<<<< HEAD:tests/test_precision.py
 from lightning_kfc.trust_region.region import Outcome, TrustRegion, Verdict
 from lightning_kfc.trust_region.review import Before
-from tests.harness import QUIET, Classifier, Watch, conv_net, dense_net, fit, images, loader, trainer, weights
-=======
-from tests.helpers.harness import QUIET, Classifier, Watch, conv_net, dense_net, fit, images, loader, weights
->>>>>>> tests:tests/engine/test_precision.py
+from tests.helpers.harness import QUIET, Classifier, Watch, conv_net, dense_net, fit, images, loader, trainer, weights
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
 
