@@ -213,8 +213,6 @@ def time_rows(costs: dict[str, float]) -> dict[str, float]:
         "KFC, step that takes statistics": factors,
         "KFC, step that takes statistics of all rows": exact,
         "KFC, refreshing step": refresh,
-        "KFC, refreshing step, statistics of 128 examples (the callback's default)": costs["refresh_128"],
-        "KFC, refreshing step, statistics of 64 examples": costs["refresh_64"],
         "KFC, step between refreshes, inverses in bfloat16": costs["between_bfloat16"],
     }
     for title, periods in SCHEDULES.items():
