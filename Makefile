@@ -6,11 +6,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test lint types docs examples check clean help
+.PHONY: demo test test-fast lint types docs examples check clean help
 
 help:
 	@echo "make demo      install, and train on 5,000 real MNIST digits with SGD and with KFC"
 	@echo "make test      install, and run the tests"
+	@echo "make test-fast install, and run the tests that are not marked slow (a minute and a half)"
 	@echo "make lint      ruff and the import contract"
 	@echo "make types     mypy"
 	@echo "make docs      build the documentation into docs/_build/html"
@@ -24,6 +25,10 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	@echo "==> Running the tests"
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+test-fast: $(VENV)/installed
+	@echo "==> Running the tests that are not marked slow"
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
 
 lint: $(VENV)/installed
 	@echo "==> Linting"

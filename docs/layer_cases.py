@@ -26,12 +26,12 @@ _DIAGONAL_SIDE = Case(
     "a factor larger than `max_factor_dim`",
     "approximate",
     "the diagonal of that factor",
-    _in("test_large_layers.py", "a_factor_above_the_bound_is_the_diagonal_of_the_dense_one"),
+    _in("curvature/test_large_layers.py", "a_factor_above_the_bound_is_the_diagonal_of_the_dense_one"),
 )
 
 _CONV, _NORM, _LINEAR = "layers/test_conv.py", "layers/test_norm.py", "layers/test_linear.py"
 _ATTENTION, _EMBEDDING = "layers/test_attention.py", "layers/test_embedding.py"
-_RECURRENT, _PARAMETER, _SHARING = "layers/test_recurrent.py", "layers/test_parameter.py", "test_sharing.py"
+_RECURRENT, _PARAMETER, _SHARING = "layers/test_recurrent.py", "layers/test_parameter.py", "curvature/test_sharing.py"
 _SCALE_LAW = "every_group_before_linear_maps_per_location_has_the_dense_fisher_of_squared_error"
 _REDUCE_LAW = "every_group_before_a_sum_over_space_has_the_dense_fisher_of_squared_error_with_reduce"
 _NORM_LAWS = ("rows_of_a_norm_layer_rebuild_its_gradient", "each_unit_s_block_is_that_of_the_dense_fisher")
@@ -171,9 +171,9 @@ CASES: dict[str, list[Case]] = {
             "any leading dimensions, in either batch order",
             "exact",
             "a row for each input vector; equals the Fisher block for one row, and in a linear net with squared error",
-            _in("test_geometry.py", "rows_of_a_linear_rebuild_its_gradient_on_any_leading_dimensions")
+            _in("factors/test_geometry.py", "rows_of_a_linear_rebuild_its_gradient_on_any_leading_dimensions")
             + _in(
-                "test_scale.py",
+                "engine/test_scale.py",
                 "one_example_is_exact_whatever_the_widths_and_the_factor_on_the_loss",
                 "a_linear_net_on_sequences_with_squared_error_is_exact_wherever_the_batch_axis_is",
             ),
@@ -182,14 +182,14 @@ CASES: dict[str, list[Case]] = {
             '`weight_sharing="reduce"`',
             "exact",
             "a row for each example; equals the Fisher block before a sum or mean over positions with squared error",
-            _in("test_scale.py", "a_linear_on_sequences_then_a_mean_over_them_is_exact_with_reduce")
+            _in("engine/test_scale.py", "a_linear_on_sequences_then_a_mean_over_them_is_exact_with_reduce")
             + _in(_LINEAR, "a_linear_then_a_mean_or_sum_over_a_leading_sequence_is_exact_with_reduce"),
         ),
         Case(
             "called several times in a forward",
             "exact",
             "the rows of all calls together",
-            _in("test_geometry.py", "rows_of_all_calls_of_a_module_together_rebuild_its_gradient"),
+            _in("factors/test_geometry.py", "rows_of_all_calls_of_a_module_together_rebuild_its_gradient"),
         ),
         Case(
             "in a low-rank adapter (LoRA)",
@@ -343,7 +343,7 @@ CASES: dict[str, list[Case]] = {
             "in `exclude`, or not in `include`",
             "plain",
             "as asked for",
-            _in("test_coverage.py", "every_row_names_its_kind_treatment_and_factor_shapes"),
+            _in("curvature/test_coverage.py", "every_row_names_its_kind_treatment_and_factor_shapes"),
         ),
     ],
 }

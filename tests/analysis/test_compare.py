@@ -14,8 +14,8 @@ from lightning_kfc import Categorical, LossNotRecognisedError
 from lightning_kfc.analysis import compare_curvature, dense
 from lightning_kfc.analysis.assumptions import RowRecorder, assumption_errors
 from lightning_kfc.curvature.find_layers import find_layers
-from tests import oracles
-from tests.nets import classes, data, double, small_conv_net
+from tests.helpers import oracles
+from tests.helpers.nets import classes, data, double, small_conv_net
 
 DAMPING = 0.05
 

@@ -13,7 +13,9 @@ from torch import Tensor
 from lightning_kfc.analysis import Comparison, compare_curvature, draw_block_spectra, draw_errors
 from lightning_kfc.analysis.__main__ import main
 from lightning_kfc.analysis.demo import digits, train_demo
-from tests.nets import classes, data
+from tests.helpers.nets import classes, data
+
+pytestmark = pytest.mark.slow
 
 
 def few_digits() -> tuple[Tensor, Tensor]:

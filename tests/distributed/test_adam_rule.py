@@ -7,9 +7,9 @@ import pytest
 from tests.distributed.nets import dense_net
 from tests.distributed.pool import Ranks
 from tests.distributed.test_ddp import compare
-from tests.harness import QUIET
+from tests.helpers.harness import QUIET
 
-pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
+pytestmark = [*(pytest.mark.filterwarnings(line) for line in QUIET), pytest.mark.slow]
 
 
 def test_two_ranks_step_by_the_moments_of_the_whole_batch(two_ranks: Ranks) -> None:

@@ -36,9 +36,9 @@ from tests.distributed.nets import (
     trainer,
 )
 from tests.distributed.pool import Ranks
-from tests.harness import QUIET
+from tests.helpers.harness import QUIET
 
-pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
+pytestmark = [*(pytest.mark.filterwarnings(line) for line in QUIET), pytest.mark.slow]
 ROUNDING = 1e-9
 
 

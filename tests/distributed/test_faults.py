@@ -22,9 +22,9 @@ from lightning_kfc import KFC, ExponentialSchedule, KFCCallback
 from lightning_kfc.distributed.agreement import RanksDisagreeError
 from tests.distributed.nets import EXACT, Net, images, loader, trainer
 from tests.distributed.pool import Ranks, context, free_port, prepare_rank
-from tests.harness import QUIET
+from tests.helpers.harness import QUIET
 
-pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
+pytestmark = [*(pytest.mark.filterwarnings(line) for line in QUIET), pytest.mark.slow]
 TIMEOUT = 3
 
 

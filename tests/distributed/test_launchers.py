@@ -10,9 +10,9 @@ import torch
 from tests.distributed.launched import train
 from tests.distributed.nets import Net, difference, fit, images
 from tests.distributed.pool import context
-from tests.harness import QUIET
+from tests.helpers.harness import QUIET
 
-pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
+pytestmark = [*(pytest.mark.filterwarnings(line) for line in QUIET), pytest.mark.slow]
 
 
 @pytest.mark.parametrize("strategy", ["ddp_notebook", "ddp_spawn"])

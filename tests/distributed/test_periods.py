@@ -12,9 +12,9 @@ from lightning_kfc import KFCCallback
 from lightning_kfc.scheduling.period_costs import LONGEST, SHORTEST, Costs
 from tests.distributed.nets import EXACT, Net, difference, images, loader, outcome, trainer
 from tests.distributed.pool import Ranks
-from tests.harness import QUIET
+from tests.helpers.harness import QUIET
 
-pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
+pytestmark = [*(pytest.mark.filterwarnings(line) for line in QUIET), pytest.mark.slow]
 
 
 def train() -> tuple[tuple[int, int], dict[str, Tensor]]:

@@ -19,9 +19,9 @@ from lightning_kfc.distributed.remote import Elsewhere
 from lightning_kfc.factors.inverse import CholeskyInverse, FactorisationError
 from tests.distributed.nets import EXACT, Net, branched_net, dense_net, difference, fit, images, loader, trainer
 from tests.distributed.pool import Ranks
-from tests.harness import QUIET
+from tests.helpers.harness import QUIET
 
-pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
+pytestmark = [*(pytest.mark.filterwarnings(line) for line in QUIET), pytest.mark.slow]
 RARE = {"factor_every_n_steps": 2, "inverse_every_n_steps": 3, "warmup_steps": 1, "kl_clip": 1e-4}
 
 

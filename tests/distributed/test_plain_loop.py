@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch.nn import functional as F
 
 from lightning_kfc.factors.inverse import INVERSES
-from tests import oracles
 from tests.distributed.pool import Ranks
-from tests.nets import classes, data, engine, small_conv_net
+from tests.helpers import oracles
+from tests.helpers.nets import classes, data, engine, small_conv_net
+
+pytestmark = pytest.mark.slow
 
 
 def _values(x: Tensor, y: Tensor) -> dict[str, Tensor]:

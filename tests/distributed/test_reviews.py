@@ -16,7 +16,7 @@ from lightning_kfc.trust_region.region import Outcome, TrustRegion, Verdict
 from lightning_kfc.trust_region.review import Before
 from tests.distributed.nets import EXACT, Net, dense_net, images, loader, trainer
 from tests.distributed.pool import Ranks
-from tests.harness import QUIET
+from tests.helpers.harness import QUIET
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
 

@@ -25,9 +25,9 @@ from tests.distributed.sharded_nets import (
     TensorParallel,
     tensor_parallel_net,
 )
-from tests.harness import QUIET
+from tests.helpers.harness import QUIET
 
-pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
+pytestmark = [*(pytest.mark.filterwarnings(line) for line in QUIET), pytest.mark.slow]
 ROUNDING = 1e-9
 
 

@@ -16,9 +16,9 @@ from lightning_kfc import KFCCallback
 from lightning_kfc.distributed.remote import Elsewhere
 from tests.distributed.nets import EXACT, Net, difference, images, loader, trainer
 from tests.distributed.pool import Ranks
-from tests.harness import QUIET
+from tests.helpers.harness import QUIET
 
-pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
+pytestmark = [*(pytest.mark.filterwarnings(line) for line in QUIET), pytest.mark.slow]
 #: Periods that end neither together nor with an epoch's 3 steps.
 RARE = {"factor_every_n_steps": 2, "inverse_every_n_steps": 4, "warmup_steps": 1}
 

@@ -17,9 +17,9 @@ from lightning_kfc.distributed.agreement import RanksDisagreeError
 from lightning_kfc.estimation import estimator as observation
 from tests.distributed.nets import EXACT, Net, difference, images, loader, outcome, trainer
 from tests.distributed.pool import Ranks
-from tests.harness import QUIET
+from tests.helpers.harness import QUIET
 
-pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
+pytestmark = [*(pytest.mark.filterwarnings(line) for line in QUIET), pytest.mark.slow]
 ROUNDING = 1e-9
 
 

@@ -12,8 +12,10 @@ from torch import distributed as dist
 
 from lightning_kfc import KFCCallback
 from tests.distributed.pool import Ranks
-from tests.impure_steps import ROWS, Batches, Impure
-from tests.visible import Seen, train
+from tests.helpers.impure_steps import ROWS, Batches, Impure
+from tests.helpers.visible import Seen, train
+
+pytestmark = pytest.mark.slow
 
 BATCHES = 15
 KINDS = [

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_kfc.factors.damping import split_damping
-from tests import oracles
-from tests.nets import data
+from tests.helpers import oracles
+from tests.helpers.nets import data
 
 
 def psd(groups: int, d: int, seed: int, scale: float = 1.0) -> Tensor:

@@ -18,8 +18,8 @@ from lightning_kfc.factors.inverse import (
     FactorisationError,
 )
 from lightning_kfc.factors.statistics import second_moment_diagonal, second_moment_total
-from tests import oracles
-from tests.nets import data
+from tests.helpers import oracles
+from tests.helpers.nets import data
 
 GROUPS, DIMS, POSITIONS = st.integers(1, 3), st.integers(1, 6), st.integers(1, 7)
 DAMPINGS = st.sampled_from([1e-6, 1e-2, 10.0])

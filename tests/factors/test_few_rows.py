@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lightning_kfc.factors.inverses.cholesky import CholeskyInverse
 from lightning_kfc.factors.inverses.few_rows import FewRows, pays
-from tests.nets import classes, data, engine
+from tests.helpers.nets import classes, data, engine
 
 
 def inverse_of(d_out: int, d_in: int, generator: torch.Generator) -> CholeskyInverse:

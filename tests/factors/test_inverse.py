@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_kfc.factors.inverse import INVERSES, FactorisationError
-from tests import oracles
-from tests.nets import data
+from tests.helpers import oracles
+from tests.helpers.nets import data
 
 CHOLESKY = INVERSES["cholesky"]
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_kfc.factors.packing import pack, packed_numel, unpack
-from tests.nets import data
+from tests.helpers.nets import data
 
 
 @given(st.integers(1, 3), st.one_of(st.integers(1, 40), st.integers(120, 330)), st.integers(0, 3))

@@ -18,8 +18,8 @@ from lightning_kfc.factors.inverses.base import ALIGNMENT, aligned, sandwich
 from lightning_kfc.factors.parts import number_of_parts, offsets, one_part, steps_along_axes
 from lightning_kfc.factors.patches import part_of_patch_second_moment, patch_rows, patch_second_moment
 from lightning_kfc.factors.statistics import second_moment_total
-from tests import oracles
-from tests.nets import data
+from tests.helpers import oracles
+from tests.helpers.nets import data
 
 
 @given(parts=st.integers(1, 16), sizes=st.lists(st.integers(1, 20), min_size=1, max_size=3))

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from lightning_kfc.factors import patches
 from lightning_kfc.factors.geometry import Geometry
 from lightning_kfc.factors.patches import patch_rows, patch_second_moment, project_patches
-from tests import oracles
-from tests.nets import data
+from tests.helpers import oracles
+from tests.helpers.nets import data
 
 
 @given(

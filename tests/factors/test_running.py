@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_kfc.factors.running import RunningAverage
-from tests import oracles
-from tests.nets import data
+from tests.helpers import oracles
+from tests.helpers.nets import data
 
 
 @given(decays=st.lists(st.sampled_from([0.0, 0.5, 0.95, 0.999]), min_size=1, max_size=8))

@@ -13,8 +13,8 @@ from lightning_kfc.factors.statistics import (
     per_example_gradients,
     second_moment_total,
 )
-from tests import oracles
-from tests.nets import data
+from tests.helpers import oracles
+from tests.helpers.nets import data
 
 
 @given(examples=st.integers(0, 3), positions=st.integers(1, 3), groups=st.integers(1, 3), d=st.integers(1, 4))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_kfc.estimation.recording import output_edge
 from lightning_kfc.layers import Adapter, Forward
-from tests import oracles
+from tests.helpers import oracles
 
 
 def curved(output: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_kfc import KFC
 from lightning_kfc.estimation.recording import output_edge
 from lightning_kfc.layers import Forward
-from tests import oracles
+from tests.helpers import oracles
 
 #: Picks one layer's matrix ``(d_out, d_in)`` out of tensors shaped as the model's parameters, by name.
 Matrix = Callable[[Mapping[str, Tensor]], Tensor]

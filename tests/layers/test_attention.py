@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests import oracles
+from tests.helpers import oracles
+from tests.helpers.nets import classes, data, engine, observe, train_step
 from tests.layers.rows import Matrix, curved, dense_fisher, gradients, rebuilt_gradient
-from tests.nets import classes, data, engine, observe, train_step
 
 EMBED = 4
 PARTS = ("q", "k", "v", "out_proj")
@@ -288,6 +288,7 @@ def test_a_subclass_that_calls_its_output_projection_is_listed_not_crashed() -> 
     assert treatments["in_proj_weight"] == "diagonal"
 
 
+@pytest.mark.slow
 def test_a_compiled_transformer_layer_is_seen_on_due_steps_and_stays_compiled_between_them() -> None:
     torch._dynamo.reset()
     compiled = []

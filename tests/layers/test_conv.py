@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from lightning_kfc.factors import patches
 from lightning_kfc.layers import Adapter, adapter_for
-from tests import oracles
+from tests.helpers import oracles
+from tests.helpers.nets import classes, data, double, observe
 from tests.layers.laws import assert_rows_rebuild_the_gradient, curved, logits_jacobians
-from tests.nets import classes, data, double, observe
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}

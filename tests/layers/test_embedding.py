@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests import oracles
+from tests.helpers import oracles
+from tests.helpers.nets import classes, data, engine, observe, train_step
 from tests.layers.rows import curved, dense_fisher, gradients, rebuilt_gradient
-from tests.nets import classes, data, engine, observe, train_step
 
 TOKENS, FEATURES = 6, 3
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_kfc.layers import linear
-from tests import oracles
+from tests.helpers import oracles
+from tests.helpers.nets import classes, data, engine, observe, train_step
 from tests.layers.rows import curved, dense_fisher, gradients, rebuilt_gradient
-from tests.nets import classes, data, engine, observe, train_step
 
 
 class Pair(nn.Module):

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from lightning_kfc import register_adapter
 from lightning_kfc.layers import Forward, ScaleShiftAdapter, adapter_for
 from lightning_kfc.layers.norm import SyncBatchNormAdapter
-from tests import oracles
+from tests.helpers import oracles
+from tests.helpers.nets import classes, data, double, engine, observe
 from tests.layers.laws import assert_rows_rebuild_the_gradient, curved, logits_jacobians
-from tests.nets import classes, data, double, engine, observe
 
 UNITS = 6
 

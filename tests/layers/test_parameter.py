@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from lightning_kfc import KFC
 from lightning_kfc.factors.running import RunningAverage
-from tests import oracles
-from tests.nets import classes, data, engine
+from tests.helpers import oracles
+from tests.helpers.nets import classes, data, engine
 
 
 class Gated(nn.Module):

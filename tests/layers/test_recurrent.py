@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
-from tests import oracles
+from tests.helpers import oracles
+from tests.helpers.nets import classes, data, engine, observe, train_step
 from tests.layers.rows import curved, dense_fisher, gradients, rebuilt_gradient
-from tests.nets import classes, data, engine, observe, train_step
 
 FEATURES, HIDDEN = 3, 2
 

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from lightning_kfc import SelfTestError, register_adapter
 from lightning_kfc.layers import Adapter, Forward, adapter_for, registry
 from lightning_kfc.layers.linear import LinearAdapter
-from tests import oracles
-from tests.nets import classes, data, double, engine, observe
+from tests.helpers import oracles
+from tests.helpers.nets import classes, data, double, engine, observe
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,8 @@ from lightning_kfc import KFC
 from lightning_kfc.factors.inverse import DiagonalInverse, EighInverse
 from lightning_kfc.rules.adam import LEARNING_RATE, Moments, adam_step, curvature_weights
 from lightning_kfc.trust_region.region import START_DAMPING, TrustRegion, Verdict
-from tests.nets import classes, data, double, engine, small_conv_net, train_step
-from tests.test_state import Run
+from tests.curvature.test_state import Run
+from tests.helpers.nets import classes, data, double, engine, small_conv_net, train_step
 
 BETA1, BETA2, EPSILON = 0.9, 0.95, 1e-8
 

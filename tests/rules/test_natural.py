@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lightning_kfc.factors.inverse import INVERSES, Inverse
 from lightning_kfc.rules.natural import natural_step
-from tests import oracles
-from tests.nets import data
+from tests.helpers import oracles
+from tests.helpers.nets import data
 
 
 def layers(count: int) -> tuple[list[Tensor], list[Inverse], list[Tensor]]:

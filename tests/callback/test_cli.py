@@ -1,0 +1,164 @@
+"""LightningCLI: the callback and its schedules from YAML and from the command line; `examples/digits_cli.py`."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_kfc import Bernoulli, Categorical, ExponentialSchedule, Gaussian, KFCCallback, LinearSchedule
+from lightning_kfc.settings import REMOVED, Settings
+from tests.helpers.lightning_nets import QUIET
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+CONFIG = str(EXAMPLES / "digits_cli.yaml")
+FAST = ["--trainer.fast_dev_run=2", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+
+pytestmark = [*QUIET, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def cli():
+    """The example's main function."""
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        import digits_cli
+
+        yield digits_cli.main
+    finally:
+        sys.path.remove(str(EXAMPLES))
+
+
+@pytest.fixture(autouse=True)
+def _as_a_program(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["digits_cli.py"])
+    # LightningCLI itself uses what jsonargparse deprecates.
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+
+
+def settings_of(ran):
+    (callback,) = (c for c in ran.trainer.callbacks if isinstance(c, KFCCallback))
+    assert callback.kfc.step == 1  # both steps of fast_dev_run were preconditioned
+    return callback.kfc.settings
+
+
+def written(tmp_path, callbacks):
+    """A config file with these callbacks."""
+    config = yaml.safe_load(Path(CONFIG).read_text())
+    config["trainer"]["callbacks"] = callbacks
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return str(path)
+
+
+def entry(class_path="lightning_kfc.KFCCallback", **init_args):
+    return {"class_path": class_path, "init_args": init_args}
+
+
+def test_the_example_trains_from_its_config(cli):
+    ran = cli(["fit", "--config", CONFIG, "--trainer.enable_progress_bar=false"])
+    assert ran.trainer.callback_metrics["accuracy"] > 0.9
+    (callback,) = (c for c in ran.trainer.callbacks if isinstance(c, KFCCallback))
+    assert callback.kfc.settings.damping == ExponentialSchedule(0.1, 0.003, 30)
+    assert all(layer.inverse is not None for layer in callback.kfc.layers.values())
+
+
+def test_the_command_line_overrides_the_config(cli):
+    given = ["--trainer.callbacks.damping=0.25", "--trainer.callbacks.kl_clip=null", "--trainer.callbacks.fisher=exact"]
+    settings = settings_of(cli(["fit", "--config", CONFIG, *FAST, *given, "--trainer.callbacks.exclude=[net.0,net.3]"]))
+    assert (settings.damping, settings.kl_clip, settings.fisher) == (0.25, None, "exact")
+    assert settings.exclude == ("net.0", "net.3")
+
+
+def test_the_callback_is_added_on_the_command_line_alone(cli):
+    given = ["--trainer.callbacks+=lightning_kfc.KFCCallback", "--trainer.callbacks.damping=0.03"]
+    assert (
+        settings_of(cli(["fit", *FAST, "--trainer.accelerator=cpu", "--trainer.logger=false", *given])).damping == 0.03
+    )
+
+
+def test_the_short_name_of_an_imported_class_is_enough(cli, tmp_path):
+    config = written(tmp_path, [entry("KFCCallback", damping=0.04)])
+    assert settings_of(cli(["fit", "--config", config, *FAST])).damping == 0.04
+
+
+@pytest.mark.parametrize(
+    ("option", "given", "expected"),
+    [
+        (
+            "damping",
+            entry("lightning_kfc.LinearSchedule", start=1.0, end=0.1, steps=3),
+            LinearSchedule(1.0, 0.1, 3),
+        ),
+        (
+            "damping",
+            entry("lightning_kfc.ExponentialSchedule", start=1.0, end=0.1, steps=3),
+            ExponentialSchedule(1.0, 0.1, 3),
+        ),
+        ("likelihood", entry("lightning_kfc.Categorical", output_of="net"), Categorical(output_of="net")),
+        ("likelihood", entry("lightning_kfc.Gaussian", output_of="net"), Gaussian(output_of="net")),
+        ("likelihood", entry("lightning_kfc.Bernoulli", output_of="net", reduction="sum"), Bernoulli("net", "sum")),
+        ("likelihood", "categorical", "categorical"),
+        ("rule", "adam", "adam"),
+        ("include", "net.[07]", ("net.[07]",)),
+    ],
+)
+def test_what_yaml_says_arrives_and_survives_print_config(cli, tmp_path, capsys, option, given, expected):
+    config = written(tmp_path, [entry(**{option: given})])
+    assert getattr(settings_of(cli(["fit", "--config", config, *FAST])), option) == expected
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        cli(["fit", "--config", config, *FAST, "--print_config"])
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert getattr(settings_of(cli(["fit", "--config", str(printed)])), option) == expected
+
+
+def test_the_help_explains_every_option(cli, capsys):
+    with pytest.raises(SystemExit):
+        cli(["fit", "--trainer.callbacks.help", "lightning_kfc.KFCCallback"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Preconditions gradients with KFC (Grosse & Martens 2016)" in shown
+    options = [n for n, p in inspect.signature(KFCCallback).parameters.items() if p.kind != p.VAR_KEYWORD]
+    assert len(options) > 10
+    for option in options:
+        # Its name, at least five words on it, and its type.
+        assert re.search(rf"--trainer\.callbacks\.{option} \S+.{{0,90}}? (\S+ ){{5,}}.*?\(type: ", shown), option
+    assert "Untyped" not in shown
+    assert "removed" not in shown
+    assert "(type: Union[float, Literal['auto'], ExponentialSchedule, LinearSchedule], default: auto" in shown
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("damping", "abc", r'"damping"[\s\S]*Given value: abc'),
+        ("damping", -1.0, r"damping must be a positive number, got -1.0"),
+        ("fisher", "true", r""""fisher":\s+Expected a typing.Literal\['mc', 'exact', 'empirical'\]. Got value: true"""),
+        ("factor_every_n_steps", 1.5, r""""factor_every_n_steps":[\s\S]*Given value: 1.5"""),
+        ("warmup_steps", "ten", r""""warmup_steps":\s+Expected a <class 'int'>. Got value: ten"""),
+        ("ema_decay", 2, r"ema_decay must be at least 0 and below 1, got 2"),
+        ("dampng", 0.1, r"'dampng' is not accepted"),
+        ("save_factors", "maybe", r""""save_factors":\s+Expected a <class 'bool'>. Got value: maybe"""),
+    ],
+)
+def test_a_wrong_value_in_yaml_is_refused_naming_option_and_value(cli, tmp_path, capsys, option, value, said):
+    config = written(tmp_path, [entry(**{option: value})])
+    with pytest.raises((SystemExit, ValueError)) as raised:
+        cli(["fit", "--config", config, *FAST])
+    shown = capsys.readouterr().err + str(raised.value)
+    assert re.search(said, shown), shown
+
+
+@pytest.mark.parametrize("option", sorted(set(REMOVED) - {field.name for field in fields(Settings)}))
+def test_an_option_that_was_removed_is_refused_by_name(cli, tmp_path, capsys, option):
+    config = written(tmp_path, [entry(**{option: 1})])
+    with pytest.raises(SystemExit):
+        cli(["fit", "--config", config, *FAST])
+    shown = capsys.readouterr().err
+    assert re.search(rf"'lightning_kfc.KFCCallback':\s+Option '{option}' is not accepted", shown), shown

@@ -1,0 +1,155 @@
+"""Settings are checked before the first step, by errors that name the setting, the value and the way out."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_kfc import KFC, Gaussian, KFCCallback, LinearSchedule
+from lightning_kfc.settings import REMOVED, Settings
+from tests.helpers.nets import classes, data, double, engine, train_step
+
+NAN, INF = float("nan"), float("inf")
+
+WRONG: list[tuple[str, Any, type[Exception], str]] = [
+    *[("damping", v, ValueError, f"damping must be a positive number, got {v!r}") for v in (0, -0.1, NAN, INF)],
+    *[("damping", v, TypeError, f"damping must be a number, got {v!r} of type") for v in (None, True)],
+    ("damping", "0.1", TypeError, "damping must be a number or 'auto', got '0.1' of type str"),
+    *[("kl_clip", v, ValueError, f"kl_clip must be a positive number, got {v!r}") for v in (0.0, -1, NAN)],
+    ("kl_clip", "none", TypeError, "kl_clip must be a number or 'auto', got 'none' of type str"),
+    *[("ema_decay", v, ValueError, f"ema_decay must be at least 0 and below 1, got {v!r}") for v in (1.0, -0.1, NAN)],
+    ("ema_decay", [0.9], TypeError, r"ema_decay must be a number, got \[0.9\] of type list"),
+    ("fisher", "montecarlo", ValueError, "fisher must be one of 'mc', 'exact', 'empirical', got 'montecarlo'"),
+    ("fisher", ["mc"], ValueError, r"fisher must be one of .*, got \['mc'\]"),
+    ("likelihood", "softmax", ValueError, "likelihood must be one of 'auto', 'categorical', 'bernoulli', 'gaussian'"),
+    ("likelihood", Gaussian, ValueError, "likelihood must be one of 'auto'"),
+    ("inverse", "lu", ValueError, "inverse must be one of 'cholesky'"),
+    ("rule", "sgd", ValueError, "rule must be one of 'natural', 'adam', 'auto', got 'sgd'"),
+    ("weight_sharing", "share", ValueError, "weight_sharing must be one of 'expand', 'reduce', got 'share'"),
+    ("placement", "memopt", ValueError, "placement must be one of 'auto', 'comm-opt', 'mem-opt', got 'memopt'"),
+    ("placement", 0, ValueError, "placement must be a positive number, got 0"),
+    ("placement", 1.5, ValueError, "placement is a fraction of the ranks, at most 1, got 1.5"),
+    ("placement", None, TypeError, "placement must be a number, got None"),
+    ("reduce_precision", "half", ValueError, "reduce_precision must be one of 'full', 'bfloat16', got 'half'"),
+    ("inverse_precision", "half", ValueError, "inverse_precision must be one of 'full', 'bfloat16', got 'half'"),
+    *[
+        (name, v, error, message.format(name))
+        for name in ("factor_every_n_steps", "inverse_every_n_steps")
+        for v, error, message in (
+            (0, ValueError, "{} must be at least 1, got 0"),
+            (2.0, TypeError, "{} must be a whole number, got 2.0 of type float"),
+            ("often", TypeError, "{} must be a whole number or 'auto', got 'often' of type str"),
+            (True, TypeError, "{} must be a whole number, got True of type bool"),
+        )
+    ],
+    ("warmup_steps", -1, ValueError, "warmup_steps must be at least 0, got -1"),
+    ("max_overhead", 0.0, ValueError, "max_overhead must be a positive number, got 0.0"),
+    ("stagger_inverses", 1, TypeError, "stagger_inverses must be true or false, got 1"),
+    ("seed", -1, ValueError, "seed must be at least 0, got -1"),
+    ("seed", "0", TypeError, "seed must be a whole number, got '0' of type str"),
+    ("include", [3], TypeError, r"include takes glob patterns over module names.*got 3 of type int"),
+    ("include", 3, TypeError, r"include takes glob patterns over module names.*got 3 of type int"),
+    ("exclude", {"a": 1, 2: 2}, TypeError, r"exclude takes glob patterns over module names.*got 2 of type int"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "error", "message"), WRONG, ids=lambda v: repr(v)[:20])
+def test_a_wrong_setting_is_an_error_naming_it_and_its_value(
+    name: str, value: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        KFC(nn.Linear(2, 2), **{name: value})
+    with pytest.raises(error, match=message):
+        Settings(**{name: value})
+
+
+@pytest.mark.parametrize("name", sorted(set(REMOVED) - {field.name for field in fields(Settings)}))
+def test_a_setting_that_was_removed_is_an_error_naming_it_and_the_way_out(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"^{name} was removed: .*\. Leave it out\.$"):
+        KFC(nn.Linear(2, 2), **{name: None})
+    with pytest.raises(TypeError, match=rf"^{name} was removed: .*\. Leave it out\.$"):
+        KFCCallback(**{name: None})
+
+
+def test_a_setting_that_never_was_is_an_error_naming_it() -> None:
+    with pytest.raises(TypeError, match=r"^KFC has no setting 'dampng'"):
+        KFC(nn.Linear(2, 2), dampng=0.1)
+    with pytest.raises(TypeError, match=r"^KFCCallback has no setting 'dampng'"):
+        KFCCallback(dampng=0.1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"damping": 1},
+        {"damping": LinearSchedule(1.0, 0.1, 5)},
+        {"damping": lambda step: 0.1},
+        {"kl_clip": None},
+        {"ema_decay": 0},
+        {"include": "fc*"},
+        {"include": ("fc*",), "exclude": ["fc2"]},
+        {"warmup_steps": 0},
+    ],
+)
+def test_these_settings_are_right(settings: dict[str, Any]) -> None:
+    model = nn.Sequential()
+    for name in ("fc1", "fc2"):
+        model.add_module(name, nn.Linear(2, 2))
+    assert KFC(model, **settings).layers
+
+
+def test_a_single_pattern_is_a_list_of_one() -> None:
+    assert Settings(include="fc*").include == ("fc*",)
+
+
+def test_a_damping_schedule_that_leaves_the_positive_numbers_is_said_once_and_its_last_valid_value_stays() -> None:
+    model = double(nn.Linear(3, 3))
+    kfc = engine(model, damping=lambda step: 0.1 - 0.1 * step)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def loss() -> torch.Tensor:
+        return F.cross_entropy(model(data(4, 3)), classes(4, count=3))
+
+    train_step(kfc, optimizer, loss)
+    with pytest.warns(
+        UserWarning, match=r"damping at step 1 must be a positive number, got 0\.0; 0\.1 is used instead"
+    ):
+        train_step(kfc, optimizer, loss)
+    train_step(kfc, optimizer, loss)
+    assert kfc.last_step is not None
+    assert kfc.last_step.damping == 0.1
+    assert kfc.events.invalid_dampings == 2
+
+
+def test_a_damping_schedule_that_begins_outside_the_positive_numbers_is_an_error_at_the_first_step() -> None:
+    model = double(nn.Linear(3, 3))
+    kfc = engine(model, damping=lambda step: -1.0)
+    with pytest.raises(ValueError, match=r"damping at step 0 must be a positive number, got -1\.0"):
+        train_step(
+            kfc,
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            lambda: F.cross_entropy(model(data(4, 3)), classes(4, count=3)),
+        )
+
+
+def test_the_damping_of_a_step_is_the_schedule_s_value_at_it() -> None:
+    model = double(nn.Linear(3, 3))
+    kfc = engine(model, damping=LinearSchedule(1.0, 3.0, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    seen = []
+    for _ in range(4):
+        train_step(kfc, optimizer, lambda: F.cross_entropy(model(data(4, 3)), classes(4, count=3)))
+        assert kfc.last_step is not None
+        seen.append(kfc.last_step.damping)
+    assert seen == [1.0, 2.0, 3.0, 3.0]
+
+
+def test_a_placement_that_the_inverse_cannot_have_is_an_error_that_says_which_one_can() -> None:
+    with pytest.raises(ValueError, match=r"Use placement='comm-opt', or inverse='eigh'"):
+        Settings(inverse="ekfac", placement="mem-opt")
+    assert Settings(inverse="ekfac", placement="comm-opt").placement == "comm-opt"
