@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "lightning_kfc"
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 #: Changes that the last table answers, whatever others it has.
