@@ -181,6 +181,7 @@ def expected_factors(seen):
     return {"generator": generator, "discriminator": discriminator}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["gd", "dg"])
 @pytest.mark.parametrize("toggled", [True, False])
 @pytest.mark.parametrize("detached", [True, False])

@@ -42,6 +42,7 @@ def assert_same(module, callback, other, other_callback):
     assert differences(callback.state_dict(), other_callback.state_dict()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_a_run_resumed_at_any_step_is_the_uninterrupted_one_bit_for_bit(tmp_path, accumulated):
     options = {"accumulate_grad_batches": accumulated}

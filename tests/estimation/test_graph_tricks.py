@@ -143,6 +143,7 @@ def test_compiled_code_runs_eagerly_on_due_steps_and_is_compiled_once_for_those_
     assert_same(weights(module), weights(eager), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["submodule", "net", "LightningModule", "loss"])
 def test_compiled_code_runs_eagerly_where_it_is_recorded_for_a_review_and_nothing_is_compiled_again(
     what: str, backend: Backend, monkeypatch: pytest.MonkeyPatch

@@ -178,6 +178,7 @@ def layers_of_transformers() -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("training", [True, False])

@@ -67,6 +67,7 @@ def test_the_callback_names_every_inverse_for_its_command_line() -> None:
     assert set(get_args(get_type_hints(KFCCallback.__init__)["inverse"])) == set(INVERSES)
 
 
+@pytest.mark.slow
 @quiet
 @pytest.mark.parametrize("inverse", list(INVERSES))
 def test_training_falls_and_resumes_bit_for_bit(inverse: str, tmp_path: Path) -> None:

@@ -139,6 +139,7 @@ def test_a_layer_that_misses_its_step_makes_up_for_it_at_its_next_one() -> None:
     assert len([step for step in made if step >= 12]) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inverse", ["cholesky", "ekfac"])
 @pytest.mark.parametrize("at", [2, 3, 4, 9, 17, 20])
 def test_a_resumed_run_keeps_the_slots_bit_for_bit(inverse: str, at: int) -> None:

@@ -339,6 +339,7 @@ def test_the_model_that_a_review_holds_a_step_against_has_no_damping(monkeypatch
 # State.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [0, 1, 4, 7, 9, 10])
 def test_a_run_resumed_at_any_step_ends_with_the_same_bits(at: int) -> None:
     whole, first, second = (Run(seed=seed, rule="adam") for seed in (0, 0, 1))
