@@ -216,7 +216,7 @@ def _empirical_seed(weighted: WeightedTerm, generator: torch.Generator) -> Seeds
         )
     edges = [edge for edge, _ in term.edges]
     gradients = torch.autograd.grad([term.value_edge], edges, [weighted.derivative], retain_graph=True)
-    weights = weighted.weights
+    weights = term.weights_in_loss(weighted.derivative)
     signs = torch.randint(0, 2, weights.shape, generator=generator, device=weights.device) * 2 - 1
     factor = torch.where(weights > 0, signs / weights.sqrt(), torch.zeros_like(weights))
     if term.likelihood.vector_valued:

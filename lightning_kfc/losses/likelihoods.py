@@ -124,12 +124,22 @@ class Categorical(Likelihood):
             yield column * (weights * p[..., k]).sqrt().unsqueeze(-1)
 
 
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Independent +1 and -1."""
+    signs = torch.randint(0, 2, like.shape, generator=generator, device=like.device) * 2 - 1
+    return signs.to(like.dtype)
+
+
 class _ElementwiseLikelihood(Likelihood):
     """Every output is a term of its own, with a scalar Fisher information."""
 
     @abstractmethod
     def standard_deviations(self, logits: Tensor, weights: Tensor) -> Tensor:
         """The root of each output's weighted Fisher information."""
+
+    def sampled_seed(self, logits: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
+        """Standard deviations with random signs: the second moment of drawn targets, at the least variance."""
+        return self.standard_deviations(logits, weights) * _signs(logits, generator)
 
     def exact_seed_columns(self, logits: Tensor, weights: Tensor) -> Iterator[Tensor]:
         """See :class:`Likelihood`."""
@@ -142,7 +152,7 @@ class _ElementwiseLikelihood(Likelihood):
 
 @dataclass(frozen=True)
 class Bernoulli(_ElementwiseLikelihood):
-    r"""Independent yes/no outputs: ``binary_cross_entropy_with_logits``.
+    r"""Independent yes/no outputs: ``binary_cross_entropy_with_logits``, and the soft margin losses.
 
     Seeds :math:`\sqrt{c}\,(\sigma(z) - \hat y)` with :math:`\hat y \sim \mathrm{Bernoulli}(\sigma(z))`.
     """
@@ -160,22 +170,75 @@ class Bernoulli(_ElementwiseLikelihood):
 
 
 @dataclass(frozen=True)
+class BernoulliProbability(Bernoulli):
+    r"""Independent yes/no outputs given as probabilities p: ``binary_cross_entropy``.
+
+    Seeds :math:`\pm\sqrt{c/(p(1-p))}`, which the derivative of a sigmoid turns into those of its logit. The
+    information is at most :math:`10^{12}c`, and 0 where p is 0 or 1: nothing is random there.
+    """
+
+    #: Where torch bounds p(1-p) in the derivative of the loss.
+    smallest: ClassVar[float] = 1e-12
+
+    def sampled_seed(self, logits: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
+        """See :class:`Likelihood`."""
+        return _ElementwiseLikelihood.sampled_seed(self, logits, weights, generator)
+
+    def standard_deviations(self, logits: Tensor, weights: Tensor) -> Tensor:
+        r"""The root of :math:`c/(p(1-p))`."""
+        variances = logits * (1 - logits)
+        return (weights * variances).sqrt() / variances.clamp_min(self.smallest)
+
+
+@dataclass(frozen=True)
 class Gaussian(_ElementwiseLikelihood):
     r"""Unit-variance regression: ``mse_loss``, whose terms :math:`(z - y)^2` carry no one half.
 
-    Seeds :math:`\sqrt{2c}\,\varepsilon` with :math:`\varepsilon \sim N(0, 1)`.
+    Seeds :math:`\sqrt{2c}\,\varepsilon` with :math:`\varepsilon \sim N(0, 1)`; with one output in each term
+    :math:`\pm\sqrt{2c}`, which are exact: their squares are known.
+
+    Losses that are quadratic with another curvature I at each term (``huber_loss``, ``gaussian_nll_loss``) have
+    weights of :math:`c\,I/2`.
     """
 
     name: ClassVar[str] = "gaussian"
 
     def sampled_seed(self, logits: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
         """See :class:`Likelihood`."""
+        if logits.shape[-1] == 1:
+            return self.standard_deviations(logits, weights) * _signs(logits, generator)
         noise = torch.randn(logits.shape, generator=generator, device=logits.device, dtype=logits.dtype)
         return (2 * weights).sqrt() * noise
 
     def standard_deviations(self, logits: Tensor, weights: Tensor) -> Tensor:
         r"""The root of :math:`2c`."""
         return (2 * weights).sqrt().expand(logits.shape)
+
+
+@dataclass(frozen=True)
+class Poisson(_ElementwiseLikelihood):
+    r"""Independent counts whose outputs z are logarithms of rates: ``poisson_nll_loss``.
+
+    Seeds :math:`\pm\sqrt{c\,e^z}`.
+    """
+
+    name: ClassVar[str] = "poisson"
+
+    def standard_deviations(self, logits: Tensor, weights: Tensor) -> Tensor:
+        r"""The root of :math:`c\,e^z`."""
+        return weights.sqrt() * (logits / 2).exp()
+
+
+@dataclass(frozen=True)
+class PoissonRate(Poisson):
+    r"""Independent counts whose outputs are the rates: ``poisson_nll_loss(log_input=False)``.
+
+    Seeds :math:`\pm\sqrt{c/z}`.
+    """
+
+    def standard_deviations(self, logits: Tensor, weights: Tensor) -> Tensor:
+        r"""The root of :math:`c/z`."""
+        return (weights / logits.clamp_min(torch.finfo(logits.dtype).tiny)).sqrt()
 
 
 #: The likelihoods a user can name.

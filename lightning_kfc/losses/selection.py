@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_kfc.losses.likelihoods import Likelihood
-from lightning_kfc.losses.terms import LossRecorder, LossTerm, NamedOutputHook
+from lightning_kfc.losses.terms import LOSS_FUNCTIONS, LossRecorder, LossTerm, NamedOutputHook
 
 
 class LossNotRecognisedError(RuntimeError):
@@ -55,7 +55,7 @@ def unrecognised(terms: Sequence[LossTerm], likelihood: str | Likelihood) -> str
     return (
         "KFC recognised no term of the loss "
         f"(likelihood={likelihood!r}; loss functions seen in this step: {_seen(terms)}). "
-        "It knows cross_entropy, nll_loss, binary_cross_entropy_with_logits and mse_loss, as functions or modules. "
+        f"It knows {', '.join(function.__name__ for function in LOSS_FUNCTIONS)}, as functions or modules. "
         "For another loss, name the likelihood and the module whose output is its logits, for example "
         "likelihood=Categorical(output_of='head'), or choose fisher='empirical'."
     )

@@ -384,7 +384,7 @@ def head(outputs: int = 3) -> nn.Sequential:
 
 
 UNKNOWN: dict[str, Loss] = {
-    "huber": lambda z: F.huber_loss(z, Y),
+    "multi-margin": lambda z: F.multi_margin_loss(z, TARGET),
     "by hand": lambda z: (z - Y).square().mean(),
     "by hand, with log_softmax": lambda z: -z.log_softmax(1).gather(1, TARGET[:, None]).mean(),
 }
@@ -421,7 +421,7 @@ def test_a_recognised_function_that_is_no_part_of_the_loss_is_named() -> None:
     with kfc.capture():
         z = model(data(4, 4))
         F.cross_entropy(z, TARGET)
-        loss = F.huber_loss(z, Y)
+        loss = F.multi_margin_loss(z, TARGET)
     with pytest.warns(UserWarning, match=OWN_GRADIENT.format("cross_entropy")):
         kfc.update(loss)
 
@@ -431,7 +431,7 @@ def test_a_penalty_on_the_weights_beside_an_unrecognised_loss_is_no_error() -> N
     model, x = head(), data(4, 4)
     kfc = engine(model)
     with kfc.capture():
-        loss = F.huber_loss(model(x), Y) + sum(p.square().sum() for p in model.parameters())
+        loss = F.multi_margin_loss(model(x), TARGET) + sum(p.square().sum() for p in model.parameters())
     with pytest.warns(UserWarning, match="KFC") as said:
         kfc.update(loss)
     messages = sorted(str(warning.message).partition(":")[0] for warning in said)
@@ -602,7 +602,7 @@ def test_kfc_is_silent_about_a_loss_before_its_capture_is_due() -> None:
     for step in range(5):
         with kfc.capture():
             # Recognised at the due step, unknown at the others, which look at nothing.
-            loss = F.mse_loss(model(x), Y) if step == 0 else F.huber_loss(model(x), Y)
+            loss = F.mse_loss(model(x), Y) if step == 0 else F.multi_margin_loss(model(x), TARGET)
         kfc.update(loss)
         loss.backward()
         kfc.precondition(lr=0.1)
