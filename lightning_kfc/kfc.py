@@ -1,4 +1,4 @@
-"""The preconditioner: the one owner of mutable state; it knows no Lightning."""
+"""The preconditioner: one training step, and the only place where its stages meet. It knows no Lightning."""
 
 from __future__ import annotations
 
