@@ -16,7 +16,7 @@ from lightning_kfc import KFC
 
 @dataclass(frozen=True)
 class BatchLoss:
-    """The loss of a batch, or of some of its examples.
+    """The loss of a batch.
 
     Attributes:
         model: The model.
@@ -30,21 +30,9 @@ class BatchLoss:
     inputs: Tensor
     targets: Tensor
 
-    @property
-    def examples(self) -> int:
-        """How many there are."""
-        return len(self.inputs)
-
-    def __call__(self, part: Tensor | None = None) -> Tensor:
-        """Evaluate it.
-
-        Args:
-            part: The indices of the examples; None for all.
-        """
-        inputs, targets = self.inputs, self.targets
-        if part is not None:
-            inputs, targets = inputs[part], targets[part]
-        return self.loss(self.model(inputs), targets)
+    def __call__(self) -> Tensor:
+        """Evaluate it."""
+        return self.loss(self.model(self.inputs), self.targets)
 
 
 class Stepper(ABC):

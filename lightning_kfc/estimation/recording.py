@@ -215,12 +215,9 @@ class Recorder:
         direction: Callable[[], Tensor] | None,
         keep_inputs: bool,
     ) -> None:
-        # A toggled optimizer freezes the other optimizers' parameters for a while.
+        # Asked at each call: a toggled optimizer freezes the other optimizers' parameters for a while.
         frozen = not adapter.own_parameters()
         if self.paused or frozen or not torch.is_grad_enabled() or not output.requires_grad:
-            return
-        # Asked at each call: a training step may freeze a network for a while, as that of a GAN does.
-        if not adapter.own_parameters():
             return
         with torch.no_grad():
             forward = whole_forward(forward)

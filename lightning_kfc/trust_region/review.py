@@ -93,11 +93,10 @@ class Before:
         """This rank's loss of the step."""
         return sum(float(loss.value) for loss in self.losses)
 
-    def replay(self, *, moved: bool) -> float:
-        """This rank's loss again, with the parameters as they are now, or as they were before the step."""
+    def replay(self) -> float:
+        """This rank's loss again, with the parameters as they are now."""
         now = {id(p): p.detach() for p in self.parameters}
-        then = {id(p): value for p, value in zip(self.parameters, self.values, strict=True)}
-        return _replayed(self.losses, now if moved else then, with_collectives=self.with_collectives)
+        return _replayed(self.losses, now, with_collectives=self.with_collectives)
 
     def outcome(self, layers: Iterable[Layer], loss_before: float, loss_after: float) -> Outcome | None:
         """Compare now with then, given both losses, means over ranks; None where no parameter has changed."""
@@ -170,6 +169,7 @@ class Reviewer:
         # By the id of each optimizer that has stepped: the ids of its parameters.
         self._optimizers: dict[int, set[int]] = {}
         self._before: Before | None = None
+        # Whether a replay has given a loss again, which the first review of a fit finds out.
         self._checked = False
         self._misses = 0
         self.last: Verdict | None = None
@@ -252,6 +252,8 @@ class Reviewer:
 
     def stepped(self, parameters: Iterable[Tensor], optimizer: Optimizer | None) -> None:
         """Note that an optimizer has stepped: its losses have been used."""
+        if not self.region.active:
+            return
         own = {id(parameter) for parameter in parameters}
         if optimizer is not None:
             self._optimizers[id(optimizer)] = own
@@ -318,7 +320,8 @@ class Reviewer:
                 "the losses of the step were computed outside the recorded training step, or what they depend on has "
                 "been written since"
             )
-        elif self._checks(losses, {}, with_collectives=with_collectives):
+        elif self._checked or self._gives_again(losses, {}, with_collectives=with_collectives):
+            self._checked = True
             if not self.region.adapts_damping:
                 self.region.damping = damping
             self._before = Before.of(optimizer, parameters, losses, loss_scale, loss_gradients, size, with_collectives)
@@ -326,13 +329,6 @@ class Reviewer:
     def _losses_of(self, parameters: Iterable[Tensor]) -> list[SeenLoss]:
         own = {id(parameter) for parameter in parameters}
         return [seen for seen in self._losses if not own.isdisjoint(seen.parameters)]
-
-    def _checks(self, losses: Sequence[SeenLoss], values: Mapping[int, Tensor], *, with_collectives: bool) -> bool:
-        """Whether replays give the losses again, which the first review of a fit finds out. Collective."""
-        if self._checked:
-            return True
-        self._checked = True
-        return self._gives_again(losses, values, with_collectives=with_collectives)
 
     def _gives_again(self, losses: Sequence[SeenLoss], values: Mapping[int, Tensor], *, with_collectives: bool) -> bool:
         """Whether replays with unmoved weights give the losses; where not, reviews end. Collective."""
@@ -372,7 +368,7 @@ class Reviewer:
         before, self._before = replace(before, optimizer=optimizer), None
         loss_after, error = math.nan, ""
         try:
-            loss_after = before.replay(moved=True)
+            loss_after = before.replay()
         except Exception as raised:
             # An operation whose sizes depend on the weights, for one, does not fit those that were recorded.
             error = str(raised)
@@ -450,8 +446,9 @@ def _with_gradient(parameters: Mapping[int, Tensor]) -> dict[int, Tensor]:
     if not gradients:
         return {}
     with torch.no_grad():
-        dense_ones = [dense(distributed.own_part(gradient)) for gradient in gradients.values()]
-        largest = torch.stack([gradient.abs().amax().float().cpu() for gradient in dense_ones])
+        parts = [dense(distributed.own_part(gradient)) for gradient in gradients.values()]
+        # Brought together first: to ask for each would wait for each.
+        largest = torch.stack([part.abs().amax().float().to(parts[0].device) for part in parts])
     return {key: parameters[key] for key, value in zip(gradients, largest.tolist(), strict=True) if value != 0}
 
 

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,12 @@ from torch.autograd.graph import Node
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_kfc.utilities.isolation import unseen_by_dispatch_modes
+from lightning_kfc.utilities.isolation import (
+    random_state,
+    random_states_kept,
+    set_random_state,
+    unseen_by_dispatch_modes,
+)
 
 #: Operators of torch.distributed. Their schemas do not tell which tensors they write.
 COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional")
@@ -30,7 +35,6 @@ RESIZES = ("aten::resize_", "aten::resize_as_", "aten::_resize_output_")
 
 #: Operators that give a tensor other memory, as deepcopy does: whoever reads it next sees whose memory that is.
 REPOINTS = ("aten::set_", "aten::set_data")
-
 
 AS_STRIDED, COPY = torch.ops.aten.as_strided.default, torch.ops.aten.copy_.default
 
@@ -340,22 +344,23 @@ class Tape(TorchDispatchMode):
 
     def _aliasing(self, tensor: Tensor, address: int | None, number: int) -> Slot:
         """The slot of a tensor that came to share the memory of a recorded one without an operation that tells."""
+        slot, dtype = self._whole_storage(tensor, number)
+        self._aliased.add(number)
+        if dtype != tensor.dtype:
+            slot = self._view(torch.ops.aten.view.dtype, slot, (tensor.dtype,), self._unnamed_slot(number))
+        geometry = list(tensor.shape), list(tensor.stride()), tensor.storage_offset()
+        return self._view(AS_STRIDED, slot, geometry, self._new_slot(tensor, address))
+
+    def _whole_storage(self, tensor: Tensor, number: int) -> tuple[Slot, torch.dtype]:
+        """A slot for all of a tensor's memory as a vector, of the type of the last recorded tensor on it."""
         latest, dtype = self._latest[number]
         count = tensor.untyped_storage().nbytes() // dtype.itemsize
-        self._aliased.add(number)
-        # All of the memory as a vector, in the other type, in the tensor's geometry.
-        steps: list[tuple[Any, tuple[Any, ...]]] = [(AS_STRIDED, ([count], [1], 0))]
-        if dtype != tensor.dtype:
-            steps.append((torch.ops.aten.view.dtype, (tensor.dtype,)))
-        geometry = list(tensor.shape), list(tensor.stride()), tensor.storage_offset()
-        steps.append((AS_STRIDED, geometry))
-        slot = latest
-        for position, (function, arguments) in enumerate(steps):
-            last = position == len(steps) - 1
-            made = self._new_slot(tensor, address) if last else self._unnamed_slot(number)
-            self._operations.append(Operation(function, [slot, *arguments], {}, [slot], False, [made], {number}, set()))
-            slot = made
-        return slot
+        return self._view(AS_STRIDED, latest, ([count], [1], 0), self._unnamed_slot(number)), dtype
+
+    def _view(self, function: Any, of: Slot, arguments: tuple[Any, ...], made: Slot) -> Slot:
+        numbers = self._numbers(of)
+        self._operations.append(Operation(function, [of, *arguments], {}, [of], False, [made], numbers, set()))
+        return made
 
     def _freeze(self, args: Any, kwargs: Any) -> None:
         """Take what collectives have written into these arguments for what a replay finds in them."""
@@ -365,15 +370,13 @@ class Tape(TorchDispatchMode):
             if number is None or number not in self._unread:
                 continue
             self._unread.discard(number)
-            latest, dtype = self._latest[number]
-            storage = tensor.untyped_storage()
-            count = storage.nbytes() // dtype.itemsize
-            content = torch.empty(0, dtype=dtype, device=tensor.device).set_(storage, 0, (count,), (1,)).clone()
-            given, whole = self._from_outside(content, _storage_address(content), None), self._unnamed_slot(number)
-            self._operations += [
-                Operation(AS_STRIDED, [latest, [count], [1], 0], {}, [latest], False, [whole], {number}, set()),
-                Operation(COPY, [whole, given], {}, [whole, given], False, [whole], self._numbers(given), {number}),
-            ]
+            whole, dtype = self._whole_storage(tensor, number)
+            memory = torch.empty(0, dtype=dtype, device=tensor.device).set_(tensor.untyped_storage())
+            content = memory.clone()
+            given = self._from_outside(content, _storage_address(content), None)
+            self._operations.append(
+                Operation(COPY, [whole, given], {}, [whole, given], False, [whole], self._numbers(given), {number})
+            )
 
     def _numbers(self, *slots: Slot) -> set[int]:
         return {self._slot_storage[slot] for slot in slots}
@@ -466,7 +469,8 @@ class Tape(TorchDispatchMode):
         operations = self.slice(slot, length, with_collectives=with_collectives)
         read = {used for operation, _ in operations for used in operation.used} | {slot}
         draws = [operation.draw for operation, _ in operations if operation.draw is not None]
-        with unseen_by_dispatch_modes(), _default_generators_kept(draws), contextlib.ExitStack() as stack:
+        drawn_from = {draw.device for draw in draws if not draw.own}
+        with unseen_by_dispatch_modes(), random_states_kept(drawn_from), contextlib.ExitStack() as stack:
             values = self._values_from_outside(read, parameters)
             for device in {tensor.device.type for tensor in values.values()} | {"cpu"}:
                 stack.enter_context(torch.autocast(device, enabled=False))
@@ -530,7 +534,7 @@ def _run(operation: Operation, values: dict[Slot, Tensor]) -> None:
     """Run an operation again, on values and for values by slot."""
     draw = operation.draw
     if draw is not None and not draw.own:
-        _set_default_state(draw.device, draw.state)
+        set_random_state(draw.device, draw.state)
     args, kwargs = operation.args, operation.kwargs
     if operation.nested or draw is not None:
         args, kwargs = _decoded((args, kwargs), values, draw)
@@ -605,30 +609,8 @@ class RandomDraw:
                 return cls(generator.device, True, generator.get_state())
         devices = [leaf.device for leaf in leaves if isinstance(leaf, Tensor)]
         device = devices[0] if devices else torch.device(kwargs.get("device") or "cpu")
-        return cls(device, False, _default_state(device))
+        return cls(device, False, random_state(device))
 
     def generator(self) -> torch.Generator:
         """A generator in this state."""
         return torch.Generator(self.device).set_state(self.state)
-
-
-def _default_state(device: torch.device) -> Tensor:
-    state: Tensor = torch.get_rng_state() if device.type == "cpu" else getattr(torch, device.type).get_rng_state(device)
-    return state
-
-
-def _set_default_state(device: torch.device, state: Tensor) -> None:
-    if device.type == "cpu":
-        torch.set_rng_state(state)
-    else:
-        getattr(torch, device.type).set_rng_state(state, device)
-
-
-@contextlib.contextmanager
-def _default_generators_kept(draws: Iterable[RandomDraw]) -> Iterator[None]:
-    states = {draw.device: _default_state(draw.device) for draw in draws if not draw.own}
-    try:
-        yield
-    finally:
-        for device, state in states.items():
-            _set_default_state(device, state)

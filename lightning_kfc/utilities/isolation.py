@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -131,43 +130,44 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
             module._buffers[name] = buffer
 
 
-@dataclass(frozen=True)
-class RandomStreams:
-    """The states of the random streams of torch, Python and NumPy at one time."""
+def random_state(device: torch.device) -> Tensor:
+    """The state of a device's default generator."""
+    state: Tensor = torch.get_rng_state() if device.type == "cpu" else getattr(torch, device.type).get_rng_state(device)
+    return state
 
-    torch_states: Mapping[torch.device, Tensor]
-    python_state: Any
-    numpy_state: Any
 
-    @classmethod
-    def of(cls, model: nn.Module) -> RandomStreams:
-        """The present states, on the CPU and on the model's devices."""
-        devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
-        states = {torch.device("cpu"): torch.get_rng_state()}
-        states |= {device: getattr(torch, device.type).get_rng_state(device) for device in devices}
-        numpy_random = sys.modules.get("numpy.random")
-        return cls(states, random.getstate(), numpy_random.get_state() if numpy_random is not None else None)
+def set_random_state(device: torch.device, state: Tensor) -> None:
+    """Give a device's default generator a state."""
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        getattr(torch, device.type).set_rng_state(state, device)
 
-    def restore(self) -> None:
-        """Go back to these states."""
-        for device, state in self.torch_states.items():
-            if device.type == "cpu":
-                torch.set_rng_state(state)
-            else:
-                getattr(torch, device.type).set_rng_state(state, device)
-        random.setstate(self.python_state)
-        if self.numpy_state is not None:
-            sys.modules["numpy.random"].set_state(self.numpy_state)
+
+@contextlib.contextmanager
+def random_states_kept(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Leave the default generators of devices as they were."""
+    states = {device: random_state(device) for device in devices}
+    try:
+        yield
+    finally:
+        for device, state in states.items():
+            set_random_state(device, state)
 
 
 @contextlib.contextmanager
 def _random_streams_kept(model: nn.Module) -> Iterator[None]:
     """Leave the random streams of torch, Python and NumPy as they were."""
-    streams = RandomStreams.of(model)
+    devices = {torch.device("cpu"), *(p.device for p in model.parameters() if p.device.type != "meta")}
+    numpy_random = sys.modules.get("numpy.random")
+    python_state, numpy_state = random.getstate(), None if numpy_random is None else numpy_random.get_state()
     try:
-        yield
+        with random_states_kept(devices):
+            yield
     finally:
-        streams.restore()
+        random.setstate(python_state)
+        if numpy_random is not None:
+            numpy_random.set_state(numpy_state)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import pytorch_optimizer
 import torch
-from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
@@ -23,8 +22,8 @@ pytestmark = [
 ]
 
 
-class Reviews(Callback):
-    """Notes, at each review, the outcome, and what a fresh evaluation of the step's batches says."""
+class Reviews:
+    """Notes the outcome of each review."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.found: list[Outcome] = []
