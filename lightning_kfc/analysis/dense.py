@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from lightning_kfc.estimation.back_propagation import WeightedTerm, derivatives, edges_with_seed, weighted_terms
 from lightning_kfc.layers import Adapter
 from lightning_kfc.losses.likelihoods import Likelihood
+from lightning_kfc.losses.recorder import LossRecorder
 from lightning_kfc.losses.selection import LossNotRecognisedError, attach_named_output, unrecognised, wanted_terms
-from lightning_kfc.losses.terms import LossRecorder
 
 #: A dense Fisher matrix takes so many back-propagations at most: a small batch shows as much.
 MAX_PASSES = 20_000

@@ -29,6 +29,7 @@ from lightning_kfc.estimation.recording import Call, Recorder, parameter_call
 from lightning_kfc.estimation.self_test import SelfTest
 from lightning_kfc.factors.inverse import INVERSES, EkfacInverse
 from lightning_kfc.factors.statistics import Statistics
+from lightning_kfc.losses.recorder import LossRecorder
 from lightning_kfc.losses.selection import (
     LossNotRecognisedError,
     attach_named_output,
@@ -36,7 +37,7 @@ from lightning_kfc.losses.selection import (
     unrecognised,
     wanted_terms,
 )
-from lightning_kfc.losses.terms import LossRecorder, LossTerm
+from lightning_kfc.losses.terms import LossTerm
 from lightning_kfc.monitoring.events import Events
 from lightning_kfc.monitoring.timing import StepTimes
 from lightning_kfc.scheduling.tracker import Due

@@ -8,7 +8,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_kfc.losses.likelihoods import Likelihood
-from lightning_kfc.losses.terms import LOSS_FUNCTIONS, LossRecorder, LossTerm, NamedOutputHook
+from lightning_kfc.losses.readers import LOSS_FUNCTIONS
+from lightning_kfc.losses.recorder import LossRecorder, NamedOutputHook
+from lightning_kfc.losses.terms import LossTerm
 
 
 class LossNotRecognisedError(RuntimeError):

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from lightning_kfc.estimation.back_propagation import WeightedTerm, never_negative, seed_passes, weighted_terms
 from lightning_kfc.losses.likelihoods import BernoulliProbability, Likelihood, Poisson, PoissonRate
-from lightning_kfc.losses.terms import LossRecorder
+from lightning_kfc.losses.recorder import LossRecorder
 from tests.helpers import oracles
 from tests.helpers.nets import classes, data, double, observe
 from tests.losses.test_terms import REDUCTIONS, finish, torch_name

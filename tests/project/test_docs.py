@@ -32,7 +32,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 import lightning_kfc
 import lightning_kfc.analysis
 import lightning_kfc.pictures
-from lightning_kfc.losses.terms import LOSS_FUNCTIONS
+from lightning_kfc.losses.readers import LOSS_FUNCTIONS
 from lightning_kfc.monitoring.advice import RULES
 from lightning_kfc.monitoring.events import Events, StepNumbers
 from lightning_kfc.settings import REMOVED

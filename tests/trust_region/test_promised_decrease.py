@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lightning_kfc import KFC
 from lightning_kfc.estimation.back_propagation import never_negative, weighted_terms
-from lightning_kfc.losses.terms import LossRecorder
+from lightning_kfc.losses.recorder import LossRecorder
 from lightning_kfc.trust_region.region import MOST_PROMISED
 from tests.helpers.nets import classes, data, double
 

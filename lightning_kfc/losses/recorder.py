@@ -1,0 +1,109 @@
+"""Record loss terms by watching the calls of torch's loss functions."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from lightning_kfc.losses.likelihoods import Categorical, Likelihood
+from lightning_kfc.losses.readers import LOSS_FUNCTIONS
+from lightning_kfc.losses.terms import LossTerm, values_of, with_outputs
+from lightning_kfc.utilities.isolation import unseen_by_dispatch_modes
+
+
+def _with_the_weight_that_torch_drops(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of ``l1_loss``, which does not tell a torch function mode of its ``weight``.
+
+    Without it, the loss would be another one while it is watched. It is found in the frame of the call.
+    """
+    code, frame = getattr(F.l1_loss, "__code__", None), inspect.currentframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    weight = None if frame is None else frame.f_locals.get("weight")
+    return kwargs if weight is None or len(args) > 5 else {**kwargs, "weight": weight}
+
+
+class LossRecorder(TorchFunctionMode):
+    """While it is entered, the loss functions that are called become :class:`LossTerm` in ``terms``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.terms: list[LossTerm] = []
+        self.paused = False
+        #: What was raised while a call was read. The training step is the user's, and goes on.
+        self.failure: Exception | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call through, and record what a loss function was called with."""
+        kwargs = kwargs or {}
+        if func is F.l1_loss and "weight" not in kwargs:
+            kwargs = _with_the_weight_that_torch_drops(args, kwargs)
+        result = func(*args, **kwargs)
+        read = LOSS_FUNCTIONS.get(func)
+        if read is not None and not self.paused and isinstance(result, Tensor) and result.requires_grad:
+            off = torch.autocast(result.device.type, enabled=False)
+            try:
+                with torch.no_grad(), off, unseen_by_dispatch_modes():
+                    found = read(result, *args, **kwargs)
+            except Exception as error:
+                self.failure = self.failure or error
+                return result
+            self.terms += [found] if isinstance(found, LossTerm) else found or []
+        return result
+
+
+class NamedOutputHook:
+    """A forward hook that makes a module's output the logits of a likelihood that the user named.
+
+    A copied or pickled module carries it as one that does nothing.
+
+    Args:
+        likelihood: The likelihood.
+        losses: Where the term goes; None for nowhere.
+    """
+
+    def __init__(self, likelihood: Likelihood, losses: LossRecorder | None) -> None:
+        self._likelihood = likelihood
+        self._losses = losses
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Record one call of the module."""
+        if self._losses is None or self._losses.paused or not torch.is_grad_enabled():
+            return
+        if isinstance(output, Tensor) and output.requires_grad:
+            with unseen_by_dispatch_modes():
+                self._losses.terms.append(_named_output_term(self._likelihood, output))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NamedOutputHook:
+        return NamedOutputHook(self._likelihood, None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return NamedOutputHook, (self._likelihood, None)
+
+
+def _named_output_term(likelihood: Likelihood, output: Tensor) -> LossTerm:
+    shape = output.shape
+    if isinstance(likelihood, Categorical):
+        class_dim = likelihood.class_dim if output.ndim > 1 else 0
+        logits = values_of(output.movedim(class_dim, -1))
+        logits = logits.unsqueeze(0) if logits.ndim == 1 else logits
+        weights = torch.ones_like(logits[..., 0])
+    else:
+        class_dim = -1
+        logits = with_outputs(values_of(output))
+        weights = torch.ones_like(logits)
+    if likelihood.reduction == "mean":
+        weights = weights / max(weights.numel(), 1)
+
+    def layout(seed: Tensor) -> Tensor:
+        return seed.reshape(shape) if len(shape) < 2 else seed.movedim(-1, class_dim)
+
+    edges = ((get_gradient_edge(output), 1.0),)
+    name = f"output of {likelihood.output_of!r}"
+    return LossTerm(likelihood, name, logits, edges, layout, None, None, lambda derivative: weights * derivative)
