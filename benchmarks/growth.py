@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from benchmarks.shapes import LARGEST, LayerShape, resnet50
 from lightning_kfc import KFC
-from lightning_kfc.factors.parts import number_of_parts
+from lightning_kfc.factors.row_sampling import number_of_parts
 from lightning_kfc.factors.stored import stored_nbytes
 from lightning_kfc.monitoring.timing import REST
 

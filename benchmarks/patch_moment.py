@@ -2,7 +2,7 @@
 
 For three convolutions of stride 1, the CPU time of A's exact total over all patches (E1), over that of the layer's own
 forward and backward (to its weight and to its input) on the same batch. *This library* is what it does
-(:mod:`lightning_kfc.factors.patches`: products by lag, no patches); *unfolding* makes all patches by
+(:mod:`lightning_kfc.factors.convolution.patches`: products by lag, no patches); *unfolding* makes all patches by
 ``torch.nn.functional.unfold`` and multiplies them by their transpose; *unfolding by chunks* holds 16 MiB of them
 at most, and multiplies half of each symmetric product. Each round does all of them once, the order reversed every other
 round; numbers are medians over rounds of the quotients within a round.
@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_kfc.factors.geometry import Geometry
+from lightning_kfc.factors.convolution.geometry import Geometry
+from lightning_kfc.factors.convolution.patches import image_chunks, patch_columns, patch_second_moment
 from lightning_kfc.factors.gram import gram
-from lightning_kfc.factors.patches import image_chunks, patch_columns, patch_second_moment
 
 RESULTS = Path(__file__).parent / "results" / "patch_moment.json"
 #: The forms that are compared, in the order of the table.

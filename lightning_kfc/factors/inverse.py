@@ -6,7 +6,7 @@ from lightning_kfc.factors.inverses.base import FactorisationError, Factors, Inv
 from lightning_kfc.factors.inverses.cholesky import RETRIES, BlockInverse, CholeskyInverse
 from lightning_kfc.factors.inverses.diagonal import DiagonalInverse
 from lightning_kfc.factors.inverses.eigen import EighInverse, EkfacInverse
-from lightning_kfc.factors.inverses.few_rows import FewRows
+from lightning_kfc.factors.inverses.low_rank import FewRows
 
 __all__ = [
     "INVERSES",

@@ -6,7 +6,7 @@ import pkgutil
 from lightning_kfc.layers.adapter import Adapter, Forward
 from lightning_kfc.layers.parameter import ParameterAdapter
 from lightning_kfc.layers.registry import adapter_for, register_adapter
-from lightning_kfc.layers.scale import ScaleShiftAdapter
+from lightning_kfc.layers.scale_shift import ScaleShiftAdapter
 
 __all__ = ["Adapter", "Forward", "ParameterAdapter", "ScaleShiftAdapter", "adapter_for", "register_adapter"]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_kfc.factors.inverse import Inverse
-from lightning_kfc.factors.parts import number_of_parts, one_part
+from lightning_kfc.factors.row_sampling import number_of_parts, one_part
 from lightning_kfc.factors.statistics import (
     InputStatistic,
     Statistics,

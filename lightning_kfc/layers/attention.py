@@ -18,9 +18,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from lightning_kfc.layers.adapter import Adapter, Forward, ForwardHook
+from lightning_kfc.layers.fused_modules import Watch
 from lightning_kfc.layers.linear import LinearAdapter, leading_rows
 from lightning_kfc.layers.registry import register_adapter
-from lightning_kfc.layers.watch import Watch
 
 PROJECTIONS = ("q", "k", "v")
 

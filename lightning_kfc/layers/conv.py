@@ -8,9 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_kfc.factors.geometry import Geometry
-from lightning_kfc.factors.parts import number_of_parts
-from lightning_kfc.factors.patches import (
+from lightning_kfc.factors.convolution.geometry import Geometry
+from lightning_kfc.factors.convolution.patches import (
     part_is_cheaper,
     part_of_patch_second_moment,
     patch_rows,
@@ -18,6 +17,7 @@ from lightning_kfc.factors.patches import (
     patch_second_moment_diagonal,
     project_patches,
 )
+from lightning_kfc.factors.row_sampling import number_of_parts
 from lightning_kfc.factors.statistics import InputStatistic, factor_dtype
 from lightning_kfc.layers.adapter import Adapter, Forward
 from lightning_kfc.layers.registry import register_adapter

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lightning_kfc.layers.adapter import Forward
 from lightning_kfc.layers.registry import register_adapter, register_adapter_by_name
-from lightning_kfc.layers.scale import ScaleShiftAdapter
+from lightning_kfc.layers.scale_shift import ScaleShiftAdapter
 
 _Moments = tuple[Tensor, Tensor]
 

@@ -18,10 +18,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from lightning_kfc.layers.adapter import Adapter, Forward, ForwardHook
+from lightning_kfc.layers.fused_modules import Watch
 from lightning_kfc.layers.linear import LinearAdapter, leading_rows
-from lightning_kfc.layers.recurrence import CELLS, SEQUENCES, one_step, packed, padded, suffix
+from lightning_kfc.layers.recurrent_cells import CELLS, SEQUENCES, one_step, packed, padded, suffix
 from lightning_kfc.layers.registry import register_adapter
-from lightning_kfc.layers.watch import Watch
 
 
 @register_adapter(nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lightning_kfc import KFC
 from lightning_kfc.estimation.recording import Recorder
-from lightning_kfc.factors import patches
+from lightning_kfc.factors.convolution import patches
 from lightning_kfc.layers import Forward
 from tests.helpers import oracles
 from tests.helpers.nets import data, engine, observe

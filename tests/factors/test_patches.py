@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from lightning_kfc.factors import patches
-from lightning_kfc.factors.geometry import Geometry
-from lightning_kfc.factors.patches import patch_rows, patch_second_moment, project_patches
+from lightning_kfc.factors.convolution import patches
+from lightning_kfc.factors.convolution.geometry import Geometry
+from lightning_kfc.factors.convolution.patches import patch_rows, patch_second_moment, project_patches
 from tests.helpers import oracles
 from tests.helpers.nets import data
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_kfc.factors import patches
+from lightning_kfc.factors.convolution import patches
 from lightning_kfc.layers import Adapter, adapter_for
 from tests.helpers import oracles
 from tests.helpers.nets import classes, data, double, observe

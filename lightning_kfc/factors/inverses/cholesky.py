@@ -19,7 +19,7 @@ from lightning_kfc.factors.inverses.base import (
     check_damping,
     sandwich,
 )
-from lightning_kfc.factors.inverses.few_rows import TOLERANCE, FewRows, pays
+from lightning_kfc.factors.inverses.low_rank import TOLERANCE, FewRows, pays
 
 #: A factor that will not factorise is tried again in float64, then with its own rounding added to its diagonal
 #: and the damping grown by these ratios.

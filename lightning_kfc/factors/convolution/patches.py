@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_kfc.factors.geometry import Geometry, pad, spread
+from lightning_kfc.factors.convolution.geometry import Geometry, pad, spread
+from lightning_kfc.factors.convolution.shifted_products import lagged_second_moment
 from lightning_kfc.factors.gram import gram
-from lightning_kfc.factors.lagged import lagged_second_moment
-from lightning_kfc.factors.parts import offsets, steps_along_axes
+from lightning_kfc.factors.row_sampling import offsets, steps_along_axes
 from lightning_kfc.factors.statistics import homogeneous_total
 
 #: At most this many bytes of patches are materialised at once; more would leave a processor's cache, and be slower.
@@ -114,7 +114,7 @@ def patch_second_moment(
 def part_of_patch_second_moment(
     images: Tensor, geometry: Geometry, parts: int, *, homogeneous: bool
 ) -> tuple[Tensor, int]:
-    r"""As :func:`patch_second_moment`, estimated from one of so many parts of the patches (``factors/parts.py``).
+    r"""The same as :func:`patch_second_moment`, estimated from one part of the patches (``factors/row_sampling.py``).
 
     Args:
         images: Inputs of the convolution, shape ``(examples, channels, *space)``.

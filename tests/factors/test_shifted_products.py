@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_kfc.factors import lagged
-from lightning_kfc.factors.geometry import Geometry
-from lightning_kfc.factors.patches import patch_second_moment
+from lightning_kfc.factors.convolution import shifted_products
+from lightning_kfc.factors.convolution.geometry import Geometry
+from lightning_kfc.factors.convolution.patches import patch_second_moment
 
 sizes = st.integers(1, 4)
 pads = st.tuples(st.integers(0, 4), st.integers(0, 4))
@@ -49,9 +49,9 @@ def test_products_by_lag_give_the_second_moment_of_the_patches(
     images = torch.randn(examples, channels, height, width, dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
         # Both forms, and chunks of one image as of all, whatever the rule would choose here.
-        patch.setattr(lagged, "COPY_COST", copy_cost)
-        patch.setattr(lagged, "CHUNK_BYTES", chunk_bytes)
-        total, rows = lagged.lagged_second_moment(images, kernel, dilation, padding)
+        patch.setattr(shifted_products, "COPY_COST", copy_cost)
+        patch.setattr(shifted_products, "CHUNK_BYTES", chunk_bytes)
+        total, rows = shifted_products.lagged_second_moment(images, kernel, dilation, padding)
     (top, bottom), (left, right) = padding
     expected, expected_rows = unfolded_second_moment(F.pad(images, (left, right, top, bottom)), kernel, dilation)
     assert rows == expected_rows
@@ -91,6 +91,6 @@ def test_one_dimension_is_an_image_of_height_one(kernel, dilation, padding, extr
 
 def test_no_chunk_of_images_is_larger_than_stated():
     images = torch.zeros(64, 16, 32, 32)
-    chunks = list(lagged._chunks(images))
+    chunks = list(shifted_products._chunks(images))
     assert sum(len(chunk) for chunk in chunks) == 64
-    assert max(chunk.numel() * chunk.element_size() for chunk in chunks) <= lagged.CHUNK_BYTES
+    assert max(chunk.numel() * chunk.element_size() for chunk in chunks) <= shifted_products.CHUNK_BYTES

@@ -10,7 +10,7 @@ import torch
 from torch import _VF, Tensor
 from torch.nn import functional as F
 
-from lightning_kfc.layers.watch import Watch
+from lightning_kfc.layers.fused_modules import Watch
 
 #: Hidden state first, then the LSTM's cell state.
 State = tuple[Tensor, ...]

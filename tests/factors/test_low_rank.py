@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_kfc.factors.inverses.cholesky import CholeskyInverse
-from lightning_kfc.factors.inverses.few_rows import FewRows, pays
+from lightning_kfc.factors.inverses.low_rank import FewRows, pays
 from tests.helpers.nets import classes, data, engine
 
 
