@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from benchmarks.shapes import LARGEST, LayerShape, resnet50
 from lightning_kfc import KFC
 from lightning_kfc.factors.row_sampling import number_of_parts
-from lightning_kfc.factors.stored import stored_nbytes
+from lightning_kfc.factors.running_average import stored_nbytes
 from lightning_kfc.monitoring.timing import REST
 
 RESULTS = Path(__file__).parent / "results" / "growth.json"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_kfc import KFC
-from lightning_kfc.factors.inverse import INVERSES, Inverse
+from lightning_kfc.factors.inverses import INVERSES, Inverse
 from lightning_kfc.factors.statistics import second_moment_diagonal, second_moment_total
 
 #: The other side of the measured layer, small, so that the large side's cost is what is seen.

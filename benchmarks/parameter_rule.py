@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from lightning_kfc import KFC
 from lightning_kfc import kfc as engine
 from lightning_kfc.curvature.layer import Layer
-from lightning_kfc.factors.inverse import DiagonalInverse, Inverse
+from lightning_kfc.factors.inverses import DiagonalInverse, Inverse
 from lightning_kfc.rules.natural import NaturalStep, natural_step
 
 BATCH, TRAINING = 128, 1500

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from lightning_kfc.factors.convolution.geometry import Geometry
 from lightning_kfc.factors.convolution.patches import image_chunks, patch_columns, patch_second_moment
-from lightning_kfc.factors.gram import gram
+from lightning_kfc.factors.statistics import gram
 
 RESULTS = Path(__file__).parent / "results" / "patch_moment.json"
 #: The forms that are compared, in the order of the table.

@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.contestants import kfc
 from benchmarks.optimizers import BatchLoss, KFCStepper
 from benchmarks.tasks import TASKS, Task
-from lightning_kfc.factors.inverse import CholeskyInverse
+from lightning_kfc.factors.inverses import CholeskyInverse
 
 RESULT = Path(__file__).parent / "results" / "precision.md"
 CASES = {"resnet": 128, "autoencoder": 512}

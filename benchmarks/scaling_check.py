@@ -26,7 +26,7 @@ from benchmarks.processes import free_port
 from benchmarks.scaling import Machine, predict
 from benchmarks.shapes import LayerShape, Network
 from lightning_kfc import KFC
-from lightning_kfc.factors.inverse import CholeskyInverse
+from lightning_kfc.factors.inverses import CholeskyInverse
 
 ROOT = Path(__file__).parent.parent
 WIDTH, DEPTH, EXAMPLES = 768, 6, 128

@@ -1,7 +1,7 @@
 """How far the estimated curvature of a reviewed step is from the exact one.
 
 Trains tasks with large layers by KFC's defaults; at each review, what the estimate
-(:func:`lightning_kfc.factors.quadratic.estimated_quadratic_form`) gives for the layers that it is made for is
+(:func:`lightning_kfc.factors.quadratic_form.estimated_quadratic_form`) gives for the layers that it is made for is
 compared with the exact form. ``python -m benchmarks.trace_error`` writes ``results/trace_error.md``.
 """
 
@@ -18,7 +18,7 @@ from benchmarks.contestants import CONTESTANTS
 from benchmarks.optimizers import BatchLoss
 from benchmarks.tasks import TASKS
 from lightning_kfc.curvature import layer as layers
-from lightning_kfc.factors.quadratic import estimate_pays, estimated_quadratic_form, quadratic_form
+from lightning_kfc.factors.quadratic_form import estimate_pays, estimated_quadratic_form, quadratic_form
 
 RESULT = Path(__file__).parent / "results" / "trace_error.md"
 STEPS = 60

@@ -21,7 +21,7 @@ from lightning_kfc.distributed import process_group as distributed
 from lightning_kfc.distributed.agreement import check_agreement, described
 from lightning_kfc.distributed.placement import factorisation_cost
 from lightning_kfc.estimation.estimator import Observation
-from lightning_kfc.factors.inverse import INVERSES
+from lightning_kfc.factors.inverses import INVERSES
 from lightning_kfc.losses.likelihoods import Likelihood
 from lightning_kfc.monitoring.events import Events, StepNumbers, listed
 from lightning_kfc.monitoring.messages import inform

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from lightning_kfc.distributed.factor_reduction import PRECISIONS
 from lightning_kfc.distributed.placement import PLACEMENTS
-from lightning_kfc.factors.inverse import INVERSES
+from lightning_kfc.factors.inverses import INVERSES
 from lightning_kfc.losses.likelihoods import LIKELIHOODS, Likelihood
 from lightning_kfc.scheduling.refresh_schedule import RefreshSchedule
 from lightning_kfc.utilities.checks import (

@@ -12,8 +12,8 @@ from lightning_kfc.analysis.assumptions import MAX_OPERATIONS, RowRecorder, Rows
 from lightning_kfc.analysis.dense import eigenvalues_of_rows, evaluate, seed_gradients
 from lightning_kfc.analysis.results import Approximation, Comparison, LayerComparison
 from lightning_kfc.curvature.layer import Layer
-from lightning_kfc.factors.inverse import CholeskyInverse, DiagonalInverse, EighInverse, EkfacInverse, Inverse
-from lightning_kfc.factors.inverses.base import sandwich
+from lightning_kfc.factors.inverses import CholeskyInverse, DiagonalInverse, EighInverse, EkfacInverse, Inverse
+from lightning_kfc.factors.products import sandwich
 from lightning_kfc.kfc import KFC
 from lightning_kfc.losses.likelihoods import Likelihood
 from lightning_kfc.utilities.checks import check_integer, check_positive

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_kfc.curvature.find_layers import Found
 from lightning_kfc.curvature.layer import Layer
-from lightning_kfc.factors.inverse import Inverse
+from lightning_kfc.factors.inverses import Inverse
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -177,7 +177,7 @@ def _parts(name: str, module: nn.Module, weight_sharing: str) -> dict[str, Adapt
     kind = adapter_for(module)
     if kind is None or _refusal(module) is not None:
         return {}
-    parts = {f"{name}.{suffix}".strip("."): part for suffix, part in kind.parts(module, weight_sharing).items()}
+    parts = {f"{name}.{suffix}".strip("."): part for suffix, part in kind.sublayers(module, weight_sharing).items()}
     return {part: adapter for part, adapter in parts.items() if adapter.parameters()}
 
 

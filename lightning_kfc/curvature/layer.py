@@ -13,11 +13,11 @@ from lightning_kfc.distributed.process_group import is_sharded
 from lightning_kfc.distributed.remote import Elsewhere
 from lightning_kfc.distributed.sharded_tensors import part_of, whole
 from lightning_kfc.factors.eigenbasis import Eigenbasis
-from lightning_kfc.factors.inverse import CholeskyInverse, EighInverse, EkfacInverse, Inverse
+from lightning_kfc.factors.inverses import CholeskyInverse, EighInverse, EkfacInverse, Inverse
 from lightning_kfc.factors.moments import Moments
-from lightning_kfc.factors.quadratic import estimated_quadratic_form
+from lightning_kfc.factors.quadratic_form import estimated_quadratic_form
+from lightning_kfc.factors.running_average import StoredAverage, average_state, averages_of, stored_nbytes
 from lightning_kfc.factors.statistics import Statistics, factor_dtype
-from lightning_kfc.factors.stored import StoredAverage, average_state, averages_of, stored_nbytes
 from lightning_kfc.layers import Adapter
 
 
@@ -186,7 +186,7 @@ class Layer:
     def quadratic(self, delta: Tensor) -> float:
         r""":math:`\delta^\top F\delta` of a change ``(groups, d_out, d_in)`` of the parameters; 0 without factors.
 
-        Estimated where that is far cheaper: see :func:`~lightning_kfc.factors.quadratic.estimated_quadratic_form`.
+        Estimated where that is far cheaper: see :func:`~lightning_kfc.factors.quadratic_form.estimated_quadratic_form`.
         """
         if not self.averages or not self.unchanged:
             return 0.0

@@ -11,7 +11,7 @@ from torch import distributed as dist
 from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.distributed.placement import Grid, Placement, factorisation_cost, gradient_workers
 from lightning_kfc.distributed.process_group import Communication, Team, is_sharded
-from lightning_kfc.factors.inverse import Inverse
+from lightning_kfc.factors.inverses import Inverse
 from lightning_kfc.factors.packing import Shape
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.factors.damping import balance
-from lightning_kfc.factors.inverse import CholeskyInverse, EighInverse
+from lightning_kfc.factors.inverses import CholeskyInverse, EighInverse
 from lightning_kfc.factors.spectrum import effective_rank, largest_eigenvalues
 
 

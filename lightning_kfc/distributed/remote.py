@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_kfc.factors.inverse import Factors, Inverse, StepInverse
+from lightning_kfc.factors.inverses import Factors, Inverse, StepInverse
 
 
 @dataclass(frozen=True)

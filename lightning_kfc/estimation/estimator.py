@@ -27,7 +27,7 @@ from lightning_kfc.estimation.back_propagation import (
 from lightning_kfc.estimation.example_gradients import ExampleGradients
 from lightning_kfc.estimation.recording import Call, Recorder, parameter_call
 from lightning_kfc.estimation.self_test import SelfTest
-from lightning_kfc.factors.inverse import INVERSES, EkfacInverse
+from lightning_kfc.factors.inverses import INVERSES, EkfacInverse
 from lightning_kfc.factors.statistics import Statistics
 from lightning_kfc.losses.recorder import LossRecorder
 from lightning_kfc.losses.selection import (

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_kfc.factors.inverses.base import sandwich, transposed
+from lightning_kfc.factors.products import sandwich, transposed
 from lightning_kfc.factors.statistics import per_example_gradients
 
 

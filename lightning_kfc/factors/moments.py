@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lightning_kfc.factors.eigenbasis import Eigenbasis
-from lightning_kfc.factors.inverse import EighInverse, Inverse
+from lightning_kfc.factors.inverses import EighInverse, Inverse
 
 #: The decays of Adam's first and second moment.
 MOMENTUM_DECAY, SECOND_MOMENT_DECAY = 0.9, 0.95

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_kfc.factors.inverse import Inverse
+from lightning_kfc.factors.inverses import Inverse
 from lightning_kfc.factors.row_sampling import number_of_parts, one_part
 from lightning_kfc.factors.statistics import (
     InputStatistic,
@@ -108,7 +108,7 @@ class Adapter(ABC):
         return None
 
     @classmethod
-    def parts(cls, module: nn.Module, weight_sharing: str) -> dict[str, Adapter]:
+    def sublayers(cls, module: nn.Module, weight_sharing: str) -> dict[str, Adapter]:
         """The adapters of a module, by a suffix of its name: more than one where its weights serve several ends."""
         return {"": cls(module, weight_sharing)}
 

@@ -56,7 +56,7 @@ class ProjectionAdapter(LinearAdapter):
         return ("out_proj",)
 
     @classmethod
-    def parts(cls, module: nn.Module, weight_sharing: str) -> dict[str, Adapter]:
+    def sublayers(cls, module: nn.Module, weight_sharing: str) -> dict[str, Adapter]:
         """The four projections."""
         assert isinstance(module, nn.MultiheadAttention)
         watch = Watch(module, _run)

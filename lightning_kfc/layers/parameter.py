@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lightning_kfc.factors.inverse import DiagonalInverse, Inverse
+from lightning_kfc.factors.inverses import DiagonalInverse, Inverse
 from lightning_kfc.factors.statistics import Statistics, factor_dtype
 from lightning_kfc.layers.adapter import Adapter, Forward, dense, overwrite
 

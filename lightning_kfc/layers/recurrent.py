@@ -53,7 +53,7 @@ class GateAdapter(LinearAdapter):
         return None if all(name in module._parameters for name in names) else "its weight is re-parametrised"
 
     @classmethod
-    def parts(cls, module: nn.Module, weight_sharing: str) -> dict[str, Adapter]:
+    def sublayers(cls, module: nn.Module, weight_sharing: str) -> dict[str, Adapter]:
         """One for each product."""
         assert isinstance(module, nn.RNNBase | nn.RNNCellBase)
         watch = Watch(module, _run)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_kfc.factors.inverse import BlockInverse, Inverse
+from lightning_kfc.factors.inverses import BlockInverse, Inverse
 from lightning_kfc.factors.statistics import Statistics, factor_dtype, second_moment_total
 from lightning_kfc.layers.adapter import Adapter, Forward, Probe
 from lightning_kfc.layers.registry import register_adapter

@@ -12,7 +12,7 @@ from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.curvature.ownership import LayerOwnership
 from lightning_kfc.distributed.factor_reduction import Outline, Reduced, Reduction
 from lightning_kfc.distributed.process_group import Team
-from lightning_kfc.factors.inverse import EkfacInverse
+from lightning_kfc.factors.inverses import EkfacInverse
 from lightning_kfc.factors.statistics import Statistics, factor_dtype
 from lightning_kfc.monitoring.events import Events, listed
 from lightning_kfc.monitoring.timing import StepTimes

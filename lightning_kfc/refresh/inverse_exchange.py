@@ -14,7 +14,7 @@ from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.curvature.ownership import LayerOwnership, shapes_of
 from lightning_kfc.distributed.placement import factorisation_cost, longest_first
 from lightning_kfc.distributed.remote import Elsewhere
-from lightning_kfc.factors.inverse import FactorisationError, Inverse
+from lightning_kfc.factors.inverses import FactorisationError, Inverse
 from lightning_kfc.factors.packing import Shape, pack, packed_numel, unpack
 from lightning_kfc.factors.statistics import factor_dtype
 from lightning_kfc.monitoring.messages import inform

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.curvature.ownership import LayerOwnership
 from lightning_kfc.distributed import process_group as distributed
-from lightning_kfc.factors.inverse import INVERSES, Inverse
+from lightning_kfc.factors.inverses import INVERSES, Inverse
 from lightning_kfc.monitoring.events import Events
 from lightning_kfc.refresh.inverse_exchange import InverseExchange
 from lightning_kfc.scheduling.tracker import Due

@@ -26,9 +26,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_kfc.factors.inverse import EighInverse, Inverse
+from lightning_kfc.factors.inverses import EighInverse, Inverse
 from lightning_kfc.factors.moments import Moments, eigenbasis
-from lightning_kfc.factors.quadratic import quadratic_form
+from lightning_kfc.factors.quadratic_form import quadratic_form
 from lightning_kfc.rules.natural import clip_factor
 
 #: :math:`\eta` of a whole step: where the optimizer's learning rate, divided by 1 - momentum, is 1.

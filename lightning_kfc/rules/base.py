@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_kfc.curvature.layer import Layer
-from lightning_kfc.factors.inverse import FewRows, Inverse
+from lightning_kfc.factors.inverses import FewRows, Inverse
 from lightning_kfc.monitoring.events import Events, StepNumbers, listed
 from lightning_kfc.rules.adam import AdamStep, adam_step
 from lightning_kfc.rules.natural import NaturalStep, natural_step

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_kfc.factors.inverse import CholeskyInverse, Inverse
+from lightning_kfc.factors.inverses import CholeskyInverse, Inverse
 
 #: Wider layers have products of their own: copying their inverses side by side costs more than starting a product.
 LARGEST_BATCHED = 512

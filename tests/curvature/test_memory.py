@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_kfc import KFC
-from lightning_kfc.factors.inverse import CholeskyInverse
-from lightning_kfc.factors.running import RunningAverage
-from lightning_kfc.factors.stored import StoredAverage, stored_nbytes
+from lightning_kfc.factors.inverses import CholeskyInverse
+from lightning_kfc.factors.running_average import RunningAverage, StoredAverage, stored_nbytes
 from tests.helpers.nets import classes, data, train_step
 
 DTYPES = {"full": torch.float32, "bfloat16": torch.bfloat16}

@@ -16,7 +16,7 @@ from torch import distributed as dist
 
 from lightning_kfc import KFCCallback
 from lightning_kfc.distributed.remote import Elsewhere
-from lightning_kfc.factors.inverse import CholeskyInverse, FactorisationError
+from lightning_kfc.factors.inverses import CholeskyInverse, FactorisationError
 from tests.distributed.nets import EXACT, Net, branched_net, dense_net, difference, fit, images, loader, trainer
 from tests.distributed.pool import Ranks
 from tests.helpers.harness import QUIET

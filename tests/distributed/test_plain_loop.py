@@ -8,7 +8,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from lightning_kfc.factors.inverse import INVERSES
+from lightning_kfc.factors.inverses import INVERSES
 from tests.distributed.pool import Ranks
 from tests.helpers import oracles
 from tests.helpers.nets import classes, data, engine, small_conv_net

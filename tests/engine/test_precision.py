@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from lightning_kfc import KFC, KFCCallback
-from lightning_kfc.factors.inverse import INVERSES, CholeskyInverse, Factors
+from lightning_kfc.factors.inverses import INVERSES, CholeskyInverse, Factors
 from lightning_kfc.trust_region.region import Outcome, TrustRegion, Verdict
 from lightning_kfc.trust_region.review import Before
 from tests.helpers.harness import QUIET, Classifier, Watch, conv_net, dense_net, fit, images, loader, trainer, weights

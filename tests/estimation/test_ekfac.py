@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lightning_kfc import KFC
 from lightning_kfc.estimation import example_gradients as per_example
-from lightning_kfc.factors.inverse import EighInverse, EkfacInverse
+from lightning_kfc.factors.inverses import EighInverse, EkfacInverse
 from tests.helpers import oracles
 from tests.helpers.nets import classes, data, double, engine, observe, small_conv_net, train_step
 

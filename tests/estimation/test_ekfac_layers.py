@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_kfc.factors.inverse import BlockInverse, EighInverse, EkfacInverse
+from lightning_kfc.factors.inverses import BlockInverse, EighInverse, EkfacInverse
 from lightning_kfc.layers import Adapter
 from tests.helpers import oracles
 from tests.helpers.nets import classes, data, engine, observe, train_step

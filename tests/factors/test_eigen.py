@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_kfc.factors.eigenbasis import Eigenbasis, moments_in_basis, moments_of_gradients, moments_of_rows
-from lightning_kfc.factors.inverse import (
+from lightning_kfc.factors.inverses import (
     INVERSES,
     CholeskyInverse,
     DiagonalInverse,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_kfc.factors.inverse import INVERSES, FactorisationError
+from lightning_kfc.factors.inverses import INVERSES, FactorisationError
 from tests.helpers import oracles
 from tests.helpers.nets import data
 

@@ -12,12 +12,10 @@ from hypothesis import strategies as st
 
 from lightning_kfc.factors.convolution.geometry import Geometry
 from lightning_kfc.factors.convolution.patches import part_of_patch_second_moment, patch_rows, patch_second_moment
-from lightning_kfc.factors.finite import all_finite
-from lightning_kfc.factors.gram import BLOCK, gram
-from lightning_kfc.factors.inverse import CholeskyInverse, EighInverse
-from lightning_kfc.factors.inverses.base import ALIGNMENT, aligned, sandwich
+from lightning_kfc.factors.inverses import CholeskyInverse, EighInverse
+from lightning_kfc.factors.products import ALIGNMENT, aligned, sandwich
 from lightning_kfc.factors.row_sampling import number_of_parts, offsets, one_part, steps_along_axes
-from lightning_kfc.factors.statistics import second_moment_total
+from lightning_kfc.factors.statistics import BLOCK, all_finite, gram, second_moment_total
 from tests.helpers import oracles
 from tests.helpers.nets import data
 

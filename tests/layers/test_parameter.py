@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_kfc import KFC
-from lightning_kfc.factors.running import RunningAverage
+from lightning_kfc.factors.running_average import RunningAverage
 from tests.helpers import oracles
 from tests.helpers.nets import classes, data, engine
 

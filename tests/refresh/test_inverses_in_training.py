@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_kfc import KFCCallback
-from lightning_kfc.factors.inverse import INVERSES
+from lightning_kfc.factors.inverses import INVERSES
 from tests.helpers.nets import data, small_conv_net
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_kfc import KFC
-from lightning_kfc.factors.inverse import DiagonalInverse, EighInverse
+from lightning_kfc.factors.inverses import DiagonalInverse, EighInverse
 from lightning_kfc.rules.adam import LEARNING_RATE, Moments, adam_step, curvature_weights
 from lightning_kfc.trust_region.region import START_DAMPING, TrustRegion, Verdict
 from tests.curvature.test_state import Run

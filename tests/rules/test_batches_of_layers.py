@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_kfc.factors.inverse import CholeskyInverse, EighInverse, Inverse
+from lightning_kfc.factors.inverses import CholeskyInverse, EighInverse, Inverse
 from lightning_kfc.rules import natural
 from lightning_kfc.rules.natural import solve_all
 

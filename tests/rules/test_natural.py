@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_kfc.factors.inverse import INVERSES, Inverse
+from lightning_kfc.factors.inverses import INVERSES, Inverse
 from lightning_kfc.rules.natural import natural_step
 from tests.helpers import oracles
 from tests.helpers.nets import data

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_kfc import KFC
-from lightning_kfc.factors.quadratic import quadratic_form
+from lightning_kfc.factors.quadratic_form import quadratic_form
 from lightning_kfc.trust_region import region as region_module
 from lightning_kfc.trust_region.region import Outcome, TrustRegion
 from tests.helpers.oracles import dense_fisher, kron

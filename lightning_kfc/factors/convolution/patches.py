@@ -11,9 +11,8 @@ from torch.nn import functional as F
 
 from lightning_kfc.factors.convolution.geometry import Geometry, pad, spread
 from lightning_kfc.factors.convolution.shifted_products import lagged_second_moment
-from lightning_kfc.factors.gram import gram
 from lightning_kfc.factors.row_sampling import offsets, steps_along_axes
-from lightning_kfc.factors.statistics import homogeneous_total
+from lightning_kfc.factors.statistics import gram, homogeneous_total
 
 #: At most this many bytes of patches are materialised at once; more would leave a processor's cache, and be slower.
 PATCH_BYTES = 16 * 2**20

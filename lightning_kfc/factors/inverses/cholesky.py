@@ -10,16 +10,10 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lightning_kfc.factors.damping import add_diagonal, split_damping
-from lightning_kfc.factors.finite import all_finite
-from lightning_kfc.factors.inverses.base import (
-    FactorisationError,
-    Factors,
-    Inverse,
-    aligned,
-    check_damping,
-    sandwich,
-)
+from lightning_kfc.factors.inverses.base import FactorisationError, Factors, Inverse, check_damping
 from lightning_kfc.factors.inverses.low_rank import TOLERANCE, FewRows, pays
+from lightning_kfc.factors.products import aligned, sandwich
+from lightning_kfc.factors.statistics import all_finite
 
 #: A factor that will not factorise is tried again in float64, then with its own rounding added to its diagonal
 #: and the damping grown by these ratios.

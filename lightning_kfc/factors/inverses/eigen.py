@@ -11,8 +11,9 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lightning_kfc.factors.eigenbasis import Eigenbasis, moments_in_basis
-from lightning_kfc.factors.inverses.base import FactorisationError, Factors, Inverse, aligned, check_damping
-from lightning_kfc.factors.running import RunningAverage
+from lightning_kfc.factors.inverses.base import FactorisationError, Factors, Inverse, check_damping
+from lightning_kfc.factors.products import aligned
+from lightning_kfc.factors.running_average import RunningAverage
 
 
 def _decompose(factor: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,8 +107,7 @@ class EkfacInverse(EighInverse):
     that the basis has. :math:`\lambda_G\lambda_A^\top` stands in until there is one.
 
     Attributes:
-        weight: The mass behind the running average, as :class:`~lightning_kfc.factors.running.RunningAverage` has
-            it; 0 before there is one.
+        weight: The mass behind the running average (:attr:`.RunningAverage.weight`); 0 before there is one.
     """
 
     weight: float = 0.0

@@ -15,7 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_kfc.factors.inverses.base import Inverse, StepInverse, aligned_empty
+from lightning_kfc.factors.inverses.base import Inverse, StepInverse
+from lightning_kfc.factors.products import aligned_empty
 
 #: Columns beyond the rank: with as many as the rank itself, some direction may be caught badly.
 MORE_COLUMNS = 8

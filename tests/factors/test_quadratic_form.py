@@ -7,8 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_kfc.factors.quadratic import estimate_pays, estimated_quadratic_form, quadratic_form
-from lightning_kfc.factors.trace import COLUMNS, estimated_trace
+from lightning_kfc.factors.quadratic_form import (
+    COLUMNS,
+    estimate_pays,
+    estimated_quadratic_form,
+    estimated_trace,
+    quadratic_form,
+)
 
 
 def normal(generator: torch.Generator, *shape: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_kfc.factors.running import RunningAverage
+from lightning_kfc.factors.running_average import RunningAverage
 from tests.helpers import oracles
 from tests.helpers.nets import data
 

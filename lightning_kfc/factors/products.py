@@ -1,0 +1,44 @@
+"""Products of matrices with a groups axis; large results have rows that start aligned."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: Rows of large matrices start at multiples of so many elements. A bias makes d_in odd, and a matrix product whose rows
+#: start anywhere took 1.5 times as long (MKL, 785 columns).
+ALIGNMENT = 16
+
+#: Smaller matrices gain nothing.
+SMALLEST_ALIGNED = 64
+
+
+def aligned_empty(like: Tensor, *shape: int) -> Tensor:
+    """An uninitialised tensor whose rows start at multiples of ``ALIGNMENT`` elements, where it is large."""
+    *leading, columns = shape
+    if columns < SMALLEST_ALIGNED or columns % ALIGNMENT == 0:
+        return like.new_empty(shape)
+    return like.new_empty((*leading, columns + -columns % ALIGNMENT))[..., :columns]
+
+
+def aligned(matrix: Tensor) -> Tensor:
+    """A matrix of the same values whose rows are aligned; itself where they are, or where it is a diagonal."""
+    columns = matrix.shape[-1]
+    if matrix.ndim < 3 or columns < SMALLEST_ALIGNED or matrix.stride(-2) % ALIGNMENT == 0:
+        return matrix
+    return aligned_empty(matrix, *matrix.shape).copy_(matrix)
+
+
+def sandwich(left: Tensor, middle: Tensor, right: Tensor) -> Tensor:
+    """``left @ middle @ right`` per group, ``(..., groups, d_out, d_in)``; a two-axis factor is a diagonal."""
+    if middle.ndim == 3 and middle.shape[0] == 1 and left.ndim == 3 and right.ndim == 3:
+        # One group is nearly every layer, and a plain product is faster than a batch of one.
+        half = torch.mm(left[0], middle[0], out=aligned_empty(middle, *middle.shape[1:]))
+        return torch.mm(half, right[0], out=aligned_empty(middle, *middle.shape[1:])).unsqueeze(0)
+    half = left @ middle if left.ndim == 3 else left.unsqueeze(-1) * middle
+    return half @ right if right.ndim == 3 else half * right.unsqueeze(-2)
+
+
+def transposed(factor: Tensor) -> Tensor:
+    """The transpose per group; a diagonal is its own."""
+    return factor.mT if factor.ndim == 3 else factor
