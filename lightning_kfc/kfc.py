@@ -235,6 +235,16 @@ class KFC:
         )
         self._reviewer = Reviewer(model, TrustRegion.of(settings), self.events, self._ownership.total)
 
+    def restart(self) -> None:
+        """Forget everything that was estimated, counted and set since, as if newly made of the same settings.
+
+        The layers are found anew. :attr:`inspect` stays, since it belongs to whoever has set it.
+        """
+        self.resume()
+        inspect = self.inspect
+        self._start(self._model, self.given_settings, self._team.group)
+        self.inspect = inspect
+
     def _slots(self) -> Slots:
         settings, found = self.settings, self._found
         # EKFAC's eigenvalues, carried over into a new basis, are best corrected by the statistics of the same step.

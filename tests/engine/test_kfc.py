@@ -606,6 +606,37 @@ def test_a_gradient_that_is_not_finite_is_left_as_it_is_for_the_scaler_to_see() 
     assert kfc.events.nonfinite_gradients == 1
 
 
+def test_an_engine_that_restarts_goes_on_like_a_new_one_and_keeps_who_looks() -> None:
+    model = small_conv_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    settings = {"damping": "auto", "kl_clip": "auto", "fisher": "mc", "warmup_steps": 2}
+
+    def loss(step: int) -> Callable[[], Tensor]:
+        x, y = data(8, 2, 6, 6, seed=step), classes(8, count=3, seed=step)
+        return lambda: F.cross_entropy(model(x), y)
+
+    kfc, looked = engine(model, **settings), []
+    kfc.inspect = lambda ready, updates: looked.append(len(updates))
+    for step in range(5):
+        train_step(kfc, optimizer, loss(step))
+        kfc.review(optimizer=optimizer)
+    kfc.restart()
+    assert kfc.step == 0
+    assert kfc.ages("0") == (None, None)
+    twin, weights = engine(model, **settings), copy.deepcopy(model.state_dict())
+    ends = []
+    for one in (kfc, twin):
+        model.load_state_dict(weights)
+        for step in range(5, 9):
+            train_step(one, optimizer, loss(step))
+            one.review(optimizer=optimizer)
+        ends.append(copy.deepcopy(model.state_dict()))
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in weights)
+    assert kfc.state_dict()["trust_region"] == twin.state_dict()["trust_region"]
+    assert kfc.events == twin.events
+    assert len(looked) == 9
+
+
 def test_a_factor_without_an_inverse_keeps_the_last_good_one_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, y = two_linear_layers()
     kfc = observe(model, lambda: F.mse_loss(model(x), y))
