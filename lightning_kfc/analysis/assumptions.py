@@ -19,8 +19,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_kfc.estimation.back_propagation import WeightedTerm, derivatives, edges_with_seed
+from lightning_kfc.estimation.back_propagation import derivatives
 from lightning_kfc.estimation.recording import ForwardHook, output_edge
+from lightning_kfc.estimation.seeds import WeightedTerm, edges_with_seed
 from lightning_kfc.layers import Adapter, Forward
 
 #: Above so many multiply-adds a layer's assumptions are not looked at one by one.

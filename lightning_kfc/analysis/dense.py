@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_kfc.estimation.back_propagation import WeightedTerm, derivatives, edges_with_seed, weighted_terms
+from lightning_kfc.estimation.back_propagation import derivatives
+from lightning_kfc.estimation.seeds import WeightedTerm, edges_with_seed, weighted_terms
 from lightning_kfc.layers import Adapter
 from lightning_kfc.losses.likelihoods import Likelihood
 from lightning_kfc.losses.recorder import LossRecorder

@@ -12,20 +12,18 @@ from torch import Tensor, nn
 from lightning_kfc.curvature.find_layers import Found
 from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.distributed.process_group import Team
-from lightning_kfc.estimation.back_propagation import (
+from lightning_kfc.estimation.back_propagation import back_propagate, empirical_statistics_of_loss, reaches
+from lightning_kfc.estimation.example_gradients import ExampleGradients
+from lightning_kfc.estimation.graph import refuse_reentrant_checkpointing
+from lightning_kfc.estimation.recording import Call, Recorder, parameter_call
+from lightning_kfc.estimation.seeds import (
     all_zero,
-    back_propagate,
-    empirical_statistics_of_loss,
     never_negative,
-    reaches,
-    refuse_reentrant_checkpointing,
     seed_passes,
     seed_scale,
     unusable_seeds,
     weighted_terms,
 )
-from lightning_kfc.estimation.example_gradients import ExampleGradients
-from lightning_kfc.estimation.recording import Call, Recorder, parameter_call
 from lightning_kfc.estimation.self_test import SelfTest
 from lightning_kfc.factors.inverses import INVERSES, EkfacInverse
 from lightning_kfc.factors.statistics import Statistics

@@ -1,8 +1,4 @@
-"""Back-propagation that hands on each derivative when it arrives, so that none waits for the others in memory.
-
-``torch.autograd.grad`` keeps the derivative at every edge it was asked for until the last one is there: as much memory
-as all activations once more. Here it is asked for the lowest edges alone; at all others the graph's nodes are watched.
-"""
+"""Edges of the autograd graph, and back-propagation that keeps no derivative in memory."""
 
 from __future__ import annotations
 
@@ -13,7 +9,65 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+#: What torch says where the graph cannot be differentiated once more, and the way out.
+UNDIFFERENTIABLE = {
+    "backward through the graph a second time": (
+        "KFC needs the graph of the loss, which a backward has freed: call update(loss) before loss.backward()."
+    ),
+    "use_reentrant": (
+        "KFC cannot differentiate through activation checkpointing of the reentrant kind: "
+        "pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
+    ),
+}
+
+
+def explained(differentiate: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Call what differentiates; where the graph does not allow it, say why and what to do."""
+    try:
+        return differentiate(*arguments, **options)
+    except RuntimeError as error:
+        for said, way_out in UNDIFFERENTIABLE.items():
+            if said in str(error):
+                raise RuntimeError(way_out) from error
+        raise
+
+
+def loss_edge(loss: Tensor) -> GradientEdge:
+    """The gradient edge of a loss, below the sink that DistributedDataParallel puts on top of a static graph.
+
+    Differentiating through the sink would make it count a backward that the other ranks may not make.
+    """
+    if not loss.requires_grad:
+        raise ValueError("the loss has no gradient: it was computed without one, or detached.")
+    edge = get_gradient_edge(loss)
+    while edge.node.name() == "_DDPSinkBackward":
+        below = edge.node.next_functions[edge.output_nr]
+        assert below[0] is not None
+        edge = GradientEdge(below[0], below[1])
+    return edge
+
+
+def refuse_reentrant_checkpointing(loss: Tensor) -> None:
+    """Look for reentrant activation checkpointing in a loss's graph.
+
+    Raises:
+        RuntimeError: If there is any: such a region has no graph before backward, so its layers are not seen.
+    """
+    pending, seen = [loss_edge(loss).node], set()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise RuntimeError(
+                "KFC does not work with torch.utils.checkpoint(..., use_reentrant=True): the region has no graph "
+                "before backward, so its layers cannot be seen. Pass use_reentrant=False: the gradients are the same."
+            )
+        pending += [below for below, _ in node.next_functions if below is not None]
+
 
 #: Called with the position of an edge and the derivative there.
 Take = Callable[[int, Tensor], None]

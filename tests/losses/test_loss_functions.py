@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_kfc.estimation.back_propagation import WeightedTerm, never_negative, seed_passes, weighted_terms
+from lightning_kfc.estimation.seeds import WeightedTerm, never_negative, seed_passes, weighted_terms
 from lightning_kfc.losses.likelihoods import BernoulliProbability, Likelihood, Poisson, PoissonRate
 from lightning_kfc.losses.recorder import LossRecorder
 from tests.helpers import oracles

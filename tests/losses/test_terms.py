@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_kfc import KFC, Bernoulli, Categorical, Gaussian, LossNotRecognisedError
-from lightning_kfc.estimation.back_propagation import seed_passes, weighted_terms
+from lightning_kfc.estimation.seeds import seed_passes, weighted_terms
 from lightning_kfc.losses.recorder import LossRecorder
 from tests.helpers import oracles
 from tests.helpers.nets import classes, data, double, engine, observe

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_kfc import KFC
-from lightning_kfc.estimation.back_propagation import never_negative, weighted_terms
+from lightning_kfc.estimation.seeds import never_negative, weighted_terms
 from lightning_kfc.losses.recorder import LossRecorder
 from lightning_kfc.trust_region.region import MOST_PROMISED
 from tests.helpers.nets import classes, data, double

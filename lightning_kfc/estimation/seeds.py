@@ -1,0 +1,162 @@
+"""Weights of loss terms, and the seeds whose back-propagation gives their Fisher matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from lightning_kfc.estimation.graph import explained, loss_edge
+from lightning_kfc.losses.terms import LossTerm
+
+Seeds = list[tuple[GradientEdge, Tensor]]
+
+
+@dataclass(frozen=True)
+class WeightedTerm:
+    """A loss term that the loss really contains, with the weights c of its terms."""
+
+    term: LossTerm
+    weights: Tensor
+    derivative: Tensor
+
+    def is_finite(self) -> bool:
+        """Whether logits and weights are finite, so that targets can be drawn and seeds made.
+
+        Minus infinity rules a class out, which is no fault while another one is left.
+        """
+        logits = self.term.logits
+        if self.term.likelihood.vector_valued and logits.numel():
+            logits = logits.amax(-1)
+        return bool(torch.isfinite(logits).all() and torch.isfinite(self.weights).all())
+
+
+def weighted_terms(
+    loss: Tensor, terms: Sequence[LossTerm], *, loss_scale: float = 1.0, loss_fraction: float = 1.0
+) -> list[WeightedTerm]:
+    """Keep the recorded loss terms that the loss contains, with their weights.
+
+    A loss function also called for a metric is recorded too; the loss has no derivative with respect to it.
+
+    Args:
+        loss: The loss of this backward.
+        terms: What was recorded while it was computed.
+        loss_scale: The factor that a gradient scaler multiplied the loss by.
+        loss_fraction: The share of this backward in the optimizer step (1/k when k micro-batches are
+            accumulated), for terms whose weight cannot be asked of the loss.
+    """
+    edges = [term.value_edge for term in terms if term.value_edge is not None]
+    derivatives: Iterator[Tensor | None] = iter(())
+    if edges:
+        start = torch.full_like(loss, 1.0 / loss_scale)
+        found = explained(torch.autograd.grad, [loss_edge(loss)], edges, [start], retain_graph=True, allow_unused=True)
+        derivatives = iter(found)
+    kept = []
+    for term in terms:
+        derivative = term.logits.new_tensor(loss_fraction) if term.value_edge is None else next(derivatives)
+        if derivative is not None:
+            kept.append(WeightedTerm(term, term.term_weights(derivative), derivative))
+    return kept
+
+
+#: What rounding, in half precision too, may leave of a difference, as a share of the loss.
+ROUNDING = 0.01
+
+
+def never_negative(loss: Tensor, terms: Sequence[WeightedTerm], loss_scale: float) -> bool:
+    """Whether a loss is seen to have no less than 0 in it: recognised terms, none subtracted, and nothing below 0.
+
+    Args:
+        loss: The loss.
+        terms: All terms that it contains, as far as they are recognised.
+        loss_scale: The factor that a gradient scaler has multiplied it by.
+    """
+    total = loss.new_zeros((), dtype=torch.float64)
+    for weighted in terms:
+        value = weighted.term.value
+        if value is None or bool((weighted.derivative < 0).any()) or bool((value < 0).any()):
+            return False
+        total += torch.sum(weighted.derivative.double() * value.double())
+    whole = loss.detach().double() / loss_scale
+    return bool(terms) and bool(whole - total >= -ROUNDING * whole.abs())
+
+
+def all_zero(terms: Sequence[WeightedTerm]) -> bool:
+    """Whether terms are there, and each is multiplied by 0; a batch without examples is another matter."""
+    weights = [weighted.weights for weighted in terms if weighted.weights.numel()]
+    return bool(weights) and not any(bool(own.any()) for own in weights)
+
+
+def seed_scale(terms: Sequence[WeightedTerm]) -> float:
+    """A power of two that brings the largest seeds near 1, so that they do not underflow in half precision."""
+    largest = max((float(w.weights.max()) for w in terms if w.weights.numel()), default=0.0)
+    if not (largest > 0 and math.isfinite(largest)):
+        return 1.0
+    return float(2.0 ** -round(math.log2(largest) / 2))
+
+
+def edges_with_seed(term: LossTerm, seed: Tensor) -> Seeds:
+    """A seed shaped as the logits, where it enters the graph."""
+    laid_out = term.layout(seed)
+    return [(edge, laid_out if sign > 0 else -laid_out) for edge, sign in term.edges]
+
+
+def seed_passes(terms: Sequence[WeightedTerm], fisher: str, generator: torch.Generator) -> Iterator[Seeds]:
+    """The seeds of each back-propagation, whose G's are added up.
+
+    Args:
+        terms: The loss terms.
+        fisher: ``"mc"`` (one pass), ``"exact"`` (one a position and outcome) or ``"empirical"`` (one pass).
+        generator: The source of randomness.
+    """
+    if fisher == "exact":
+        for weighted in terms:
+            for seed in weighted.term.likelihood.exact_seeds(weighted.term.logits, weighted.weights, generator):
+                yield edges_with_seed(weighted.term, seed)
+        return
+    together: Seeds = []
+    for weighted in terms:
+        if fisher == "empirical":
+            together += _empirical_seed(weighted, generator)
+        else:
+            seed = weighted.term.likelihood.sampled_seed(weighted.term.logits, weighted.weights, generator)
+            together += edges_with_seed(weighted.term, seed)
+    yield together
+
+
+def unusable_seeds(terms: Sequence[WeightedTerm], fisher: str, generator: torch.Generator) -> Iterator[Seeds]:
+    """NaN seeds, for logits or weights that are not finite: every layer's statistics say so, too.
+
+    As many passes as there would be: ranks whose layers talk to each other in a backward must make the same number.
+    """
+    if fisher == "exact":
+        for seeds in seed_passes(terms, fisher, generator):
+            yield [(edge, torch.full_like(seed, math.nan)) for edge, seed in seeds]
+        return
+    yield [pair for w in terms for pair in edges_with_seed(w.term, torch.full_like(w.term.logits, math.nan))]
+
+
+def _empirical_seed(weighted: WeightedTerm, generator: torch.Generator) -> Seeds:
+    r"""Seeds :math:`\pm\sqrt{c}\,\nabla_z\ell(z, y)` with the data's y, from :math:`c\,\nabla_z\ell` of autograd.
+
+    Random signs let the products of different terms cancel in expectation, which the data's targets would not.
+    """
+    term = weighted.term
+    if term.value_edge is None:
+        raise ValueError(
+            f"fisher='empirical' needs a loss that is recognised, or none at all; the {term.function} has no targets. "
+            "Leave likelihood='auto'."
+        )
+    edges = [edge for edge, _ in term.edges]
+    gradients = torch.autograd.grad([term.value_edge], edges, [weighted.derivative], retain_graph=True)
+    weights = term.weights_in_loss(weighted.derivative)
+    signs = torch.randint(0, 2, weights.shape, generator=generator, device=weights.device) * 2 - 1
+    factor = torch.where(weights > 0, signs / weights.sqrt(), torch.zeros_like(weights))
+    if term.likelihood.vector_valued:
+        factor = factor.unsqueeze(-1).expand(term.logits.shape)
+    laid_out = term.layout(factor)
+    return [(edge, gradient * laid_out) for edge, gradient in zip(edges, gradients, strict=True)]
