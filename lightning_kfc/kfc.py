@@ -40,7 +40,8 @@ from lightning_kfc.trust_region.region import FIXED_DAMPING, FIXED_RADIUS, Trust
 from lightning_kfc.trust_region.review import Reviewer
 from lightning_kfc.utilities.isolation import eager_compiled_code, full_precision
 
-STATE_VERSION = 1
+#: What this version writes, and what it reads besides: in 1 factors are whole, in 2 triangles.
+STATE_VERSION, EARLIER_VERSIONS = 2, (1,)
 
 
 class KFC:
@@ -874,8 +875,11 @@ class KFC:
         Raises:
             ValueError: If the state is of a version that this one does not read.
         """
-        if state.get("version") != STATE_VERSION:
-            raise ValueError(f"KFC cannot read a state of version {state.get('version')!r}, only {STATE_VERSION}.")
+        if state.get("version") not in (STATE_VERSION, *EARLIER_VERSIONS):
+            raise ValueError(
+                f"KFC cannot read a state of version {state.get('version')!r}, only {STATE_VERSION} and earlier ones. "
+                "Use the version of the package that wrote it, or a newer one."
+            )
         self.step = int(state["step"])
         self._stepped = False
         for name, reason in state["dropped"].items():

@@ -16,7 +16,14 @@ from lightning_kfc.factors.eigenbasis import Eigenbasis
 from lightning_kfc.factors.inverses import CholeskyInverse, EighInverse, EkfacInverse, Inverse
 from lightning_kfc.factors.moments import Moments
 from lightning_kfc.factors.quadratic_form import estimated_quadratic_form
-from lightning_kfc.factors.running_average import StoredAverage, average_state, averages_of, stored_nbytes
+from lightning_kfc.factors.running_average import (
+    StoredAverage,
+    average_state,
+    averages_of,
+    own_storage,
+    shapes_in,
+    stored_nbytes,
+)
 from lightning_kfc.factors.statistics import Statistics, factor_dtype
 from lightning_kfc.layers import Adapter
 
@@ -297,9 +304,9 @@ class Layer:
         """Factors and inverse in plain tensors and numbers."""
         state: dict[str, Any] = {"factors": average_state(self.averages)}
         if self.inverse is not None:
-            state["inverse"] = {"kind": self.inverse.name, **self.inverse.state()}
+            state["inverse"] = {"kind": self.inverse.name, **_saved(self.inverse.state())}
         if self.moments is not None:
-            state["moments"] = self.moments.state_dict()
+            state["moments"] = _saved(self.moments.state_dict())
         if self.rows is not None:
             state["rows"] = self.rows
         return state
@@ -326,7 +333,7 @@ class Layer:
         device = next(iter(self.adapter.parameters().values())).device
         inverse = self.inverse_type(inverse)
         expected = self.adapter.factor_shapes()
-        found = {name: tuple(entry["value"].shape) for name, entry in state["factors"].items()}
+        found = shapes_in(state["factors"])
         if found and found != expected:
             return f"its factors have shapes {found} in the checkpoint, {expected} now"
         self.averages = averages_of(state["factors"], device) if with_factors else {}
@@ -347,6 +354,11 @@ class Layer:
 
 def _on(device: torch.device, saved: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in saved.items()}
+
+
+def _saved(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state as it is saved: inverses have aligned rows, whose gaps a checkpoint would hold as well."""
+    return {name: own_storage(value) if isinstance(value, Tensor) else value for name, value in state.items()}
 
 
 def _is_zero(gradient: Tensor) -> bool:

@@ -106,18 +106,38 @@ class StoredAverage:
 
 
 def average_state(averages: Mapping[str, StoredAverage]) -> dict[str, dict[str, Any]]:
-    """Running factors in plain tensors and numbers."""
-    return {name: {"value": a.value, "weight": a.weight, "squares": a.squares} for name, a in averages.items()}
+    """Running factors in plain tensors, numbers and lists: triangles, as they are kept."""
+    return {
+        name: {
+            "triangle": own_storage(a.average.value),
+            "shape": list(a.shape),
+            "weight": a.weight,
+            "squares": a.squares,
+        }
+        for name, a in averages.items()
+    }
 
 
 def averages_of(state: Mapping[str, Any], device: torch.device) -> dict[str, StoredAverage]:
-    """Running factors from what :func:`average_state` gave."""
-    return {
-        name: StoredAverage.of(
-            RunningAverage(entry["value"].to(device), float(entry["weight"]), float(entry["squares"]))
-        )
-        for name, entry in state.items()
-    }
+    """Running factors from the result of :func:`average_state`, or from whole factors, as earlier versions saved."""
+    return {name: _average_of(entry, device) for name, entry in state.items()}
+
+
+def shapes_in(state: Mapping[str, Any]) -> dict[str, Shape]:
+    """The shapes of the factors in a state."""
+    return {name: tuple(e["shape"] if "shape" in e else e["value"].shape) for name, e in state.items()}
+
+
+def own_storage(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where it shares a larger storage, all of which a checkpoint would hold."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.contiguous().clone()
+
+
+def _average_of(entry: Mapping[str, Any], device: torch.device) -> StoredAverage:
+    numbers = float(entry["weight"]), float(entry["squares"])
+    if "triangle" not in entry:
+        return StoredAverage.of(RunningAverage(entry["value"].to(device), *numbers))
+    return StoredAverage(RunningAverage(entry["triangle"].to(device), *numbers), tuple(entry["shape"]))
 
 
 def stored_nbytes(shape: Shape, dtype: torch.dtype) -> int:

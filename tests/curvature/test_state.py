@@ -93,7 +93,7 @@ def test_taking_the_state_changes_nothing_and_later_steps_do_not_change_it() -> 
     one.train(5)
     two.train(5)
     state = two.kfc.state_dict()
-    A = state["layers"]["0"]["factors"]["A"]["value"]
+    A = state["layers"]["0"]["factors"]["A"]["triangle"]
     before = A.clone()
     one.train(9)
     two.train(9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch import distributed as dist
+from torch.nn import functional as F
 
-from lightning_kfc import KFCCallback
+from lightning_kfc import KFC, KFCCallback
 from lightning_kfc.distributed.remote import Elsewhere
 from tests.distributed.nets import EXACT, Net, difference, images, loader, trainer
 from tests.distributed.pool import Ranks
@@ -51,7 +53,7 @@ def factors(state: dict[str, Any]) -> dict[str, Tensor]:
     """Factors and inverses of a state by name."""
     found = {}
     for name, layer in state["layers"].items():
-        found |= {f"{name}.{key}": entry["value"] for key, entry in layer["factors"].items()}
+        found |= {f"{name}.{key}": entry["triangle"] for key, entry in layer["factors"].items()}
         found |= {f"{name}.{key}": value for key, value in layer["inverse"].items() if isinstance(value, Tensor)}
     return found
 
@@ -107,3 +109,29 @@ def test_a_second_fit_goes_on_from_what_each_rank_holds(two_ranks: Ranks) -> Non
     first, second = two_ranks.run(fit_twice, "mem-opt")
     assert difference(first, second) == 0
     assert difference(first, two_ranks.run(fit_twice, "comm-opt")[0]) < 1e-9
+
+
+def stated_and_saved(placement: str | float) -> tuple[int, int]:
+    """The bytes that a rank stated before the first step, and those that its state takes after some."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(250, 300), torch.nn.Tanh(), torch.nn.Linear(300, 200))
+    kfc = KFC(model, placement=placement)
+    stated = sum(row.bytes for row in kfc.coverage())
+    for _ in range(3):
+        with kfc.capture():
+            loss = F.cross_entropy(model(torch.randn(16, 250)), torch.randint(0, 9, (16,)))
+        kfc.update(loss)
+        loss.backward()
+        kfc.precondition(lr=0.01)
+    with io.BytesIO() as file:
+        torch.save(kfc.state_dict(), file)
+        return stated, file.tell()
+
+
+@pytest.mark.parametrize("placement", ["comm-opt", "mem-opt", 0.5])
+def test_the_saved_state_takes_the_bytes_that_were_stated_wherever_layers_are_held(
+    two_ranks: Ranks, placement: str | float
+) -> None:
+    # The first rank's state is the one that is saved.
+    stated, saved = two_ranks.run(stated_and_saved, placement)[0]
+    assert saved == pytest.approx(stated, rel=0.01)

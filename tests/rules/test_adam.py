@@ -376,7 +376,7 @@ def test_the_stated_memory_is_that_of_the_state() -> None:
         for value in (
             *layer["inverse"].values(),
             *layer["moments"].values(),
-            *(f["value"] for f in layer["factors"].values()),
+            *(f["triangle"] for f in layer["factors"].values()),
         )
     ]
     assert stated == sum(row.bytes for row in kfc.coverage())
