@@ -21,10 +21,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.pieces import parser_of_pieces
-from benchmarks.report import lists_on_one_line, measured_with
+from benchmarks.contest.pieces import parser_of_pieces
+from benchmarks.contest.report import lists_on_one_line, measured_with
+from benchmarks.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 SEEDS = (0, 1, 2)
 #: The examples that compare optimizers, with the metric that is reported: the less, the better.

@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_kfc import KFCCallback
 
 WIDTHS = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
-#: Adam's learning rate is the best of a grid (``python -m benchmarks.convergence autoencoder``), SGD's its smallest.
+#: Adam's learning rate is the best of a grid, SGD's its smallest
+#: (``python -m benchmarks.contest.convergence autoencoder``).
 RUNS = {
     "with KFCCallback()": (partial(torch.optim.SGD, lr=0.5, momentum=0.5), [KFCCallback()]),
     "SGD alone": (partial(torch.optim.SGD, lr=0.01, momentum=0.9), []),

@@ -4,8 +4,9 @@ Both runs start from the same weights and see the same batches of 512. The two d
 the learning rate and momentum of ``torch.optim.SGD``:
 
 - alone: momentum 0.9, and the learning rate 0.1, the best of 0.02, 0.03, 0.05, 0.07, 0.1, 0.14 (fewest iterations
-  to a training loss of 0.03; ``python -m benchmarks.convergence conv`` makes that search). It is near the edge of
-  stability: some seeds stall there, while 0.07 needs a fifth more iterations to that loss, and 0.05 a quarter more;
+  to a training loss of 0.03; ``python -m benchmarks.contest.convergence conv`` makes that search). It is near the
+  edge of stability: some seeds stall there, while 0.07 needs a fifth more iterations to that loss, and 0.05 a
+  quarter more;
 - with KFC: lr 0.5 and momentum 0.5, the recommended start, and every default of the callback. Nothing is tuned.
 
 Both keep an exponential average of their weights (Lightning's ``EMAWeightAveraging``), as the paper does: it is what

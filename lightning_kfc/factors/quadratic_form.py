@@ -10,7 +10,8 @@ from torch import Tensor
 from lightning_kfc.factors.products import sandwich
 
 #: Columns of each of the three products. With 16, the traces that reviews of the deep autoencoder's steps take are
-#: within 0.1 % of the exact ones in the median, and within 5 % in the worst case (``benchmarks/trace_error.py``).
+#: within 0.1 % of the exact ones in the median, and within 5 % in the worst case
+#: (``benchmarks/accuracy/trace_error.py``).
 COLUMNS = 16
 
 #: The signs are the same in every call: nothing that is estimated can know them.

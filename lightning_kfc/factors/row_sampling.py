@@ -3,7 +3,7 @@
 With k parts, every k-th example gives every k-th of its positions, the next example the next ones: all examples and all
 positions count alike, in every step, and nothing is drawn (systematic sampling). Neighbouring positions of one
 example say much the same; leaving out examples loses far more, most of all below a batch norm, which fixes
-the moments of the whole batch but not those of a part of it (``benchmarks/statistics_subset.py``).
+the moments of the whole batch but not those of a part of it (``benchmarks/accuracy/statistics_subset.py``).
 """
 
 from __future__ import annotations

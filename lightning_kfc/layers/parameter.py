@@ -23,8 +23,8 @@ class ParameterAdapter(Adapter):
     :math:`(\bar f + n f)/(1 + n)` is inverted, n the draws behind the running average f, 1 at first and 39 in the
     end at its default decay. A single number has no such neighbours; it has the damping and the KL clip.
 
-    Measured by ``benchmarks/parameter_rule.py``: steps to a training loss on real digits at lr = 0.5, the median of
-    five seeds and the worst, for a transformer whose position embeddings, scales and gates are raw, an LSTM
+    Measured by ``benchmarks/accuracy/parameter_rule.py``: steps to a training loss on real digits at lr = 0.5, the
+    median of five seeds and the worst, for a transformer whose position embeddings, scales and gates are raw, an LSTM
     without an adapter, a perceptron whose weights functional calls use, and a net with a raw scale on its logits::
 
                              transformer  LSTM       perceptron  scale

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import large_layers
+from benchmarks.cost import large_layers
 from lightning_kfc import KFC, KFCCallback
 from tests.helpers import oracles
 from tests.helpers.nets import classes, data, double, engine, observe, train_step

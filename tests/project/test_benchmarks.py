@@ -17,16 +17,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import ablation, batch_size, convergence, data, goals, harness, noise, step_cost, tuning
-from benchmarks.contestants import ABLATION, CONTESTANTS, PEERS, hidden_matrices, kfc
-from benchmarks.curves import NEVER, Curve, HeldOut, Reach, at_edge, median_ratio
-from benchmarks.data import Split
-from benchmarks.harness import BLOCK, PAST_THE_TARGET
-from benchmarks.networks import AUTOENCODER_WIDTHS, conv_net, deep_autoencoder, resnet20
-from benchmarks.optimizers import Contestant, KFCStepper, Stepper
-from benchmarks.report import Results, markdown, overview
-from benchmarks.tasks import TASKS, Goal, Task
-from benchmarks.tuning import Trial, Tuning
+from benchmarks.contest import ablation, batch_size, convergence, data, goals, harness, noise, tuning
+from benchmarks.contest.contestants import ABLATION, CONTESTANTS, PEERS, hidden_matrices, kfc
+from benchmarks.contest.curves import NEVER, Curve, HeldOut, Reach, at_edge, median_ratio
+from benchmarks.contest.data import Split
+from benchmarks.contest.harness import BLOCK, PAST_THE_TARGET
+from benchmarks.contest.networks import AUTOENCODER_WIDTHS, conv_net, deep_autoencoder, resnet20
+from benchmarks.contest.optimizers import Contestant, KFCStepper, Stepper
+from benchmarks.contest.report import Results, markdown, overview
+from benchmarks.contest.tasks import TASKS, Goal, Task
+from benchmarks.contest.tuning import Trial, Tuning
+from benchmarks.cost import step_cost
 from lightning_kfc import KFCCallback
 from lightning_kfc.scheduling.refresh_schedule import RefreshSchedule
 from lightning_kfc.trust_region.region import Outcome

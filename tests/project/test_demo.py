@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks.networks import conv_net
+from benchmarks.contest.networks import conv_net
 from tests.reporting.test_reporting import PICTURES
 
 pytestmark = pytest.mark.slow

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import examples_outcome, quickstart_time
+from benchmarks import examples_outcome
+from benchmarks.cost import quickstart_time
 
 pytestmark = pytest.mark.slow
 

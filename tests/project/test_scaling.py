@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import scaling
-from benchmarks.scaling import PLACEMENTS, Schedule, gpu_nodes, held_bytes, predict
-from benchmarks.shapes import NETWORKS
+from benchmarks.cost.shapes import NETWORKS
+from benchmarks.scale import scaling
+from benchmarks.scale.model import Schedule, gpu_nodes, held_bytes, predict
+from benchmarks.scale.scaling import PLACEMENTS
 
 pytestmark = pytest.mark.slow
 

@@ -1,0 +1,84 @@
+"""Plots of measurements; ``python -m benchmarks.contest.plots`` draws them again from the saved results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+from benchmarks.contest.curves import Curve
+from benchmarks.contest.report import Results
+from benchmarks.paths import PLOTS, RESULTS
+
+#: Colours that colour-blind readers tell apart (Okabe & Ito), by contestant; others follow in this order.
+COLOURS = {
+    "sgd": "#0072B2",
+    "adam": "#E69F00",
+    "muon": "#009E73",
+    "soap": "#CC79A7",
+    "shampoo": "#56B4E9",
+    "kron": "#999999",
+    "kfc": "#D55E00",
+}
+OTHER_COLOURS = ("#000000", "#F0E442", "#7F3C8D", "#A5AA99", "#5D4037")
+
+#: Text stays text and ids stay the same from run to run: small files, small diffs.
+STYLE = {"svg.fonttype": "none", "svg.hashsalt": "lightning-kfc", "font.size": 10, "axes.grid": True, "grid.alpha": 0.3}
+
+
+def median_curve(curves: Sequence[Curve]) -> Curve:
+    """The medians over seeds, at the iterations that all of them evaluated."""
+    shared = set.intersection(*(set(curve.iterations) for curve in curves))
+    result = Curve()
+    for iteration in sorted(shared):
+        places = [curve.iterations.index(iteration) for curve in curves]
+        result.append(
+            iteration,
+            median(curve.seconds[i] for curve, i in zip(curves, places, strict=True)),
+            median(curve.losses[i] for curve, i in zip(curves, places, strict=True)),
+        )
+    return result
+
+
+def plot_convergence(results: Results, path: Path) -> None:
+    """Training loss against iterations and against CPU seconds: each seed faint, the median bold."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    others = iter(OTHER_COLOURS)
+    with mpl.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), sharey=True, layout="constrained")
+        for name in results.curves:
+            curves = results.of(name)
+            colour = COLOURS.get(name) or next(others)
+            tuned = " (tuned)" if results.tuned.get(name) else ""
+            middle = median_curve(curves)
+            for axis, unit in zip(axes, ("iterations", "seconds"), strict=True):
+                for curve in curves:
+                    axis.plot(getattr(curve, unit), curve.losses, color=colour, alpha=0.2, linewidth=0.8)
+                axis.plot(getattr(middle, unit), middle.losses, color=colour, label=results.titles[name] + tuned)
+        axes[0].set(yscale="log", ylabel="training loss", xlabel=f"iterations (batch {results.batch_size})")
+        axes[1].set(xlabel="CPU seconds (one thread)")
+        axes[0].set_ylim(top=_sensible_top(results))
+        for target in results.targets:
+            for axis in axes:
+                axis.axhline(target, color="black", alpha=0.3, linewidth=0.8, linestyle=":")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+        figure.suptitle(f"{results.title}: {len(results.seeds())} seeds and their median")
+        figure.savefig(path, metadata={"Date": None, "Creator": None})
+        plt.close(figure)
+
+
+def _sensible_top(results: Results) -> float:
+    """A little above the highest start, so that a run that blows up does not flatten the others."""
+    starts = [curve.losses[0] for name in results.curves for curve in results.of(name)]
+    return 2 * max(start for start in starts if math.isfinite(start))
+
+
+if __name__ == "__main__":
+    for source in sorted(RESULTS.glob("contest_*.json")):
+        plot_convergence(Results.load(source), PLOTS / f"{source.stem}.svg")

@@ -1,0 +1,1 @@
+"""What steps, reviews, layers and numbers cost."""
