@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_kfc.curvature.coverage import Coverage, coverage_of
-from lightning_kfc.curvature.find_layers import find_layers
+from lightning_kfc.curvature.find_layers import LayerOptions
 from lightning_kfc.curvature.layer import Layer
+from lightning_kfc.curvature.model_layers import ModelLayers
 from lightning_kfc.curvature.ownership import LayerOwnership
-from lightning_kfc.curvature.structure import Structure
 from lightning_kfc.distributed import process_group as distributed
 from lightning_kfc.distributed.agreement import check_agreement, described
-from lightning_kfc.distributed.placement import factorisation_cost
 from lightning_kfc.estimation.estimator import Observation
 from lightning_kfc.factors.inverses import INVERSES
 from lightning_kfc.losses.likelihoods import Likelihood
@@ -181,22 +180,19 @@ class KFC:
     def _start(self, model: nn.Module, settings: Settings, process_group: Any) -> None:
         self._team = distributed.Team(process_group)
         self._model = model
-        self._structure = Structure(
+        self._layers = ModelLayers(
             model,
-            lambda strict: find_layers(
-                model,
+            LayerOptions(
                 settings.include,
                 settings.exclude,
                 settings.weight_sharing,
                 settings.max_factor_dim,
                 settings.rows_per_dim,
                 settings.inverse_precision,
-                strict=strict,
             ),
         )
-        self._found = self._structure.found
         #: The rule, and why it was chosen, where it is ``"auto"``.
-        self.rule_choice = choose_rule(model, self._found.layers, settings)
+        self.rule_choice = choose_rule(model, self._layers, settings)
         #: As they were given; :attr:`settings` are those in force, with the rule that was chosen.
         self.given_settings = settings
         self.settings = settings = with_rule(settings, self.rule_choice)
@@ -208,7 +204,16 @@ class KFC:
             for period in (settings.factor_every_n_steps, settings.inverse_every_n_steps)
         )
         self._periods = PeriodChoice(settings.schedule, factors, inverses, settings.max_overhead, self.times)
-        self._due = Due(settings.schedule, self._slots())
+        self._due = Due(
+            settings.schedule,
+            Slots(
+                settings.schedule,
+                self._layers.costs,
+                staggered=settings.stagger_inverses,
+                # EKFAC's eigenvalues, carried over into a new basis, are best corrected by statistics of the same step.
+                with_statistics=INVERSES[settings.inverse].wants_examples,
+            ),
+        )
         # Layers whose .grad holds a part of which no statistics were taken: what is taken then would not belong to it.
         self._unseen: set[str] = set()
         self._stepped = False
@@ -226,13 +231,13 @@ class KFC:
         self.inspect: Inspection | None = None
         self.communication = distributed.Communication()
         self._ownership = LayerOwnership(
-            self._team, settings.placement, INVERSES[settings.inverse], self._found.layers, self.communication
+            self._team, settings.placement, INVERSES[settings.inverse], self._layers, self.communication
         )
         self._observation = Observation(
-            model, settings, self._found, self._due, self._cannot_explain, self._team, self.times, self.events
+            model, settings, self._layers, self._due, self._cannot_explain, self._team, self.times, self.events
         )
         self._refresh_layers = Refresh(
-            settings, self._due, self.events, self._team, self._ownership, self._drop, self.times
+            settings, self._due, self.events, self._team, self._ownership, self._layers.drop_all, self.times
         )
         self._reviewer = Reviewer(model, TrustRegion.of(settings), self.events, self._ownership.total)
 
@@ -246,23 +251,12 @@ class KFC:
         self._start(self._model, self.given_settings, self._team.group)
         self.inspect = inspect
 
-    def _slots(self) -> Slots:
-        settings, found = self.settings, self._found
-        # EKFAC's eigenvalues, carried over into a new basis, are best corrected by the statistics of the same step.
-        with_statistics = INVERSES[settings.inverse].wants_examples
-        return Slots(
-            settings.schedule,
-            lambda: {name: factorisation_cost(layer.adapter.factor_shapes()) for name, layer in found.layers.items()},
-            staggered=settings.stagger_inverses,
-            with_statistics=with_statistics,
-        )
-
     # What is covered.
 
     @property
     def layers(self) -> Mapping[str, Layer]:
         """The preconditioned layers by module name."""
-        return self._found.layers
+        return self._layers
 
     @property
     def recorded(self) -> tuple[str, ...]:
@@ -282,8 +276,7 @@ class KFC:
     def coverage(self) -> Coverage:
         """Every parameter with how it is treated and why; prints as a table."""
         moments = 2 if self.settings.rule == "adam" else 0
-        inverse, identity = INVERSES[self.settings.inverse], self._structure.identity
-        return coverage_of(self._model, self._found, inverse, moments, identity)
+        return coverage_of(self._model, self._layers, INVERSES[self.settings.inverse], moments)
 
     def follow_structure(self) -> str | None:
         """Look for what was added to the model, replaced or taken away since; what is known of other layers stays.
@@ -293,9 +286,9 @@ class KFC:
         Returns:
             What has changed, in words; None where nothing has.
         """
-        if not self._structure.changed():
+        if not self._layers.changed():
             return None
-        change = self._structure.follow()
+        change = self._layers.follow()
         new = [layer.name for layer in change.new]
         moved = {before: now for before, now in change.kept.items() if before != now}
         self._refresh_layers.follow(change.kept)
@@ -311,23 +304,10 @@ class KFC:
 
     def _cannot_explain(self, reasons: Mapping[str, str]) -> None:
         if self._team.size == 1:
-            self._drop(reasons)
+            self._layers.drop_all(reasons)
             return
         for layer, reason in reasons.items():
             self._refresh_layers.give_up_together(layer, reason)
-
-    def _drop(self, reasons: Mapping[str, str]) -> None:
-        for reason in dict.fromkeys(reasons.values()):
-            alike = [layer for layer, own in reasons.items() if own == reason]
-            for layer in alike:
-                if layer in self._found.layers:  # else another part of its module took it along
-                    self._structure.drop(layer, reason)
-            if distributed.rank() == 0:
-                warnings.warn(
-                    f"KFC has no Kronecker factors for {listed(alike)}: {reason}. Its parameters get a diagonal "
-                    "curvature; add it to `exclude` to give them their plain gradient and to silence this.",
-                    stacklevel=2,
-                )
 
     # A step, in the order of its parts.
 
@@ -339,7 +319,7 @@ class KFC:
         """
         self._begin_step_if_over()
         self._observation.forgiving = self._has_stepped
-        recorded = self._due.date(self.step) or self._due.recorded_at(self.step, self._found.layers)
+        recorded = self._due.date(self.step) or self._due.recorded_at(self.step, self._layers)
         if recorded and self._micro_batch == 0 and (changed := self.follow_structure()):
             inform(changed)
         if not self._ranks_agree:
@@ -356,11 +336,11 @@ class KFC:
     def _facts(self) -> dict[str, str]:
         """What must be the same on all ranks: settings, and layers with the shapes of their factors."""
         facts = {field.name: described(getattr(self.settings, field.name)) for field in fields(self.settings)}
-        shapes = {name: layer.adapter.factor_shapes() for name, layer in self._found.layers.items()}
+        shapes = {name: layer.adapter.factor_shapes() for name, layer in self._layers.items()}
         outlines = {
             name: ", ".join(f"{factor} {tuple(shape)}" for factor, shape in own.items()) for name, own in shapes.items()
         }
-        kinds = {name: layer.adapter.kind for name, layer in self._found.layers.items()}
+        kinds = {name: layer.adapter.kind for name, layer in self._layers.items()}
         facts["layers"] = ", ".join(f"{name} ({kinds[name]}, {outline})" for name, outline in outlines.items())
         return facts
 
@@ -386,7 +366,7 @@ class KFC:
         From the first optimizer step on, the missing :meth:`capture` alone is an error: what else cannot be used is
         left out, and counted in :attr:`events`.
         """
-        recorded = self._observation.active or not self._found.layers
+        recorded = self._observation.active or not self._layers
         if not recorded and self._due.date(self.step):
             raise RuntimeError(
                 f"KFC has recorded nothing at step {self.step}: compute the loss inside `with kfc.capture():`."
@@ -425,7 +405,7 @@ class KFC:
         # Finite or not is for all ranks to know together: refresh() looks at the sum over ranks.
         for name, entry in statistics.items():
             if name not in self._unseen:
-                self._found.layers[name].add(entry)
+                self._layers[name].add(entry)
         self._micro_batch += 1
 
     @property
@@ -436,7 +416,7 @@ class KFC:
     def _leave_out(self, failed: Mapping[str, Exception]) -> None:
         """Do without this step's statistics of layers, on all ranks; say why, once."""
         for name in failed:
-            if name not in self._found.layers or name in self._unseen:
+            if name not in self._layers or name in self._unseen:
                 continue
             if self._team.size == 1:
                 self.forget([name])
@@ -491,25 +471,19 @@ class KFC:
         Where a loss passes through a network that another optimizer trains (a generator's loss through the
         discriminator), that gradient is zeroed before it is ever used, and its statistics must not stay either.
         """
-        for name, layer in self._found.layers.items():
+        for name, layer in self._layers.items():
             if (layer.pending is not None or name in self._unseen) and layer.gradient_is_zero():
                 self._drop_pending(name)
                 self._unseen.discard(name)
         recorded = set(self.recorded if self._observation.active else ())
-        self.forget(name for name in self._found.layers if name not in recorded)
+        self.forget(name for name in self._layers if name not in recorded)
 
     def learning_rates(self, optimizer: Optimizer) -> dict[str, float]:
         """The learning rate of each layer all of whose trainable parameters belong to an optimizer.
 
         Where they are spread over its groups, that of the weight's group.
         """
-        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        rates = {}
-        for name, layer in self._present().items():
-            own = [groups.get(id(parameter)) for parameter in layer.trained_parameters().values()]
-            if own and own[0] is not None and all(group is not None for group in own):
-                rates[name] = float(own[0]["lr"])
-        return rates
+        return self._layers.learning_rates(optimizer)
 
     def refresh(self, optimizer: Optimizer | None = None) -> None:
         """The second half of :meth:`update`: fold statistics into the factors, and refresh the inverses, where due.
@@ -517,17 +491,13 @@ class KFC:
         Args:
             optimizer: Only for the layers whose parameters this optimizer steps; None for all.
         """
-        self._refresh(self._present() if optimizer is None else self.learning_rates(optimizer))
-
-    def _present(self) -> dict[str, Layer]:
-        """The layers that are what they were: others are found anew where statistics are taken next."""
-        return {name: layer for name, layer in self._found.layers.items() if layer.unchanged}
+        self._refresh(self._layers.present() if optimizer is None else self.learning_rates(optimizer))
 
     def begin_refresh(self, optimizer: Optimizer) -> None:
         """Begin to add up over ranks what a step's losses have brought; the backward goes on meanwhile."""
         if self._refresh_layers.expects(self.layers):
             with full_precision(self._model):
-                self._refresh_layers.begin([self._found.layers[name] for name in self.learning_rates(optimizer)])
+                self._refresh_layers.begin([self._layers[name] for name in self.learning_rates(optimizer)])
 
     def refresh_if_finite(self, optimizer: Optimizer) -> None:
         """:meth:`refresh` after a step's last backward, unless a gradient says that the step will be skipped.
@@ -587,7 +557,7 @@ class KFC:
         loss_scale: float,
         loss_gradients: Mapping[int, Tensor],
     ) -> bool:
-        rates = dict.fromkeys(self._present(), float(lr)) if lr is not None else {}
+        rates = dict.fromkeys(self._layers.present(), float(lr)) if lr is not None else {}
         if optimizer is not None:
             rates = self.learning_rates(optimizer)
         if not self._all_finite(optimizer, rates):
@@ -617,7 +587,7 @@ class KFC:
                 ready.append(Ready(layer, gradient, units.learning_rate(layer, rate)))
             self._say_unexplained(unexplained)
             with full_precision(self._model):
-                damping, parameters = self.damping, self._stepped_by(optimizer)
+                damping, parameters = self.damping, self._layers.parameters(optimizer)
                 reviewer = self._reviewer
                 ready = received_updates(self._ownership, ready, damping)
                 numbers = replace_gradients(
@@ -641,7 +611,7 @@ class KFC:
 
     def _step_over(self, optimizer: Optimizer | None) -> None:
         self._stepped = True
-        self._reviewer.stepped(self._stepped_by(optimizer), optimizer)
+        self._reviewer.stepped(self._layers.parameters(optimizer), optimizer)
 
     def _most_decrease(self, parameters: Sequence[nn.Parameter]) -> float | None:
         if self.settings.rule != "natural":
@@ -725,7 +695,7 @@ class KFC:
         self._again = False
         if verdict is not None and verdict.undo:
             for name in self.layers if optimizer is None else self.learning_rates(optimizer):
-                self._found.layers[name].forget_momentum()
+                self._layers[name].forget_momentum()
         if verdict is not None and verdict.refresh:
             self._due.hasten(self.layers, self.step + 1)
         return verdict
@@ -746,7 +716,7 @@ class KFC:
             )
 
     def _refresh(self, names: Iterable[str]) -> None:
-        layers = [self._found.layers[name] for name in names]
+        layers = [self._layers[name] for name in names]
         self._observation.count_again({layer.name for layer in layers if layer.pending is not None})
         damping = self.damping
         try:
@@ -806,12 +776,7 @@ class KFC:
 
     def _gradients(self, optimizer: Optimizer | None) -> list[Tensor]:
         """Every gradient of a step, also those of parameters that are not preconditioned."""
-        return [p.grad for p in self._stepped_by(optimizer) if p.grad is not None]
-
-    def _stepped_by(self, optimizer: Optimizer | None) -> list[nn.Parameter]:
-        if optimizer is None:
-            return list(self._model.parameters())
-        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        return [p.grad for p in self._layers.parameters(optimizer) if p.grad is not None]
 
     def _all_finite(self, optimizer: Optimizer | None, layers: Iterable[str]) -> bool:
         gradients = self._gradients(optimizer)
@@ -849,14 +814,14 @@ class KFC:
         """
         layers = None
         if factors:
-            layers = self._ownership.collected({name: layer.state_dict() for name, layer in self._found.layers.items()})
+            layers = self._ownership.collected({name: layer.state_dict() for name, layer in self._layers.items()})
         return {
             "version": STATE_VERSION,
             "step": self.step + int(self._stepped),
             "layers": layers,
             "due": self._due.state_dict(),
             "periods": self._periods.state_dict(),
-            "dropped": dict(self._structure.dropped),
+            "dropped": dict(self._layers.dropped),
             "self_test_done": self._observation.self_test_done,
             "never_negative": self._observation.never_negative,
             "events": self.events.state_dict(),
@@ -883,8 +848,8 @@ class KFC:
         self.step = int(state["step"])
         self._stepped = False
         for name, reason in state["dropped"].items():
-            if name in self._found.layers:
-                self._structure.drop(name, reason)
+            if name in self._layers:
+                self._layers.drop(name, reason)
         self._observation.restart_self_test(done=bool(state["self_test_done"]))
         self._observation.never_negative = bool(state.get("never_negative", False))
         self._periods.load_state_dict(state.get("periods", {}))
@@ -898,9 +863,9 @@ class KFC:
         problems = [
             f"layer {name!r} of the checkpoint is not in the model"
             for name in state["layers"]
-            if name not in self._found.layers
+            if name not in self._layers
         ]
-        for name, layer in self._found.layers.items():
+        for name, layer in self._layers.items():
             if name not in state["layers"]:
                 problems.append(f"layer {name!r} is not in the checkpoint and starts anew")
                 self._due.forget(name)
@@ -920,7 +885,7 @@ class KFC:
                 layer.forget_inverses()
                 self._due.forget(name)
                 problems.append(f"layer {name!r} starts anew: {reason}")
-        if not any(self._due.has_statistics(name) for name in self._found.layers):
+        if not any(self._due.has_statistics(name) for name in self._layers):
             self._due.restart(self.step)
         return problems
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import html
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_kfc.curvature.find_layers import Found
 from lightning_kfc.curvature.layer import Layer
+from lightning_kfc.curvature.model_layers import ModelLayers
 from lightning_kfc.factors.inverses import Inverse
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -205,26 +205,19 @@ def _shorten(names: Sequence[str], most: int = 8) -> str:
 TO_BE_FOUND = "new: found at the next step that takes statistics"
 
 
-def coverage_of(
-    model: nn.Module,
-    found: Found,
-    inverse: type[Inverse],
-    moments: int = 0,
-    identity: Callable[[str, nn.Parameter], int] = lambda name, parameter: id(parameter),
-) -> Coverage:
-    """Make the coverage of a model from what was found in it; the model may have changed since.
+def coverage_of(model: nn.Module, found: ModelLayers, inverse: type[Inverse], moments: int = 0) -> Coverage:
+    """Make the coverage of a model from its layers; the model may have changed since.
 
     Args:
         model: The model.
-        found: What :func:`~lightning_kfc.curvature.find_layers.find_layers` returned.
+        found: Its layers.
         inverse: The user's kind of inverse.
         moments: How many numbers the rule keeps for each parameter; they count as memory of the inverse.
-        identity: Gives what a parameter, by its name and as it is now, is known by in ``found``.
     """
     owners: dict[int, list[Layer]] = {}
     own = set(map(id, model.parameters()))
     # A layer whose module, or whose parameters, were replaced takes no part any more.
-    present = [e for e in found.layers.values() if e.unchanged and own.issuperset(map(id, e.parameters()))]
+    present = [e for e in found.values() if e.unchanged and own.issuperset(map(id, e.parameters()))]
     for layer in present:
         for parameter in layer.parameters():
             owners.setdefault(id(parameter), []).append(layer)
@@ -246,7 +239,7 @@ def coverage_of(
             row = CoverageRow(name, module, adapter.kind, adapter.treatment, why, shapes, held, numel)
         else:
             unknown = type(model.get_submodule(module)).__name__, TO_BE_FOUND
-            kind, reason = found.plain.get(identity(name, parameter), unknown)
+            kind, reason = found.plain.get(found.identity(name, parameter), unknown)
             row = CoverageRow(name, module, kind, "plain", reason, {}, 0, numel)
         rows.append(row)
     return Coverage(tuple(rows), tuple(_lines(present, inverse, moments)))

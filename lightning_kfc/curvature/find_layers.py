@@ -16,61 +16,42 @@ from lightning_kfc.layers import Adapter, ParameterAdapter, adapter_for
 UNINITIALISED = "not initialised before the first forward"
 
 
-@dataclass
-class Found:
-    """What was found in a model.
+@dataclass(frozen=True)
+class LayerOptions:
+    """Which layers are found, and how their statistics are taken.
+
+    Attributes:
+        include: Glob patterns over module names: only these are preconditioned; None for all.
+        exclude: Glob patterns over module names: these are not.
+        weight_sharing: ``"expand"`` or ``"reduce"``.
+        max_factor_dim: Above this many dimensions a factor is held as its diagonal; None for no bound.
+        rows_per_dim: Statistics are taken from a part of a batch's rows that has so many times a factor's dimensions;
+            None for all rows.
+        inverse_precision: That of Cholesky inverses: ``"full"`` or ``"bfloat16"``.
+    """
+
+    include: Sequence[str] | None = None
+    exclude: Sequence[str] | None = None
+    weight_sharing: str = "expand"
+    max_factor_dim: int | None = None
+    rows_per_dim: int | None = None
+    inverse_precision: str = "full"
+
+
+@dataclass(frozen=True)
+class FoundLayers:
+    """The result of a search.
 
     Attributes:
         layers: The layers to precondition, by name.
         plain: The parameters that keep their plain gradient, by ``id``: their module's kind, and why.
-        inverse_precision: That of the layers' Cholesky inverses: ``"full"`` or ``"bfloat16"``.
     """
 
     layers: dict[str, Layer] = field(default_factory=dict)
     plain: dict[int, tuple[str, str]] = field(default_factory=dict)
-    inverse_precision: str = "full"
-
-    def replace_by_parameters(self, name: str, model: nn.Module, reason: str) -> None:
-        """Give a layer up: each of its parameters becomes a layer of its own.
-
-        Args:
-            name: The layer's name.
-            model: The model, where the parameters have their names.
-            reason: Why its rows do not explain its gradient.
-        """
-        given_up = {id(p) for adapter in self.layers.pop(name).adapters for p in adapter.parameters().values()}
-        # The other parts of the same module would precondition these parameters a second time.
-        for other in [n for n, layer in self.layers.items() if given_up & set(map(id, layer.parameters()))]:
-            del self.layers[other]
-        self._add_parameters(model, dict.fromkeys(given_up, reason))
-
-    def take_over(self, layers: Mapping[str, Layer], plain: Mapping[int, tuple[str, str]]) -> None:
-        """Have other layers and plain parameters, in the same object."""
-        self.layers.clear()
-        self.layers.update(layers)
-        self.plain.clear()
-        self.plain.update(plain)
-
-    def _add_parameters(self, model: nn.Module, reasons: Mapping[int, str]) -> None:
-        # In the model's order: the ranks of a process group must come to the same order, which that of ids is not.
-        for name, parameter in model.named_parameters():
-            if id(parameter) in reasons:
-                module, _, own = name.rpartition(".")
-                adapter = ParameterAdapter(model.get_submodule(module), own)
-                self.layers[name] = Layer(name, [adapter], reasons[id(parameter)], self.inverse_precision)
 
 
-def find_layers(
-    model: nn.Module,
-    include: Sequence[str] | None = None,
-    exclude: Sequence[str] | None = None,
-    weight_sharing: str = "expand",
-    max_factor_dim: int | None = None,
-    rows_per_dim: int | None = None,
-    inverse_precision: str = "full",
-    *,
-    strict: bool = True,
-) -> Found:
+def find_layers(model: nn.Module, options: LayerOptions | None = None, *, strict: bool = True) -> FoundLayers:
     """Find the layers of a model.
 
     Modules that share all their parameters form one layer. A parameter that is shared in any other way, or
@@ -78,19 +59,15 @@ def find_layers(
 
     Args:
         model: The model.
-        include: Glob patterns over module names: only these are preconditioned.
-        exclude: Glob patterns over module names: these are not.
-        weight_sharing: ``"expand"`` or ``"reduce"``.
-        max_factor_dim: Above this many dimensions a factor is held as its diagonal.
-        rows_per_dim: Statistics are taken from a part of a batch's rows that has so many times a factor's dimensions;
-            None for all rows.
-        inverse_precision: That of Cholesky inverses: ``"full"`` or ``"bfloat16"``.
+        options: Which layers, and how their statistics are taken.
         strict: Whether it is an error that a pattern matches nothing, or that there is no layer.
 
     Raises:
         ValueError: If a pattern matches no module that has parameters of its own, or no layer with an adapter is left.
             The layers of lazy modules are found once these are initialised, and count as layers that are left.
     """
+    options = options or LayerOptions()
+    include, exclude = options.include, options.exclude
     # A norm layer without scale and shift has the names of both, and None for each.
     owners = {n: m for n, m in model.named_modules() if any(p is not None for p in m._parameters.values())}
     if strict:
@@ -98,13 +75,13 @@ def find_layers(
         _check_patterns_match("exclude", exclude, owners)
     left_out = {name: _left_out(name, include, exclude) for name in owners}
     held = _held_by_parents(owners)
-    found, uses = Found(inverse_precision=inverse_precision), _Uses()
+    found, uses = FoundLayers(), _Uses()
     for name, module in owners.items():
         reason = left_out[name] or (UNINITIALISED if _uninitialised(module) else None)
         if reason is not None:
-            found.plain |= dict.fromkeys(_identities(module._parameters), (type(module).__name__, reason))
+            found.plain.update(dict.fromkeys(_identities(module._parameters), (type(module).__name__, reason)))
         if name not in held:
-            parts = _parts(name, module, weight_sharing)
+            parts = _parts(name, module, options.weight_sharing)
             parts = {
                 part: adapter for part, adapter in parts.items() if left_out[part if part in held else name] is None
             }
@@ -118,14 +95,33 @@ def find_layers(
     for use in uses.explained():
         for name, adapters in use.items():
             for adapter in adapters:
-                adapter.max_factor_dim = max_factor_dim
-                adapter.rows_per_dim = rows_per_dim
-            found.layers[name] = Layer(name, adapters, inverse_precision=inverse_precision)
+                adapter.max_factor_dim = options.max_factor_dim
+                adapter.rows_per_dim = options.rows_per_dim
+            found.layers[name] = Layer(name, adapters, inverse_precision=options.inverse_precision)
     to_come = any(_uninitialised(module) for name, module in owners.items() if left_out[name] is None)
     if strict and not to_come and not any(layer.adapter.own_parameters() for layer in found.layers.values()):
         _raise_no_layer(owners, include, exclude, held)
-    found._add_parameters(model, {i: why for i, why in uses.unexplained().items() if i not in found.plain})
+    unexplained = {i: why for i, why in uses.unexplained().items() if i not in found.plain}
+    found.layers.update(parameter_layers(model, unexplained, options))
     return found
+
+
+def parameter_layers(model: nn.Module, reasons: Mapping[int, str], options: LayerOptions) -> dict[str, Layer]:
+    """A layer with a diagonal curvature for each of some parameters, by name.
+
+    Args:
+        model: The model.
+        reasons: Why each parameter, by ``id``, has no Kronecker factors.
+        options: How statistics are taken.
+    """
+    layers = {}
+    # In the model's order: the ranks of a process group must come to the same order, which that of ids is not.
+    for name, parameter in model.named_parameters():
+        if id(parameter) in reasons:
+            module, _, own = name.rpartition(".")
+            adapter = ParameterAdapter(model.get_submodule(module), own)
+            layers[name] = Layer(name, [adapter], reasons[id(parameter)], options.inverse_precision)
+    return layers
 
 
 class _Uses:

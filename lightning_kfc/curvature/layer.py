@@ -70,6 +70,10 @@ class Layer:
             for a in self.adapters
         )
 
+    def found_again(self, name: str, reason: str) -> None:
+        """Take the name, and the reason for a diagonal curvature, of a later search for layers."""
+        self.name, self.reason = name, reason
+
     @property
     def unchanged(self) -> bool:
         """Whether the layer's modules still have the parameters that they had when it was found."""

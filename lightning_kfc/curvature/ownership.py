@@ -9,10 +9,11 @@ from torch import Tensor
 from torch import distributed as dist
 
 from lightning_kfc.curvature.layer import Layer
-from lightning_kfc.distributed.placement import Grid, Placement, factorisation_cost, gradient_workers
+from lightning_kfc.distributed.placement import Grid, Placement, gradient_workers
 from lightning_kfc.distributed.process_group import Communication, Team, is_sharded
 from lightning_kfc.factors.inverses import Inverse
 from lightning_kfc.factors.packing import Shape
+from lightning_kfc.utilities.load_balancing import factorisation_cost
 
 
 class LayerOwnership:

@@ -11,40 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-Shapes = Mapping[str, tuple[int, ...]]
+from lightning_kfc.utilities.load_balancing import longest_first
+
 #: The placements that have a name; a number between is the fraction k/W of ranks that hold an inverse.
 PLACEMENTS = ("auto", "comm-opt", "mem-opt")
-
-
-def factorisation_cost(shapes: Shapes) -> float:
-    """The time to factorise a layer, up to a constant: the cube of each factor's dimension, for each group.
-
-    Args:
-        shapes: The layer's factors by name, ``(groups, d, d)``, or ``(groups, d)`` for a diagonal.
-    """
-    return float(sum(s[0] * (s[1] ** 3 if len(s) == 3 else s[1]) for s in shapes.values()))
-
-
-def longest_first(costs: Mapping[str, float], ranks: int, loads: list[float] | None = None) -> dict[str, int]:
-    """Give each job, the longest first, to the rank that has least to do.
-
-    The longest rank's work is at most 4/3 - 1/(3 ranks) of that of the best assignment (Graham 1969).
-
-    Args:
-        costs: The jobs' costs by name.
-        ranks: The number of ranks.
-        loads: What each rank has to do already; grows by what it is given.
-
-    Returns:
-        The rank of each job, the same on every rank: ties go by the order of the names and of the ranks.
-    """
-    loads = [0.0] * ranks if loads is None else loads
-    given = {}
-    for name in sorted(costs, key=lambda name: (-costs[name], name)):
-        rank = loads.index(min(loads))
-        loads[rank] += costs[name]
-        given[name] = rank
-    return {name: given[name] for name in costs}
 
 
 def gradient_workers(placement: str | float, ranks: int) -> int:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 import torch
 from torch import Tensor, nn
 
-from lightning_kfc.curvature.find_layers import Found
 from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.distributed.process_group import Team
 from lightning_kfc.estimation.back_propagation import back_propagate, empirical_statistics_of_loss, reaches
@@ -49,7 +48,7 @@ class Observation:
     Args:
         model: The model.
         settings: What to estimate, and how.
-        found: The model's layers; a layer that cannot be explained is taken out of them, through ``drop``.
+        layers: The model's layers; a layer that cannot be explained is taken out of them, through ``drop``.
         due: When each layer is due.
         drop: Called with the names of layers and the reason why the rows of each do not explain its gradient.
         team: The ranks between which the batch is split; each of them samples targets of its own.
@@ -69,7 +68,7 @@ class Observation:
         self,
         model: nn.Module,
         settings: Settings,
-        found: Found,
+        layers: Mapping[str, Layer],
         due: Due,
         drop: Callable[[Mapping[str, str]], None],
         team: Team,
@@ -78,7 +77,7 @@ class Observation:
     ) -> None:
         self._model = model
         self._settings = settings
-        self._found = found
+        self._layers = layers
         self._due = due
         self._drop = drop
         self._team = team
@@ -105,7 +104,7 @@ class Observation:
     @contextlib.contextmanager
     def capture(self, step: int) -> Iterator[None]:
         """Record what the forward and the loss of this (micro-)batch show, if this step is due; else do nothing."""
-        self.recorded = self._due.recorded_at(step, self._found.layers)
+        self.recorded = self._due.recorded_at(step, self._layers)
         if not self.recorded:
             self.release()
             yield
@@ -181,7 +180,7 @@ class Observation:
         if self._self_test is None and not self.self_test_done:
             return
         waiting = {kept[name] for name in (self._self_test.waiting if self._self_test else ()) if name in kept}
-        layers = self._layers_with_rows([name for name in self._found.layers if name in waiting.union(new)])
+        layers = self._layers_with_rows([name for name in self._layers if name in waiting.union(new)])
         self.restart_self_test(done=not layers)
         if layers:
             self._self_test = SelfTest(layers, self.generator(step, 0, stream=1)(torch.device("cpu")))
@@ -243,7 +242,7 @@ class Observation:
     def _parameter_calls(self) -> list[Call]:
         return [
             parameter_call(name, layer.adapter)
-            for name, layer in self._found.layers.items()
+            for name, layer in self._layers.items()
             if name in self.recorded and not layer.adapter.has_rows and layer.adapter.own_parameters()
         ]
 
@@ -330,7 +329,7 @@ class Observation:
         if found and not any(bool(total.any()) for entry in found.values() for total in entry.sums.values()):
             self._report_no_gradient(step)
             for name in examples:
-                if self._found.layers[name].pending is None:
+                if self._layers[name].pending is None:
                     self.forget_examples(name)
             return {}
         if found:
@@ -361,16 +360,16 @@ class Observation:
                 entry = entry.without_means() if index in counted else entry
                 counted.add(index)
             statistics[name] = statistics[name] + entry if name in statistics else entry
-        return {n: entry for n, entry in statistics.items() if n in self._found.layers and n not in self.failed}
+        return {n: entry for n, entry in statistics.items() if n in self._layers and n not in self.failed}
 
     def _layers_with_rows(self, names: Iterable[str]) -> dict[str, Layer]:
-        layers = {name: self._found.layers[name] for name in names}
+        layers = {name: self._layers[name] for name in names}
         return {name: layer for name, layer in layers.items() if layer.adapter.has_rows}
 
     def _example_gradients(self, layers: Iterable[str], step: int) -> dict[str, ExampleGradients]:
         for name in layers:
-            if name in self._found.layers and name not in self._examples:
-                layer = self._found.layers[name]
+            if name in self._layers and name not in self._examples:
+                layer = self._layers[name]
                 # Where the step ends with a new basis, the gradients themselves are kept for it.
                 basis = None if self._due.new_inverse(name, step) else layer.basis_of_examples()
                 self._examples[name] = ExampleGradients(basis, layer.adapter.matrix_shape())
@@ -407,17 +406,17 @@ class Observation:
 
     def _prepare_self_test(self, step: int) -> SelfTest | None:
         if self._self_test is None and not self.self_test_done:
-            layers = self._layers_with_rows(self._found.layers)
+            layers = self._layers_with_rows(self._layers)
             self._self_test = SelfTest(layers, self.generator(step, 0, stream=1)(torch.device("cpu")))
         if self._self_test is not None:
             self._self_test.recorded = set(self.recorded)
         return self._self_test
 
     def _conclude_self_test(self, test: SelfTest) -> None:
-        unseen = {n: self._found.layers[n].adapter.unseen for n in test.never_called if n in self._found.layers}
-        if reasons := unseen | {n: why for n, why in test.unexplained.items() if n in self._found.layers}:
+        unseen = {n: self._layers[n].adapter.unseen for n in test.never_called if n in self._layers}
+        if reasons := unseen | {n: why for n, why in test.unexplained.items() if n in self._layers}:
             self._drop(reasons)
-        test.waiting[:] = [n for n in test.waiting if n in self._found.layers and n not in test.unexplained]
+        test.waiting[:] = [n for n in test.waiting if n in self._layers and n not in test.unexplained]
         test.never_called.clear()
         test.unexplained.clear()
         if not test.waiting:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.curvature.ownership import LayerOwnership, shapes_of
-from lightning_kfc.distributed.placement import factorisation_cost, longest_first
 from lightning_kfc.distributed.remote import Elsewhere
 from lightning_kfc.factors.inverses import FactorisationError, Inverse
 from lightning_kfc.factors.packing import Shape, pack, packed_numel, unpack
 from lightning_kfc.factors.statistics import factor_dtype
 from lightning_kfc.monitoring.messages import inform
+from lightning_kfc.utilities.load_balancing import factorisation_cost, longest_first
 
 #: Seconds that first inverses take before a line is logged; each later line comes after twice the time.
 PATIENCE = 2.0

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lightning_kfc.distributed.placement import longest_first
 from lightning_kfc.scheduling.refresh_schedule import RefreshSchedule
+from lightning_kfc.utilities.load_balancing import longest_first
 
 
 def open_slots(schedule: RefreshSchedule, *, with_statistics: bool) -> Iterator[int]:
@@ -59,7 +59,7 @@ class Slots:
 
     Args:
         schedule: The periods.
-        costs: Gives the cost of each present layer by name.
+        costs: The cost of each present layer, by name; read anew whenever a layer without a slot comes.
         staggered: Whether layers have slots of their own.
         with_statistics: Whether inverses are to be made only at dates of statistics.
     """
@@ -67,7 +67,7 @@ class Slots:
     def __init__(
         self,
         schedule: RefreshSchedule,
-        costs: Callable[[], Mapping[str, float]],
+        costs: Mapping[str, float],
         *,
         staggered: bool = True,
         with_statistics: bool = False,
@@ -85,7 +85,7 @@ class Slots:
         if not (self._staggered and self._possible):
             return None
         if layer not in self._given:
-            self._add(self._costs())
+            self._add(dict(self._costs))
         return self._given.get(layer)
 
     def _add(self, costs: Mapping[str, float]) -> None:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_kfc.distributed.placement import Grid, Placement, factorisation_cost, gradient_workers, longest_first
+from lightning_kfc.distributed.placement import Grid, Placement, gradient_workers
+from lightning_kfc.utilities.load_balancing import factorisation_cost, longest_first
 
 costs = st.dictionaries(st.text(min_size=1, max_size=4), st.integers(1, 1000).map(float), min_size=1, max_size=12)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_kfc import KFC
-from lightning_kfc.distributed.placement import factorisation_cost
+from lightning_kfc.utilities.load_balancing import factorisation_cost
 from tests.helpers.nets import classes, data, double, engine, train_step
 
 WIDTHS = (6, 12, 9, 9, 5, 5, 5, 3)

@@ -1,0 +1,242 @@
+"""The layers of a model that is trained, which may change meanwhile."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from lightning_kfc.curvature.find_layers import FoundLayers, LayerOptions, find_layers, parameter_layers
+from lightning_kfc.curvature.layer import Layer
+from lightning_kfc.distributed import process_group as distributed
+from lightning_kfc.distributed.process_group import is_sharded
+from lightning_kfc.monitoring.events import listed, shortened
+from lightning_kfc.utilities.load_balancing import factorisation_cost
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """The difference between two searches for layers.
+
+    Attributes:
+        kept: The present name of each remaining layer, by its former name.
+        new: The new layers.
+        gone: The names of removed layers.
+        plain: New parameters that keep their plain gradient, with the reason.
+    """
+
+    kept: Mapping[str, str]
+    new: Sequence[Layer]
+    gone: Sequence[str]
+    plain: Mapping[str, str]
+
+    def __str__(self) -> str:
+        """The change in words; empty where there is none."""
+        parts = {
+            "new": [f"{layer.name!r} ({_treatment(layer)})" for layer in self.new],
+            "gone": [repr(name) for name in self.gone],
+            "with their plain gradient": [f"{name!r} ({reason})" for name, reason in self.plain.items()],
+        }
+        return "; ".join(f"{what}: {shortened(names)}" for what, names in parts.items() if names)
+
+
+def _treatment(layer: Layer) -> str:
+    return f"{layer.adapter.treatment}, since {layer.reason}" if layer.reason else layer.adapter.kind
+
+
+class ModelLayers(Mapping[str, Layer]):
+    """The layers of a model by name, in the model's order, and the model's outline when they were found.
+
+    Parameters are compared by identity; all of them are referenced here, so that no later one has the identity of a
+    deleted one. A model with sharded parameters is not followed: it shows others from its forward to its backward.
+
+    Args:
+        model: The model.
+        options: Which layers, and how their statistics are taken.
+
+    Attributes:
+        plain: The parameters that keep their plain gradient, by ``id``: their module's kind, and why.
+        dropped: Why layers without Kronecker factors were given up, by name: their rows do not explain their gradient.
+
+    Raises:
+        ValueError: If a pattern matches nothing, or no layer is left.
+    """
+
+    def __init__(self, model: nn.Module, options: LayerOptions) -> None:
+        self._model = model
+        self._options = options
+        found = find_layers(model, options)
+        self._layers, self.plain = found.layers, found.plain
+        self._dropped_as: dict[tuple[object, ...], str] = {}
+        self.dropped: dict[str, str] = {}
+        self._sharded = any(map(is_sharded, model.parameters()))
+        #: The time to factorise each present layer, up to a constant; a view.
+        self.costs: Mapping[str, float] = _Costs(self)
+        self._note()
+
+    def __getitem__(self, name: str) -> Layer:
+        return self._layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def present(self) -> dict[str, Layer]:
+        """The layers whose modules and parameters are the same as when they were found."""
+        return {name: layer for name, layer in self._layers.items() if layer.unchanged}
+
+    # Layers of an optimizer.
+
+    def learning_rates(self, optimizer: Optimizer) -> dict[str, float]:
+        """The learning rate of each layer all of whose trainable parameters belong to an optimizer.
+
+        Where they are spread over its groups, that of the weight's group.
+        """
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        rates = {}
+        for name, layer in self.present().items():
+            own = [groups.get(id(parameter)) for parameter in layer.trained_parameters().values()]
+            if own and own[0] is not None and all(group is not None for group in own):
+                rates[name] = float(own[0]["lr"])
+        return rates
+
+    def parameters(self, optimizer: Optimizer | None) -> list[nn.Parameter]:
+        """The parameters that an optimizer steps; all of the model's where it is not known."""
+        if optimizer is None:
+            return list(self._model.parameters())
+        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    # Layers that are given up.
+
+    def drop(self, name: str, reason: str) -> None:
+        """Give each parameter of a layer a diagonal curvature, as long as the layer stays what it is.
+
+        Args:
+            name: The layer's name.
+            reason: Why its rows do not explain its gradient.
+        """
+        self._dropped_as[self._layers[name].found_as] = reason
+        self.dropped[name] = reason
+        _replace_by_parameters(self._layers, name, self._model, reason, self._options)
+
+    def drop_all(self, reasons: Mapping[str, str]) -> None:
+        """Drop layers, and warn on rank zero, once for each reason.
+
+        Args:
+            reasons: Why the rows of each layer, by name, do not explain its gradient.
+        """
+        for reason in dict.fromkeys(reasons.values()):
+            alike = [layer for layer, own in reasons.items() if own == reason]
+            for layer in alike:
+                if layer in self._layers:  # else another part of its module took it along
+                    self.drop(layer, reason)
+            if distributed.rank() == 0:
+                warnings.warn(
+                    f"KFC has no Kronecker factors for {listed(alike)}: {reason}. Its parameters get a diagonal "
+                    "curvature; add it to `exclude` to give them their plain gradient and to silence this.",
+                    stacklevel=2,
+                )
+
+    # A model that changes.
+
+    def identity(self, name: str, parameter: nn.Parameter) -> int:
+        """The key of a parameter in :attr:`plain`: of a sharded model, that of the time when layers were found."""
+        return self._identities.get(name, id(parameter)) if self._sharded else id(parameter)
+
+    def changed(self) -> bool:
+        """Whether modules or parameters were added, replaced, re-parametrised or initialised since."""
+        return not self._sharded and _outline(self._model) != self._outline
+
+    def follow(self) -> LayerChange:
+        """Find the present layers of the model; one with the same module and parameters stays the same object.
+
+        The ranks of a process group must do so at the same step.
+        """
+        fresh = find_layers(self._model, self._options, strict=False)
+        self._drop_again(fresh)
+        known: dict[tuple[object, ...], list[Layer]] = {}
+        for layer in self._layers.values():
+            if layer.unchanged:
+                known.setdefault(layer.found_as, []).append(layer)
+        layers: dict[str, Layer] = {}
+        kept, new = {}, []
+        for name, layer in fresh.layers.items():
+            # Several where the parts of a module share their parameters; these come in the same order.
+            same = known.get(layer.found_as)
+            if not same:
+                layers[name] = layer
+                new.append(layer)
+                continue
+            layers[name] = same.pop(0)
+            kept[layers[name].name] = name
+            layers[name].found_again(name, layer.reason)
+        gone = [name for name in self._layers if name not in kept]
+        plain = {
+            name: fresh.plain[id(parameter)][1]
+            for name, parameter in self._model.named_parameters()
+            if id(parameter) in fresh.plain and id(parameter) not in self.plain
+        }
+        self._layers, self.plain = layers, fresh.plain
+        self._note()
+        return LayerChange(kept, new, gone, plain)
+
+    def _note(self) -> None:
+        self._outline = _outline(self._model)
+        self._referenced = [*self._model.modules(), *self._model.parameters()]
+        self._identities = {name: id(parameter) for name, parameter in self._model.named_parameters()}
+
+    def _drop_again(self, fresh: FoundLayers) -> None:
+        """Drop the layers that were dropped before and are the same as then; forget the others."""
+        before, self._dropped_as, self.dropped = self._dropped_as, {}, {}
+        for name, layer in list(fresh.layers.items()):
+            reason = before.get(layer.found_as)
+            if reason is not None and name in fresh.layers:
+                self._dropped_as[layer.found_as] = self.dropped[name] = reason
+                _replace_by_parameters(fresh.layers, name, self._model, reason, self._options)
+
+
+class _Costs(Mapping[str, float]):
+    """The cost of each present layer, computed at each access: freezing a parameter changes it."""
+
+    def __init__(self, layers: Mapping[str, Layer]) -> None:
+        self._layers = layers
+
+    def __getitem__(self, name: str) -> float:
+        return factorisation_cost(self._layers[name].adapter.factor_shapes())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+
+def _replace_by_parameters(
+    layers: dict[str, Layer], name: str, model: nn.Module, reason: str, options: LayerOptions
+) -> None:
+    """Give a layer up: each of its parameters becomes a layer of its own."""
+    given_up = {id(p) for adapter in layers.pop(name).adapters for p in adapter.parameters().values()}
+    # The other parts of the same module would precondition these parameters a second time.
+    for other in [n for n, layer in layers.items() if given_up & set(map(id, layer.parameters()))]:
+        del layers[other]
+    layers |= parameter_layers(model, dict.fromkeys(given_up, reason), options)
+
+
+def _outline(model: nn.Module) -> tuple[object, ...]:
+    """The names and identities of modules and of their own parameters, to be compared with those of another time."""
+    return tuple(
+        (
+            name,
+            id(module),
+            type(module),
+            *((own, id(p), p is not None and is_lazy(p)) for own, p in module._parameters.items()),
+        )
+        for name, module in model.named_modules()
+        if module._parameters
+    )
