@@ -94,9 +94,14 @@ def _train(
         optimizer.step()
         kfc.review(optimizer=optimizer)
         losses.append(loss.detach())
-    state = kfc.state_dict()
-    kept = {key: state[key] for key in ("step", "layers", "due", "trust_region")}
-    return dict(_flat("", {"losses": dict(enumerate(losses)), "weights": model.state_dict(), "state": kept}))
+    state = kfc.state_dict(factors=False)
+    record: dict[str, Any] = {"losses": dict(enumerate(losses)), "weights": model.state_dict()}
+    record |= {key: state[key] for key in ("step", "due", "trust_region")}
+    for name, layer in kfc.layers.items():
+        record[f"factors of {name}"] = layer.factors
+        record[f"inverse of {name}"] = layer.inverse.state() if layer.inverse is not None else None
+        record[f"moments of {name}"] = layer.moments.state_dict() if layer.moments is not None else None
+    return dict(_flat("", record))
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
