@@ -12,52 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.data import CONTEXT, UNKNOWN_BYTE, Split
+from benchmarks.contest.data import CONTEXT, UNKNOWN_BYTE, Split
 
 #: Held-out examples, taken from the end.
 HELD_OUT = 512
 #: Packages of the standard library whose docstrings are read.
 PACKAGES = ("asyncio", "concurrent/futures", "email", "http", "importlib", "logging", "multiprocessing", "unittest")
-    "argparse",
-    "asyncio/tasks",
-    "collections/__init__",
-    "concurrent/futures/_base",
-    "configparser",
-    "contextlib",
-    "csv",
-    "datetime",
-    "difflib",
-    "email/message",
-    "enum",
-    "fractions",
-    "functools",
-    "gettext",
-    "heapq",
-    "http/client",
-    "inspect",
-    "logging/__init__",
-    "mailbox",
-    "multiprocessing/managers",
-    "pathlib",
-    "pdb",
-    "pickle",
-    "random",
-    "shutil",
-    "statistics",
-    "subprocess",
-    "tarfile",
-    "tempfile",
-    "textwrap",
-    "threading",
-    "traceback",
-    "turtle",
-    "typing",
-    "unittest/case",
-    "unittest/mock",
-    "urllib/request",
-    "uuid",
-    "zipfile",
-)
 
 
 def split_off(inputs: Tensor, targets: Tensor, held_out: int = HELD_OUT) -> Split:

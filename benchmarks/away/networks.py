@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.attention_networks import Block
+from benchmarks.contest.attention_networks import Block
 
 
 def signal_net(kinds: int = 8) -> nn.Sequential:

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.away import data, networks
-from benchmarks.data import Split
-from benchmarks.tasks import Goal, Task, next_byte_cross_entropy
+from benchmarks.contest.data import Split
+from benchmarks.contest.tasks import Goal, Task, next_byte_cross_entropy
 
 #: Tasks that may choose constants.
 CHOOSING = ("signals", "separable", "table_classification", "picture", "forecast", "vae")

@@ -8,8 +8,8 @@ from torch import nn
 
 from benchmarks.away import data
 from benchmarks.away.tasks import AWAY, CHOOSING, HELD_BACK, MEASURED, belonging, evidence_bound
-from benchmarks.contestants import CONTESTANTS
-from benchmarks.harness import Run
+from benchmarks.contest.contestants import CONTESTANTS
+from benchmarks.contest.harness import Run
 
 
 def test_the_halves_are_disjoint_and_complete() -> None:
