@@ -26,9 +26,8 @@ from lightning_kfc.monitoring.events import Events, StepNumbers, listed
 from lightning_kfc.monitoring.messages import inform
 from lightning_kfc.monitoring.timing import StepTimes
 from lightning_kfc.refresh.factors import Refresh
-from lightning_kfc.rules.base import Inspection, Ready, replace_gradients
-from lightning_kfc.rules.choice import choose_rule, with_rule
-from lightning_kfc.rules.optimizer_units import Units
+from lightning_kfc.rules.base import Inspection, ReadyLayer, Rule
+from lightning_kfc.rules.choice import RULE_TYPES, choose_rule, with_rule
 from lightning_kfc.rules.update_exchange import received_updates
 from lightning_kfc.scheduling.automatic_periods import PeriodChoice
 from lightning_kfc.scheduling.refresh_schedule import RefreshSchedule, value_at
@@ -196,6 +195,7 @@ class KFC:
         #: As they were given; :attr:`settings` are those in force, with the rule that was chosen.
         self.given_settings = settings
         self.settings = settings = with_rule(settings, self.rule_choice)
+        self._rule: Rule[Any] = RULE_TYPES[settings.rule]()
         self._said: set[str] = set()
         #: Where the time of a step goes; runs only between its own begin_step() and end_step().
         self.times = StepTimes()
@@ -275,8 +275,8 @@ class KFC:
 
     def coverage(self) -> Coverage:
         """Every parameter with how it is treated and why; prints as a table."""
-        moments = 2 if self.settings.rule == "adam" else 0
-        return coverage_of(self._model, self._layers, INVERSES[self.settings.inverse], moments)
+        inverse, moments = INVERSES[self.settings.inverse], self._rule.moments_per_parameter
+        return coverage_of(self._model, self._layers, inverse, moments)
 
     def follow_structure(self) -> str | None:
         """Look for what was added to the model, replaced or taken away since; what is known of other layers stays.
@@ -544,77 +544,75 @@ class KFC:
             )
         # Until the step is made: it is no part of a loss.
         self._reviewer.pause()
-        with self.times.part("preconditioning"):
-            made = self._precondition(lr, optimizer, loss_scale, loss_gradients or {})
-        if not made:
-            self._reviewer.resume()
-        return made
-
-    def _precondition(
-        self,
-        lr: float | None,
-        optimizer: Optimizer | None,
-        loss_scale: float,
-        loss_gradients: Mapping[int, Tensor],
-    ) -> bool:
         rates = dict.fromkeys(self._layers.present(), float(lr)) if lr is not None else {}
         if optimizer is not None:
             rates = self.learning_rates(optimizer)
-        if not self._all_finite(optimizer, rates):
-            for name in rates:
-                self._drop_pending(name)
-            self._refresh_layers.discard(rates)
-            # The step is to be made anew, of other losses.
-            self._reviewer.forget_losses()
-            self.events.count("nonfinite_gradients")
-            return False
-        self._refresh(rates)
-        ready: list[Ready] = []
-        unexplained: list[str] = []
-        units = Units(self.settings.rule, optimizer)
-        with torch.no_grad():
-            for name, rate in rates.items():
-                layer = self.layers[name]
-                gradients = layer.gradients()
-                if gradients is None:
-                    continue
-                if self._note_trained(layer):
-                    unexplained.append(name)
-                if layer.inverse is None or tuple(gradients) != layer.roles:
-                    continue
-                matrix = layer.matrix(gradients)
-                gradient = matrix if loss_scale == 1 else matrix / loss_scale
-                ready.append(Ready(layer, gradient, units.learning_rate(layer, rate)))
-            self._say_unexplained(unexplained)
-            with full_precision(self._model):
-                damping, parameters = self.damping, self._layers.parameters(optimizer)
-                reviewer = self._reviewer
-                ready = received_updates(self._ownership, ready, damping)
-                numbers = replace_gradients(
-                    self.settings.rule,
-                    ready,
-                    self.step,
-                    damping,
-                    self.kl_clip,
-                    self._most_decrease(parameters),
-                    loss_scale,
-                    self.events,
-                    lambda size: reviewer.before_step(
-                        self.step, size, damping, optimizer, parameters, loss_scale, loss_gradients
-                    ),
-                    self.inspect,
-                )
-                units.ask((entry.layer for entry in ready), loss_scale)
-                self.last_step = numbers if self._reviewer.last is None else _reviewed(numbers, self._reviewer.last)
+        with self.times.part("preconditioning"):
+            if not self._all_finite(optimizer, rates):
+                self._abandon_step(rates)
+                return False
+            self._refresh(rates)
+            with torch.no_grad(), full_precision(self._model):
+                self._replace_gradients(rates, optimizer, loss_scale, loss_gradients or {})
         self._step_over(optimizer)
         return True
+
+    def _abandon_step(self, names: Iterable[str]) -> None:
+        """Forget the statistics and the losses of a step whose gradients are not finite: it is made anew, of others."""
+        for name in names:
+            self._drop_pending(name)
+        self._refresh_layers.discard(names)
+        self._reviewer.forget_losses()
+        self._reviewer.resume()
+        self.events.count("nonfinite_gradients")
+
+    def _replace_gradients(
+        self,
+        rates: Mapping[str, float],
+        optimizer: Optimizer | None,
+        loss_scale: float,
+        loss_gradients: Mapping[int, Tensor],
+    ) -> None:
+        damping, kl_clip, parameters = self.damping, self.kl_clip, self._layers.parameters(optimizer)
+        ready = received_updates(self._ownership, self._ready(rates, optimizer, loss_scale), damping)
+        updates = self._rule.updates(ready, damping, kl_clip, self._most_decrease(parameters))
+        # Until they are written, .grad is still the gradient of the loss.
+        self._reviewer.before_step(
+            self.step, updates.quadratic, damping, optimizer, parameters, loss_scale, loss_gradients
+        )
+        if self.inspect is not None:
+            self.inspect(ready, updates.tensors)
+        self._rule.write(ready, updates, optimizer, loss_scale, self.step, self.events)
+        numbers = StepNumbers(self.step, damping, updates.clip, updates.quadratic / 2, kl_clip)
+        self.last_step = numbers if self._reviewer.last is None else _reviewed(numbers, self._reviewer.last)
+
+    def _ready(self, rates: Mapping[str, float], optimizer: Optimizer | None, loss_scale: float) -> list[ReadyLayer]:
+        """The layers that have an inverse and a gradient, with the gradient as a matrix."""
+        gradients: dict[Layer, dict[str, Tensor]] = {}
+        unexplained: list[str] = []
+        for name in rates:
+            layer = self.layers[name]
+            own = layer.gradients()
+            if own is None:
+                continue
+            if self._note_trained(layer):
+                unexplained.append(name)
+            if layer.inverse is not None and tuple(own) == layer.roles:
+                gradients[layer] = own
+        self._say_unexplained(unexplained)
+        adjusted = self._rule.learning_rates({layer: rates[layer.name] for layer in gradients}, optimizer)
+        ready = []
+        for layer, own in gradients.items():
+            matrix = layer.matrix(own)
+            ready.append(ReadyLayer(layer, matrix if loss_scale == 1 else matrix / loss_scale, adjusted[layer]))
+        return ready
 
     def _step_over(self, optimizer: Optimizer | None) -> None:
         self._stepped = True
         self._reviewer.stepped(self._layers.parameters(optimizer), optimizer)
 
     def _most_decrease(self, parameters: Sequence[nn.Parameter]) -> float | None:
-        if self.settings.rule != "natural":
+        if not self._rule.bounds_decrease:
             return None
         return self._reviewer.most_decrease(parameters, never_negative=self._observation.never_negative)
 
@@ -694,8 +692,8 @@ class KFC:
         self._reviewer.resume()
         self._again = False
         if verdict is not None and verdict.undo:
-            for name in self.layers if optimizer is None else self.learning_rates(optimizer):
-                self._layers[name].forget_momentum()
+            names = self.layers if optimizer is None else self.learning_rates(optimizer)
+            self._rule.forget_momentum([self.layers[name] for name in names])
         if verdict is not None and verdict.refresh:
             self._due.hasten(self.layers, self.step + 1)
         return verdict

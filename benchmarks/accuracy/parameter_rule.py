@@ -33,10 +33,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_kfc import KFC
-from lightning_kfc import kfc as engine
 from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.factors.inverses import DiagonalInverse, Inverse
-from lightning_kfc.rules.natural import NaturalStep, natural_step
+from lightning_kfc.rules import natural
+from lightning_kfc.rules.natural import NaturalUpdates, natural_step
 
 BATCH, TRAINING = 128, 1500
 
@@ -189,7 +189,8 @@ def matched_step(
     rates: Sequence[float],
     kl_clip: float | None,
     fallbacks: Sequence[Inverse | None],
-) -> NaturalStep:
+    most_decrease: float | None = None,
+) -> NaturalUpdates:
     """A natural step in which the layers without curvature step as far, relative to their gradients, as the others."""
     own = [i for i, inverse in enumerate(inverses) if isinstance(inverse, Identity)]
     updates = {i: inverses[i].solve(gradients[i]) for i in range(len(inverses)) if i not in own}
@@ -197,7 +198,7 @@ def matched_step(
     before = sum(float(gradients[i].square().sum()) for i in updates)
     scale = math.sqrt(after / before) if before > 0 else 1.0
     given = [Identity(x.F_inverse * scale) if isinstance(x, Identity) else x for x in inverses]
-    return natural_step(gradients, given, rates, kl_clip, fallbacks)
+    return natural_step(gradients, given, rates, kl_clip, fallbacks, most_decrease)
 
 
 def iterations(net: str, rule: str, seed: int, steps: int, lr: float, damping: float) -> float:
@@ -218,7 +219,7 @@ def iterations(net: str, rule: str, seed: int, steps: int, lr: float, damping: f
     step_rule = matched_step if rule == "matched" else natural_step
     with (
         mock.patch.object(Layer, "factorise", factorise_by(RULES[rule], kfc.settings.ema_decay)),
-        mock.patch.object(engine, "natural_step", step_rule),
+        mock.patch.object(natural, "natural_step", step_rule),
     ):
         for step in range(steps):
             batch = torch.randint(TRAINING, (BATCH,), generator=order)

@@ -228,6 +228,18 @@ class Layer:
         """Use the last inverse again, as the new one gave no usable update."""
         self.inverse = self.previous_inverse
 
+    def confirm_inverse(self) -> None:
+        """Drop the last inverse, as the present one has given a usable update."""
+        self.previous_inverse = None
+
+    def take_moments(self, moments: Moments) -> None:
+        """Keep Adam's moments after a step, which are in the eigenbasis of the present inverse."""
+        self.moments = moments
+
+    def forget_rows(self) -> None:
+        """Take the number of rows for unknown, until statistics are taken again."""
+        self.rows = None
+
     def _kept(self, inverse: Inverse) -> Inverse:
         return inverse.in_precision(self._inverse_dtype())
 

@@ -15,7 +15,7 @@ from lightning_kfc.curvature.spectra import LayerSpectra, spectra_of
 from lightning_kfc.kfc import KFC
 from lightning_kfc.monitoring.advice import CUT_STEPS, Facts
 from lightning_kfc.monitoring.timing import PARTS, REST
-from lightning_kfc.rules.base import Ready
+from lightning_kfc.rules.base import ReadyLayer
 from lightning_kfc.trust_region.region import START_DAMPING
 
 #: A layer counts as below the damping where it was that at so many looks in a row.
@@ -84,7 +84,7 @@ class Diagnostics:
         self._steps_since += 1
         self._cut_since += factor < 1
 
-    def _inspect(self, ready: Sequence[Ready], updates: Sequence[Tensor]) -> None:
+    def _inspect(self, ready: Sequence[ReadyLayer], updates: Sequence[Tensor]) -> None:
         self._looked = _Looked()
         if not ready:
             return
@@ -234,7 +234,7 @@ def bytes_held(kfc: KFC) -> int:
     return held
 
 
-def _sums(entry: Ready, update: Tensor) -> Tensor:
+def _sums(entry: ReadyLayer, update: Tensor) -> Tensor:
     r""":math:`\langle V, \nabla\rangle, \|\nabla\|^2, \|V\|^2, \|W\|^2` of a layer, in float64 where there is such."""
     wide = torch.float32 if update.device.type == "mps" else torch.float64
     weights = entry.layer.matrix({role: p.detach() for role, p in entry.layer.trained_parameters().items()})

@@ -20,15 +20,21 @@ momentum, :math:`\mathrm{lr}/(1-\mu)`, and the momentum itself is taken out of t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
+from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.factors.inverses import EighInverse, Inverse
 from lightning_kfc.factors.moments import Moments, eigenbasis
 from lightning_kfc.factors.quadratic_form import quadratic_form
+from lightning_kfc.monitoring.events import Events, listed
+from lightning_kfc.rules.base import ReadyLayer, Rule, Updates, write_update
+from lightning_kfc.rules.momentum import momenta, take_momentum_out
 from lightning_kfc.rules.natural import clip_factor
 
 #: :math:`\eta` of a whole step: where the optimizer's learning rate, divided by 1 - momentum, is 1.
@@ -40,22 +46,98 @@ WIDTH = 200.0
 
 
 @dataclass(frozen=True)
-class AdamStep:
-    r"""The updates of one step.
+class AdamUpdates(Updates):
+    r"""The updates of one step of the rule ``"adam"``.
 
     Attributes:
-        updates: :math:`-\Delta/\eta` per layer, shaped as the gradients; zero where it is not finite.
-        moments: Per layer, after the step; those before it where the update is not finite.
-        clip: What all updates were multiplied by to keep within the bound; 1 where they were not.
+        tensors: :math:`-\Delta/\eta` per layer, shaped as the gradients; zero where it is not finite.
+        clip: The factor by which all updates were shortened to keep within the bound; 1 where they were not.
         quadratic: :math:`\sum\langle G\Delta A, \Delta\rangle`, twice the KL of the step before that.
         failed: The positions of the layers whose update is not finite.
+        moments: Per layer, after the step; those before it where the update is not finite.
     """
 
-    updates: tuple[Tensor, ...]
-    moments: tuple[Moments, ...]
-    clip: float
-    quadratic: float
-    failed: tuple[int, ...] = ()
+    moments: tuple[Moments, ...] = ()
+
+
+class AdamRule(Rule[AdamUpdates]):
+    """Adam in the eigenbasis of the factors, with a momentum of its own in the place of SGD's."""
+
+    moments_per_parameter: ClassVar[int] = 2
+
+    def learning_rates(self, rates: Mapping[Layer, float], optimizer: Optimizer | None) -> dict[Layer, float]:
+        r""":math:`\eta` of each layer: a share of the learning rate that the optimizer has with its momentum."""
+        known = momenta(optimizer)
+        first = {layer: next(iter(layer.trained_parameters().values())) for layer in rates}
+        return {layer: rate * _share(first[layer], known) for layer, rate in rates.items()}
+
+    def updates(
+        self, ready: Sequence[ReadyLayer], damping: float, kl_clip: float | None, most_decrease: float | None = None
+    ) -> AdamUpdates:
+        """Make the step; damping and the promised decrease have no part in it. See :class:`Rule`."""
+        layers = [entry.layer for entry in ready]
+        return adam_step(
+            [entry.gradient for entry in ready],
+            [layer.moments for layer in layers],
+            [layer.inverse for layer in layers if layer.inverse is not None],
+            [layer.curvature() for layer in layers],
+            [entry.learning_rate for entry in ready],
+            kl_clip,
+        )
+
+    def write(
+        self,
+        ready: Sequence[ReadyLayer],
+        updates: AdamUpdates,
+        optimizer: Optimizer | None,
+        loss_scale: float,
+        step: int,
+        events: Events,
+    ) -> None:
+        """Write the updates in the units of the optimizer, without its momentum; see :class:`Rule`."""
+        unwritten = []
+        for entry, update, moments in zip(ready, updates.tensors, updates.moments, strict=True):
+            layer = entry.layer
+            layer.take_moments(moments)
+            # There are no moments in another basis to go back to.
+            layer.confirm_inverse()
+            if not write_update(layer, update, loss_scale):
+                unwritten.append(layer.name)
+        if updates.failed:
+            names = listed(ready[position].layer.name for position in updates.failed)
+            events.report("nonfinite_updates", step, f"the update of {names} is not finite; nothing moves there")
+        if unwritten:
+            what = f"float16 cannot hold the update of {listed(unwritten)}; the gradient is used"
+            events.report("nonfinite_updates", step, what)
+        _in_units_of(optimizer, [entry.layer for entry in ready], loss_scale)
+
+    def forget_momentum(self, layers: Iterable[Layer]) -> None:
+        """Drop the first moments of these layers."""
+        for layer in layers:
+            layer.forget_momentum()
+
+
+def _in_units_of(optimizer: Optimizer | None, layers: Iterable[Layer], loss_scale: float) -> None:
+    """Change updates, written in the place of gradients, into what makes the optimizer step by them.
+
+    Args:
+        optimizer: The optimizer that is about to step.
+        layers: The layers that have updates.
+        loss_scale: The factor by which updates are multiplied, since a gradient scaler will divide by it.
+    """
+    known = momenta(optimizer)
+    # By identity: the projections of an attention layer share a parameter, of which each has written a part.
+    written = {id(p): p for layer in layers for p in layer.trained_parameters().values()}.values()
+    for parameter in written:
+        if parameter.grad is not None:
+            parameter.grad.mul_(_share(parameter, known))
+    if known and optimizer is not None:
+        take_momentum_out(optimizer, (p for p in written if id(p) in known), loss_scale)
+
+
+def _share(parameter: Tensor, momentum: Mapping[int, float]) -> float:
+    """The rule's learning rate for a parameter, as a multiple of the optimizer's."""
+    return LEARNING_RATE / (1 - momentum.get(id(parameter), 0.0))
 
 
 def curvature_weights(values: Tensor) -> Tensor:
@@ -72,7 +154,7 @@ def adam_step(
     curvatures: Sequence[Mapping[str, Tensor]],
     learning_rates: Sequence[float],
     kl_clip: float | None,
-) -> AdamStep:
+) -> AdamUpdates:
     r"""One step of Adam in each layer's eigenbasis, then all of them scaled to stay in the trust region.
 
     A layer without eigenbasis (:func:`eigenbasis`) takes Adam's own step of its parameters: neither w nor the width
@@ -105,7 +187,7 @@ def adam_step(
         updates.append(update)
         after.append(new)
     if not updates:
-        return AdamStep((), (), 1.0, 0.0)
+        return AdamUpdates((), 1.0, 0.0)
     sizes = torch.stack([size.double() for size in quadratics]).tolist()
     failed = tuple(i for i, size in enumerate(sizes) if not math.isfinite(size))
     for i in failed:
@@ -115,4 +197,4 @@ def adam_step(
     clip = clip_factor(quadratic, kl_clip)
     if clip < 1:
         updates = [update * clip for update in updates]
-    return AdamStep(tuple(updates), tuple(after), clip, quadratic, failed)
+    return AdamUpdates(tuple(updates), clip, quadratic, failed, tuple(after))

@@ -1,18 +1,25 @@
-"""Which rule suits a model: what ``rule="auto"`` becomes."""
+"""Choose the rule that ``rule="auto"`` stands for, by the model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
 from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.distributed import process_group as distributed
+from lightning_kfc.rules.adam import AdamRule
+from lightning_kfc.rules.base import Rule
+from lightning_kfc.rules.natural import NaturalRule
 from lightning_kfc.settings import Settings
 
+#: The rules by the names that users give.
+RULE_TYPES: dict[str, type[Rule[Any]]] = {"natural": NaturalRule, "adam": AdamRule}
+
 #: The rule "adam" decomposes every factor, which costs far more than inverting it: on the deep autoencoder, whose
-#: layers are 1,000 wide, it lost what it gains elsewhere. The transformers on which it gained had factors of up to 257.
+#: layers are 1,000 wide, it lost more time than it saved. The transformers on which it gained had factors of up to 257.
 WIDEST = 512
 
 
@@ -22,7 +29,7 @@ class RuleChoice:
 
     Attributes:
         rule: ``"natural"`` or ``"adam"``.
-        reason: Why, in words; empty where there is nothing to say.
+        reason: The reason for the choice, in words; empty where the user named the rule, or the model has no attention.
     """
 
     rule: str
@@ -30,9 +37,9 @@ class RuleChoice:
 
 
 def choose_rule(model: nn.Module, layers: Mapping[str, Layer], settings: Settings) -> RuleChoice:
-    """The rule of the settings; where it is "auto", "adam" for models with attention that are not too wide.
+    """Choose the rule: that of the settings; for "auto", "adam" if the model has attention and no wide factors.
 
-    Attention is told by the names of classes: those of models are many, and each is named for what it does.
+    Attention is recognised by the names of modules' classes, since there are too many implementations to list.
 
     Args:
         model: The model.
@@ -52,12 +59,12 @@ def choose_rule(model: nn.Module, layers: Mapping[str, Layer], settings: Setting
 
 
 def with_rule(settings: Settings, choice: RuleChoice) -> Settings:
-    """The settings, checked, with a rule that was chosen."""
+    """The settings, checked, with the chosen rule."""
     return settings if settings.rule == choice.rule else replace(settings, rule=choice.rule)
 
 
 def _against_adam(layers: Mapping[str, Layer], settings: Settings) -> str:
-    """What speaks against the rule "adam"; empty where nothing does."""
+    """The reason not to use the rule "adam"; empty where there is none."""
     if settings.inverse == "ekfac" or settings.inverse_precision != "full":
         return "inverse='ekfac' and inverse_precision='bfloat16' need the rule 'natural'"
     if settings.placement not in ("auto", "comm-opt", 1):
@@ -73,5 +80,5 @@ def _against_adam(layers: Mapping[str, Layer], settings: Settings) -> str:
     }
     widest = max(widths, key=lambda name: widths[name], default=None)
     if widest is not None and widths[widest] > WIDEST:
-        return f"{widest!r} has a factor of {widths[widest]:,} dimensions, which the rule 'adam' makes dear"
+        return f"{widest!r} has a factor of {widths[widest]:,} dimensions, which are expensive with the rule 'adam'"
     return ""

@@ -5,35 +5,93 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from lightning_kfc.factors.inverses import CholeskyInverse, Inverse
+from lightning_kfc.factors.inverses import CholeskyInverse, FewRows, Inverse
+from lightning_kfc.monitoring.events import Events, listed
+from lightning_kfc.rules.base import ReadyLayer, Rule, Updates, write_update
 
 #: Wider layers have products of their own: copying their inverses side by side costs more than starting a product.
 LARGEST_BATCHED = 512
 
 
 @dataclass(frozen=True)
-class NaturalStep:
-    r"""The updates of one step.
+class NaturalUpdates(Updates):
+    r"""The updates of one step of the rule ``"natural"``.
 
     Attributes:
-        updates: :math:`\nu V` per layer, shaped as the gradients, and shortened to what may be promised; where no V was
-            usable, the gradient itself.
+        tensors: :math:`\nu V` per layer, shaped as the gradients, and shortened to the decrease that may be promised;
+            the gradient itself where no V was usable.
         clip: :math:`\nu`, 1 where nothing was clipped.
-        quadratic: :math:`\sum \alpha^2 \langle V, \nabla\bar W\rangle`, twice the KL of the unclipped step, shortened
-            to what may be promised.
-        failed: The positions of the layers that no inverse gave a usable V.
-        restored: The positions of the layers that only the fallback gave a usable V.
+        quadratic: :math:`\sum \alpha^2 \langle V, \nabla\bar W\rangle`, twice the KL of the step before it was
+            clipped, and after it was shortened to the decrease that may be promised.
+        failed: The positions of the layers for which no inverse gave a usable V.
+        restored: The positions of the layers for which only the fallback gave a usable V.
+        rank_exceeded: The positions of the layers whose gradient had a higher rank than their rows explain.
     """
 
-    updates: tuple[Tensor, ...]
-    clip: float
-    quadratic: float
-    failed: tuple[int, ...] = ()
     restored: tuple[int, ...] = ()
+    rank_exceeded: tuple[int, ...] = ()
+
+
+class NaturalRule(Rule[NaturalUpdates]):
+    """The paper's KFC-pre: E5 and E7. The optimizer keeps its own learning rate and momentum."""
+
+    bounds_decrease: ClassVar[bool] = True
+
+    def updates(
+        self, ready: Sequence[ReadyLayer], damping: float, kl_clip: float | None, most_decrease: float | None = None
+    ) -> NaturalUpdates:
+        """Apply the inverses; see :class:`Rule`."""
+        chosen = [entry.received or entry.layer.inverse for entry in ready]
+        inverses = [
+            inverse.at_damping(damping).for_rows(entry.layer.rows)
+            for entry, inverse in zip(ready, chosen, strict=True)
+            if inverse is not None
+        ]
+        previous = [entry.fallback or entry.layer.previous_inverse for entry in ready]
+        fallbacks = [inverse and inverse.at_damping(damping) for inverse in previous]
+        gradients, rates = [entry.gradient for entry in ready], [entry.learning_rate for entry in ready]
+        return natural_step(gradients, inverses, rates, kl_clip, fallbacks, most_decrease)
+
+    def write(
+        self,
+        ready: Sequence[ReadyLayer],
+        updates: NaturalUpdates,
+        optimizer: Optimizer | None,
+        loss_scale: float,
+        step: int,
+        events: Events,
+    ) -> None:
+        """Write the updates, and keep the inverses that gave a usable one; see :class:`Rule`."""
+        forget_rows(ready, updates)
+        plain = []
+        for position, (entry, update) in enumerate(zip(ready, updates.tensors, strict=True)):
+            layer = entry.layer
+            if position in updates.restored:
+                layer.go_back()
+            if position in updates.failed or not write_update(layer, update, loss_scale):
+                plain.append(layer.name)
+            else:
+                layer.confirm_inverse()
+        if updates.restored:
+            names = listed(ready[position].layer.name for position in updates.restored)
+            what = f"the new inverse of {names} gives no usable update; the last one is kept"
+            events.report("restored_inverses", step, what)
+        if plain:
+            what = f"no inverse gives {listed(plain)} a usable update; the gradient is used"
+            events.report("nonfinite_updates", step, what)
+
+
+def forget_rows(ready: Sequence[ReadyLayer], updates: NaturalUpdates) -> None:
+    """Forget the number of rows of layers whose gradient had a higher rank; it is counted again with new statistics."""
+    for position in updates.rank_exceeded:
+        # A penalty on the weights, for one, is a gradient of no rows.
+        ready[position].layer.forget_rows()
 
 
 def natural_step(
@@ -43,7 +101,7 @@ def natural_step(
     kl_clip: float | None,
     fallbacks: Sequence[Inverse | None] = (),
     most_decrease: float | None = None,
-) -> NaturalStep:
+) -> NaturalUpdates:
     r"""Precondition every layer's gradient, then scale all of them so that the step stays in the trust region.
 
     :math:`V = G_\lambda^{-1}\nabla\bar W A_\lambda^{-1}` (E5), then
@@ -63,9 +121,10 @@ def natural_step(
             :math:`\sum\alpha\langle V,\nabla\bar W\rangle`, promises no more decrease of the loss than this; None for
             no such bound.
     """
-    updates = solve_all(inverses, gradients, batched=any(gradient.device.type != "cpu" for gradient in gradients))
+    batched = any(gradient.device.type != "cpu" for gradient in gradients)
+    updates, rank_exceeded = solve_all(inverses, gradients, batched=batched)
     if not updates:
-        return NaturalStep((), 1.0, 0.0)
+        return NaturalUpdates((), 1.0, 0.0)
     products = torch.stack([_dot(*pair).double() for pair in zip(updates, gradients, strict=True)]).tolist()
     failed, restored = [], []
     for i, product in enumerate(products):
@@ -86,11 +145,13 @@ def natural_step(
     clip = clip_factor(quadratic, kl_clip)
     if clip * within < 1:
         updates = [update if i in failed else update.mul_(clip * within) for i, update in enumerate(updates)]
-    return NaturalStep(tuple(updates), clip, quadratic, tuple(failed), tuple(restored))
+    return NaturalUpdates(tuple(updates), clip, quadratic, tuple(failed), tuple(restored), tuple(rank_exceeded))
 
 
-def solve_all(inverses: Sequence[Inverse], gradients: Sequence[Tensor], *, batched: bool) -> list[Tensor]:
-    """Every layer's V; small layers of equal shapes in one batch of products, where that is asked for.
+def solve_all(
+    inverses: Sequence[Inverse], gradients: Sequence[Tensor], *, batched: bool
+) -> tuple[list[Tensor], list[int]]:
+    """Apply every layer's inverse; with ``batched``, small layers of equal shapes in one batch of products.
 
     An accelerator spends more on starting small products than on making them. On a CPU a batch takes as long as its
     parts.
@@ -99,14 +160,20 @@ def solve_all(inverses: Sequence[Inverse], gradients: Sequence[Tensor], *, batch
         inverses: Per layer.
         gradients: Per layer, shape ``(groups, d_out, d_in)``.
         batched: Whether to make batches.
+
+    Returns:
+        V per layer, and the positions of the layers whose gradient has a higher rank than their rows explain.
     """
     alike: dict[object, list[int]] = {}
     for i, (inverse, gradient) in enumerate(zip(inverses, gradients, strict=True)):
         alike.setdefault(_batch_key(inverse, gradient) if batched else i, []).append(i)
     found: dict[int, Tensor] = {}
+    rank_exceeded: list[int] = []
     for key, members in alike.items():
         if len(members) == 1 or key is None:
-            found |= {i: inverses[i].solve(gradients[i]) for i in members}
+            for i in members:
+                found[i], exceeded = _solve_alone(inverses[i], gradients[i])
+                rank_exceeded += [i] if exceeded else []
             continue
         of_one_kind = [inverse for i in members if isinstance(inverse := inverses[i], CholeskyInverse)]
         together = CholeskyInverse(
@@ -115,7 +182,15 @@ def solve_all(inverses: Sequence[Inverse], gradients: Sequence[Tensor], *, batch
         )
         solved = together.solve(torch.cat([gradients[i] for i in members]))
         found |= dict(zip(members, torch.split(solved, gradients[members[0]].shape[0]), strict=True))
-    return [found[i] for i in range(len(inverses))]
+    return [found[i] for i in range(len(inverses))], rank_exceeded
+
+
+def _solve_alone(inverse: Inverse, gradient: Tensor) -> tuple[Tensor, bool]:
+    """V, and whether the gradient has a higher rank than the rows explain that the inverse was made for."""
+    if not isinstance(inverse, FewRows):
+        return inverse.solve(gradient), False
+    update = inverse.solve_by_range(gradient)
+    return (inverse.whole.solve(gradient), True) if update is None else (update, False)
 
 
 def _batch_key(inverse: Inverse, gradient: Tensor) -> object:

@@ -1,26 +1,35 @@
-"""Sends updates from the ranks that hold an inverse to those that do not."""
+"""Send updates from the ranks that hold an inverse to those that do not."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from enum import IntEnum
 
 import torch
 from torch import Tensor
 
 from lightning_kfc.curvature.ownership import LayerOwnership
 from lightning_kfc.distributed.remote import Solved
-from lightning_kfc.rules.base import Ready, solve
-
-#: What became of a layer's update on the ranks that hold its inverse.
-USABLE, RESTORED, FAILED = 0.0, 1.0, 2.0
+from lightning_kfc.rules.base import ReadyLayer
+from lightning_kfc.rules.natural import NaturalRule, forget_rows
 
 
-def received_updates(ownership: LayerOwnership, ready: Sequence[Ready], damping: float) -> list[Ready]:
-    """Have each update made by a rank that holds the inverse, and received by the others. Collective.
+class UpdateStatus(IntEnum):
+    """The outcome of a layer's update on the ranks that hold its inverse; sent after the update's last element."""
+
+    USABLE = 0
+    #: Usable by the previous inverse alone.
+    RESTORED = 1
+    FAILED = 2
+
+
+def received_updates(ownership: LayerOwnership, ready: Sequence[ReadyLayer], damping: float) -> list[ReadyLayer]:
+    """Compute each update on a rank that holds the inverse, and send it to the others. Collective: call on every rank.
 
     Args:
-        ownership: Knows which rank holds what.
+        ownership: Which rank holds the inverse of which layer.
         ready: The layers that are about to step.
         damping: In force at this step.
 
@@ -32,7 +41,7 @@ def received_updates(ownership: LayerOwnership, ready: Sequence[Ready], damping:
     grid, rank = ownership.placement.grid, ownership.team.rank
     ownership.communication.begin("updates")
     held = [entry for entry in ready if ownership.has_inverse(entry.layer)]
-    made = dict(zip([entry.layer.name for entry in held], _updates(held, damping), strict=True))
+    made = dict(zip([entry.layer.name for entry in held], _own_updates(held, damping), strict=True))
     parcels = []
     for source in grid.receivers(rank):
         sent = [e for e in ready if grid.source(ownership.owner(e.layer) or 0, rank) == source]
@@ -55,17 +64,22 @@ def received_updates(ownership: LayerOwnership, ready: Sequence[Ready], damping:
     return [solved[entry.layer.name] for entry in ready]
 
 
-def _updates(ready: Sequence[Ready], damping: float) -> list[tuple[Tensor, float]]:
-    """The updates of layers whose inverses are here, before any clip, and what became of each."""
-    result = solve(ready, damping, kl_clip=None)
-    status = [FAILED if i in result.failed else RESTORED if i in result.restored else USABLE for i in range(len(ready))]
-    return list(zip(result.updates, status, strict=True))
+def _own_updates(ready: Sequence[ReadyLayer], damping: float) -> list[tuple[Tensor, UpdateStatus]]:
+    """The updates, before any clip, and the outcome of each, for layers whose inverses this rank holds."""
+    updates = NaturalRule().updates(ready, damping, kl_clip=None)
+    forget_rows(ready, updates)
+    status = [UpdateStatus.USABLE] * len(ready)
+    for position in updates.restored:
+        status[position] = UpdateStatus.RESTORED
+    for position in updates.failed:
+        status[position] = UpdateStatus.FAILED
+    return list(zip(updates.tensors, status, strict=True))
 
 
-def _with_update(entry: Ready, update: Tensor, status: Tensor) -> Ready:
-    """A layer with the update that a rank has made for all, so that all take the same way on."""
-    # Looked at on the device: to ask for each status would wait for each.
-    nothing = torch.full_like(update, math.nan)
-    first = Solved(torch.where(status == USABLE, update, nothing))
-    second = Solved(torch.where(status == FAILED, nothing, update))
-    return Ready(entry.layer, entry.gradient, entry.learning_rate, first, second)
+def _with_update(entry: ReadyLayer, update: Tensor, status: Tensor) -> ReadyLayer:
+    """A layer with the update that a rank computed for all, so that all ranks decide alike."""
+    # On the device: reading each status on the CPU would wait for each.
+    unusable = torch.full_like(update, math.nan)
+    first = Solved(torch.where(status == UpdateStatus.USABLE, update, unusable))
+    second = Solved(torch.where(status == UpdateStatus.FAILED, unusable, update))
+    return replace(entry, received=first, fallback=second)

@@ -67,7 +67,7 @@ PARTS = [
     "kfc.KFC._refresh",
     "curvature.layer.Layer.fold",
     "curvature.layer.Layer.refreshed",
-    "rules.base.natural_step",
+    "rules.natural.natural_step",
     "curvature.layer.Layer.write",
 ]
 

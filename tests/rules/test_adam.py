@@ -79,7 +79,7 @@ def test_updates_are_those_of_the_slow_adam_in_the_eigenbasis(d_out: int, d_in: 
     for gradient, step in zip(gradients, run(gradients, A, G), strict=True):
         moved = slow.step(Q_G.T @ gradient @ Q_A) * slow_weights(A, G) * math.sqrt(200 / (d_in + d_out))
         expected = Q_G @ moved @ Q_A.T
-        torch.testing.assert_close(step.updates[0][0], expected, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(step.tensors[0][0], expected, rtol=1e-8, atol=1e-8)
         length = 0.02**2 * float((expected * (G @ expected @ A)).sum())
         assert step.quadratic == pytest.approx(length, rel=1e-8)
 
@@ -89,7 +89,7 @@ def test_with_factors_that_are_multiples_of_the_identity_it_is_adam_up_to_the_wi
     gradients = [data(d_out, d_in, seed=i) for i in range(5)]
     steps = run(gradients, 7 * torch.eye(d_in).double(), 0.3 * torch.eye(d_out).double())
     for step, expected in zip(steps, nadam(gradients), strict=True):
-        torch.testing.assert_close(step.updates[0][0], math.sqrt(200 / (d_out + d_in)) * expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(step.tensors[0][0], math.sqrt(200 / (d_out + d_in)) * expected, rtol=1e-9, atol=1e-9)
 
 
 def nadam(gradients: list[Tensor]) -> list[Tensor]:
@@ -115,7 +115,7 @@ def test_a_layer_with_a_diagonal_curvature_takes_adams_own_step_and_its_curvatur
     for gradient, expected in zip(gradients, nadam(gradients), strict=True):
         step = adam_step([gradient[None]], [moments], [inverse], [{"F": F_diagonal}], [0.1], None)
         moments = step.moments[0]
-        torch.testing.assert_close(step.updates[0][0], expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(step.tensors[0][0], expected, rtol=1e-9, atol=1e-9)
         assert step.quadratic == pytest.approx(0.01 * float((F_diagonal * expected**2).sum()))
 
 
@@ -126,7 +126,7 @@ def test_updates_do_not_depend_on_the_coordinates_of_inputs_and_outputs(d_out: i
     gradients = [data(d_out, d_in, seed=seed + 10 + i) for i in range(3)]
     turned = run([S @ g @ R.T for g in gradients], R @ A @ R.T, S @ G @ S.T)
     for one, other in zip(run(gradients, A, G), turned, strict=True):
-        torch.testing.assert_close(S @ one.updates[0][0] @ R.T, other.updates[0][0], rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(S @ one.tensors[0][0] @ R.T, other.tensors[0][0], rtol=1e-6, atol=1e-8)
 
 
 def test_a_basis_that_comes_back_with_other_signs_changes_nothing() -> None:
@@ -135,14 +135,14 @@ def test_a_basis_that_comes_back_with_other_signs_changes_nothing() -> None:
     signs = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)
     mixed = EighInverse(plain.A_vectors * signs, -plain.G_vectors, plain.values, 0.1)
     gradients = [data(3, 4, seed=20 + i) for i in range(4)]
-    expected = run(gradients, A, G)[-1].updates[0]
+    expected = run(gradients, A, G)[-1].tensors[0]
     moments: Moments | None = None
     for i, gradient in enumerate(gradients):
         old, new = (plain, mixed) if i % 2 else (mixed, plain)
         moments = moments.in_basis(old, new) if moments is not None else None
         step = adam_step([gradient[None]], [moments], [new], [{}], [0.02], None)
         moments = step.moments[0]
-    torch.testing.assert_close(step.updates[0], expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(step.tensors[0], expected, rtol=1e-9, atol=1e-9)
 
 
 def test_the_momentum_is_the_same_matrix_in_a_new_basis_and_second_moments_stay() -> None:
@@ -171,7 +171,7 @@ def test_a_clipped_step_has_the_squared_length_of_the_bound() -> None:
     A, G = spd(4, 1), spd(3, 2)
     (step,) = run([data(3, 4, seed=3)], A, G, kl_clip=1e-4, lr=0.5)
     assert step.clip < 1
-    moved = 0.5 * step.updates[0][0]
+    moved = 0.5 * step.tensors[0][0]
     assert float((moved * (G @ moved @ A)).sum()) == pytest.approx(1e-4)
 
 
@@ -189,7 +189,7 @@ def test_gradients_whose_squares_overflow_neither_freeze_a_layer_nor_blow_it_up(
         step = adam_step([data(1, 3, 4, seed=1).float() * scale], [moments], [inverse], [{}], [0.02], None)
         moments = step.moments[0]
         assert not step.failed
-        assert float(step.updates[0].abs().max()) < 100
+        assert float(step.tensors[0].abs().max()) < 100
     # The memory of the one large square fades.
     assert float(moments.second_moment.max()) < 1e-8 * min(size, 1e18) ** 2
     assert bool(torch.isfinite(moments.second_moment).all())
@@ -201,10 +201,10 @@ def test_an_update_that_is_not_finite_moves_nothing_and_is_not_remembered() -> N
     first = adam_step([data(1, 3, 4)] * 2, [None, None], [good, good], [{}, {}], [0.1] * 2, None)
     step = adam_step([data(1, 3, 4)] * 2, first.moments, [good, bad], [{}, {}], [0.1] * 2, None)
     assert step.failed == (1,)
-    assert not step.updates[1].any()
+    assert not step.tensors[1].any()
     assert step.moments[1] is first.moments[1]
     assert math.isfinite(step.quadratic)
-    assert step.updates[0].any()
+    assert step.tensors[0].any()
 
 
 # In the engine.

@@ -36,8 +36,8 @@ def test_a_batch_gives_each_layer_its_own_update(layers: list[tuple[Shape, int]]
     generator = torch.Generator().manual_seed(seed)
     made = [layer(shape, kind, generator) for shape, kind in layers]
     inverses, gradients = [inverse for inverse, _ in made], [gradient for _, gradient in made]
-    alone = solve_all(inverses, gradients, batched=False)
-    batched = solve_all(inverses, gradients, batched=True)
+    alone, _ = solve_all(inverses, gradients, batched=False)
+    batched, _ = solve_all(inverses, gradients, batched=True)
     assert len(alone) == len(batched) == len(layers)
     for inverse, gradient, one, other in zip(inverses, gradients, alone, batched, strict=True):
         assert torch.equal(one, inverse.solve(gradient))

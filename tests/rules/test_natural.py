@@ -41,7 +41,7 @@ def test_all_updates_are_scaled_by_the_one_factor_of_the_clip_with_each_layer_s_
     expected = oracles.clip_factor(updates, [g[0] for g in gradients], rates, kappa)
     step = natural_step(gradients, inverses, rates, kappa)
     assert math.isclose(step.clip, expected, rel_tol=1e-9), f"clip {step.clip}, expected {expected}"
-    for found, update in zip(step.updates, updates, strict=True):
+    for found, update in zip(step.tensors, updates, strict=True):
         oracles.assert_equal(found[0], expected * update, what="update")
 
 
@@ -53,7 +53,7 @@ def test_a_clipped_step_has_the_squared_length_of_the_bound_in_the_fisher_metric
     # Undamped, F V is the gradient: the squared length of a step is rate² clip² (V, gradient), V the unclipped update.
     length = sum(
         rate**2 * step.clip * float((update * gradient).sum())
-        for rate, update, gradient in zip(rates, step.updates, gradients, strict=True)
+        for rate, update, gradient in zip(rates, step.tensors, gradients, strict=True)
     )
     assert math.isclose(length, kappa, rel_tol=1e-9), f"ratio {length / kappa:.6g}"
 
@@ -62,7 +62,7 @@ def test_without_a_clip_updates_are_those_of_the_solve() -> None:
     gradients, inverses, updates = layers(2)
     step = natural_step(gradients, inverses, [1e3, 1e3], None)
     assert step.clip == 1
-    for found, update in zip(step.updates, updates, strict=True):
+    for found, update in zip(step.tensors, updates, strict=True):
         oracles.assert_equal(found[0], update, what="update")
 
 
@@ -84,8 +84,8 @@ def test_an_update_that_climbs_or_is_not_finite_gives_way_to_the_fallback_then_t
     step = natural_step(gradients, [bad, worse], [1.0, 1.0], None, [inverses[0], None])
     assert step.restored == (0,)
     assert step.failed == (1,)
-    oracles.assert_equal(step.updates[0][0], updates[0], what="update")
-    assert torch.equal(step.updates[1], gradients[1])
+    oracles.assert_equal(step.tensors[0][0], updates[0], what="update")
+    assert torch.equal(step.tensors[1], gradients[1])
     assert step.clip == 1
 
 
@@ -99,7 +99,7 @@ def test_a_product_that_overflows_float32_does_not_condemn_an_update_that_does_n
 
 def test_no_layers_make_no_updates() -> None:
     step = natural_step([], [], [], 0.01)
-    assert step.updates == ()
+    assert step.tensors == ()
     assert step.clip == 1
 
 
@@ -112,8 +112,8 @@ def test_a_layer_whose_update_is_not_finite_keeps_its_gradient_and_leaves_the_cl
     step = natural_step(gradients, [broken, inverses[1]], [1.0, 1.0], kappa)
     expected = 1.0 if kappa is None else oracles.clip_factor(updates[1:], [gradients[1][0]], [1.0], kappa)
     assert step.failed == (0,)
-    assert torch.equal(step.updates[0], gradients[0])
-    oracles.assert_equal(step.updates[1][0], expected * updates[1], what="update")
+    assert torch.equal(step.tensors[0], gradients[0])
+    oracles.assert_equal(step.tensors[1][0], expected * updates[1], what="update")
 
 
 @pytest.mark.parametrize("kappa", [None, 1e-3, 1e6])
@@ -134,7 +134,7 @@ def test_a_step_promises_by_its_slope_no_more_than_it_may_and_is_else_as_long_as
     )
     step = natural_step(gradients, inverses, rates, kappa, most_decrease=most)
     share = min(clipped, most / slope, 1.0)
-    for found, update in zip(step.updates, updates, strict=True):
+    for found, update in zip(step.tensors, updates, strict=True):
         oracles.assert_equal(found[0], share * update, what="update")
     # The radius is held against the step that there would be without it.
     assert math.isclose(step.quadratic, length * min(most / slope, 1.0) ** 2, rel_tol=1e-9)

@@ -160,7 +160,7 @@ def test_a_whole_step_is_adam_s_with_a_fiftieth_of_the_learning_rate_that_moment
     layer = kfc.layers["0"]
     assert layer.inverse is not None
     matrix = torch.cat([gradients[0], gradients[1].unsqueeze(1)], 1).unsqueeze(0)
-    (update,) = adam_step([matrix], [None], [layer.inverse], [layer.curvature()], [1.0], None).updates
+    (update,) = adam_step([matrix], [None], [layer.inverse], [layer.curvature()], [1.0], None).tensors
     weight, bias = (p.detach() - b for p, b in zip(model.parameters(), before, strict=True))
     moved = torch.cat([weight, bias.unsqueeze(1)], 1)
     torch.testing.assert_close(moved, -0.02 * length * update[0])

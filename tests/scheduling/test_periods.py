@@ -12,11 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import lightning_kfc.kfc as engine_module
 import lightning_kfc.monitoring.timing as step_times
 from lightning_kfc import KFC, KFCCallback
 from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.estimation.estimator import Observation
+from lightning_kfc.rules.natural import NaturalRule
 from lightning_kfc.scheduling.period_costs import LONGEST, SHORTEST, Costs, candidates, choose_periods
 from tests.helpers.harness import QUIET, Classifier, fit, images, loader
 from tests.refresh.test_staggering import Training
@@ -77,7 +77,7 @@ class Clock:
         for owner, name, part in (
             (Layer, "refreshed", "inverse"),
             (Observation, "_back_propagate", "statistics"),
-            (engine_module, "replace_gradients", "preconditioning"),
+            (NaturalRule, "updates", "preconditioning"),
         ):
             monkeypatch.setattr(owner, name, self._slow(getattr(owner, name), part))
 

@@ -9,7 +9,7 @@ takes far fewer multiplications than the whole product. The range is found by th
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -42,28 +42,30 @@ class FewRows(StepInverse):
         G_inverse: Shape ``(1, d_out, d_out)``.
         whole: The inverse as it is.
         rows: The number of rows R.
-        missed: Gets an entry where the gradient was of higher rank.
     """
 
     A_inverse: Tensor
     G_inverse: Tensor
     whole: Inverse
     rows: int
-    missed: list[int] = field(default_factory=list)
     name: ClassVar[str] = "few rows"
 
     def solve(self, gradient: Tensor) -> Tensor:
         """E5; see :class:`Inverse`."""
+        update = self.solve_by_range(gradient)
+        return self.whole.solve(gradient) if update is None else update
+
+    def solve_by_range(self, gradient: Tensor) -> Tensor | None:
+        """E5 by way of the gradient's range; None where the gradient is of higher rank than R rows explain."""
         matrix = gradient[0].to(self.A_inverse.dtype)
         signs = _signs(matrix.shape[1], self.rows + MORE_COLUMNS + 1, matrix.dtype)
         products = matrix @ signs
         basis, _ = torch.linalg.qr(products[:, :-1])
         probe = products[:, -1]
         left = probe - basis @ (basis.T @ probe)
-        # Where the gradient is 0 or not finite, the whole product says so as well.
+        # Also where the gradient is not finite: the whole product then holds NaN as well.
         if not float(left.norm()) <= TOLERANCE[matrix.dtype] * float(probe.norm()):
-            self.missed.append(self.rows)
-            return self.whole.solve(gradient)
+            return None
         half = torch.mm(basis.T @ matrix, self.A_inverse[0])
         update = torch.mm(self.G_inverse[0] @ basis, half, out=aligned_empty(matrix, *matrix.shape))
         return update.unsqueeze(0).to(gradient.dtype)
