@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from lightning_kfc.distributed.sharded_tensors import whole
 from lightning_kfc.estimation.example_gradients import ExampleGradients
 from lightning_kfc.estimation.graph import Arrivals, explained, loss_edge
 from lightning_kfc.estimation.recording import Call
 from lightning_kfc.estimation.seeds import Seeds
 from lightning_kfc.estimation.self_test import SelfTest
 from lightning_kfc.factors.statistics import Statistics
+from lightning_kfc.layers.adapter import dense
 
 
 def derivatives(seeds: Seeds, inputs: Sequence[GradientEdge], scale: float = 1.0) -> list[Tensor | None]:
@@ -119,6 +122,28 @@ def back_propagate(
     return dict(sorted(reached.items()))
 
 
+def added(first: Mapping[int, Statistics], second: Mapping[int, Statistics]) -> dict[int, Statistics]:
+    """Add up the output sums of two parts of a loss, by the position of the call; both have its input means."""
+    total = dict(first)
+    for index, entry in second.items():
+        total[index] = total[index] + entry.without_means() if index in total else entry
+    return dict(sorted(total.items()))
+
+
+def gradient_norm(seeds: Seeds, calls: Sequence[Call]) -> float:
+    """The norm of what seeds bring to the outputs of all calls, without keeping any of it."""
+    edges = [call.edge for call in calls]
+    squares: list[float] = []
+
+    def take(index: int, gradient: Tensor) -> None:
+        squares.append(float(torch.linalg.vector_norm(dense(whole(gradient)).detach().double())) ** 2)
+
+    if edges and seeds:
+        outputs, values = _laid_out(seeds, 1.0)
+        explained(Arrivals(outputs, edges).send, outputs, values, take)
+    return math.sqrt(sum(squares))
+
+
 def _factors(calls: Sequence[Call], scale: float, mean_fraction: float | None) -> list[float]:
     """What products of two derivatives at each call's output are to be multiplied by."""
     if mean_fraction is None:
@@ -134,20 +159,26 @@ def _examples(call: Call) -> int:
     return call.adapter.output_rows(torch.empty(call.output_shape, device="meta")).shape[0]
 
 
-def empirical_statistics_of_loss(
-    loss: Tensor,
+def empirical_statistics(
+    seeds: Seeds,
     calls: Sequence[Call],
     *,
-    loss_scale: float,
     loss_fraction: float,
     test: SelfTest | None,
     examples: Mapping[str, ExampleGradients] | None = None,
     on_failure: OnFailure = _raised,
 ) -> dict[int, Statistics]:
-    r"""The empirical Fisher of a loss whose terms are not recognised, taken to be a mean over examples.
+    r"""The empirical Fisher of a loss, or of a part of it, that is taken to be a mean over examples.
+
+    Args:
+        seeds: What brings the derivative of the loss, or of the part, to every edge.
+        calls: What was recorded in the forward.
+        loss_fraction: The loss's fraction of the optimizer step.
+        test: As in :func:`back_propagate`.
+        examples: As there.
+        on_failure: As there.
 
     With :math:`h = \frac{f}{N}\sum_i h_i`, f the loss's fraction of the optimizer step, the rows of h itself are
     :math:`f/N` of those of the examples, so that :math:`G = (N/f)\sum_r g_r g_r^\top`, N the examples of each call.
     """
-    seeds: Seeds = [(loss_edge(loss), torch.full_like(loss, 1.0 / loss_scale))]
     return back_propagate(iter([seeds]), calls, 1.0, test, examples, mean_fraction=loss_fraction, on_failure=on_failure)

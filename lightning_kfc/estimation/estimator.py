@@ -11,11 +11,19 @@ from torch import Tensor, nn
 
 from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.distributed.process_group import Team
-from lightning_kfc.estimation.back_propagation import back_propagate, empirical_statistics_of_loss, reaches
+from lightning_kfc.estimation.back_propagation import (
+    added,
+    back_propagate,
+    empirical_statistics,
+    gradient_norm,
+    reaches,
+)
 from lightning_kfc.estimation.example_gradients import ExampleGradients
 from lightning_kfc.estimation.graph import refuse_reentrant_checkpointing
 from lightning_kfc.estimation.recording import Call, Recorder, parameter_call
+from lightning_kfc.estimation.rest import Rest
 from lightning_kfc.estimation.seeds import (
+    Seeds,
     all_zero,
     never_negative,
     seed_passes,
@@ -28,14 +36,17 @@ from lightning_kfc.factors.inverses import INVERSES, EkfacInverse
 from lightning_kfc.factors.statistics import Statistics
 from lightning_kfc.losses.recorder import LossRecorder
 from lightning_kfc.losses.selection import (
+    THE_LOSS_ITSELF,
+    THE_REST,
     LossNotRecognisedError,
     attach_named_output,
-    by_its_own_gradient,
+    curvature_line,
     unrecognised,
     wanted_terms,
 )
 from lightning_kfc.losses.terms import LossTerm
 from lightning_kfc.monitoring.events import Events
+from lightning_kfc.monitoring.messages import inform
 from lightning_kfc.monitoring.timing import StepTimes
 from lightning_kfc.scheduling.tracker import Due
 from lightning_kfc.settings import Settings
@@ -60,7 +71,7 @@ class Observation:
         failed: What was raised while the last statistics were taken, by layer.
         recorded: The layers whose statistics are taken at this step.
         self_test_done: Whether every layer has passed, or was dropped.
-        sources: What the last statistics came from: the loss functions, or the gradient of the loss itself.
+        sources: What the last statistics came from: loss functions, the gradient of the rest, or of the whole loss.
         never_negative: Whether no loss of the last step that was looked at has less than 0 in it, as far as is seen.
     """
 
@@ -92,6 +103,7 @@ class Observation:
         self.self_test_done = False
         self.never_negative = False
         self.sources: list[str] = []
+        self._said_sources: set[tuple[str, ...]] = set()
         self.forgiving = False
         self.failed: dict[str, Exception] = {}
         self.recorded: list[str] = []
@@ -268,24 +280,30 @@ class Observation:
         if not self._graph_checked:
             refuse_reentrant_checkpointing(loss)
             self._graph_checked = True
+        rest = Rest(loss, kept, calls, loss_scale)
+        mixed = bool(kept) and self._settings.likelihood == "auto" and rest.reaches()
         source = generator(kept[0].term.logits.device) if kept else None
         if source is not None and not all(w.is_finite() for w in kept):
             # Every rank must bring statistics of the same layers, so that all of them drop the step together.
             seeds = unusable_seeds(kept, fisher, source)
             found = back_propagate(seeds, calls, 1.0, None, examples, on_failure=self._fail)
-        elif all_zero(kept):
+        elif all_zero(kept) and not mixed:
             # What is multiplied by 0, to skip a batch, is no reason to forget the curvature that there was.
             self._report_no_gradient(step)
             found = {}
-        elif source is not None:
+        elif source is not None and not all_zero(kept):
             scale = 1.0 if fisher == "empirical" else seed_scale(kept)
             self.never_negative &= never_negative(loss, kept, loss_scale)
             passes = seed_passes(kept, fisher, source)
             found = back_propagate(passes, calls, scale, test, examples, on_failure=self._fail)
-            self.sources = list(dict.fromkeys(weighted.term.function for weighted in kept))
+            self._note_sources(
+                [weighted.term.function for weighted in kept], terms, rest if mixed else None, calls, step
+            )
         else:
-            self.never_negative = False
-            found = self._of_whole_loss(loss, calls, terms, loss_scale, loss_fraction, examples, step)
+            self.never_negative = mixed = False
+            found = self._of_whole_loss(loss, rest.seeds, calls, terms, loss_fraction, examples, step)
+        if mixed:
+            found = added(found, self._empirical(rest.seeds(), calls, loss_fraction, examples))
         # A term that this loss does not hold may belong to a later loss of the same training step.
         self._losses.terms[:] = [term for term in terms if all(term is not w.term for w in kept)]
         if test is not None:
@@ -295,15 +313,15 @@ class Observation:
     def _of_whole_loss(
         self,
         loss: Tensor,
+        seeds: Callable[[], Seeds],
         calls: Sequence[Call],
         terms: Sequence[LossTerm],
-        loss_scale: float,
         loss_fraction: float,
         examples: dict[str, ExampleGradients],
         step: int,
     ) -> dict[int, Statistics]:
         """Statistics of a loss none of whose terms count: its empirical Fisher, unless a likelihood was named."""
-        test, chosen = self._self_test, self._settings.fisher == "empirical"
+        chosen = self._settings.fisher == "empirical"
         if not chosen and self._settings.likelihood != "auto":
             # A loss that trains other parameters than ours need not be recognised.
             if reaches(loss, calls):
@@ -314,18 +332,7 @@ class Observation:
                     "unrecognised_losses", step, f"no statistics are taken of this loss: {said.rstrip('.')}"
                 )
             return {}
-        if test is not None and not chosen:
-            # A penalty on the weights, for one, is a part of this gradient that no rows explain.
-            test.strict = False
-        found = empirical_statistics_of_loss(
-            loss,
-            calls,
-            loss_scale=loss_scale,
-            loss_fraction=loss_fraction,
-            test=test,
-            examples=examples,
-            on_failure=self._fail,
-        )
+        found = self._empirical(seeds(), calls, loss_fraction, examples)
         if found and not any(bool(total.any()) for entry in found.values() for total in entry.sums.values()):
             self._report_no_gradient(step)
             for name in examples:
@@ -333,10 +340,44 @@ class Observation:
                     self.forget_examples(name)
             return {}
         if found:
-            self.sources = ["the gradient of the loss itself"]
+            self._note_sources([THE_LOSS_ITSELF], terms, None, calls, step)
         if found and not chosen:
-            self._events.report("unrecognised_losses", step, by_its_own_gradient(terms))
+            self._events.count("unrecognised_losses")
         return found
+
+    def _empirical(
+        self, seeds: Seeds, calls: Sequence[Call], loss_fraction: float, examples: dict[str, ExampleGradients]
+    ) -> dict[int, Statistics]:
+        """Statistics of a loss, or of the rest of one, by its own gradient."""
+        test = self._self_test
+        if test is not None and self._settings.fisher != "empirical":
+            # A penalty by hand that is no plain sum, for one, is a part of this gradient that no rows explain.
+            test.strict = False
+        return empirical_statistics(
+            seeds, calls, loss_fraction=loss_fraction, test=test, examples=examples, on_failure=self._fail
+        )
+
+    def _note_sources(
+        self,
+        functions: Sequence[str],
+        terms: Sequence[LossTerm],
+        rest: Rest | None,
+        calls: Sequence[Call],
+        step: int,
+    ) -> None:
+        """Note what statistics come from; log a line of it, with the shares of the gradient, for each new mixture."""
+        names = list(dict.fromkeys(functions))
+        self.sources = names + [THE_REST] * (rest is not None)
+        if tuple(self.sources) in self._said_sources:
+            return
+        self._said_sources.add(tuple(self.sources))
+        norms = dict.fromkeys(self.sources, 1.0)
+        if rest is not None:
+            norms = dict.fromkeys(self.sources, 0.0)
+            norms[THE_REST] = gradient_norm(rest.seeds(), calls)
+            for name, seeds in rest.of_functions():
+                norms[name] += gradient_norm(seeds, calls)
+        inform(f"KFC at step {step}: {curvature_line(norms, terms)}")
 
     def _report_no_gradient(self, step: int) -> None:
         what = "the gradient of this loss is zero, or there is none; no statistics are taken of it"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from lightning_kfc.estimation.graph import explained, loss_edge
 from lightning_kfc.losses.terms import LossTerm
@@ -60,7 +60,24 @@ def weighted_terms(
         derivative = term.logits.new_tensor(loss_fraction) if term.value_edge is None else next(derivatives)
         if derivative is not None:
             kept.append(WeightedTerm(term, term.term_weights(derivative), derivative))
-    return kept
+    return _outermost(kept)
+
+
+def _outermost(terms: list[WeightedTerm]) -> list[WeightedTerm]:
+    """Leave out terms that reach the loss through another one: a squared difference of cross entropies is a square."""
+    calls = {key: weighted for weighted in terms if (key := _value_key(weighted)) is not None}
+    if len(calls) < 2:
+        return terms
+    edges = [GradientEdge(*key) for key in calls]
+    ones = [torch.ones_like(weighted.derivative) for weighted in calls.values()]
+    arrived = explained(torch.autograd.grad, edges, edges, ones, retain_graph=True)
+    inner = {key for key, total in zip(calls, arrived, strict=True) if bool((total != 1).any())}
+    return [weighted for weighted in terms if _value_key(weighted) not in inner]
+
+
+def _value_key(weighted: WeightedTerm) -> tuple[Node, int] | None:
+    edge = weighted.term.value_edge
+    return None if edge is None else (edge.node, edge.output_nr)
 
 
 #: What rounding, in half precision too, may leave of a difference, as a share of the loss.

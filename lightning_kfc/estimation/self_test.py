@@ -149,7 +149,7 @@ class SelfTest:
         reached: set[str] = set()
         for (layer, role, place), gradient in zip(self._owners, of_parameters, strict=True):
             own.setdefault(layer, {})[role] = place.zeros() if gradient is None else whole(gradient)
-            if gradient is not None:
+            if gradient is not None and bool(own[layer][role].any()):
                 reached.add(layer)
         self._used.clear()
         for layer in own:

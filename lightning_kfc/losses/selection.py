@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -63,14 +63,30 @@ def unrecognised(terms: Sequence[LossTerm], likelihood: str | Likelihood) -> str
     )
 
 
-def by_its_own_gradient(terms: Sequence[LossTerm]) -> str:
-    """What to say where no term is recognised and no likelihood was named."""
-    return (
-        f"no term of the loss is recognised (loss functions seen in this step: {_seen(terms)}), so that its curvature "
-        "comes from the loss's own gradient (the empirical Fisher, of a mean over examples). Where the loss has "
-        "logits, likelihood=Categorical(output_of='head'), for example, names them and gives the model's own Fisher; "
-        "fisher='empirical' silences this"
-    )
+#: What statistics come from besides recognised loss functions.
+THE_REST = "the gradient of the rest"
+THE_LOSS_ITSELF = "the gradient of the loss itself"
+
+
+def curvature_line(norms: Mapping[str, float], terms: Sequence[LossTerm]) -> str:
+    """The line that names what curvature comes from.
+
+    Args:
+        norms: The norm of the gradient by loss function, :data:`THE_REST` or :data:`THE_LOSS_ITSELF`.
+        terms: What was recorded, part of the loss or not.
+    """
+    if THE_LOSS_ITSELF in norms:
+        return (
+            f"curvature from {THE_LOSS_ITSELF} (its empirical Fisher), since no term of it is recognised (loss "
+            f"functions seen in this step: {_seen(terms)}). Where the loss has logits, likelihood=Categorical(output_of='head'), "
+            "for example, gives the model's own Fisher."
+        )
+    if len(norms) == 1 or THE_REST not in norms:
+        return f"curvature from {', '.join(norms)}."
+    total = sum(norms.values()) or 1.0
+    shares = {name: f"{100 * norm / total:.2g} %" for name, norm in norms.items()}
+    known = ", ".join(f"{name} ({share} of the gradient)" for name, share in shares.items() if name != THE_REST)
+    return f"curvature from {known}, and from {THE_REST} ({shares[THE_REST]}; its empirical Fisher)."
 
 
 def _seen(terms: Sequence[LossTerm]) -> str:

@@ -6,6 +6,7 @@ checks the recognition, the options, the weights and the seeds at once, without 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import pytest
@@ -390,24 +391,33 @@ UNKNOWN: dict[str, Loss] = {
 }
 
 
-OWN_GRADIENT = r"no term of the loss is recognised .*seen in this step: {}.*the loss's own gradient.*output_of="
+def sources(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The lines that say what curvature came from."""
+    return [record.getMessage() for record in caplog.records if "curvature from" in record.getMessage()]
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, "lightning_kfc")
+    return caplog
 
 
 @pytest.mark.parametrize("fisher", ["mc", "exact"])
 @pytest.mark.parametrize("case", UNKNOWN)
-def test_a_loss_that_is_not_recognised_has_the_empirical_fisher_which_is_said_once(case: str, fisher: str) -> None:
+def test_a_loss_that_is_not_recognised_has_the_empirical_fisher_which_one_line_says(
+    case: str, fisher: str, log: pytest.LogCaptureFixture
+) -> None:
     model, x = head(), data(4, 4)
     kfc = engine(model, fisher=fisher)
-    for step in range(2):
+    for _ in range(2):
         with kfc.capture():
             loss = UNKNOWN[case](model(x))
-        if step == 0:
-            with pytest.warns(UserWarning, match=OWN_GRADIENT.format("none")) as said:
-                kfc.update(loss)
-            assert len(said) == 1
-        else:
-            kfc.update(loss)
+        kfc.update(loss)
         kfc.precondition(lr=0.1)
+    (line,) = sources(log)
+    assert "the gradient of the loss itself (its empirical Fisher)" in line
+    assert "seen in this step: none" in line
+    assert "output_of=" in line
     assert kfc.events.unrecognised_losses == 2
     chosen = observe(model, lambda: UNKNOWN[case](model(x)), fisher="empirical")
     assert chosen.events.unrecognised_losses == 0
@@ -415,28 +425,54 @@ def test_a_loss_that_is_not_recognised_has_the_empirical_fisher_which_is_said_on
         oracles.assert_equal(layer.G, chosen.layers[name].G, what=f"G of {name}")
 
 
-def test_a_recognised_function_that_is_no_part_of_the_loss_is_named() -> None:
+def test_a_recognised_function_that_is_no_part_of_the_loss_is_named(log: pytest.LogCaptureFixture) -> None:
     model = head()
     kfc = engine(model)
     with kfc.capture():
         z = model(data(4, 4))
         F.cross_entropy(z, TARGET)
         loss = F.multi_margin_loss(z, TARGET)
-    with pytest.warns(UserWarning, match=OWN_GRADIENT.format("cross_entropy")):
-        kfc.update(loss)
+    kfc.update(loss)
+    (line,) = sources(log)
+    assert "seen in this step: cross_entropy" in line
 
 
-def test_a_penalty_on_the_weights_beside_an_unrecognised_loss_is_no_error() -> None:
-    # No rows explain the gradient of such a loss.
+def penalty(model: nn.Module) -> Tensor:
+    return 100 * sum((p.square().sum() for p in model.parameters()), torch.zeros(()))
+
+
+PENALTIES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "a sum": lambda model, loss: loss + penalty(model),
+    "norms in a stack": lambda model, loss: loss + 3 * torch.stack([p.norm() for p in model.parameters()]).mean(),
+    "divided, as accumulation does": lambda model, loss: (loss + penalty(model)) / 4,
+    "halves": lambda model, loss: 0.25 * loss - -penalty(model) * 2,
+}
+
+
+@pytest.mark.parametrize("case", PENALTIES)
+@pytest.mark.parametrize("unused", [False, True])
+@pytest.mark.parametrize("recognised", [False, True])
+def test_a_penalty_on_the_weights_by_hand_has_no_curvature(case: str, unused: bool, recognised: bool) -> None:
     model, x = head(), data(4, 4)
-    kfc = engine(model)
-    with kfc.capture():
-        loss = F.multi_margin_loss(model(x), TARGET) + sum(p.square().sum() for p in model.parameters())
-    with pytest.warns(UserWarning, match="KFC") as said:
-        kfc.update(loss)
-    messages = sorted(str(warning.message).partition(":")[0] for warning in said)
-    assert messages == ["KFC at step 0", "KFC has no Kronecker factors for '0', '2'"]
-    assert {row.treatment for row in kfc.coverage()} == {"diagonal"}
+    if unused:
+        model.append(double(nn.Linear(3, 2)))
+    function = F.cross_entropy if recognised else F.multi_margin_loss
+    share = {"divided, as accumulation does": 0.25, "halves": 0.25}.get(case, 1.0)
+
+    def loss() -> Tensor:
+        z = model[:3](x)
+        if unused:
+            model[3](z)
+        return share * function(z, TARGET)
+
+    kfc = observe(model, lambda: PENALTIES[case](model, loss() / share))
+    plain = observe(model, loss)
+    assert {row.treatment for row in kfc.coverage()} == {"kfc"}
+    for name in ("0", "2"):
+        oracles.assert_equal(kfc.layers[name].G, plain.layers[name].G, what=f"G of {name}")
+        assert float(plain.layers[name].G.abs().max()) > 0
+    if unused:
+        assert not kfc.layers["3.0"].averages
 
 
 @pytest.mark.parametrize("name", ["categorical", "gaussian", "bernoulli"])

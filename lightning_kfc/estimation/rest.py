@@ -1,0 +1,155 @@
+r"""The part of a loss's gradient that no recognised term accounts for.
+
+A loss :math:`h = \sum_t c_t h_t + u` has recognised terms :math:`h_t` and a rest u: a regulariser by hand, a second
+head whose loss is not recognised. The rest's derivative at any edge is the loss's minus that of the recognised terms.
+One back-propagation brings it, since it is linear in its seeds: 1 at the loss, and at the logits of each term minus
+the derivative that the term brings there. The graph alone is used; no code of the user's runs again.
+
+The rest's curvature is its empirical Fisher matrix. It is added to that of the recognised terms: the products of
+different terms are left out, as their expectation is 0 for independent targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence, Set
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from lightning_kfc.estimation.graph import explained, loss_edge
+from lightning_kfc.estimation.recording import Call
+from lightning_kfc.estimation.seeds import Seeds, WeightedTerm
+
+#: Operations on scalars that pass a sum's terms on, each times a number.
+ADDITIVE = (
+    "Add",
+    "Sub",
+    "Neg",
+    "Mul",
+    "Div",
+    "Sum",
+    "Mean",
+    "Stack",
+    "Cat",
+    "ToCopy",
+    "View",
+    "Squeeze",
+    "Unsqueeze",
+    "Reshape",
+)
+
+_Key = tuple[Node, int]
+
+
+def _key(edge: GradientEdge) -> _Key:
+    return edge.node, edge.output_nr
+
+
+def _below(node: Node) -> Iterator[GradientEdge]:
+    return (GradientEdge(child, number) for child, number in node.next_functions if child is not None)
+
+
+class Rest:
+    """What a loss is made of besides its recognised terms.
+
+    Args:
+        loss: The loss.
+        terms: Its recognised terms.
+        calls: The recorded calls: the rest's derivative is wanted at their outputs, and at loose parameters.
+        loss_scale: The factor that a gradient scaler has multiplied the loss by.
+    """
+
+    def __init__(self, loss: Tensor, terms: Sequence[WeightedTerm], calls: Sequence[Call], loss_scale: float) -> None:
+        self._start = loss_edge(loss), torch.full_like(loss, 1.0 / loss_scale)
+        self._terms = terms
+        self._wanted = {call.edge.node for call in calls}
+        layers = [call for call in calls if call.adapter.has_rows]
+        weights = {get_gradient_edge(p).node for call in layers for p in call.adapter.own_parameters().values()}
+        self._penalties = list(_penalties(self._start[0], {call.edge.node for call in layers}, weights))
+        self._minus: Seeds | None = None
+
+    def reaches(self) -> bool:
+        """Whether the rest's derivative arrives at any wanted edge by another way than through the logits of terms."""
+        inside: dict[_Key, set[_Key]] = {}
+        for weighted in self._terms:
+            if weighted.term.value_edge is not None:
+                edges = {_key(edge) for edge, _ in weighted.term.edges}
+                inside.setdefault(_key(weighted.term.value_edge), set()).update(edges)
+        penalties = {_key(edge) for edge in self._penalties}
+        pending: list[tuple[GradientEdge, _Key | None]] = [(self._start[0], None)]
+        seen: set[tuple[Node, _Key | None]] = set()
+        while pending:
+            edge, within = pending.pop()
+            key = _key(edge)
+            if within is None and key in inside:
+                within = key
+            if key in penalties or (within is not None and key in inside[within]):
+                continue
+            if edge.node in self._wanted:
+                return True
+            if (edge.node, within) not in seen:
+                seen.add((edge.node, within))
+                pending += [(below, within) for below in _below(edge.node)]
+        return False
+
+    def seeds(self) -> Seeds:
+        """The seeds that bring the rest's derivative to every edge."""
+        if self._minus is None:
+            parts = [self._derivatives([self._start], self._penalties), *(seeds for _, seeds in self.of_functions())]
+            self._minus = [(edge, -gradient) for part in parts for edge, gradient in part]
+        return [self._start, *self._minus]
+
+    def of_functions(self) -> Iterator[tuple[str, Seeds]]:
+        """The derivative that each recognised loss function brings to its logits."""
+        calls: dict[_Key, list[WeightedTerm]] = {}
+        for weighted in self._terms:
+            if weighted.term.value_edge is not None:
+                calls.setdefault(_key(weighted.term.value_edge), []).append(weighted)
+        for terms in calls.values():
+            first = terms[0]
+            assert first.term.value_edge is not None
+            edges = {_key(edge): edge for weighted in terms for edge, _ in weighted.term.edges}
+            found = self._derivatives([(first.term.value_edge, first.derivative)], list(edges.values()))
+            yield first.term.function, found
+
+    @staticmethod
+    def _derivatives(seeds: Seeds, edges: Sequence[GradientEdge]) -> Seeds:
+        if not edges:
+            return []
+        starts, values = [edge for edge, _ in seeds], [value for _, value in seeds]
+        found = explained(torch.autograd.grad, starts, edges, values, retain_graph=True, allow_unused=True)
+        return [(edge, gradient) for edge, gradient in zip(edges, found, strict=True) if gradient is not None]
+
+
+def _penalties(start: GradientEdge, outputs: Set[Node], weights: Set[Node]) -> Iterator[GradientEdge]:
+    """The terms of a sum that are made of layers' parameters alone, as a penalty on the weights by hand is.
+
+    They reach no layer's output. At the parameters they would look like uses of the weights outside their layers.
+    """
+    pending, seen = [start], {start.node}
+    while pending:
+        node = pending.pop().node
+        below = list(_below(node))
+        if not node.name().startswith(ADDITIVE) or (node.name().startswith(("Mul", "Div")) and len(below) > 1):
+            continue
+        for edge in below:
+            if edge.node in seen or len(edge.node._input_metadata[edge.output_nr].shape) > 1:
+                continue
+            seen.add(edge.node)
+            found = _nodes_from(edge.node, outputs)
+            if not outputs.isdisjoint(found):
+                pending.append(edge)
+            elif not weights.isdisjoint(found):
+                yield edge
+
+
+def _nodes_from(start: Node, last: Set[Node]) -> set[Node]:
+    """The nodes of the graph from one on, up to the first that is one of the last ones."""
+    pending, seen = [start], {start}
+    while pending and pending[-1] not in last:
+        for edge in _below(pending.pop()):
+            if edge.node not in seen:
+                seen.add(edge.node)
+                pending.append(edge.node)
+    return seen
