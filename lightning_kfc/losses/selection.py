@@ -78,8 +78,8 @@ def curvature_line(norms: Mapping[str, float], terms: Sequence[LossTerm]) -> str
     if THE_LOSS_ITSELF in norms:
         return (
             f"curvature from {THE_LOSS_ITSELF} (its empirical Fisher), since no term of it is recognised (loss "
-            f"functions seen in this step: {_seen(terms)}). Where the loss has logits, likelihood=Categorical(output_of='head'), "
-            "for example, gives the model's own Fisher."
+            f"functions seen in this step: {_seen(terms)}). Where the loss has logits, "
+            "likelihood=Categorical(output_of='head'), for example, gives the model's own Fisher."
         )
     if len(norms) == 1 or THE_REST not in norms:
         return f"curvature from {', '.join(norms)}."
