@@ -752,7 +752,8 @@ class KFC:
             warnings.warn(
                 f"KFC has no curvature for {', '.join(map(repr, new))}: their gradients come from no recorded loss "
                 "term through a recorded forward, and stay as they are. The likely cause is a penalty on their weights "
-                "alone, or a `likelihood` that leaves out the terms which reach them. Add them to `exclude` to silence this.",
+                "alone, or a `likelihood` that leaves out the terms which reach them. Add them to "
+                "`exclude` to silence this.",
                 stacklevel=3,
             )
 

@@ -399,7 +399,7 @@ def test_reentrant_checkpointing_above_the_first_layer_is_an_error_too() -> None
 
 
 def penalty_alone(model: nn.Sequential, x: Tensor, y: Tensor) -> Tensor:
-    return F.mse_loss(model[1](model[0](x).detach()), y) + model[0].weight.square().mean()
+    return F.mse_loss(model[1](model[0](x).detach()), y) + model[0].weight.square().mean() + model[0].bias.mean()
 
 
 def test_a_layer_whose_gradient_comes_from_elsewhere_keeps_it_and_is_named_once() -> None:
