@@ -16,7 +16,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from torch.nn import functional as F
 from benchmarks.away import data, networks
 from benchmarks.contest.data import Split
 from benchmarks.contest.tasks import Goal, Task, next_byte_cross_entropy
+from benchmarks.paths import RESULTS
 
 #: Tasks that may choose constants.
 CHOOSING = ("signals", "separable", "table_classification", "picture", "forecast", "vae")
@@ -33,7 +33,7 @@ HELD_BACK = ("table_regression", "gru", "diffusion", "segmentation", "sharpening
 #: Training examples that the training loss is measured on.
 MEASURED = 512
 #: Where the targets are kept.
-TARGETS = Path(__file__).parent.parent / "results" / "away_targets.json"
+TARGETS = RESULTS / "away_targets.json"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
@@ -150,10 +150,17 @@ def _columns(trials: Sequence[Trial]) -> dict[str, list[Any]]:
 
 
 class Search:
-    """The trials of one contestant on one seed."""
+    """The trials of one contestant on one seed.
 
-    def __init__(self, task: Task, contestant: Contestant, seed: int) -> None:
-        self._task, self._contestant, self._seed = task, contestant, seed
+    Args:
+        task: What is trained.
+        contestant: Whose learning rate is searched.
+        seed: Of all that is random.
+        make_run: Makes a run, with the arguments of :class:`Run`.
+    """
+
+    def __init__(self, task: Task, contestant: Contestant, seed: int, make_run: Callable[..., Run] = Run) -> None:
+        self._task, self._contestant, self._seed, self._make_run = task, contestant, seed, make_run
         self._limit = LENIENCE * task.goal.seconds
         self._curves: dict[float, Curve] = {}
         self._best = math.inf
@@ -162,7 +169,7 @@ class Search:
     def run(self, lrs: Iterable[float]) -> None:
         """Run these learning rates side by side."""
         options = {"seconds": self._limit, "spacing": SPACING}
-        runs = [Run(self._task, self._contestant, lr, self._seed, **options) for lr in lrs]
+        runs = [self._make_run(self._task, self._contestant, lr, self._seed, **options) for lr in lrs]
         self._curves.update({run.lr: run.curve for run in runs})
         interleave(runs, until=lambda run: self._arrived(run) or self._hopeless(run), block=1)
         for run in runs:

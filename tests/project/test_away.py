@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
-from benchmarks.away import data
+from benchmarks.away import contest, data
+from benchmarks.away.averages import SPACING, AveragedRun
+from benchmarks.away.contestants import AWAY_CONTESTANTS
+from benchmarks.away.records import Entry, Outcome, Record, missed, table
 from benchmarks.away.tasks import AWAY, CHOOSING, HELD_BACK, MEASURED, belonging, evidence_bound
 from benchmarks.contest.contestants import CONTESTANTS
+from benchmarks.contest.data import Split
 from benchmarks.contest.harness import Run
+from benchmarks.contest.optimizers import AveragingStepper, Stepper
+from benchmarks.contest.tasks import Goal, Task
 
 
 def test_the_halves_are_disjoint_and_complete() -> None:
@@ -64,3 +74,112 @@ def test_patches_are_cut_from_the_photograph() -> None:
     whole = photo.unfold(1, 4, 1).unfold(2, 4, 1).permute(1, 2, 0, 3, 4).reshape(-1, 3, 4, 4)
     assert cut.shape == (20, 3, 4, 4)
     assert all((whole == patch).flatten(1).all(1).any() for patch in cut)
+
+
+# Averages, records and the contest, on a task and contestants made up so that the right answer is known.
+
+
+class Line(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(3, 2)
+
+
+def line_task(target: float, budget: int = 40) -> Task:
+    generator = torch.Generator().manual_seed(5)
+    inputs = torch.randn(20, 3, generator=generator)
+    outputs = inputs @ torch.randn(3, 2, generator=generator)
+    split = Split(inputs, outputs, inputs[:4], outputs[:4])
+    return Task("line", "a line", Line, nn.functional.mse_loss, lambda: split, {8: Goal((target,), budget)}, 8)
+
+
+def test_a_run_s_averages_are_those_that_the_contest_evaluates_one_at_a_time() -> None:
+    task, sgd = line_task(1e-3), CONTESTANTS["sgd"]
+    both = AveragedRun(task, sgd, 0.05, seed=3)
+    both.advance(12)
+
+    def alone(decay: float | None) -> list[float]:
+        def make(model: nn.Module, lr: float, seed: int) -> Stepper:
+            stepper = sgd.make(model, lr, seed)
+            return stepper if decay is None else AveragingStepper(stepper, model, decay)
+
+        run = Run(task, replace(sgd, make=make), 0.05, seed=3, spacing=SPACING)
+        run.advance(12)
+        return run.curve.losses
+
+    for name, decay in (("none", None), ("0.8", 0.8), ("0.9", 0.9)):
+        assert both.curves[name].losses == pytest.approx(alone(decay), rel=1e-5)
+    assert both.curve.losses == [min(losses) for losses in zip(*(c.losses for c in both.curves.values()), strict=True)]
+
+
+def test_schedule_free_is_evaluated_at_its_own_average_and_goes_on_from_where_it_was() -> None:
+    task = line_task(1e-3)
+    run = AveragedRun(task, AWAY_CONTESTANTS["schedule_free"], 0.05, seed=3)
+    run.advance(5)
+    optimizer = run._stepper._stepper._optimizer
+    before = [p.clone() for p in run.model.parameters()]
+    own = run._stepper.evaluated(run.model)["none"]
+    for now, earlier in zip(run.model.parameters(), before, strict=True):
+        assert torch.allclose(now, earlier, atol=1e-6)
+    # x of Defazio et al. 2024 (arXiv:2405.15682), from y = beta x + (1 - beta) z.
+    for x, y in zip(own.parameters(), run.model.parameters(), strict=True):
+        assert torch.allclose(x, (y - 0.1 * optimizer.state[y]["z"]) / 0.9, atol=1e-5)
+
+
+def test_the_search_takes_the_rate_and_the_average_with_the_fewest_iterations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contest, "EXTENSIONS", 4)
+    task = line_task(1e-2, budget=100)
+    entry = Entry("SGD")
+    contest.search(task, replace(CONTESTANTS["sgd"], grid=(0.001, 0.003, 0.009)), entry)
+    assert len(entry.search) > 3  # the best was at the edge
+    reached = {
+        (float(lr), average): math.inf if value is None else value
+        for lr, values in entry.search.items()
+        for average, value in values.items()
+    }
+    assert reached[float(f"{entry.lr:.3g}"), entry.average] == min(reached.values()) < math.inf
+
+
+def test_what_was_measured_is_kept_and_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = line_task(1e-2)
+    names = ("kfc", "sgd")
+    contest.run_missing([task], [AWAY_CONTESTANTS[name] for name in names], (0, 1), tmp_path, ())
+    record = contest.load_record(tmp_path, task)
+    assert all(set(record.entries[name].runs) == {"0", "1"} for name in names)
+    copied = tmp_path / "copy.json"
+    record.save(copied)
+    assert Record.load(copied) == record
+    monkeypatch.setattr(contest, "AveragedRun", None)
+    contest.run_missing([task], [AWAY_CONTESTANTS[name] for name in names], (0, 1), tmp_path, ())
+    with pytest.raises(ValueError, match=r"delete away_line\.json"):
+        contest.load_record(tmp_path, line_task(1e-1))
+    with pytest.raises(ValueError, match="has no target"):
+        contest.load_record(tmp_path, line_task(-math.inf))
+
+
+def test_the_table_has_medians_kfc_first_and_names_who_is_ahead() -> None:
+    def entry(title: str, iterations: list[float | None], average: str | None) -> Entry:
+        runs = {
+            str(seed): {
+                name: Outcome(value, None if value is None else value / 10, 40, 0.5) for name in ("none", "0.8", "0.9")
+            }
+            for seed, value in enumerate(iterations)
+        }
+        return Entry(title, {}, 0.1, average, runs)
+
+    record = Record("line", "a line", 8, 0.25, 40)
+    record.entries["sgd"] = entry("SGD", [5.0, 30.0, 7.0], "0.9")
+    record.entries["adam"] = entry("Adam", [None, 30.0, None], "none")
+    record.entries["kfc"] = entry("KFC", [20.0, 10.0, None], None)
+    lines = table([record], ("kfc", "sgd", "adam"), (0, 1, 2)).splitlines()
+    assert lines[0] == "| task, batch, loss | KFC | KFC, averaged 0.8 | KFC, averaged 0.9 | SGD | Adam |"
+    assert lines[2] == "| line, 8, 0.25 | 20 / 2.0 | 20 / 2.0 | 20 / 2.0 | **7 / 0.7 (0.9)** | - |"
+    assert missed([record], ("kfc", "sgd", "adam"), (0, 1, 2)) == [
+        "- line, iterations: KFC at its defaults 20; ahead of it SGD 7.",
+        "- line, CPU seconds: KFC at its defaults 2; ahead of it SGD 0.7.",
+    ]
+
+
+def test_every_task_has_a_target_below_its_first_loss() -> None:
+    for task in (AWAY[name] for name in CHOOSING):
+        first = task.training_loss(task.make_model())
+        assert 0 < task.targets[-1] < first, task.name

@@ -1,0 +1,118 @@
+"""Runs that keep averages of their weights beside them, so that one run measures the optimizer with and without."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from benchmarks.contest.curves import Curve
+from benchmarks.contest.harness import Run
+from benchmarks.contest.optimizers import BatchLoss, Contestant, Stepper
+from benchmarks.contest.tasks import Task
+
+#: The name of the weights as the optimizer leaves them.
+NONE = "none"
+#: The decays of the averages that are kept.
+DECAYS = (0.8, 0.9)
+#: All that is evaluated in one run.
+AVERAGES = (NONE, *(f"{decay:g}" for decay in DECAYS))
+#: How often the training loss is evaluated, as in the search for learning rates.
+SPACING = 8
+
+
+class Average:
+    """An exponential average of a model's weights, with the start forgotten: step k mixes in 1/k at least.
+
+    Args:
+        model: Whose weights are averaged; buffers are taken as they are.
+        decay: The share of the average that stays at each step.
+
+    Attributes:
+        seconds: CPU seconds that the updates took.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self._model, self._decay = model, decay
+        self._copy = copy.deepcopy(model)
+        self._steps = 0
+        self.seconds = 0.0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Mix in the present weights."""
+        started = time.process_time()
+        self._steps += 1
+        weight = 1 - min(1 - 1 / self._steps, self._decay)
+        torch._foreach_lerp_(list(self._copy.parameters()), list(self._model.parameters()), weight)
+        self.seconds += time.process_time() - started
+
+    @torch.no_grad()
+    def model(self) -> nn.Module:
+        """A model with the averaged weights."""
+        for own, current in zip(self._copy.buffers(), self._model.buffers(), strict=True):
+            own.copy_(current)
+        return self._copy
+
+
+class KeepingStepper(Stepper):
+    """Another stepper, with averages of the weights beside it; what is evaluated in place of the weights stays its."""
+
+    def __init__(self, stepper: Stepper, averages: Mapping[str, Average]) -> None:
+        self._stepper = stepper
+        self.averages = averages
+
+    def step(self, compute_loss: BatchLoss) -> None:
+        """See :class:`Stepper`."""
+        self._stepper.step(compute_loss)
+        for average in self.averages.values():
+            average.update()
+
+    def evaluated(self, model: nn.Module) -> dict[str, nn.Module]:
+        """By average, what is evaluated; the model itself, or what its optimizer keeps in its place, without one."""
+        own = self._stepper.averaged
+        averaged = {name: average.model() for name, average in self.averages.items()}
+        return {NONE: model if own is None else own, **averaged}
+
+    def seconds(self, name: str) -> float:
+        """CPU seconds of a run that are not those of a run with this average alone."""
+        return sum(average.seconds for other, average in self.averages.items() if other != name)
+
+
+class AveragedRun(Run):
+    """A run with a loss curve for each average; ``curve`` is the lowest of them.
+
+    Attributes:
+        curves: By average.
+    """
+
+    _stepper: KeepingStepper
+
+    def __init__(
+        self,
+        task: Task,
+        contestant: Contestant,
+        lr: float,
+        seed: int,
+        seconds: float | None = None,
+        spacing: int = SPACING,
+    ) -> None:
+        def make(model: nn.Module, rate: float, random_seed: int) -> Stepper:
+            averages = {f"{decay:g}": Average(model, decay) for decay in DECAYS}
+            return KeepingStepper(contestant.make(model, rate, random_seed), averages)
+
+        super().__init__(task, replace(contestant, make=make), lr, seed, seconds=seconds, spacing=spacing)
+        self.curves = {name: Curve([0], [0.0], list(self.curve.losses)) for name in AVERAGES}
+
+    def _evaluate(self) -> None:
+        losses = {}
+        for name, model in self._stepper.evaluated(self.model).items():
+            losses[name] = self.task.training_loss(model)
+            self.curves[name].append(self._iteration, self._seconds - self._stepper.seconds(name), losses[name])
+        best = min(losses, key=lambda name: losses[name] if math.isfinite(losses[name]) else math.inf)
+        self.curve.append(self._iteration, self.curves[best].seconds[-1], losses[best])

@@ -1,0 +1,182 @@
+"""The contest on tasks away from home.
+
+``python -m benchmarks.away.contest --tasks choosing`` runs the half that may choose constants, ``--tasks held-back``
+the other one, which is run once, at the end. Each peer's learning rate and average of weights (none, 0.8, 0.9) are
+those with the fewest iterations to the target on one seed; KFC has no search, and all its averages are reported.
+
+Everything is kept as it comes, and the same command goes on where it was interrupted. The contestants of one command
+run interleaved on each task and seed, so name together those whose CPU seconds are to be compared. ``--again`` forgets
+the named contestants' runs, not their searches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.away.averages import AVERAGES, AveragedRun
+from benchmarks.away.contestants import AWAY_CONTESTANTS, KFC_VARIANTS
+from benchmarks.away.records import Entry, Outcome, Record, missed, table
+from benchmarks.away.tasks import AWAY, CHOOSING, HELD_BACK
+from benchmarks.contest.curves import Curve, at_edge
+from benchmarks.contest.harness import PAST_THE_TARGET, interleave
+from benchmarks.contest.optimizers import Contestant
+from benchmarks.contest.tasks import Task
+from benchmarks.contest.tuning import Search, beyond
+from benchmarks.paths import RESULTS
+
+HALVES = {"choosing": CHOOSING, "held-back": HELD_BACK}
+SEEDS = (0, 1, 2)
+TUNING_SEED = 100
+#: How often a grid may grow at an edge.
+EXTENSIONS = 3
+
+
+def record_file(folder: Path, task: Task) -> Path:
+    """Where a task's record is kept."""
+    return folder / f"away_{task.name}.json"
+
+
+def load_record(folder: Path, task: Task) -> Record:
+    """What was measured so far; empty if nothing was.
+
+    Raises:
+        ValueError: If the task has no target, or another one than when it was measured.
+    """
+    target = task.targets[-1]
+    if math.isinf(target):
+        raise ValueError(f"{task.name} has no target: run `python -m benchmarks.away.targets {task.name}` first.")
+    path = record_file(folder, task)
+    if not path.exists():
+        return Record(task.name, task.title, task.batch_size, target, task.budget)
+    record = Record.load(path)
+    if (record.target, record.budget) != (target, task.budget):
+        raise ValueError(
+            f"{task.name} was measured to a loss of {record.target:g} in {record.budget} iterations, and now asks for "
+            f"{target:g} in {task.budget}: delete {path.name} and run again."
+        )
+    return record
+
+
+def search(task: Task, contestant: Contestant, entry: Entry) -> None:
+    """Choose a contestant's learning rate and average of weights, and put all that was tried into its entry."""
+    runs: dict[float, AveragedRun] = {}
+
+    def make_run(task: Task, contestant: Contestant, lr: float, seed: int, seconds: float, spacing: int) -> AveragedRun:
+        runs[lr] = AveragedRun(task, contestant, lr, seed, seconds, spacing)
+        return runs[lr]
+
+    trials = Search(task, contestant, TUNING_SEED, make_run)
+
+    def score(lr: float) -> tuple[float, float]:
+        trial = trials.trials[lr]
+        return (math.inf, trial.last_loss) if trial.iterations is None else (trial.iterations, 0.0)
+
+    missing = list(contestant.grid)
+    for _ in range(EXTENSIONS + 1):
+        trials.run(missing)
+        entry.lr = min(trials.trials, key=score)
+        if len(contestant.grid) == 1 or not at_edge(entry.lr, list(trials.trials)):
+            break
+        missing = [beyond(list(trials.trials), entry.lr)]
+    target = task.targets[-1]
+    reached = {lr: {name: run.curves[name].reach(target).iterations for name in AVERAGES} for lr, run in runs.items()}
+    entry.average = min(AVERAGES, key=lambda name: (reached[entry.lr][name], runs[entry.lr].curves[name].losses[-1]))
+    entry.search = {f"{lr:.3g}": {name: _or_none(reached[lr][name]) for name in AVERAGES} for lr in sorted(reached)}
+
+
+def compete(task: Task, contestants: Sequence[Contestant], record: Record, seed: int) -> None:
+    """Run contestants interleaved on one seed and put what they came to into the record.
+
+    A run ends at 1.5 times the iterations of its first average to reach the target, at the budget, or out of time.
+    """
+    runs = []
+    for contestant in contestants:
+        lr = record.entries[contestant.name].lr
+        runs.append(AveragedRun(task, contestant, lr, seed, task.goal.seconds))
+    interleave(runs, until=lambda run: run.curve.iterations[-1] >= PAST_THE_TARGET * _first(run))
+    for run in runs:
+        outcomes = {name: outcome(run.curves[name], task.targets[-1]) for name in AVERAGES}
+        record.entries[run.contestant.name].runs[str(seed)] = outcomes
+
+
+def _first(run: AveragedRun) -> float:
+    return min(curve.reach(run.task.targets[-1]).iterations for curve in run.curves.values())
+
+
+def outcome(curve: Curve, target: float) -> Outcome:
+    """What a curve came to."""
+    reach, loss = curve.reach(target), curve.losses[-1]
+    four_digits = float(f"{loss:.4g}") if math.isfinite(loss) else None
+    return Outcome(_or_none(reach.iterations), _or_none(reach.seconds, 3), curve.iterations[-1], four_digits)
+
+
+def _or_none(value: float, digits: int = 1) -> float | None:
+    return round(value, digits) if math.isfinite(value) else None
+
+
+def run_missing(
+    tasks: Sequence[Task], contestants: Sequence[Contestant], seeds: Sequence[int], folder: Path, again: Sequence[str]
+) -> None:
+    """Search where no learning rate is known, then run what is missing, saving after each."""
+    for task in tasks:
+        record = load_record(folder, task)
+        for contestant in contestants:
+            entry = record.entries.setdefault(contestant.name, Entry(contestant.title))
+            if contestant.name in again:
+                entry.runs.clear()
+            if contestant.name in KFC_VARIANTS:
+                entry.lr = contestant.grid[0]
+            elif entry.lr is None:
+                search(task, contestant, entry)
+                print(f"{task.name}, {contestant.title}: lr {entry.lr:g}, average {entry.average}", flush=True)
+            record.save(record_file(folder, task))
+        for seed in seeds:
+            missing = [c for c in contestants if str(seed) not in record.entries[c.name].runs]
+            if missing:
+                compete(task, missing, record, seed)
+                record.save(record_file(folder, task))
+                print(f"{task.name}, seed {seed}: {', '.join(c.name for c in missing)}", flush=True)
+
+
+def write_tables(folder: Path, half: str, seeds: Sequence[int]) -> str:
+    """Write the table of a half, and the tasks on which a peer is ahead of KFC at its defaults.
+
+    Returns:
+        The text.
+    """
+    records = [load_record(folder, AWAY[name]) for name in HALVES[half]]
+    names = tuple(AWAY_CONTESTANTS)
+    lines = [table(records, names, seeds), ""]
+    behind = missed(records, names, seeds)
+    lines += ["Where a peer is ahead of KFC at its defaults, not averaged:", "", *behind] if behind else []
+    text = "\n".join(lines)
+    (folder / f"away_{half.replace('-', '_')}.md").write_text(text.rstrip() + "\n")
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", choices=HALVES, default="choosing")
+    parser.add_argument("--only", nargs="+", choices=AWAY, help="of that half, these tasks alone")
+    parser.add_argument("--contestants", nargs="+", choices=AWAY_CONTESTANTS, default=list(AWAY_CONTESTANTS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--again", nargs="+", choices=AWAY_CONTESTANTS, default=())
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
+    torch.set_num_threads(1)
+    tasks = [AWAY[name] for name in HALVES[options.tasks] if options.only is None or name in options.only]
+    contestants = [AWAY_CONTESTANTS[name] for name in options.contestants]
+    run_missing(tasks, contestants, options.seeds, options.results, options.again)
+    print(write_tables(options.results, options.tasks, options.seeds))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

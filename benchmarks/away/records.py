@@ -1,0 +1,159 @@
+"""What was measured away from home: a file a task, and the tables of a half."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.away.averages import AVERAGES, NONE
+from benchmarks.away.contestants import KFC_VARIANTS
+from benchmarks.contest.report import lists_on_one_line, measured_with
+
+
+@dataclass
+class Outcome:
+    """What one run came to with one average.
+
+    Attributes:
+        iterations: To the target; None if it was not reached.
+        seconds: CPU seconds of these steps.
+        steps: Iterations made.
+        loss: The last training loss; None where it is not finite.
+    """
+
+    iterations: float | None
+    seconds: float | None
+    steps: int
+    loss: float | None
+
+
+@dataclass
+class Entry:
+    """What is known of one contestant on one task.
+
+    Attributes:
+        title: Its name in tables.
+        search: By learning rate and average, iterations to the target on the seed of the search; None if never.
+        lr: The learning rate that was chosen; None before the search.
+        average: The average that was chosen; None where all are reported.
+        runs: By seed and average.
+    """
+
+    title: str
+    search: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    lr: float | None = None
+    average: str | None = None
+    runs: dict[str, dict[str, Outcome]] = field(default_factory=dict)
+
+    def medians(self, average: str, seeds: Sequence[int]) -> tuple[float, float] | None:
+        """Iterations and seconds to the target, infinite where never; None as long as a seed is missing."""
+        if any(str(seed) not in self.runs for seed in seeds):
+            return None
+        outcomes = [self.runs[str(seed)][average] for seed in seeds]
+        iterations = median(math.inf if o.iterations is None else o.iterations for o in outcomes)
+        return iterations, median(math.inf if o.seconds is None else o.seconds for o in outcomes)
+
+
+@dataclass
+class Record:
+    """All that was measured on one task.
+
+    Attributes:
+        task: Its name.
+        title: What it is.
+        batch_size: Examples in a batch.
+        target: The training loss to reach.
+        budget: Iterations a run may make.
+        entries: By contestant.
+    """
+
+    task: str
+    title: str
+    batch_size: int
+    target: float
+    budget: int
+    entries: dict[str, Entry] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write JSON, with the versions that were used; the file is never there in part."""
+        content = {**asdict(self), "measured_with": measured_with()}
+        partial = path.with_suffix(".partial")
+        partial.write_text(lists_on_one_line(json.dumps(content, indent=1)) + "\n")
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Record:
+        """Read what :meth:`save` wrote."""
+        content: dict[str, Any] = json.loads(path.read_text())
+        del content["measured_with"]
+        content["entries"] = {name: _entry(entry) for name, entry in content["entries"].items()}
+        return cls(**content)
+
+
+def _entry(content: dict[str, Any]) -> Entry:
+    runs = {
+        seed: {average: Outcome(**outcome) for average, outcome in outcomes.items()}
+        for seed, outcomes in content.pop("runs").items()
+    }
+    return Entry(**content, runs=runs)
+
+
+def table(records: Sequence[Record], names: Sequence[str], seeds: Sequence[int]) -> str:
+    """Iterations / CPU seconds to the target: KFC's columns first, without and with averages, then the peers'."""
+    columns = [(name, average) for name in names if name in KFC_VARIANTS for average in AVERAGES]
+    columns += [(name, None) for name in names if name not in KFC_VARIANTS]
+    titles = {name: entry.title for record in records for name, entry in record.entries.items()}
+    columns = [column for column in columns if column[0] in titles]
+    heads = [titles[name] + ("" if average in (None, NONE) else f", averaged {average}") for name, average in columns]
+    lines = ["| task, batch, loss | " + " | ".join(heads) + " |", "|---|" + "---|" * len(columns)]
+    for record in records:
+        cells: dict[tuple[str, str | None], str] = {}
+        reached: dict[tuple[str, str | None], float] = {}
+        for name, average in columns:
+            entry = record.entries.get(name)
+            chosen = average if average is not None or entry is None else entry.average
+            values = entry.medians(chosen, seeds) if entry is not None and chosen is not None else None
+            reached[name, average] = math.inf if values is None else values[0]
+            cells[name, average] = "" if values is None else _cell(values)
+            if values is not None and average is None and chosen != NONE:
+                cells[name, average] += f" ({chosen})"
+        fewest = min(reached.values(), default=math.inf)
+        marked = [
+            f"**{cells[column]}**" if reached[column] == fewest and math.isfinite(fewest) else cells[column]
+            for column in columns
+        ]
+        lines.append(f"| {record.task}, {record.batch_size}, {record.target:g} | " + " | ".join(marked) + " |")
+    return "\n".join(lines)
+
+
+def _cell(values: tuple[float, float]) -> str:
+    return "-" if math.isinf(values[0]) else f"{values[0]:.0f} / {values[1]:.1f}"
+
+
+def missed(records: Sequence[Record], names: Sequence[str], seeds: Sequence[int]) -> list[str]:
+    """A line for each task on which a peer needed fewer iterations than KFC at its defaults, or less time."""
+    lines = []
+    for record in records:
+        own = record.entries["kfc"].medians(NONE, seeds) if "kfc" in record.entries else None
+        if own is None:
+            continue
+        peers = {}
+        for name in names:
+            entry = record.entries.get(name)
+            if name in KFC_VARIANTS or entry is None or entry.average is None:
+                continue
+            values = entry.medians(entry.average, seeds)
+            if values is not None:
+                peers[entry.title] = values
+        for unit, position in (("iterations", 0), ("CPU seconds", 1)):
+            ahead = {title: values[position] for title, values in peers.items() if values[position] < own[position]}
+            if ahead:
+                listed = ", ".join(f"{title} {value:.3g}" for title, value in sorted(ahead.items(), key=lambda i: i[1]))
+                ours = "never there" if math.isinf(own[position]) else f"{own[position]:.3g}"
+                lines.append(f"- {record.task}, {unit}: KFC at its defaults {ours}; ahead of it {listed}.")
+    return lines
