@@ -30,12 +30,12 @@ from lightning_kfc.rules.base import Inspection, ReadyLayer, Rule
 from lightning_kfc.rules.choice import RULE_TYPES, choose_rule, with_rule
 from lightning_kfc.rules.update_exchange import received_updates
 from lightning_kfc.scheduling.automatic_periods import PeriodChoice
-from lightning_kfc.scheduling.refresh_schedule import RefreshSchedule, value_at
+from lightning_kfc.scheduling.refresh_schedule import RefreshSchedule
 from lightning_kfc.scheduling.staggering import Slots
 from lightning_kfc.scheduling.tracker import Due
 from lightning_kfc.settings import Settings, refuse_removed
-from lightning_kfc.trust_region.region import FIXED_DAMPING, FIXED_RADIUS, TrustRegion, Verdict
-from lightning_kfc.trust_region.review import Reviewer
+from lightning_kfc.trust_region.region import TrustRegion, Verdict
+from lightning_kfc.trust_region.review import StepReviewer
 from lightning_kfc.utilities.isolation import eager_compiled_code, full_precision
 
 #: What this version writes, and what it reads besides: in 1 factors are whole, in 2 triangles.
@@ -220,8 +220,6 @@ class KFC:
         # Whether an optimizer evaluates its closure once more in the same step.
         self._again = False
         self._backward = contextlib.ExitStack()
-        # Of the present step, or the last one that had asked.
-        self._damping: tuple[int, float] | None = None
         self._ranks_agree = False
         self._micro_batch = 0
         self.step = 0
@@ -239,7 +237,10 @@ class KFC:
         self._refresh_layers = Refresh(
             settings, self._due, self.events, self._team, self._ownership, self._layers.drop_all, self.times
         )
-        self._reviewer = Reviewer(model, TrustRegion.of(settings), self.events, self._ownership.total)
+        #: Holds damping and bound in force, and reviews steps.
+        self.reviewer = StepReviewer(
+            model, TrustRegion.of(settings), settings.damping, settings.kl_clip, self.events, self._ownership
+        )
 
     def restart(self) -> None:
         """Forget everything that was estimated, counted and set since, as if newly made of the same settings.
@@ -327,11 +328,14 @@ class KFC:
             self._ranks_agree = True
         if self._again:
             self._observation.record_nothing()
-            self._reviewer.release()
+            self.reviewer.release()
             yield
             return
-        with self._reviewer.record(self.step), self._observation.capture(self.step):
-            yield
+        with self.reviewer.record(self.step), self._observation.capture(self.step):
+            try:
+                yield
+            finally:
+                self.resume()
 
     def _facts(self) -> dict[str, str]:
         """What must be the same on all ranks: settings, and layers with the shapes of their factors."""
@@ -377,11 +381,11 @@ class KFC:
 
     def back_propagate(self, loss: Tensor, *, loss_scale: float = 1.0, loss_fraction: float = 1.0) -> None:
         """The first half of :meth:`update`: send the seeds to the layers while the loss's graph lives."""
-        self._reviewer.note_loss(loss, loss_scale)
+        self.reviewer.note_loss(loss, loss_scale)
         if not self._observation.active:
             return
         # In manual optimization the forward is still being recorded.
-        self._reviewer.pause()
+        self.pause()
         expected = set(self.recorded)
         self._observation.forgiving = self._has_stepped
         try:
@@ -400,7 +404,7 @@ class KFC:
             statistics = {}
             self._leave_out(dict.fromkeys(expected, error))
         finally:
-            self._reviewer.resume()
+            self.resume()
         self._refresh_layers.expect(expected)
         # Finite or not is for all ranks to know together: refresh() looks at the sum over ranks.
         for name, entry in statistics.items():
@@ -443,7 +447,7 @@ class KFC:
             self._drop_pending(name)
             self._unseen.discard(name)
         self._refresh_layers.discard(names)
-        self._reviewer.cancel()
+        self.reviewer.cancel()
         self._step_over(optimizer)
 
     def _drop_pending(self, name: str) -> None:
@@ -462,7 +466,7 @@ class KFC:
     def release(self) -> None:
         """Let go of what was recorded of the last forward and its graph."""
         self._observation.release()
-        self._reviewer.release()
+        self.reviewer.release()
         self._refresh_layers.abandon()
 
     def follow_gradients(self) -> None:
@@ -543,7 +547,7 @@ class KFC:
                 "precondition() takes either lr=... or optimizer=..., to know the step that the KL clip bounds."
             )
         # Until the step is made: it is no part of a loss.
-        self._reviewer.pause()
+        self.reviewer.pause()
         rates = dict.fromkeys(self._layers.present(), float(lr)) if lr is not None else {}
         if optimizer is not None:
             rates = self.learning_rates(optimizer)
@@ -562,8 +566,8 @@ class KFC:
         for name in names:
             self._drop_pending(name)
         self._refresh_layers.discard(names)
-        self._reviewer.forget_losses()
-        self._reviewer.resume()
+        self.reviewer.forget_losses()
+        self.reviewer.resume()
         self.events.count("nonfinite_gradients")
 
     def _replace_gradients(
@@ -575,16 +579,20 @@ class KFC:
     ) -> None:
         damping, kl_clip, parameters = self.damping, self.kl_clip, self._layers.parameters(optimizer)
         ready = received_updates(self._ownership, self._ready(rates, optimizer, loss_scale), damping)
-        updates = self._rule.updates(ready, damping, kl_clip, self._most_decrease(parameters))
+        most_decrease = None
+        if self._rule.bounds_decrease:
+            never_negative = self._observation.never_negative
+            most_decrease = self.reviewer.most_decrease(parameters, never_negative=never_negative)
+        updates = self._rule.updates(ready, damping, kl_clip, most_decrease)
         # Until they are written, .grad is still the gradient of the loss.
-        self._reviewer.before_step(
+        self.reviewer.before_step(
             self.step, updates.quadratic, damping, optimizer, parameters, loss_scale, loss_gradients
         )
         if self.inspect is not None:
             self.inspect(ready, updates.tensors)
         self._rule.write(ready, updates, optimizer, loss_scale, self.step, self.events)
         numbers = StepNumbers(self.step, damping, updates.clip, updates.quadratic / 2, kl_clip)
-        self.last_step = numbers if self._reviewer.last is None else _reviewed(numbers, self._reviewer.last)
+        self.last_step = numbers if self.reviewer.last is None else _reviewed(numbers, self.reviewer.last)
 
     def _ready(self, rates: Mapping[str, float], optimizer: Optimizer | None, loss_scale: float) -> list[ReadyLayer]:
         """The layers that have an inverse and a gradient, with the gradient as a matrix."""
@@ -609,57 +617,36 @@ class KFC:
 
     def _step_over(self, optimizer: Optimizer | None) -> None:
         self._stepped = True
-        self._reviewer.stepped(self._layers.parameters(optimizer), optimizer)
-
-    def _most_decrease(self, parameters: Sequence[nn.Parameter]) -> float | None:
-        if not self._rule.bounds_decrease:
-            return None
-        return self._reviewer.most_decrease(parameters, never_negative=self._observation.never_negative)
+        self.reviewer.stepped(self._layers.parameters(optimizer), optimizer)
 
     @property
     def damping(self) -> float:
         """The damping in force at this step."""
-        damping = self.settings.damping
-        if damping == "auto":
-            return self._reviewer.region.damping
-        if self._damping is None or self._damping[0] != self.step:
-            self._damping = self.step, self._scheduled(damping)
-        return self._damping[1]
-
-    def _scheduled(self, damping: float | Callable[[int], float]) -> float:
-        try:
-            return value_at(damping, self.step)
-        except ValueError as error:
-            if self._damping is None:
-                raise
-            last = self._damping[1]
-            self.events.report("invalid_dampings", self.step, f"{str(error).rstrip('.')}; {last:g} is used instead")
-            return last
+        return self.reviewer.damping_at(self.step)
 
     @property
     def kl_clip(self) -> float | None:
         """The bound on the squared norm of a step in force at this step; None for none."""
-        clip = self.settings.kl_clip
-        return self._reviewer.region.radius if clip == "auto" else clip
+        return self.reviewer.kl_clip
 
     @property
     def reviews(self) -> bool:
         """Whether damping or KL clip are set by reviews of steps."""
-        return self._reviewer.region.active
+        return self.reviewer.active
 
     def cancel_review(self) -> None:
         """Do without the review of this step."""
-        self._reviewer.cancel()
+        self.reviewer.cancel()
 
     @property
     def review_due(self) -> bool:
         """Whether the step that was just made is to be reviewed."""
-        return self._reviewer.due
+        return self.reviewer.due
 
     @property
     def recording(self) -> bool:
         """Whether the last forward was recorded, so that the step can be reviewed."""
-        return self._reviewer.recording
+        return self.reviewer.recording
 
     def reopen_step(self) -> None:
         """Take the coming forward for one more of the step that was preconditioned last.
@@ -670,7 +657,7 @@ class KFC:
 
     def forget_losses(self) -> None:
         """Do without the losses that were seen: the gradient of the coming step holds others."""
-        self._reviewer.forget_losses()
+        self.reviewer.forget_losses()
 
     def review(self, *, optimizer: Optimizer | None = None) -> Verdict | None:
         """After the optimizer's step: see whether it did what was expected, and adjust damping and KL clip.
@@ -688,8 +675,8 @@ class KFC:
             What followed, or None where there was nothing to review.
         """
         with self.times.part("reviews"):
-            verdict = self._reviewer.review(self.layers.values(), optimizer)
-        self._reviewer.resume()
+            verdict = self.reviewer.review(self.layers.values(), optimizer)
+        self.reviewer.resume()
         self._again = False
         if verdict is not None and verdict.undo:
             names = self.layers if optimizer is None else self.learning_rates(optimizer)
@@ -700,18 +687,7 @@ class KFC:
 
     def fix_trust_region(self) -> None:
         """Give ``damping="auto"`` and ``kl_clip="auto"`` their fixed values, where steps cannot be reviewed."""
-        self._reviewer.fix()
-
-    def _say_unreviewed(self) -> None:
-        self.fix_trust_region()
-        if distributed.rank() == 0:
-            warnings.warn(
-                "KFC's damping='auto' and kl_clip='auto' need a call of kfc.review(optimizer=optimizer) after each "
-                "optimizer.step(). There was none; the fixed values "
-                f"damping={FIXED_DAMPING} and kl_clip={FIXED_RADIUS} are used from now on. Set these, or add the "
-                "call, to silence this.",
-                stacklevel=4,
-            )
+        self.reviewer.end("fix_trust_region() was called")
 
     def _refresh(self, names: Iterable[str]) -> None:
         layers = [self._layers[name] for name in names]
@@ -758,18 +734,18 @@ class KFC:
             )
 
     def pause(self) -> None:
-        """Record nothing until :meth:`resume`: a backward re-runs checkpointed forwards, which are none of ours."""
-        self._observation.pause()
-        if self._reviewer.recording:
+        """Record nothing until :meth:`resume`: a backward re-runs checkpointed forwards, which belong to no loss."""
+        if self._observation.active or self.reviewer.recording:
             # What ran eagerly in the forward, a checkpoint must run eagerly again in the backward.
             self._backward.enter_context(eager_compiled_code())
-        self._reviewer.pause()
+        self._observation.pause()
+        self.reviewer.pause()
 
     def resume(self) -> None:
         """Record again, if the capture is still open; also to be called where a backward has raised."""
         self._observation.resume()
         self._backward.close()
-        self._reviewer.resume()
+        self.reviewer.resume()
 
     # The parts of a step.
 
@@ -790,9 +766,7 @@ class KFC:
             self.step += 1
             self._stepped = False
             self._micro_batch = 0
-            if self._reviewer.due:
-                self._say_unreviewed()
-            self._reviewer.cancel()
+            self.reviewer.step_begins()
             taken, device = bool(self._observation.recorded), next(self._model.parameters()).device
             chosen = self._periods.step_begins(self.step - self._due.started_at, statistics=taken, device=device)
             if chosen is not None:
@@ -824,7 +798,7 @@ class KFC:
             "self_test_done": self._observation.self_test_done,
             "never_negative": self._observation.never_negative,
             "events": self.events.state_dict(),
-            "trust_region": self._reviewer.region.state_dict(),
+            "trust_region": self.reviewer.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
@@ -855,7 +829,7 @@ class KFC:
         self._due.reschedule(self.schedule)
         self._due.load_state_dict(state["due"])
         self.events.load_state_dict(state["events"])
-        self._reviewer.region.load_state_dict(state.get("trust_region", {}))
+        self.reviewer.load_state_dict(state.get("trust_region", {}))
         if state["layers"] is None:
             self._due.restart(self.step)
             return ["the state holds no factors: curvature is estimated anew, beginning with a warm-up"]

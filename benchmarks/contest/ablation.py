@@ -50,18 +50,18 @@ def changed(name: str, title: str, change: Callable[[KFC], None]) -> Contestant:
 def promise_anything(kfc: KFC) -> None:
     """Let the slope of a step promise more than twice the loss."""
     # Assigned to the one object: the engine has no such setting, and is to have none.
-    kfc._reviewer.most_decrease = lambda parameters, *, never_negative: None  # type: ignore[method-assign]  # the part is taken out
+    kfc.reviewer.most_decrease = lambda parameters, *, never_negative: None  # type: ignore[method-assign]  # the part is taken out
 
 
 def keep_or_take_back(kfc: KFC) -> None:
     """Never shorten a step: keep it, or take it back as a whole where the loss has grown."""
-    review = kfc._reviewer.region.judge
+    review = kfc.reviewer.region.judge
 
     def judge(outcome: Outcome, size: float) -> Verdict:
         verdict = review(outcome, size)
-        return replace(verdict, kept=float(not verdict.undo))
+        return replace(verdict, kept_share=float(not verdict.undo))
 
-    kfc._reviewer.region.judge = judge  # type: ignore[method-assign]  # the part is taken out
+    kfc.reviewer.region.judge = judge  # type: ignore[method-assign]  # the part is taken out
 
 
 VARIANTS = (

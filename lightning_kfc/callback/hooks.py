@@ -342,15 +342,11 @@ class KFCHooks:
                 )
 
     def _do_without_reviews(self, pl_module: Any) -> None:
-        automatic = [name for name in ("damping", "kl_clip") if getattr(self._settings, name) == "auto"]
-        if not automatic or not any(map(is_sharded, pl_module.parameters())):
+        if not any(map(is_sharded, pl_module.parameters())):
             return
-        self.kfc.fix_trust_region()
-        fixed = ", ".join(f"{name}={getattr(self.kfc, name)}" for name in automatic)
-        rank_zero_info(
-            "KFCCallback: with parameters that are sharded over ranks, steps cannot be reviewed, which 'auto' needs; "
-            f"it uses {fixed}."
-        )
+        message = self.kfc.reviewer.end("the parameters of the model are sharded over ranks")
+        if message:
+            rank_zero_info(message)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Detach, and tell what went other than planned."""

@@ -99,7 +99,6 @@ class Observation:
         self._losses: LossRecorder | None = None
         self._self_test: SelfTest | None = None
         self._graph_checked = False
-        self._backward = contextlib.ExitStack()
         self.self_test_done = False
         self.never_negative = False
         self.sources: list[str] = []
@@ -137,10 +136,7 @@ class Observation:
                     raise
                 self._losses.failure = error
             with eager_compiled_code(), self._losses:
-                try:
-                    yield
-                finally:
-                    self.resume()
+                yield
         finally:
             self._recorder.detach()
             for handle in handles:
@@ -156,17 +152,12 @@ class Observation:
         self._recorder = self._losses = None
 
     def pause(self) -> None:
-        """Record nothing until :meth:`resume`: a backward re-runs checkpointed forwards, which are none of ours.
-
-        What a due step's forward ran eagerly, its backward must run again eagerly.
-        """
+        """Record nothing until :meth:`resume`; compiled code that runs meanwhile must run eagerly."""
         if self._recorder is not None and self._losses is not None:
             self._recorder.paused = self._losses.paused = True
-            self._backward.enter_context(eager_compiled_code())
 
     def resume(self) -> None:
-        """Record again, if the capture is still open; also to be called where a backward has raised."""
-        self._backward.close()
+        """Record again, if the capture is still open."""
         if self._recorder is not None and self._losses is not None:
             self._recorder.paused = self._losses.paused = False
 
@@ -207,7 +198,7 @@ class Observation:
         loss_fraction: float,
         unseen: Set[str],
     ) -> dict[str, Statistics]:
-        """Send the seeds of a loss to the recorded layers, while its graph lives.
+        """Send the seeds of a loss to the recorded layers, while its graph lives; call it between pause and resume.
 
         Args:
             loss: The scalar whose backward follows.
@@ -232,22 +223,18 @@ class Observation:
             self._fail(name, error)
         if self._losses.failure is not None and not self.forgiving:
             raise self._losses.failure
-        self.pause()
         if micro_batch == 0:
             self.never_negative = True
-        try:
-            part = self._times.part("statistics")
-            with part, full_precision(self._model), leaving_no_trace(self._model), sinks_at_rest(loss):
-                recorded = list(self._recorder.calls)
-                calls = recorded + self._parameter_calls()
-                names = {call.layer for call in recorded if call.inputs is not None}
-                examples = self._example_gradients(names - unseen, step)
-                found = self._back_propagate(
-                    loss, calls, self.generator(step, micro_batch), loss_scale, loss_fraction, examples, step
-                )
-                return self._by_layer(found, calls, len(recorded))
-        finally:
-            self.resume()
+        part = self._times.part("statistics")
+        with part, full_precision(self._model), leaving_no_trace(self._model), sinks_at_rest(loss):
+            recorded = list(self._recorder.calls)
+            calls = recorded + self._parameter_calls()
+            names = {call.layer for call in recorded if call.inputs is not None}
+            examples = self._example_gradients(names - unseen, step)
+            found = self._back_propagate(
+                loss, calls, self.generator(step, micro_batch), loss_scale, loss_fraction, examples, step
+            )
+            return self._by_layer(found, calls, len(recorded))
 
     # Parts of a due step.
 

@@ -92,7 +92,7 @@ class Verdict:
         refresh: Whether statistics and inverses are to be refreshed at the next step.
         predicted_decrease: Of the loss, by the model of the curvature; NaN where it is not known.
         actual_decrease: Of the loss; negative where it grew.
-        kept: The share of the step that is to be kept: 1 for all of it, 0 where it is taken back as a whole.
+        kept_share: The share of the step that is to be kept: 1 for all of it, 0 where it is taken back as a whole.
     """
 
     ratio: float
@@ -100,7 +100,7 @@ class Verdict:
     refresh: bool
     predicted_decrease: float = math.nan
     actual_decrease: float = math.nan
-    kept: float = 1.0
+    kept_share: float = 1.0
 
 
 @dataclass
@@ -134,6 +134,20 @@ class TrustRegion:
     def active(self) -> bool:
         """Whether anything sets itself."""
         return self.adapts_radius or self.adapts_damping
+
+    def fix(self) -> dict[str, float]:
+        """Set nothing automatically from now on.
+
+        Returns:
+            The fixed value of each setting that was ``"auto"``, by the setting's name.
+        """
+        fixed = {}
+        if self.adapts_damping:
+            self.damping = fixed["damping"] = FIXED_DAMPING
+        if self.adapts_radius:
+            self.radius = fixed["kl_clip"] = FIXED_RADIUS
+        self.adapts_radius = self.adapts_damping = False
+        return fixed
 
     def review_planned(self, step: int) -> bool:
         """Whether a step is to be reviewed, which its forward must know.
@@ -180,8 +194,8 @@ class TrustRegion:
         self.review_next = self.review_next or poor
         # A step that leads uphill by its slope, as momentum can, is no worse for it unless the loss has grown.
         shorten = undo or (poor and outcome.slope < 0)
-        kept = min(outcome.best_share(), 1.0) if shorten else 1.0
-        return Verdict(ratio, undo, poor, -expected, -growth, kept)
+        kept_share = min(outcome.best_share(), 1.0) if shorten else 1.0
+        return Verdict(ratio, undo, poor, -expected, -growth, kept_share)
 
     def state_dict(self) -> dict[str, float]:
         """What changes in training, as plain numbers; what is a fixed setting is not a part of it."""

@@ -155,7 +155,7 @@ def test_the_average_is_of_the_weights_that_training_really_had_also_where_a_ste
 
     def judge(self: TrustRegion, outcome: Any, size: float) -> Verdict:
         judged.append(size)
-        return Verdict(1.0, undo=len(judged) == 3, refresh=False, kept=float(len(judged) != 3))
+        return Verdict(1.0, undo=len(judged) == 3, refresh=False, kept_share=float(len(judged) != 3))
 
     monkeypatch.setattr(TrustRegion, "judge", judge)
     module, weights, callback, averaging = (

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lightning_kfc import KFCCallback
 from lightning_kfc.trust_region.region import Outcome, TrustRegion, Verdict
-from lightning_kfc.trust_region.review import Before
+from lightning_kfc.trust_region.snapshot import StepSnapshot
 from tests.distributed.nets import EXACT, Net, dense_net, images, loader, trainer
 from tests.distributed.pool import Ranks
 from tests.helpers.harness import QUIET
@@ -41,13 +41,13 @@ def review_contrastive() -> tuple[list[float], list[float], int, bool]:
     """Losses after the steps as reviews have them, and as a fresh evaluation has them."""
     reviewed: list[float] = []
     fresh: list[float] = []
-    judge, outcome_of = TrustRegion.judge, Before.outcome
+    judge, outcome_of = TrustRegion.judge, StepSnapshot.outcome
 
     def noting(region: TrustRegion, outcome: Outcome, size: float) -> Verdict:
         reviewed.append(outcome.loss_after)
         return judge(region, outcome, size)
 
-    def evaluate(before: Before, *arguments: Any) -> Outcome | None:
+    def evaluate(before: StepSnapshot, *arguments: Any) -> Outcome | None:
         with torch.no_grad():
             loss = module.loss_of(batches[-1])
         dist.all_reduce(loss)
@@ -61,12 +61,12 @@ def review_contrastive() -> tuple[list[float], list[float], int, bool]:
 
     batches: list[Tensor] = []
     module, callback = Keeping(dense_net), KFCCallback(**EXACT)
-    TrustRegion.judge, Before.outcome = noting, evaluate  # type: ignore[method-assign]  # in this process alone
+    TrustRegion.judge, StepSnapshot.outcome = noting, evaluate  # type: ignore[method-assign]  # in this process alone
     try:
         strategy = DDPStrategy(process_group_backend="gloo")
         trainer(callback, strategy=strategy, devices=2).fit(module, loader(images(32), 4))
     finally:
-        TrustRegion.judge, Before.outcome = judge, outcome_of  # type: ignore[method-assign]  # put back
+        TrustRegion.judge, StepSnapshot.outcome = judge, outcome_of  # type: ignore[method-assign]  # put back
     return reviewed, fresh, callback.kfc.events.missed_reviews, callback.kfc.reviews
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import TensorDataset
 from lightning_kfc import KFC, KFCCallback
 from lightning_kfc.factors.inverses import INVERSES, CholeskyInverse, Factors
 from lightning_kfc.trust_region.region import Outcome, TrustRegion, Verdict
-from lightning_kfc.trust_region.review import Before
+from lightning_kfc.trust_region.snapshot import StepSnapshot
 from tests.helpers.harness import QUIET, Classifier, Watch, conv_net, dense_net, fit, images, loader, trainer, weights
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
@@ -294,15 +294,15 @@ def test_reviews_replay_the_loss_in_every_precision(precision: str, monkeypatch:
 
     monkeypatch.setattr(TrustRegion, "judge", noting)
     fresh: list[float] = []
-    outcome_of = Before.outcome
+    outcome_of = StepSnapshot.outcome
 
-    def evaluate(before: Before, *arguments: Any) -> Outcome | None:
+    def evaluate(before: StepSnapshot, *arguments: Any) -> Outcome | None:
         plugin = used.precision_plugin
         with torch.no_grad(), plugin.forward_context():
             fresh.append(float(module.loss(module(plugin.convert_input(data)), targets)))
         return outcome_of(before, *arguments)
 
-    monkeypatch.setattr(Before, "outcome", evaluate)
+    monkeypatch.setattr(StepSnapshot, "outcome", evaluate)
     data, targets = images(32).tensors
     data = data if precision == "64-true" else data.float()
     torch.manual_seed(0)

@@ -837,10 +837,10 @@ def test_parts_of_the_engine_are_switched_off_in_the_ablation_alone() -> None:
     for name in ("kfc", "kfc_unshortened", "kfc_promising"):
         stepper = (ablation.DEFAULT if name == "kfc" else names[name]).make(model, 0.5, 0)
         assert isinstance(stepper, KFCStepper)
-        reviewer = stepper.kfc._reviewer
+        reviewer = stepper.kfc.reviewer
         reviewer.note_loss(torch.tensor(3.0), 1.0)
         shares[name] = (
-            *(reviewer.region.judge(outcome, 1.0).kept for outcome in (poor, grown)),
+            *(reviewer.region.judge(outcome, 1.0).kept_share for outcome in (poor, grown)),
             reviewer.most_decrease(model.parameters(), never_negative=True),
         )
     assert shares["kfc"] == pytest.approx((1 / 1.8, 1 / 6, 6.0))

@@ -310,7 +310,9 @@ def test_a_step_that_is_taken_back_takes_the_momentum_with_it(monkeypatch: pytes
     kfc, optimizer = engine(model, rule="adam", kl_clip="auto"), torch.optim.SGD(model.parameters(), lr=0.02)
     for undo in (False, True):
         monkeypatch.setattr(
-            TrustRegion, "judge", lambda self, found, size, undo=undo: Verdict(1.0, undo, False, kept=float(not undo))
+            TrustRegion,
+            "judge",
+            lambda self, found, size, undo=undo: Verdict(1.0, undo, False, kept_share=float(not undo)),
         )
         before = [p.detach().clone() for p in model.parameters()]
         train_step(kfc, optimizer, lambda: loss_of(model))

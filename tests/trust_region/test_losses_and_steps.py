@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
 
 from lightning_kfc import KFC, KFCCallback
+from lightning_kfc.trust_region.losses_seen import LossesSeen
 from lightning_kfc.trust_region.region import Outcome, TrustRegion
-from lightning_kfc.trust_region.review import Before, Reviewer
+from lightning_kfc.trust_region.snapshot import StepSnapshot
 from tests.helpers.lightning_nets import QUIET, Manual, Regression, loader, trainer, vectors
 
 pytestmark = [
@@ -40,14 +41,14 @@ class Reviews:
 def bounds(monkeypatch: pytest.MonkeyPatch) -> list[list[float]]:
     """The losses that each step's bound was made of."""
     seen: list[list[float]] = []
-    losses_of = Reviewer._losses_of
+    losses_of = LossesSeen.of
 
-    def noting(self: Reviewer, parameters: Any) -> Any:
+    def noting(self: LossesSeen, parameters: Any) -> Any:
         losses = losses_of(self, parameters)
         seen.append([float(loss.value) for loss in losses])
         return losses
 
-    monkeypatch.setattr(Reviewer, "_losses_of", noting)
+    monkeypatch.setattr(LossesSeen, "of", noting)
     return seen
 
 
@@ -125,15 +126,15 @@ def test_a_review_says_what_a_fresh_evaluation_of_the_step_s_batches_says(
     accumulate: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reviews, fresh = Reviews(monkeypatch), []
-    outcome_of = Before.outcome
+    outcome_of = StepSnapshot.outcome
 
-    def evaluate(before: Before, layers: Any, loss_before: float, loss_after: float) -> Any:
+    def evaluate(before: StepSnapshot, layers: Any, loss_before: float, loss_after: float) -> Any:
         # Pure steps: the old way, the step's batches once more.
         losses = [float(F.cross_entropy(module(x), y).detach()) for x, y in batches[-accumulate:]]
         fresh.append(sum(losses) / accumulate)
         return outcome_of(before, layers, loss_before, loss_after)
 
-    monkeypatch.setattr(Before, "outcome", evaluate)
+    monkeypatch.setattr(StepSnapshot, "outcome", evaluate)
 
     class Keeping(Regression):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -308,7 +309,7 @@ def test_steps_that_lightning_does_not_see_are_said_once_and_nothing_is_undone()
 
 def test_two_callbacks_hold_steps_against_the_gradient_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     slopes: list[tuple[float, float]] = []
-    outcome_of = Before.outcome
+    outcome_of = StepSnapshot.outcome
 
     class Two(Regression):
         def __init__(self) -> None:
@@ -321,7 +322,7 @@ def test_two_callbacks_hold_steps_against_the_gradient_of_the_loss(monkeypatch: 
         def on_after_backward(self) -> None:
             self.plain = {id(p): p.grad.clone() for p in self.parameters() if p.grad is not None}
 
-    def noting(before: Before, *arguments: Any) -> Outcome | None:
+    def noting(before: StepSnapshot, *arguments: Any) -> Outcome | None:
         found = outcome_of(before, *arguments)
         if found is not None:
             deltas = zip(before.parameters, before.values, strict=True)
@@ -329,7 +330,7 @@ def test_two_callbacks_hold_steps_against_the_gradient_of_the_loss(monkeypatch: 
             slopes.append((found.slope, true))
         return found
 
-    monkeypatch.setattr(Before, "outcome", noting)
+    monkeypatch.setattr(StepSnapshot, "outcome", noting)
     module = Two()
     callbacks = [KFCCallback(include="head"), KFCCallback(include="body")]
     trainer(*callbacks, max_epochs=5).fit(module, loader(vectors(16), 8))

@@ -107,7 +107,7 @@ def first_steps(
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     kfc = KFC(model, **{"damping": 1e-3, "kl_clip": "auto", "fisher": "exact", **settings})
     if kfc.settings.kl_clip == "auto":
-        kfc._reviewer.region.radius = 1e6
+        kfc.reviewer.region.radius = 1e6
     found = []
     for _ in range(steps):
         optimizer.zero_grad()

@@ -218,7 +218,7 @@ def begin(make):
     optimizer = make(model.parameters(), lr=0.01, **options)
     verdict = step(model, kfc, optimizer, inputs, targets)
     assert not verdict.undo
-    assert verdict.kept == 1
+    assert verdict.kept_share == 1
     return model, kfc, optimizer, inputs, targets
 
 
@@ -232,7 +232,7 @@ def test_a_step_into_nowhere_is_taken_back_and_leaves_no_momentum(make):
     for group in optimizer.param_groups:
         group["lr"] = 1e150
     verdict = step(model, kfc, optimizer, inputs, targets, lambda y, t: F.cross_entropy(y * y * y, t))
-    assert (verdict.undo, verdict.kept) == (True, 0.0)
+    assert (verdict.undo, verdict.kept_share) == (True, 0.0)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     for state in optimizer.state.values():
         assert not any(state[name].any() for name in MOMENTA if name in state)
@@ -279,7 +279,7 @@ def test_a_step_that_went_too_far_ends_where_a_parabola_has_its_minimum(make, ra
     share = -slope / (2 * (after - float(loss.detach()) - slope))
     assert 0 < share < 1
     assert verdict.undo == undone
-    assert verdict.kept == pytest.approx(share)
+    assert verdict.kept_share == pytest.approx(share)
     assert share > 0
     expected = [a + share * (b - a) for a, b in zip(before, end, strict=True)]
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(expected, model.parameters(), strict=True))
@@ -304,9 +304,9 @@ def test_where_no_parabola_has_a_minimum_ahead_the_best_share_is_nothing_or_with
 def test_a_poor_step_that_leads_uphill_is_left_alone_unless_the_loss_grew():
     uphill = Outcome(5.0, 5.01, slope=0.2, curvature=0.1, squared_length=0.0)
     verdict = region().judge(uphill, size=1.0)
-    assert (verdict.undo, verdict.refresh, verdict.kept) == (False, True, 1.0)
+    assert (verdict.undo, verdict.refresh, verdict.kept_share) == (False, True, 1.0)
     grown = Outcome(5.0, 6.0, slope=0.2, curvature=0.1, squared_length=0.0)
-    assert region().judge(grown, size=1.0).kept == 0
+    assert region().judge(grown, size=1.0).kept_share == 0
 
 
 def test_a_review_leaves_random_streams_and_batch_norm_as_they_were_and_repeats_dropout():

@@ -1,0 +1,120 @@
+"""Track the losses whose gradients are in the parameters, and to which optimizer's step each belongs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.optim import Optimizer
+
+from lightning_kfc.distributed import process_group as distributed
+from lightning_kfc.layers.adapter import dense
+from lightning_kfc.trust_region.tape import RecordedLoss
+
+
+@dataclass
+class SeenLoss:
+    """A loss whose gradient is in the parameters.
+
+    Attributes:
+        value: The loss, without the factor of a gradient scaler.
+        recorded: The loss on its tape; None where its forward was not recorded.
+        parameters: The parameters whose gradient may hold that of the loss, by ``id``.
+    """
+
+    value: Tensor
+    recorded: RecordedLoss | None
+    parameters: dict[int, Tensor]
+
+
+class LossesSeen:
+    """The losses of the coming steps, one a backward.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._losses: list[SeenLoss] = []
+        # By the id of each optimizer that has stepped: the ids of its parameters.
+        self._optimizers: dict[int, set[int]] = {}
+
+    def note(self, loss: Tensor, loss_scale: float, recorded: RecordedLoss | None) -> None:
+        """Add a loss whose backward follows; drop those whose gradient was set to zero since.
+
+        Args:
+            loss: The loss, multiplied by ``loss_scale``.
+            loss_scale: The factor of a gradient scaler.
+            recorded: The loss on its tape, or None.
+        """
+        self._drop_thrown_away()
+        value = loss.detach() / loss_scale if loss_scale != 1 else loss.detach()
+        if recorded is not None:
+            recorded = replace(recorded, factor=recorded.factor / loss_scale)
+        self._losses.append(SeenLoss(value, recorded, self._trained_by(loss)))
+
+    def of(self, parameters: Iterable[Tensor]) -> list[SeenLoss]:
+        """The losses whose gradient is in any of these parameters."""
+        own = {id(parameter) for parameter in parameters}
+        return [seen for seen in self._losses if not own.isdisjoint(seen.parameters)]
+
+    def stepped(self, parameters: Iterable[Tensor], optimizer: Optimizer | None) -> None:
+        """Drop the losses that a step has used; keep those that are in the parameters of other optimizers.
+
+        Args:
+            parameters: The parameters that were stepped.
+            optimizer: The optimizer that stepped them, or None where it is not known.
+        """
+        own = {id(parameter) for parameter in parameters}
+        if optimizer is not None:
+            self._optimizers[id(optimizer)] = own
+        others: set[int] = set().union(*self._optimizers.values()) if self._optimizers else set()
+        for seen in self._losses:
+            seen.parameters = {key: p for key, p in seen.parameters.items() if key in others and key not in own}
+        self._losses = [seen for seen in self._losses if seen.parameters]
+
+    def forget(self) -> None:
+        """Drop all losses."""
+        self._losses = []
+
+    def _trained_by(self, loss: Tensor) -> dict[int, Tensor]:
+        if len(self._optimizers) > 1 and loss.grad_fn is not None:
+            return _leaves(loss.grad_fn)
+        return {id(p): p for p in self._model.parameters() if p.requires_grad}
+
+    def _drop_thrown_away(self) -> None:
+        for seen in self._losses:
+            seen.parameters = _with_gradient(seen.parameters)
+        self._losses = [seen for seen in self._losses if seen.parameters]
+
+
+def _with_gradient(parameters: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Those of the parameters that have a gradient that is not zero."""
+    gradients = {key: p.grad for key, p in parameters.items() if p.grad is not None and p.grad.numel()}
+    if not gradients:
+        return {}
+    with torch.no_grad():
+        parts = [dense(distributed.own_part(gradient)) for gradient in gradients.values()]
+        # Brought together first: reading each alone would wait for each.
+        largest = torch.stack([part.abs().amax().float().to(parts[0].device) for part in parts])
+    return {key: parameters[key] for key, value in zip(gradients, largest.tolist(), strict=True) if value != 0}
+
+
+def _leaves(node: Node) -> dict[int, Tensor]:
+    """The parameters whose gradient a backward from a node brings, by ``id``."""
+    found: dict[int, Tensor] = {}
+    pending, seen = [node], set()
+    while pending:
+        current = pending.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        variable = getattr(current, "variable", None)
+        if isinstance(variable, Tensor):
+            found[id(variable)] = variable
+        pending += [below for below, _ in current.next_functions if below is not None]
+    return found

@@ -1,0 +1,84 @@
+"""Check on all ranks together whether the losses of a step can be replayed, and whether a replay reproduces them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_kfc.distributed import process_group as distributed
+from lightning_kfc.trust_region.losses_seen import SeenLoss
+from lightning_kfc.trust_region.snapshot import replayed
+from lightning_kfc.trust_region.tape import Tape
+
+#: The most by which a replay with unmoved weights may differ from the loss, as a share of it.
+REPLAY_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Replayability:
+    """Whether the losses of a step can be replayed; the same on all ranks but for the words.
+
+    Attributes:
+        refused: Why recordings can never be replayed; empty where they can.
+        missed: Why the losses of this step alone cannot be replayed; empty where they can.
+        with_collectives: Whether the losses of some rank depend on what other ranks send.
+    """
+
+    refused: str = ""
+    missed: str = ""
+    with_collectives: bool = False
+
+
+def replayability(tape: Tape | None, losses: Sequence[SeenLoss], device: torch.device) -> Replayability:
+    """Check whether all ranks can replay their losses. Collective: call on every rank.
+
+    Args:
+        tape: The last recording, or None.
+        losses: The losses of the step.
+        device: A device that the process group can send from.
+    """
+    refusal = tape.refusal if tape is not None else None
+    known = [seen.recorded for seen in losses if seen.recorded is not None]
+    stale = any(recorded.is_stale() for recorded in known)
+    missing = refusal is None and (not losses or len(known) < len(losses) or stale)
+    needs_collectives = any(recorded.needs_collectives for recorded in known)
+    refused, missed, with_collectives = _any_rank(device, refusal is not None, missing, needs_collectives)
+    if refused:
+        return Replayability(refused=refusal or "the forward of another rank cannot be replayed")
+    if missed:
+        return Replayability(
+            missed="the losses of the step were computed outside the recorded training step, or what they depend on "
+            "has been written since"
+        )
+    return Replayability(with_collectives=with_collectives)
+
+
+def replay_error(
+    losses: Sequence[SeenLoss], values: Mapping[int, Tensor], device: torch.device, *, with_collectives: bool
+) -> str:
+    """Why a replay with unmoved weights does not give the losses; empty where it does. Collective.
+
+    Args:
+        losses: The losses of the step.
+        values: What is read in the place of a parameter, by the parameter's ``id``.
+        device: A device that the process group can send from.
+        with_collectives: Whether recorded collectives run whether or not a loss depends on them.
+    """
+    own, reason = sum(float(seen.value) for seen in losses), ""
+    try:
+        again = replayed(losses, values, with_collectives=with_collectives)
+        tolerance = max(REPLAY_TOLERANCE, 4 * torch.finfo(losses[0].value.dtype).eps)
+        if not abs(again - own) <= tolerance * abs(own):
+            reason = f"replayed without any change, its loss is {again:.9g} and not {own:.9g}"
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+    (failed,) = _any_rank(device, bool(reason))
+    return (reason or "the replay of another rank does not reproduce its loss") if failed else ""
+
+
+def _any_rank(device: torch.device, *facts: bool) -> list[bool]:
+    """Which of the facts hold on any rank. Collective."""
+    return [share > 0 for share in distributed.mean([float(fact) for fact in facts], device)]

@@ -1,0 +1,139 @@
+"""Weights, gradients and losses as they were before a step, to judge the step and to shorten it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_kfc.curvature.layer import Layer
+from lightning_kfc.layers.adapter import dense
+from lightning_kfc.trust_region.losses_seen import SeenLoss
+from lightning_kfc.trust_region.region import Outcome
+
+#: The names under which optimizers hold the direction that they carry on from one step to the next.
+MOMENTA = ("momentum_buffer", "exp_avg", "momentum")
+
+
+@dataclass(frozen=True)
+class StepSnapshot:
+    """The state before a step.
+
+    Attributes:
+        optimizer: The optimizer that makes the step; None where it is not known.
+        parameters: The trained parameters.
+        values: Their values.
+        gradients: The gradients of the loss, by the parameter's identity, before they were preconditioned.
+        losses: The losses of the step, one a micro-batch.
+        size: The squared norm of the step in the Fisher metric, before clipping.
+        with_collectives: Whether the losses of some rank depend on what other ranks send.
+    """
+
+    optimizer: Optimizer | None
+    parameters: Sequence[nn.Parameter]
+    values: Sequence[Tensor]
+    gradients: Mapping[int, Tensor]
+    losses: Sequence[SeenLoss]
+    size: float
+    with_collectives: bool
+
+    @classmethod
+    def of(
+        cls,
+        optimizer: Optimizer | None,
+        parameters: Iterable[nn.Parameter],
+        losses: Sequence[SeenLoss],
+        loss_scale: float,
+        loss_gradients: Mapping[int, Tensor],
+        size: float,
+        with_collectives: bool,
+    ) -> StepSnapshot:
+        """Copy the present values and gradients of the parameters that have a gradient."""
+        trained = [parameter for parameter in parameters if parameter.grad is not None]
+        gradients = {id(p): dense(loss_gradients.get(id(p), p.grad)).clone() for p in trained if p.grad is not None}
+        if loss_scale != 1:
+            gradients = {key: gradient / loss_scale for key, gradient in gradients.items()}
+        values = [p.detach().clone() for p in trained]
+        return cls(optimizer, trained, values, gradients, losses, size, with_collectives)
+
+    @property
+    def loss(self) -> float:
+        """This rank's loss of the step."""
+        return sum(float(loss.value) for loss in self.losses)
+
+    @property
+    def values_by_id(self) -> dict[int, Tensor]:
+        """The values before the step, by the parameter's identity."""
+        return {id(p): value for p, value in zip(self.parameters, self.values, strict=True)}
+
+    def replay(self) -> float:
+        """Evaluate this rank's loss again, with the parameters as they are now."""
+        now = {id(p): p.detach() for p in self.parameters}
+        return replayed(self.losses, now, with_collectives=self.with_collectives)
+
+    def outcome(self, layers: Iterable[Layer], loss_before: float, loss_after: float) -> Outcome | None:
+        """Compare the present parameters with those before the step; None where none has changed.
+
+        Args:
+            layers: The layers, whose factors give the curvature.
+            loss_before: The loss before the step, a mean over ranks.
+            loss_after: The loss after it, likewise.
+        """
+        deltas = {id(p): p.detach() - value for p, value in zip(self.parameters, self.values, strict=True)}
+        if not any(bool(delta.any()) for delta in deltas.values()):
+            return None
+        slope = sum(_dot(self.gradients[key], delta) for key, delta in deltas.items())
+        curvature = squared_length = 0.0
+        for layer in layers:
+            own = {role: deltas.get(id(p)) for role, p in layer.adapter.own_parameters().items()}
+            known = {role: delta for role, delta in own.items() if delta is not None}
+            if not known or tuple(known) != layer.roles:
+                continue
+            matrix = layer.matrix(known)
+            curvature += 0.5 * layer.quadratic(matrix)
+            # Damping is a part of the model only where it made the step: Adam's is not damped.
+            squared_length += _dot(matrix, matrix) if layer.moments is None else 0.0
+        return Outcome(loss_before, loss_after, slope, curvature, squared_length)
+
+    @property
+    def can_shorten(self) -> bool:
+        """Whether all state of the optimizer is known, so that its step can be shortened together with the weights.
+
+        Lookahead or schedule-free optimizers hold other weights beside the model's: these alone must not be moved.
+        """
+        return self.optimizer is None or type(self.optimizer).__module__.startswith("torch.optim")
+
+    def shorten(self, kept_share: float) -> None:
+        """Multiply the step, and the momentum that the optimizer carries on from it, by a share.
+
+        Args:
+            kept_share: The share; 0 to take the step back, and to drop the momentum, which led astray.
+        """
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, self.values, strict=True):
+                parameter.copy_(value if kept_share == 0 else torch.lerp(value, parameter, kept_share))
+                state = self.optimizer.state.get(parameter, {}) if self.optimizer is not None else {}
+                for name in MOMENTA:
+                    if isinstance(state.get(name), Tensor):
+                        state[name].mul_(kept_share) if kept_share else state[name].zero_()
+
+
+def replayed(losses: Sequence[SeenLoss], values: Mapping[int, Tensor], *, with_collectives: bool) -> float:
+    """Evaluate the sum of the recorded losses again.
+
+    Args:
+        losses: The losses; those that were not recorded are left out.
+        values: What is read in the place of a parameter, by the parameter's ``id``.
+        with_collectives: Whether recorded collectives run whether or not a loss depends on them.
+    """
+    return sum(
+        seen.recorded.replay(values, with_collectives=with_collectives) for seen in losses if seen.recorded is not None
+    )
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    # Summed in float64: a slope is a small sum of large terms near the minimum.
+    return float(torch.sum(a * b, dtype=torch.float64))
