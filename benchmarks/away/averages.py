@@ -85,7 +85,7 @@ class KeepingStepper(Stepper):
 
 
 class AveragedRun(Run):
-    """A run with a loss curve for each average; ``curve`` is the lowest of them.
+    """A run with a loss curve for each average, up to the target; ``curve`` is the lowest of those that go on.
 
     Attributes:
         curves: By average.
@@ -109,10 +109,18 @@ class AveragedRun(Run):
         super().__init__(task, replace(contestant, make=make), lr, seed, seconds=seconds, spacing=spacing)
         self.curves = {name: Curve([0], [0.0], list(self.curve.losses)) for name in AVERAGES}
 
+    def arrived(self, average: str) -> bool:
+        """Whether the target is reached with this average."""
+        return math.isfinite(self.curves[average].reach(self.task.targets[-1]).iterations)
+
     def _evaluate(self) -> None:
         losses = {}
         for name, model in self._stepper.evaluated(self.model).items():
+            if self.arrived(name):
+                continue
             losses[name] = self.task.training_loss(model)
             self.curves[name].append(self._iteration, self._seconds - self._stepper.seconds(name), losses[name])
+        if not losses:
+            return
         best = min(losses, key=lambda name: losses[name] if math.isfinite(losses[name]) else math.inf)
         self.curve.append(self._iteration, self.curves[best].seconds[-1], losses[best])

@@ -24,7 +24,7 @@ from benchmarks.away.contestants import AWAY_CONTESTANTS, KFC_VARIANTS
 from benchmarks.away.records import Entry, Outcome, Record, missed, table
 from benchmarks.away.tasks import AWAY, CHOOSING, HELD_BACK
 from benchmarks.contest.curves import Curve, at_edge
-from benchmarks.contest.harness import PAST_THE_TARGET, interleave
+from benchmarks.contest.harness import interleave
 from benchmarks.contest.optimizers import Contestant
 from benchmarks.contest.tasks import Task
 from benchmarks.contest.tuning import Search, beyond
@@ -93,20 +93,17 @@ def search(task: Task, contestant: Contestant, entry: Entry) -> None:
 def compete(task: Task, contestants: Sequence[Contestant], record: Record, seed: int) -> None:
     """Run contestants interleaved on one seed and put what they came to into the record.
 
-    A run ends at 1.5 times the iterations of its first average to reach the target, at the budget, or out of time.
+    A run ends when the average that is reported reached the target, or all of them have; at the budget; or out of time.
     """
     runs = []
     for contestant in contestants:
         lr = record.entries[contestant.name].lr
         runs.append(AveragedRun(task, contestant, lr, seed, task.goal.seconds))
-    interleave(runs, until=lambda run: run.curve.iterations[-1] >= PAST_THE_TARGET * _first(run))
+    reported = {name: AVERAGES if entry.average is None else (entry.average,) for name, entry in record.entries.items()}
+    interleave(runs, until=lambda run: all(run.arrived(average) for average in reported[run.contestant.name]))
     for run in runs:
         outcomes = {name: outcome(run.curves[name], task.targets[-1]) for name in AVERAGES}
         record.entries[run.contestant.name].runs[str(seed)] = outcomes
-
-
-def _first(run: AveragedRun) -> float:
-    return min(curve.reach(run.task.targets[-1]).iterations for curve in run.curves.values())
 
 
 def outcome(curve: Curve, target: float) -> Outcome:

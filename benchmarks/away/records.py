@@ -20,9 +20,9 @@ class Outcome:
     """What one run came to with one average.
 
     Attributes:
-        iterations: To the target; None if it was not reached.
+        iterations: To the target; None if it was not reached in these steps.
         seconds: CPU seconds of these steps.
-        steps: Iterations made.
+        steps: Iterations up to the last evaluation, which is that at the target where it was reached.
         loss: The last training loss; None where it is not finite.
     """
 

@@ -17,7 +17,7 @@ from benchmarks.away.records import Entry, Outcome, Record, missed, table
 from benchmarks.away.tasks import AWAY, CHOOSING, HELD_BACK, MEASURED, belonging, evidence_bound
 from benchmarks.contest.contestants import CONTESTANTS
 from benchmarks.contest.data import Split
-from benchmarks.contest.harness import Run
+from benchmarks.contest.harness import BLOCK, Run
 from benchmarks.contest.optimizers import AveragingStepper, Stepper
 from benchmarks.contest.tasks import Goal, Task
 
@@ -93,7 +93,7 @@ def line_task(target: float, budget: int = 40) -> Task:
 
 
 def test_a_run_s_averages_are_those_that_the_contest_evaluates_one_at_a_time() -> None:
-    task, sgd = line_task(1e-3), CONTESTANTS["sgd"]
+    task, sgd = line_task(1e-9), CONTESTANTS["sgd"]
     both = AveragedRun(task, sgd, 0.05, seed=3)
     both.advance(12)
 
@@ -109,6 +109,19 @@ def test_a_run_s_averages_are_those_that_the_contest_evaluates_one_at_a_time() -
     for name, decay in (("none", None), ("0.8", 0.8), ("0.9", 0.9)):
         assert both.curves[name].losses == pytest.approx(alone(decay), rel=1e-5)
     assert both.curve.losses == [min(losses) for losses in zip(*(c.losses for c in both.curves.values()), strict=True)]
+
+
+def test_each_average_is_measured_up_to_the_target_and_a_run_goes_on_for_those_that_are_reported() -> None:
+    task = line_task(1e-2, budget=100)
+    record = Record("line", "a line", 8, 1e-2, 100)
+    for name, average in (("kfc", None), ("sgd", "none"), ("adam", "0.9")):
+        record.entries[name] = Entry(name, {}, 0.3, average)
+    contest.compete(task, [AWAY_CONTESTANTS[name] for name in ("kfc", "sgd", "adam")], record, seed=1)
+    outcomes = {name: entry.runs["1"] for name, entry in record.entries.items()}
+    assert all(value.iterations is not None and value.loss <= 1e-2 for value in outcomes["kfc"].values())
+    assert outcomes["sgd"]["none"].iterations is not None
+    assert outcomes["adam"]["0.9"].iterations is not None
+    assert all(value.steps <= outcomes["adam"]["0.9"].steps + BLOCK for value in outcomes["adam"].values())
 
 
 def test_schedule_free_is_evaluated_at_its_own_average_and_goes_on_from_where_it_was() -> None:
