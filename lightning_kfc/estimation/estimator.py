@@ -221,8 +221,9 @@ class Observation:
             return {}
         for name, error in self._recorder.failures.items():
             self._fail(name, error)
-        if self._losses.failure is not None and not self.forgiving:
-            raise self._losses.failure
+        if (failure := self._losses.failure) is not None:
+            what = f"a loss function is not read, and counts as not recognised: {type(failure).__name__}: {failure}"
+            self._events.report("failed_statistics", step, what)
         if micro_batch == 0:
             self.never_negative = True
         part = self._times.part("statistics")

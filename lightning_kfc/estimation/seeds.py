@@ -175,5 +175,5 @@ def _empirical_seed(weighted: WeightedTerm, generator: torch.Generator) -> Seeds
     factor = torch.where(weights > 0, signs / weights.sqrt(), torch.zeros_like(weights))
     if term.likelihood.vector_valued:
         factor = factor.unsqueeze(-1).expand(term.logits.shape)
-    laid_out = term.layout(factor)
+    laid_out = (term.layout_of_weights or term.layout)(factor)
     return [(edge, gradient * laid_out) for edge, gradient in zip(edges, gradients, strict=True)]

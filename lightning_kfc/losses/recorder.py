@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_kfc.losses.likelihoods import Categorical, Likelihood
 from lightning_kfc.losses.readers import LOSS_FUNCTIONS
+from lightning_kfc.losses.readers.distributions import DISTRIBUTIONS
 from lightning_kfc.losses.terms import LossTerm, values_of, with_outputs
 from lightning_kfc.utilities.isolation import unseen_by_dispatch_modes
 
@@ -30,7 +33,7 @@ def _with_the_weight_that_torch_drops(args: tuple[Any, ...], kwargs: dict[str, A
 
 
 class LossRecorder(TorchFunctionMode):
-    """While it is entered, the loss functions that are called become :class:`LossTerm` in ``terms``."""
+    """While it is entered, calls of loss functions and of ``log_prob`` become :class:`LossTerm` in ``terms``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,6 +41,37 @@ class LossRecorder(TorchFunctionMode):
         self.paused = False
         #: What was raised while a call was read. The training step is the user's, and goes on.
         self.failure: Exception | None = None
+        self._originals: list[tuple[type, Any]] = []
+
+    def __enter__(self) -> LossRecorder:
+        """Watch calls, also those of ``log_prob``, which are methods that no mode sees."""
+        super().__enter__()  # type: ignore[no-untyped-call]  # torch's own
+        for kind, read in DISTRIBUTIONS.items():
+            original = kind.__dict__["log_prob"]
+            self._originals.append((kind, original))
+            kind.log_prob = self._watched(original, read)  # type: ignore[attr-defined]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Watch no longer."""
+        while self._originals:
+            kind, original = self._originals.pop()
+            kind.log_prob = original  # type: ignore[attr-defined]
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def _watched(self, original: Callable[..., Any], read: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def log_prob(distribution: Any, value: Any) -> Any:
+            paused, self.paused = self.paused, True
+            try:
+                # Another loss function is a part of some, and would be recorded too.
+                result = original(distribution, value)
+            finally:
+                self.paused = paused
+            self._read(read, result, distribution, value)
+            return result
+
+        return log_prob
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call through, and record what a loss function was called with."""
@@ -46,16 +80,22 @@ class LossRecorder(TorchFunctionMode):
             kwargs = _with_the_weight_that_torch_drops(args, kwargs)
         result = func(*args, **kwargs)
         read = LOSS_FUNCTIONS.get(func)
-        if read is not None and not self.paused and isinstance(result, Tensor) and result.requires_grad:
-            off = torch.autocast(result.device.type, enabled=False)
-            try:
-                with torch.no_grad(), off, unseen_by_dispatch_modes():
-                    found = read(result, *args, **kwargs)
-            except Exception as error:
-                self.failure = self.failure or error
-                return result
-            self.terms += [found] if isinstance(found, LossTerm) else found or []
+        if read is not None:
+            self._read(read, result, *args, **kwargs)
         return result
+
+    def _read(self, read: Callable[..., Any], result: Any, *args: Any, **kwargs: Any) -> None:
+        """Record the terms of one call."""
+        if self.paused or not isinstance(result, Tensor) or not result.requires_grad:
+            return
+        off = torch.autocast(result.device.type, enabled=False)
+        try:
+            with torch.no_grad(), off, torch._C.DisableTorchFunction(), unseen_by_dispatch_modes():
+                found = read(result, *args, **kwargs)
+        except Exception as error:
+            self.failure = self.failure or error
+            return
+        self.terms += [found] if isinstance(found, LossTerm) else found or []
 
 
 class NamedOutputHook:

@@ -29,6 +29,8 @@ class LossTerm:
         weigh: Gives the weights of the terms from the derivative of the loss with respect to that result.
         weigh_in_loss: The same without the curvature of the terms, where ``weigh`` has it in the weights; None
             where it has not.
+        layout_of_weights: Turns weights shaped as ``logits`` into the shape of the tensor at the edges, where that is
+            not what ``layout`` does; None where it is.
     """
 
     likelihood: Likelihood
@@ -40,19 +42,33 @@ class LossTerm:
     value_edge: GradientEdge | None
     weigh: Callable[[Tensor], Tensor]
     weigh_in_loss: Callable[[Tensor], Tensor] | None = None
+    layout_of_weights: Callable[[Tensor], Tensor] | None = None
 
     def term_weights(self, derivative: Tensor) -> Tensor:
         """The weights c, shape ``(examples, *positions)`` (categorical) or as ``logits``.
 
         The absolute value is taken: a term that the loss subtracts curves it as much as one that it adds, and
         a Fisher matrix has no negative part.
+
+        Where one call has terms of both signs, as a policy gradient has (a log-probability times an advantage), they
+        are no likelihood of the data. The terms that the loss depends on then have equal weights, the mean of their
+        sizes: the curvature is the Fisher matrix of the policy over the visited states, as in the natural policy
+        gradient (Kakade 2001), in the units of the loss.
         """
-        return self.weigh(derivative.detach().to(self.logits)).abs()
+        return self.weigh(_of_one_sign(derivative.detach().to(self.logits))).abs()
 
     def weights_in_loss(self, derivative: Tensor) -> Tensor:
         """The factors of the terms in the loss, which are the weights but for the terms' own curvature."""
         weigh = self.weigh if self.weigh_in_loss is None else self.weigh_in_loss
         return weigh(derivative.detach().to(self.logits)).abs()
+
+
+def _of_one_sign(derivative: Tensor) -> Tensor:
+    """Derivatives of both signs as their mean size, where they are not 0; others as they are."""
+    if not (bool((derivative > 0).any()) and bool((derivative < 0).any())):
+        return derivative
+    used = derivative != 0
+    return used * (derivative.abs().sum() / used.sum())
 
 
 def elementwise_term(

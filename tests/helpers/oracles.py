@@ -32,6 +32,19 @@ def jacobian(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
     return dense.reshape(dense.shape[0], at.numel())
 
 
+def jacobian_by_column(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    """The derivative of many outputs, of one axis, by few inputs, ``(outputs, inputs)``: by differentiating twice.
+
+    The derivative of vᵀJ by v is J, and linear in v, so that one pass an input is enough.
+    """
+    at = at.detach().requires_grad_()
+    outputs = function(at)
+    v = torch.zeros_like(outputs, requires_grad=True)
+    (product,) = torch.autograd.grad(outputs, at, v, create_graph=True)
+    columns = [torch.autograd.grad(entry, v, retain_graph=True)[0] for entry in product.reshape(-1)]
+    return torch.stack(columns, -1)
+
+
 def logits_jacobian(model: nn.Module, inputs: Tensor, layer: str) -> Tensor:
     """The derivative of all logits by ``[W b]`` of a layer, ``(logits, d_out * d_in)``."""
     module = model.get_submodule(layer)

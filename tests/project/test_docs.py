@@ -33,6 +33,7 @@ import lightning_kfc
 import lightning_kfc.analysis
 import lightning_kfc.pictures
 from lightning_kfc.losses.readers import LOSS_FUNCTIONS
+from lightning_kfc.losses.readers.distributions import DISTRIBUTIONS
 from lightning_kfc.monitoring.advice import RULES
 from lightning_kfc.monitoring.events import Events, StepNumbers
 from lightning_kfc.settings import REMOVED
@@ -209,9 +210,12 @@ def test_the_api_page_has_every_public_name() -> None:
     assert set(lightning_kfc.pictures.__all__) <= set(listed[1].split(", "))
 
 
-def test_the_loss_page_has_every_recognised_loss_function() -> None:
+def test_the_loss_page_has_the_recognised_loss_functions_and_distributions_and_no_others() -> None:
     text = (ROOT / "docs/loss.md").read_text("utf-8")
-    assert [f.__name__ for f in LOSS_FUNCTIONS if f"`{f.__name__}`" not in text] == []
+    first = "\n".join(line.split("|")[1] for line in text.splitlines() if line.startswith("| `"))
+    named = {name for name in re.findall(r"`([A-Za-z_0-9]+)`", first) if not name.endswith("Loss")}
+    functions, kinds = {f.__name__ for f in LOSS_FUNCTIONS}, {kind.__name__ for kind in DISTRIBUTIONS}
+    assert named == functions | kinds | {"OneHotCategorical"}
 
 
 def test_the_logged_keys_and_counted_events_are_documented() -> None:

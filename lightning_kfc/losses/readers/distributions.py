@@ -1,0 +1,216 @@
+r"""Readers of ``log_prob`` of torch's distributions.
+
+The curvature of a term is the Fisher information of the distribution's parameters, whatever value the data have. Where
+location and scale have no information in common, each is a term of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, distributions
+from torch.autograd.graph import get_gradient_edge
+
+from lightning_kfc.losses import likelihoods
+from lightning_kfc.losses.likelihoods import Gaussian, Likelihood, PoissonRate
+from lightning_kfc.losses.readers.residuals import sides_of
+from lightning_kfc.losses.terms import LossTerm, elementwise_term, values_of
+
+Edges = tuple[tuple[Any, float], ...]
+
+
+def categorical(result: Tensor, distribution: Any, value: Tensor) -> list[LossTerm]:
+    """Read the log-probabilities of classes, of logits or of probabilities."""
+    logits = distribution.logits
+    if not logits.requires_grad:
+        return []
+    shape = logits.shape
+
+    def weigh(derivative: Tensor) -> Tensor:
+        weights = derivative.sum_to_size(shape[:-1])
+        return weights.reshape(1) if len(shape) == 1 else weights
+
+    def layout(seed: Tensor) -> Tensor:
+        # The logits are normalised: a seed that sums to 0 passes that unchanged.
+        return seed.reshape(shape)
+
+    values, edges = values_of(logits), ((get_gradient_edge(logits), 1.0),)
+    outputs = values.unsqueeze(0) if len(shape) == 1 else values
+    name, edge = "Categorical.log_prob", get_gradient_edge(result)
+    return [LossTerm(likelihoods.Categorical(), name, outputs, edges, layout, None, edge, weigh)]
+
+
+def bernoulli(result: Tensor, distribution: Any, value: Tensor) -> list[LossTerm]:
+    """Read the log-probabilities of yes/no outcomes."""
+    return _of("Bernoulli", result, distribution.logits, likelihood=likelihoods.Bernoulli())
+
+
+def binomial(result: Tensor, distribution: Any, value: Tensor) -> list[LossTerm]:
+    """Read the log-probabilities of numbers of successes: as many yes/no outcomes as there are trials."""
+    trials = distribution.total_count.detach()
+    return _of("Binomial", result, distribution.logits, trials, likelihood=likelihoods.Bernoulli())
+
+
+def poisson(result: Tensor, distribution: Any, value: Tensor) -> list[LossTerm]:
+    """Read the log-probabilities of counts."""
+    return _of("Poisson", result, distribution.rate, likelihood=PoissonRate())
+
+
+def exponential(result: Tensor, distribution: Any, value: Tensor) -> list[LossTerm]:
+    r"""Read the log-densities of waiting times: :math:`1/r^2` for a rate r."""
+    rate = distribution.rate
+    return _of("Exponential", result, rate, 1 / values_of(rate).square())
+
+
+def location_scale(name: str, of_location: float, of_scale: float) -> Callable[[Tensor, Any, Tensor], list[LossTerm]]:
+    r"""Make the reader of a symmetric density with location and scale s.
+
+    Args:
+        name: The distribution's name.
+        of_location: The information of the location, in multiples of :math:`1/s^2`.
+        of_scale: That of the scale.
+    """
+
+    def read(result: Tensor, distribution: Any, value: Tensor) -> list[LossTerm]:
+        return _location_scale(name, of_location, of_scale, result, distribution, value)
+
+    return read
+
+
+def student_t(result: Tensor, distribution: Any, value: Tensor) -> list[LossTerm]:
+    r"""Read log-densities of Student's t with :math:`\nu` degrees of freedom, which are given."""
+    df = distribution.df
+    if df.requires_grad:
+        return []
+    df = values_of(df)
+    return _location_scale("StudentT", (df + 1) / (df + 3), 2 * df / (df + 3), result, distribution, value)
+
+
+def _location_scale(
+    name: str, of_location: float | Tensor, of_scale: float | Tensor, result: Tensor, distribution: Any, value: Tensor
+) -> list[LossTerm]:
+    location, scale = torch.as_tensor(distribution.loc), torch.as_tensor(distribution.scale)
+    sides = sides_of(value, location)
+    if not sides and (value.requires_grad or location.requires_grad):
+        return []
+    inverse, terms = 1 / values_of(scale).square(), []
+    if sides:
+        edges = tuple((get_gradient_edge(side), sign) for side, sign in sides)
+        terms += _of(name, result, sides[0][0], of_location * inverse, edges=edges)
+    return terms + _of(name, result, scale, of_scale * inverse)
+
+
+def multivariate_normal(result: Tensor, distribution: Any, value: Tensor) -> list[LossTerm]:
+    r"""Read log-densities of vectors with a full covariance :math:`LL^\top`.
+
+    Seeds are made for the whitened mean :math:`L^{-1}\mu`, whose information is 1, and for :math:`L^{-1}\,dL`, whose
+    elements have the information 2 on the diagonal and 1 below.
+    """
+    factor = distribution._unbroadcasted_scale_tril
+    sides = sides_of(value, distribution.loc)
+    if not sides and (value.requires_grad or distribution.loc.requires_grad):
+        return []
+    L, terms = values_of(factor), []
+    identity = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
+
+    def colored(seed: Tensor) -> Tensor:
+        found: Tensor = torch.linalg.solve_triangular(L.mT, seed, upper=True)
+        return found
+
+    if sides:
+        edges = tuple((get_gradient_edge(side), sign) for side, sign in sides)
+        information = identity.diagonal()
+        terms.append(
+            _whitened(result, sides[0][0], edges, information, lambda seed: colored(seed.unsqueeze(-1)).squeeze(-1))
+        )
+    if factor.requires_grad:
+        edges, information = ((get_gradient_edge(factor), 1.0),), torch.ones_like(identity).tril() + identity
+        terms.append(_whitened(result, factor, edges, information, lambda seed: colored(seed).tril()))
+    return terms
+
+
+def _of(
+    name: str,
+    result: Tensor,
+    parameter: Tensor,
+    information: Tensor | None = None,
+    *,
+    likelihood: Likelihood | None = None,
+    edges: Edges | None = None,
+) -> list[LossTerm]:
+    """The term of a parameter whose every element stands alone; none where it has no gradient.
+
+    Args:
+        name: The distribution's name.
+        result: The log-probabilities.
+        parameter: The parameter.
+        information: Its Fisher information, in multiples of the likelihood's.
+        likelihood: The likelihood; None for one of information 1.
+        edges: Where seeds enter the graph; None for the parameter itself.
+    """
+    if not parameter.requires_grad:
+        return []
+    if likelihood is None:
+        assert information is not None
+        likelihood, information = Gaussian(), information / 2
+    edges = ((get_gradient_edge(parameter), 1.0),) if edges is None else edges
+    values = values_of(parameter)
+    one, function = values.new_ones(()), f"{name}.log_prob"
+    return [
+        elementwise_term(
+            likelihood, function, result, values, edges, one, result.shape, "none", curvature=information, bounded=False
+        )
+    ]
+
+
+def _whitened(
+    result: Tensor, parameter: Tensor, edges: Edges, information: Tensor, layout: Callable[[Tensor], Tensor]
+) -> LossTerm:
+    """The term of a parameter that is a vector or a matrix for each log-density.
+
+    Args:
+        result: The log-densities.
+        parameter: The parameter.
+        edges: Where seeds enter the graph.
+        information: The information of the whitened elements of one vector or matrix.
+        layout: Turns a seed of whitened elements into one of the parameter.
+    """
+    shape, values, own = parameter.shape, values_of(parameter), information.flatten()
+    batch = shape[: parameter.ndim - information.ndim]
+    examples = batch or (1,)
+
+    def weigh(derivative: Tensor) -> Tensor:
+        return derivative.sum_to_size(batch).reshape(*examples, 1) * own / 2
+
+    def weigh_in_loss(derivative: Tensor) -> Tensor:
+        return derivative.sum_to_size(batch).reshape(*examples, 1).expand(*examples, len(own))
+
+    return LossTerm(
+        Gaussian(),
+        "MultivariateNormal.log_prob",
+        values.reshape(*examples, len(own)),
+        edges,
+        lambda seed: layout(seed.reshape(shape)),
+        None,
+        get_gradient_edge(result),
+        weigh,
+        weigh_in_loss,
+        lambda weights: weights.reshape(shape),
+    )
+
+
+#: The distributions whose ``log_prob`` is recognised; others are, as far as they are made from these.
+DISTRIBUTIONS: dict[type, Callable[[Tensor, Any, Tensor], list[LossTerm]]] = {
+    distributions.Categorical: categorical,
+    distributions.Bernoulli: bernoulli,
+    distributions.Binomial: binomial,
+    distributions.Poisson: poisson,
+    distributions.Exponential: exponential,
+    distributions.Normal: location_scale("Normal", 1.0, 2.0),
+    distributions.Laplace: location_scale("Laplace", 1.0, 1.0),
+    distributions.Cauchy: location_scale("Cauchy", 0.5, 0.5),
+    distributions.StudentT: student_t,
+    distributions.MultivariateNormal: multivariate_normal,
+}
