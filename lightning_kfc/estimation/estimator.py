@@ -131,10 +131,10 @@ class Observation:
                 self._recorder.attach(name, layer.adapters, wanted, keep_inputs=keep_inputs)
             try:
                 handles += attach_named_output(self._model, self._settings.likelihood, self._losses)
-            except ValueError as error:
+            except ValueError:
+                # Later its loss is reported as one that has no term of the likelihood.
                 if not self.forgiving:
                     raise
-                self._losses.failure = error
             with eager_compiled_code(), self._losses:
                 yield
         finally:
