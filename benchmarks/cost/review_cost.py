@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from benchmarks.contest.networks import resnet20
 from benchmarks.paths import RESULTS
-from lightning_kfc.trust_region.tape import RecordedLoss, Tape
+from lightning_kfc.trust_region.replay import RecordedLoss
+from lightning_kfc.trust_region.tape import Tape
 
 LossOf = Callable[[], Tensor]
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_kfc.distributed import process_group as distributed
 from lightning_kfc.layers.adapter import dense
-from lightning_kfc.trust_region.tape import RecordedLoss
+from lightning_kfc.trust_region.replay import RecordedLoss
 
 
 @dataclass

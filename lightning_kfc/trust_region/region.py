@@ -211,3 +211,21 @@ class TrustRegion:
         adapts = {"radius": self.adapts_radius, "damping": self.adapts_damping}
         names = [field.name for field in fields(self) if not field.name.startswith("adapts_")]
         return [name for name in names if adapts.get(name, True)]
+
+
+def message_of_fixed(fixed: Mapping[str, float], reason: str) -> str:
+    """The message for the user that steps are no longer reviewed; empty where nothing was ``"auto"``.
+
+    Args:
+        fixed: What :meth:`TrustRegion.fix` returned.
+        reason: Why steps cannot be reviewed.
+    """
+    if not fixed:
+        return ""
+    chosen = " and ".join(f"{name}='auto'" for name in fixed)
+    values = " and ".join(f"{name}={value:.3g}" for name, value in fixed.items())
+    need = "need" if len(fixed) > 1 else "needs"
+    return (
+        f"KFC can no longer review steps, which {chosen} {need}: {reason}. It goes on with {values}. "
+        "Set these to silence this."
+    )

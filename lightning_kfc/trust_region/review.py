@@ -19,7 +19,7 @@ from lightning_kfc.curvature.ownership import LayerOwnership
 from lightning_kfc.distributed import process_group as distributed
 from lightning_kfc.monitoring.events import Events
 from lightning_kfc.trust_region.losses_seen import LossesSeen, SeenLoss
-from lightning_kfc.trust_region.region import MOST_PROMISED, TrustRegion, Verdict
+from lightning_kfc.trust_region.region import MOST_PROMISED, TrustRegion, Verdict, message_of_fixed
 from lightning_kfc.trust_region.replay_checks import replay_error, replayability
 from lightning_kfc.trust_region.scheduled_damping import ScheduledDamping
 from lightning_kfc.trust_region.snapshot import StepSnapshot
@@ -305,15 +305,7 @@ class StepReviewer:
         """
         fixed = self.region.fix()
         self.forget_losses()
-        if not fixed:
-            return ""
-        chosen = " and ".join(f"{name}='auto'" for name in fixed)
-        values = " and ".join(f"{name}={value:.3g}" for name, value in fixed.items())
-        need = "need" if len(fixed) > 1 else "needs"
-        return (
-            f"KFC can no longer review steps, which {chosen} {need}: {reason}. It goes on with {values}. "
-            "Set these to silence this."
-        )
+        return message_of_fixed(fixed, reason)
 
     # State.
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_kfc.trust_region.tape import RecordedLoss, Tape
+from lightning_kfc.trust_region.replay import RecordedLoss
+from lightning_kfc.trust_region.tape import Tape
 
 SIDE = 4
 
@@ -303,8 +304,9 @@ def test_only_what_the_loss_depends_on_is_replayed() -> None:
         torch.randn(100).sin().cos()
         return logits.square().mean()
 
-    tape, _, found = recorded(loss_of)
-    names = [op.function._schema.name for op, _ in tape.slice(found.slot, found.length, with_collectives=False)]
+    _, _, found = recorded(loss_of)
+    operations = found.recording.slice(found.slot, found.length, with_collectives=False)
+    names = [op.function._schema.name for op, _ in operations]
     assert not {"aten::argmax", "aten::randn", "aten::sin"} & set(names)
 
 

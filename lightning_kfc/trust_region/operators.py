@@ -1,0 +1,66 @@
+"""Traits of torch's operators, read from their schemas."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+#: Operators of torch.distributed. Their schemas do not tell which tensors they write.
+COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional")
+
+#: Operators that change the size of a tensor's memory.
+RESIZES = ("aten::resize_", "aten::resize_as_", "aten::_resize_output_")
+
+#: Operators that give a tensor other memory, as deepcopy does: whoever reads it next sees whose memory that is.
+REPOINTS = ("aten::set_", "aten::set_data")
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What is known of an operator.
+
+    Attributes:
+        is_plain: Whether it is made of tensor operations, as higher-order operators are not.
+        repoints: Whether it gives a tensor other memory.
+        resizes: Whether it changes the size of a tensor's memory.
+        collective: Whether other ranks take part in it.
+        seeded: Whether it draws random numbers.
+        written: The positions and names of the arguments that it writes.
+    """
+
+    is_plain: bool
+    repoints: bool = False
+    resizes: bool = False
+    collective: bool = False
+    seeded: bool = False
+    written: tuple[tuple[int, str], ...] = ()
+
+
+@functools.cache
+def traits_of(function: Any) -> Traits:
+    """The traits of an operator, by its schema."""
+    if not isinstance(function, torch._ops.OpOverload):
+        return Traits(is_plain=False)
+    name, collective = function._schema.name, function.namespace in COLLECTIVES
+    written = tuple(
+        (position, argument.name)
+        for position, argument in enumerate(function._schema.arguments)
+        if (argument.alias_info is not None and argument.alias_info.is_write)
+        # The schemas of batch norms do not tell that they write their running statistics.
+        or argument.name.startswith("running_")
+        or collective
+    )
+    seeded = torch.Tag.nondeterministic_seeded in function.tags
+    return Traits(True, name in REPOINTS, name in RESIZES, collective, seeded, written)
+
+
+def flat(value: Any) -> list[Any]:
+    """The leaves of nested lists, tuples and dicts, in order."""
+    if isinstance(value, (list, tuple)):
+        return [leaf for entry in value for leaf in flat(entry)]
+    if isinstance(value, dict):
+        return [leaf for entry in value.values() for leaf in flat(entry)]
+    return [value]

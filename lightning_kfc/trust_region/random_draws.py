@@ -1,0 +1,44 @@
+"""States of random generators before recorded operations, to draw the same numbers again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_kfc.trust_region.operators import flat
+from lightning_kfc.utilities.isolation import random_state
+
+
+@dataclass(frozen=True)
+class RandomDraw:
+    """The state of a random generator before an operation that draws from it.
+
+    Each operation has its own, so that a replay of a part of a recording draws the same numbers.
+
+    Attributes:
+        device: The generator's device.
+        own: Whether the operation has a generator of its own among its arguments; else the device's default.
+        state: The state.
+    """
+
+    device: torch.device
+    own: bool
+    state: Tensor
+
+    @classmethod
+    def of(cls, args: Any, kwargs: Any) -> RandomDraw:
+        """The present state of the generator that an operation with these arguments draws from."""
+        leaves = flat((args, kwargs))
+        for generator in leaves:
+            if isinstance(generator, torch.Generator):
+                return cls(generator.device, True, generator.get_state())
+        devices = [leaf.device for leaf in leaves if isinstance(leaf, Tensor)]
+        device = devices[0] if devices else torch.device(kwargs.get("device") or "cpu")
+        return cls(device, False, random_state(device))
+
+    def generator(self) -> torch.Generator:
+        """A generator in this state."""
+        return torch.Generator(self.device).set_state(self.state)

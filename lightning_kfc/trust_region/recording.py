@@ -1,0 +1,117 @@
+"""The data of a recording: operations in order, and the tensors from outside that they read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_kfc.trust_region.operators import traits_of
+from lightning_kfc.trust_region.random_draws import RandomDraw
+from lightning_kfc.trust_region.storages import version
+
+
+class Slot(int):
+    """Stands for a tensor in the arguments of an operation: its number on the tape."""
+
+
+# Made at each recorded operation, and so not frozen: that would take twice the time.
+@dataclass(slots=True)
+class Operation:
+    """One recorded operation.
+
+    Attributes:
+        function: The operator.
+        args: Its positional arguments, with a slot for each tensor.
+        kwargs: Its keyword arguments, likewise.
+        used: All slots among its arguments.
+        nested: Whether a container among its arguments holds slots.
+        made: The slots of the tensors that it returned, in order; None for other results.
+        reads: The numbers of the storages that it read.
+        mutates: The numbers of the storages that it wrote in place.
+        draw: The state of its random generator before it ran; None where it draws no random numbers.
+    """
+
+    function: Any
+    args: list[Any]
+    kwargs: dict[str, Any]
+    used: list[Slot]
+    nested: bool
+    made: list[Slot | None]
+    reads: set[int]
+    mutates: set[int]
+    draw: RandomDraw | None = None
+
+
+@dataclass(frozen=True)
+class Outside:
+    """A tensor that no recorded operation has made.
+
+    Attributes:
+        tensor: The tensor.
+        alias: Another one on the memory that it had when it was read; its ``.data`` may be exchanged later.
+        version: How often it had been written when it was read.
+    """
+
+    tensor: Tensor
+    alias: Tensor
+    version: int
+
+
+#: Operations in order, each with the slots that none after it uses.
+Slice = list[tuple[Operation, set[Slot]]]
+
+
+class Recording:
+    """Recorded operations, and what a replay of them reads. No intermediate result is held.
+
+    Attributes:
+        operations: In the order in which they ran.
+        slot_storage: The number of each slot's storage.
+        outside: The tensors that no recorded operation has made, by slot.
+        overwritten: The former content of overwritten storages from outside, by their numbers.
+        aliased: The numbers of the storages that other tensors than the recorded ones look into.
+    """
+
+    def __init__(self) -> None:
+        self.operations: list[Operation] = []
+        self.slot_storage: list[int] = []
+        self.outside: dict[Slot, Outside] = {}
+        self.overwritten: dict[int, torch.UntypedStorage] = {}
+        self.aliased: set[int] = set()
+        self._slices: dict[tuple[Slot, int, bool], Slice] = {}
+
+    def clear(self) -> None:
+        """Drop operations and tensors."""
+        self.operations.clear()
+        self.outside.clear()
+        self.overwritten.clear()
+
+    def written_unseen(self, slot: Slot) -> bool:
+        """Whether a tensor from outside was written since it was read, by no recorded operation."""
+        outside = self.outside[slot]
+        return self.slot_storage[slot] not in self.overwritten and version(outside.tensor) != outside.version
+
+    def is_stale(self, slot: Slot, length: int) -> bool:
+        """Whether a tensor depends on anything that was written since it was read, by no recorded operation."""
+        operations = self.slice(slot, length, with_collectives=False)
+        read = {used for operation, _ in operations for used in operation.used}
+        return any(self.written_unseen(used) for used in read if used in self.outside)
+
+    def slice(self, slot: Slot, length: int, *, with_collectives: bool) -> Slice:
+        """The operations, of the first ``length`` ones, on which a tensor depends, each with what it uses last."""
+        key = slot, length, with_collectives
+        if key not in self._slices:
+            live, needed, kept = {self.slot_storage[slot]}, {slot}, []
+            for operation in reversed(self.operations[:length]):
+                collective = with_collectives and traits_of(operation.function).collective
+                made = [result for result in operation.made if result is not None]
+                if collective or not needed.isdisjoint(made) or not live.isdisjoint(operation.mutates):
+                    live |= operation.reads
+                    last = {*operation.used, *made} - needed
+                    needed |= last
+                    kept.append((operation, last))
+            self._slices[key] = kept[::-1]
+        return self._slices[key]
