@@ -397,6 +397,8 @@ class KFC:
                 loss_fraction=loss_fraction,
                 unseen=self._unseen,
             )
+            # A layer that was given up has others in its place.
+            expected |= set(self.recorded)
             self._leave_out(self._observation.failed)
         except Exception as error:
             if not self._has_stepped:

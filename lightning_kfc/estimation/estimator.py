@@ -52,6 +52,9 @@ from lightning_kfc.scheduling.tracker import Due
 from lightning_kfc.settings import Settings
 from lightning_kfc.utilities.isolation import eager_compiled_code, full_precision, leaving_no_trace, sinks_at_rest
 
+#: Why layers have no Kronecker factors whose weights are used in derivatives of the network.
+DIFFERENTIATED = "the loss holds derivatives of the network, in which weights are used outside their layers"
+
 
 class Observation:
     """Records due steps, one at a time, and makes their statistics.
@@ -228,6 +231,8 @@ class Observation:
             self.never_negative = True
         part = self._times.part("statistics")
         with part, full_precision(self._model), leaving_no_trace(self._model), sinks_at_rest(loss):
+            if self._losses.differentiated:
+                self._drop_differentiated(loss)
             recorded = list(self._recorder.calls)
             calls = recorded + self._parameter_calls()
             names = {call.layer for call in recorded if call.inputs is not None}
@@ -238,6 +243,19 @@ class Observation:
             return self._by_layer(found, calls, len(recorded))
 
     # Parts of a due step.
+
+    def _drop_differentiated(self, loss: Tensor) -> None:
+        """Give up the rows of layers whose weights are used in derivatives of the network, all of them together."""
+        assert self._recorder is not None
+        names = Rest(loss, [], self._recorder.calls, 1.0, differentiated=True).uses_weights_of()
+        reasons = {name: DIFFERENTIATED for name in self._layers if name in names}
+        if not reasons:
+            return
+        before = set(self._layers)
+        self._drop(reasons)
+        self.recorded = [name for name in self._layers if name in self.recorded or name not in before]
+        if self._self_test is not None:
+            self._self_test.waiting[:] = [name for name in self._self_test.waiting if name not in reasons]
 
     def _parameter_calls(self) -> list[Call]:
         return [
@@ -268,7 +286,7 @@ class Observation:
         if not self._graph_checked:
             refuse_reentrant_checkpointing(loss)
             self._graph_checked = True
-        rest = Rest(loss, kept, calls, loss_scale)
+        rest = Rest(loss, kept, calls, loss_scale, differentiated=self._losses.differentiated)
         mixed = bool(kept) and self._settings.likelihood == "auto" and rest.reaches()
         source = generator(kept[0].term.logits.device) if kept else None
         if source is not None and not all(w.is_finite() for w in kept):

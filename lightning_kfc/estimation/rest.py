@@ -58,15 +58,26 @@ class Rest:
         terms: Its recognised terms.
         calls: The recorded calls: the rest's derivative is wanted at their outputs, and at loose parameters.
         loss_scale: The factor that a gradient scaler has multiplied the loss by.
+        differentiated: Whether the loss holds derivatives of the network, which are made of weights as a penalty is.
     """
 
-    def __init__(self, loss: Tensor, terms: Sequence[WeightedTerm], calls: Sequence[Call], loss_scale: float) -> None:
+    def __init__(
+        self,
+        loss: Tensor,
+        terms: Sequence[WeightedTerm],
+        calls: Sequence[Call],
+        loss_scale: float,
+        *,
+        differentiated: bool = False,
+    ) -> None:
         self._start = loss_edge(loss), torch.full_like(loss, 1.0 / loss_scale)
         self._terms = terms
+        self._calls = calls
         self._wanted = {call.edge.node for call in calls}
         layers = [call for call in calls if call.adapter.has_rows]
         weights = {get_gradient_edge(p).node for call in layers for p in call.adapter.own_parameters().values()}
-        self._penalties = list(_penalties(self._start[0], {call.edge.node for call in layers}, weights))
+        penalties = _penalties(self._start[0], {call.edge.node for call in layers}, weights)
+        self._penalties = [] if differentiated else list(penalties)
         self._minus: Seeds | None = None
 
     def reaches(self) -> bool:
@@ -92,6 +103,24 @@ class Rest:
                 seen.add((edge.node, within))
                 pending += [(below, within) for below in _below(edge.node)]
         return False
+
+    def uses_weights_of(self) -> set[str]:
+        """The layers whose weights the loss reaches by another way than through the output of any recorded call.
+
+        A loss that holds derivatives of the network does so: a derivative is made of the weights themselves.
+        """
+        layers = [call for call in self._calls if call.adapter.has_rows]
+        owners = {
+            get_gradient_edge(p).node: call.layer for call in layers for p in call.adapter.own_parameters().values()
+        }
+        pending = [self._start[0].node]
+        seen = {*pending, *(call.edge.node for call in layers), *(edge.node for edge in self._penalties)}
+        while pending:
+            for edge in _below(pending.pop()):
+                if edge.node not in seen:
+                    seen.add(edge.node)
+                    pending.append(edge.node)
+        return {layer for node, layer in owners.items() if node in seen}
 
     def seeds(self) -> Seeds:
         """The seeds that bring the rest's derivative to every edge."""

@@ -32,6 +32,10 @@ def _with_the_weight_that_torch_drops(args: tuple[Any, ...], kwargs: dict[str, A
     return kwargs if weight is None or len(args) > 5 else {**kwargs, "weight": weight}
 
 
+#: Functions that take derivatives.
+DIFFERENTIATE = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
+
+
 class LossRecorder(TorchFunctionMode):
     """While it is entered, calls of loss functions and of ``log_prob`` become :class:`LossTerm` in ``terms``."""
 
@@ -41,6 +45,8 @@ class LossRecorder(TorchFunctionMode):
         self.paused = False
         #: What was raised while a call was read. The training step is the user's, and goes on.
         self.failure: Exception | None = None
+        #: Whether a derivative was taken in a way that allows the loss to hold it.
+        self.differentiated = False
         self._originals: list[tuple[type, Any]] = []
 
     def __enter__(self) -> LossRecorder:
@@ -78,6 +84,8 @@ class LossRecorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.l1_loss and "weight" not in kwargs:
             kwargs = _with_the_weight_that_torch_drops(args, kwargs)
+        if func in DIFFERENTIATE and kwargs.get("create_graph") and not self.paused:
+            self.differentiated = True
         result = func(*args, **kwargs)
         read = LOSS_FUNCTIONS.get(func)
         if read is not None:
