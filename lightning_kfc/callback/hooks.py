@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_kfc.callback.metrics_logging import Telemetry, TelemetrySettings
-from lightning_kfc.callback.optimizer_advice import Advice, advice
+from lightning_kfc.callback.optimizer_advice import OptimizerWarning, warnings_for
+from lightning_kfc.callback.schedule_preview import schedules_of
 from lightning_kfc.callback.training_step import Attachment
 from lightning_kfc.curvature.coverage import wrapped
 from lightning_kfc.distributed.process_group import is_sharded
@@ -302,13 +303,13 @@ class KFCHooks:
         self._advise(trainer)
 
     def _advise(self, trainer: Any) -> None:
-        said: dict[Advice, None] = {}
+        said: dict[OptimizerWarning, None] = {}
+        steps = _planned_steps(trainer) - trainer.global_step
         for optimizer in trainer.optimizers:
             covered = {id(p) for name in self.kfc.learning_rates(optimizer) for p in self.kfc.layers[name].parameters()}
             groups = [group for group in optimizer.param_groups if covered & set(map(id, group["params"]))]
-            schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-            own = [scheduler for scheduler in schedulers if getattr(scheduler, "optimizer", None) is optimizer]
-            found = advice(optimizer, self.kfc.settings, groups=groups, schedulers=own, steps=_planned_steps(trainer))
+            schedules = schedules_of(trainer, self._module, optimizer)
+            found = warnings_for(optimizer, self.kfc.settings, groups=groups, schedules=schedules, steps=steps)
             said |= dict.fromkeys(found)
         for each in said:
             tell = rank_zero_warn if each.severe else rank_zero_info

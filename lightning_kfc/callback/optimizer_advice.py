@@ -1,4 +1,7 @@
-"""What to say, when training starts, of an optimizer that suits the rule beside it badly."""
+"""Warnings about optimizers, and about their schedules, that work poorly together with KFC.
+
+Each was measured on small trainings, beside what it recommends: ``python -m benchmarks.accuracy.recipes``.
+"""
 
 from __future__ import annotations
 
@@ -9,29 +12,31 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from lightning_kfc.callback.schedule_preview import Planned, Schedule, preview
 from lightning_kfc.rules.momentum import is_sgd
 from lightning_kfc.settings import Settings
 
 #: What to put into ``configure_optimizers``, beside either rule.
-RECOMMENDED = "SGD(lr=0.5, momentum=0.5)"
-#: Learning rates further from the recommended one than these are far.
-USUAL_RATES = (0.05, 1.0)
+RATE, MOMENTUM = 0.5, 0.5
+RECOMMENDED = f"SGD(lr={RATE:g}, momentum={MOMENTUM:g})"
+#: With the natural gradient, and with the rule "adam", training goes more slowly where no rate comes up to this.
+LOW_RATE = {"natural": 0.01, "adam": 0.05}
 #: Optimizers that scale each coordinate by its own recent gradients, by the names of their classes.
 RESCALING = frozenset(
     ("Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop", "Rprop", "SparseAdam")
 )
-#: A momentum of this much reaches so far back that a run of fewer steps gains nothing by it.
+#: A momentum of this much reaches so far back that a run of fewer steps is clearly worse by it.
 LONG_MOMENTUM, SHORT_RUN = 0.9, 300
-#: With such a momentum, and a learning rate that it multiplies to more than this, training went clearly worse.
-LONGEST_STEPS = 2.0
+#: A rate below this share of its own peak moves nothing any more; a run should not spend half of its steps there.
+VANISHED, VANISHED_FOR = 0.01, 0.5
 
 
 @dataclass(frozen=True)
-class Advice:
-    """What to say.
+class OptimizerWarning:
+    """A sentence or two on an optimizer.
 
     Attributes:
-        text: One or two sentences.
+        text: What works against the method, and what to put in its place.
         severe: Whether training would be clearly worse, so that it deserves a warning.
     """
 
@@ -39,93 +44,136 @@ class Advice:
     severe: bool = False
 
 
-def advice(
+def warnings_for(
     optimizer: Optimizer,
     settings: Settings,
     *,
     groups: Sequence[Mapping[str, Any]] | None = None,
-    schedulers: Iterable[Any] = (),
+    schedules: Iterable[Schedule] = (),
     steps: float = math.inf,
-) -> list[Advice]:
-    """What to say of an optimizer that is not the recommended one; nothing where it comes near to it.
+) -> list[OptimizerWarning]:
+    """The parts of an optimizer and its schedules that work against KFC; none for the recommended one and its like.
 
     Args:
         optimizer: The optimizer.
         settings: Those of the preconditioner beside it.
         groups: The parameter groups that have preconditioned parameters; None for all.
-        schedulers: The learning-rate schedulers of this optimizer.
-        steps: How many optimizer steps the run has, as far as is known.
+        schedules: The learning-rate schedulers of this optimizer.
+        steps: How many optimizer steps are to come, as far as is known.
     """
     groups = optimizer.param_groups if groups is None else groups
     if not groups:
         return []
-    name = type(optimizer).__name__
-    found: list[Advice] = []
+    schedules = list(schedules)
+    found: list[OptimizerWarning] = []
     if rescales(optimizer):
-        found += map(Advice, _of_rescaling(name, groups, settings.rule))
+        found.append(OptimizerWarning(_of_rescaling(optimizer, settings.rule, schedules)))
     elif is_sgd(optimizer):
-        rate = highest_rate(groups, schedulers)
-        momentum = max(float(group.get("momentum") or 0) for group in groups)
-        found += _of_momentum(momentum, rate, settings.rule, steps)
-        found += map(Advice, _of_rate(momentum, rate, settings.rule))
+        planned = preview(optimizer, groups, schedules, steps) or _as_known(groups)
+        found += _of_momentum(optimizer, planned, schedules, settings.rule, steps)
+        found += map(OptimizerWarning, _of_rates(planned, settings.rule, steps))
     if settings.rule == "adam" and settings.damping != "auto":
-        found.append(Advice("damping has no part in rule='adam'; leave it out."))
+        found.append(OptimizerWarning("damping has no part in rule='adam'; leave it out."))
     return found
 
 
 def rescales(optimizer: Optimizer) -> bool:
     """Whether an optimizer scales each coordinate by its own recent gradients, as Adam does."""
-    # Optimizers of other packages are told by Adam's own setting.
+    # Adam's own setting marks the optimizers of other packages.
     return "betas" in optimizer.defaults or any(cls.__name__ in RESCALING for cls in type(optimizer).__mro__)
 
 
-def _of_rescaling(name: str, groups: Sequence[Mapping[str, Any]], rule: str) -> Iterator[str]:
+def _of_rescaling(optimizer: Optimizer, rule: str, schedules: Sequence[Schedule]) -> str:
+    name = type(optimizer).__name__
     if rule == "adam":
-        yield (
-            f"rule='adam' makes Adam's step itself, and {name} takes it for a gradient and rescales it once more. "
-            f"Use {RECOMMENDED}."
-        )
+        reason = f"rule='adam' makes Adam's step itself, and {name} takes it for a gradient and rescales it once more"
     else:
-        yield (
+        reason = (
             f"{name} rescales each coordinate of the preconditioned gradient by its own recent size, so that gradients "
-            f"are preconditioned twice. Use {RECOMMENDED}; with it, too, rule='adam' is Adam in the basis of the "
-            "curvature."
+            "are preconditioned twice"
         )
-    decays = any(group.get("weight_decay") and not group.get("decoupled_weight_decay") for group in groups)
-    if decays and name not in ("AdamW", "SparseAdam"):
-        yield (
-            f"{name} adds its weight decay to the preconditioned gradient and rescales the sum: how strongly a weight "
-            "decays then depends on the size of its update. SGD's, and AdamW's, does not."
-        )
+    decay = ""
+    if any(group.get("weight_decay") for group in optimizer.param_groups):
+        decay = " It shrinks the weights as before."
+    line = f"Replace it by `{replacement(optimizer)}`.{decay}"
+    peaks = ", ".join(sorted({type(s.scheduler).__name__ for s in schedules if hasattr(s.scheduler, "total_steps")}))
+    return f"{reason}. {line}" + (f" The max_lr of {peaks} becomes {RATE:g}, with cycle_momentum=False." if peaks else "")
 
 
-def _of_momentum(momentum: float, rate: float, rule: str, steps: float) -> Iterator[Advice]:
-    longer = 1 / max(1 - momentum, 1e-3)
+def replacement(optimizer: Optimizer) -> str:
+    """The line of code that makes the recommended optimizer with the weight decay of another one.
+
+    A step of AdamW shrinks weights by the share ``lr * weight_decay``, one of SGD by
+    ``lr * weight_decay / (1 - momentum)``.
+    """
+    decays = [f"{_peak(g) * float(g.get('weight_decay') or 0) * (1 - MOMENTUM) / RATE:.3g}" for g in optimizer.param_groups]
+    options = f"lr={RATE:g}, momentum={MOMENTUM:g}"
+    if len(set(decays)) > 1:
+        groups = ", ".join(f'{{"params": ..., "weight_decay": {decay}}}' for decay in decays)
+        return f"torch.optim.SGD([{groups}], {options})"
+    return f"torch.optim.SGD(self.parameters(), {options}{'' if decays[0] == '0' else f', weight_decay={decays[0]}'})"
+
+
+def _of_momentum(
+    optimizer: Optimizer, planned: Planned, schedules: Sequence[Schedule], rule: str, steps: float
+) -> Iterator[OptimizerWarning]:
+    highest = max(planned.momenta)
+    own = float(optimizer.defaults.get("momentum") or 0)
+    cycling = [type(each).__name__ for each in _flat(s.scheduler for s in schedules) if getattr(each, "cycle_momentum", 0)]
+    if cycling and highest > own:
+        name, low = cycling[0], min(planned.momenta)
+        yield OptimizerWarning(
+            f"{name} cycles the momentum between {low:g} and {highest:g}, and makes steps up to {_longer(highest):.0f} "
+            f"times as long as the KL bound allows. Use `{name}(..., cycle_momentum=False)`: the momentum stays at {own:g}.",
+            severe=rule == "natural",
+        )
     # The rule "adam" takes the optimizer's momentum out: it has its own.
-    if rule == "natural" and momentum >= LONG_MOMENTUM and steps < SHORT_RUN:
-        text = (
-            f"a momentum of {momentum:g} averages over {longer:.0f} steps, much of a run of {steps:.0f}, and makes "
-            "steps as many times as long as the KL bound knows. Natural-gradient steps need less: use "
-            f"{RECOMMENDED}."
+    elif rule == "natural" and highest >= LONG_MOMENTUM and steps < SHORT_RUN:
+        yield OptimizerWarning(
+            f"a momentum of {highest:g} averages over {_longer(highest):.0f} steps, much of a run of {steps:.0f}, and "
+            f"makes steps as many times as long as the KL bound allows. Use {RECOMMENDED}.",
+            severe=True,
         )
-        yield Advice(text, severe=rate * longer > LONGEST_STEPS)
 
 
-def _of_rate(momentum: float, rate: float, rule: str) -> Iterator[str]:
-    low, high = USUAL_RATES
+def _of_rates(planned: Planned, rule: str, steps: float) -> Iterator[str]:
+    peak = max(planned.rates)
     # The rule "adam" goes by what the momentum makes of it: compared is the rate that is as long with the usual 0.5.
-    compared = 0.5 * rate / max(1 - momentum, 1e-3) if rule == "adam" else rate
-    if not low <= compared <= high:
-        beside = f", with a momentum of {momentum:g}," if rule == "adam" and momentum else ""
+    momentum = planned.momenta[planned.rates.index(peak)] if rule == "adam" else MOMENTUM
+    compared = peak * MOMENTUM / max(1 - momentum, 1e-3)
+    if compared < LOW_RATE[rule]:
         yield (
-            f"the learning rate of {rate:g}{beside} is far from what KFC takes, whose steps have other units than "
-            f"those of plain SGD. Start from {RECOMMENDED}."
+            f"the learning rate, {peak:.2g} at its highest, is far below that of KFC, whose steps have other units than "
+            f"those of plain SGD. Use {RECOMMENDED}, and scale its schedule with it."
         )
+    elif planned.whole:
+        moving = max(i for i, rate in enumerate(planned.rates, 1) if rate >= VANISHED * peak)
+        if len(planned.rates) - moving > VANISHED_FOR * len(planned.rates):
+            yield (
+                f"the learning rate falls from {peak:.2g} to less than {VANISHED * peak:.1g} after {moving} of "
+                f"{steps:.0f} steps, and the rest of the run hardly moves. Use "
+                f'`CosineAnnealingLR(optimizer, {steps:.0f})` with `"interval": "step"`.'
+            )
 
 
-def highest_rate(groups: Sequence[Mapping[str, Any]], schedulers: Iterable[Any] = ()) -> float:
-    """The highest learning rate that groups are known to reach: a schedule that warms up starts far below it."""
-    rates = [float(group[key]) for group in groups for key in ("lr", "initial_lr", "max_lr") if key in group]
+def _longer(momentum: float) -> float:
+    """How many times as long momentum makes steps that keep their direction."""
+    return 1 / max(1 - momentum, 1e-3)
+
+
+def _peak(group: Mapping[str, Any]) -> float:
+    """The highest learning rate that a group is known to reach: a schedule that warms up starts far below it."""
+    return max(float(group[key]) for key in ("lr", "initial_lr", "max_lr") if key in group)
+
+
+def _as_known(groups: Sequence[Mapping[str, Any]]) -> Planned:
+    """The numbers of groups whose schedules cannot be looked at ahead of time."""
+    momentum = max(float(group.get("momentum") or 0) for group in groups)
+    return Planned([max(map(_peak, groups))], [momentum], False)
+
+
+def _flat(schedulers: Iterable[Any]) -> Iterator[Any]:
+    """Schedulers with those that they hold."""
     for scheduler in schedulers:
-        rates += map(float, getattr(scheduler, "max_lrs", ()))
-    return max(rates)
+        yield scheduler
+        yield from _flat(getattr(scheduler, "_schedulers", ()))

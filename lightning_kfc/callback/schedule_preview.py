@@ -1,0 +1,160 @@
+"""Learning rates and momenta that schedulers will set, found on copies that step a stand-in for the optimizer."""
+
+from __future__ import annotations
+
+import builtins
+import copy
+import dis
+import functools
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import FunctionType, ModuleType
+from typing import Any
+
+from torch.optim import Optimizer
+
+#: So many steps of a schedule are looked at, at most: some 0.1 seconds.
+MOST_STEPS = 5_000
+#: Modules whose schedulers are copied and stepped. The code of others is not ours to run.
+KNOWN = ("torch.optim.lr_scheduler", "torch.optim.swa_utils")
+#: Operations of a function that may change something outside of it.
+_LEAVE_TRACES = frozenset(("STORE_GLOBAL", "STORE_DEREF", "STORE_ATTR", "STORE_SUBSCR", "IMPORT_NAME"))
+#: Builtin functions that give the same whenever they are called with the same.
+_REPEATABLE = frozenset(getattr(builtins, name) for name in ("abs", "float", "int", "len", "max", "min", "pow", "round"))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A scheduler of an optimizer.
+
+    Attributes:
+        scheduler: It is copied, and not stepped.
+        every: So many optimizer steps lie between two of its own; NaN or infinity where that is not known.
+    """
+
+    scheduler: Any
+    every: float = 1.0
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The highest learning rate and momentum of some parameter groups, over the optimizer steps.
+
+    Attributes:
+        rates: A number for each step.
+        momenta: Likewise; 0 for optimizers without.
+        whole: Whether the run ends with the last of these steps.
+    """
+
+    rates: Sequence[float]
+    momenta: Sequence[float]
+    whole: bool
+
+
+def schedules_of(trainer: Any, pl_module: Any, optimizer: Optimizer) -> list[Schedule]:
+    """The schedules of one of a trainer's optimizers."""
+    # Where the module's own code steps them, when is not known.
+    package = type(pl_module).lr_scheduler_step.__module__.partition(".")[0]
+    by_lightning = pl_module.automatic_optimization and package in ("lightning", "pytorch_lightning")
+    epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
+    found = []
+    for config in trainer.lr_scheduler_configs:
+        if getattr(config.scheduler, "optimizer", None) is optimizer:
+            every = config.frequency * (1.0 if config.interval == "step" else math.ceil(epoch) if epoch < math.inf else epoch)
+            found.append(Schedule(config.scheduler, every if by_lightning else math.nan))
+    return found
+
+
+class _StandIn:
+    """Has the parts of an optimizer that schedulers use, and no parameters."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.param_groups = [{key: value for key, value in g.items() if key != "params"} for g in optimizer.param_groups]
+        self.param_groups = copy.deepcopy(self.param_groups)
+        self.defaults = dict(optimizer.defaults)
+        # Without these a scheduler warns that it is stepped before its optimizer.
+        self._opt_called = True
+
+        def step() -> None: ...
+
+        step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # as torch marks it
+        self.step = step
+
+
+def preview(
+    optimizer: Optimizer, groups: Sequence[Mapping[str, Any]], schedules: Iterable[Schedule], steps: float
+) -> Planned | None:
+    """The learning rates and momenta of the steps to come; None where they cannot be found without side effects.
+
+    Args:
+        optimizer: The optimizer; neither it nor its schedulers are changed.
+        groups: Those of its parameter groups that count.
+        schedules: All of its schedulers.
+        steps: How many optimizer steps are to come; infinity where that is not known.
+    """
+    schedules = list(schedules)
+    if not all(math.isfinite(schedule.every) and _is_known(schedule.scheduler) for schedule in schedules):
+        return None
+    wanted = [i for i, group in enumerate(optimizer.param_groups) if any(group is other for other in groups)]
+    stand_in = _StandIn(optimizer)
+    memo: dict[int, Any] = {id(optimizer): stand_in}
+    try:
+        copies = [(copy.deepcopy(schedule.scheduler, memo), schedule.every) for schedule in schedules]
+    except Exception:  # whatever a user's attribute raises when it is copied
+        return None
+    count = int(min(steps, MOST_STEPS))
+    rates, momenta = [], []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in range(count):
+            chosen = [stand_in.param_groups[i] for i in wanted]
+            rates.append(max(float(group["lr"]) for group in chosen))
+            momenta.append(max(float(group.get("momentum") or 0) for group in chosen))
+            try:
+                for scheduler, every in copies:
+                    if math.floor((step + 1) / every) > math.floor(step / every):
+                        scheduler.step()
+            except Exception:  # one that is stepped past its end, which training will meet, too
+                return Planned(rates, momenta, False)
+    return Planned(rates, momenta, count == steps) if count else None
+
+
+def _is_known(scheduler: Any) -> bool:
+    if type(scheduler).__module__ not in KNOWN or type(scheduler).__name__ == "ReduceLROnPlateau":
+        return False
+    functions = [*getattr(scheduler, "lr_lambdas", ()), getattr(scheduler, "_scale_fn_custom", None)]
+    functions += [getattr(scheduler, "anneal_func", None)] if hasattr(scheduler, "swa_lrs") else []
+    if not all(function is None or _is_repeatable(function) for function in functions):
+        return False
+    return all(_is_known(inner) for inner in getattr(scheduler, "_schedulers", ()))
+
+
+def _is_repeatable(value: Any, depth: int = 5) -> bool:
+    """Whether a function, and all that it refers to, is plainly one of numbers, which calls leave as they were."""
+    if value is None or isinstance(value, (int, float, str, bool)) or value is math:
+        return True
+    if isinstance(value, (tuple, frozenset)):
+        return all(_is_repeatable(entry, depth) for entry in value)
+    if isinstance(value, functools.partial):
+        return all(_is_repeatable(entry, depth) for entry in (value.func, *value.args, *value.keywords.values()))
+    if value in _REPEATABLE if callable(value) and not isinstance(value, FunctionType) else False:
+        return True
+    if getattr(value, "__module__", None) == "math":
+        return True
+    if not isinstance(value, FunctionType) or depth == 0:
+        return False
+    code = value.__code__
+    if any(each.opname in _LEAVE_TRACES for each in dis.get_instructions(code)):
+        return False
+    names = {each.argval for each in dis.get_instructions(code) if each.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    found = [value.__globals__.get(name, getattr(builtins, name, _Unknown)) for name in names]
+    found += [cell.cell_contents for cell in value.__closure__ or ()]
+    found += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+    nested = [constant for constant in code.co_consts if hasattr(constant, "co_code")]
+    return not nested and all(_is_repeatable(entry, depth - 1) for entry in found)
+
+
+class _Unknown:
+    """A name that has no value."""
