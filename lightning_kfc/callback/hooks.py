@@ -268,7 +268,7 @@ class KFCHooks:
         self._preconditioned_at.clear()
         self._said.clear()
         self._reporting = reporting = Reporting(self._report_settings, lambda: self.kfc, trainer, pl_module)
-        self._telemetry = Telemetry(self._telemetry_settings, lambda: self.kfc, trainer, reporting)
+        self._telemetry = Telemetry(self._telemetry_settings, lambda: self.kfc, trainer, pl_module, reporting)
         self._attachment = Attachment(
             trainer,
             # The learning-rate finder, for one, takes the other callbacks out while it runs; and before training starts
@@ -425,7 +425,7 @@ class KFCHooks:
         scale, gradients = self._gradient_scale(trainer, optimizer), self._loss_gradients
         self._loss_gradients = {}
         if self.kfc.precondition(optimizer=optimizer, loss_scale=scale, loss_gradients=gradients):
-            self._tells.after_step(pl_module, gradient_scaler=self._scaler(trainer) is not None)
+            self._tells.after_step(pl_module, optimizer, gradient_scaler=self._scaler(trainer) is not None)
         elif self._scaler(trainer) is None:
             # A gradient scaler skips such a step by itself; no optimizer steps a parameter without a gradient.
             self._warn_skipped()
@@ -453,6 +453,7 @@ class KFCHooks:
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Let go of the graph of what was recorded and not used."""
         self.kfc.release()
+        self._tells.batch_ends(gradient_scaler=self._scaler(trainer) is not None)
         self._reports.step_ends(trainer.fit_loop.epoch_loop._batches_that_stepped, outputs)
 
     def _warn_bare_backward(self) -> None:

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch.optim import Optimizer
+
+from lightning_kfc.callback.clipping_watch import ClippingWatch
 from lightning_kfc.kfc import KFC
 from lightning_kfc.monitoring.advice import Adviser
 from lightning_kfc.monitoring.messages import inform
@@ -37,16 +40,20 @@ class Telemetry:
         settings: The options.
         kfc: Gives the engine; a checkpoint may replace it.
         trainer: The trainer.
+        module: The module that is trained.
         reports: Takes numbers and advice for the report.
     """
 
-    def __init__(self, settings: TelemetrySettings, kfc: Callable[[], KFC], trainer: Any, reports: Reporting) -> None:
+    def __init__(
+        self, settings: TelemetrySettings, kfc: Callable[[], KFC], trainer: Any, module: Any, reports: Reporting
+    ) -> None:
         self._settings = settings
         self._kfc = kfc
         self._trainer = trainer
         self._reports = reports
         self._diagnostics = Diagnostics(kfc, log_layers=settings.log_layers)
         self._adviser = Adviser()
+        self._clipping = ClippingWatch(trainer, module)
         self._logged = 0
 
     def engine_replaced(self) -> None:
@@ -64,14 +71,16 @@ class Telemetry:
         """Before a step is preconditioned: at one that is logged, it is looked at closely."""
         self._diagnostics.begin_step(look=self._due())
 
-    def after_step(self, pl_module: Any, *, gradient_scaler: bool) -> None:
+    def after_step(self, pl_module: Any, optimizer: Optimizer, *, gradient_scaler: bool) -> None:
         """After a step was preconditioned: log its numbers, if they are due.
 
         Args:
             pl_module: The module that is trained.
+            optimizer: The optimizer whose gradients were preconditioned.
             gradient_scaler: Whether a gradient scaler is at work.
         """
         self._diagnostics.end_step()
+        self._clipping.preconditioned(optimizer)
         step = self._kfc().last_step
         if self._settings.progress_bar and step is not None:
             bar = {"kfc_nu": step.kl_clip_factor, "kfc_damping": step.damping}
@@ -87,12 +96,27 @@ class Telemetry:
         if self._logged % ASKED_EVERY == 0:
             self.advise(gradient_scaler=gradient_scaler)
 
+    def batch_ends(self, *, gradient_scaler: bool) -> None:
+        """After a batch: look at what clipping has left of its update.
+
+        Args:
+            gradient_scaler: Whether a gradient scaler is at work.
+        """
+        if self._clipping.stepped(self._trainer.optimizers):
+            self.advise(gradient_scaler=gradient_scaler)
+
     def advise(self, *, gradient_scaler: bool) -> None:
         """Give the advice that the numbers ask for and that was not given before.
 
         Args:
             gradient_scaler: Whether a gradient scaler is at work.
         """
-        for sentence in self._adviser.new(self._diagnostics.facts(gradient_scaler=gradient_scaler)):
+        groups = [group for optimizer in self._trainer.optimizers for group in optimizer.param_groups]
+        facts = self._diagnostics.facts(
+            gradient_scaler=gradient_scaler,
+            gradient_clip_factors=self._clipping.factors(),
+            momentum=max((float(group.get("momentum") or 0) for group in groups), default=0.0),
+        )
+        for sentence in self._adviser.new(facts):
             inform(f"KFC advice: {sentence}")
         self._reports.advice = tuple(self._adviser.given)

@@ -13,20 +13,23 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lightning_kfc.callback.schedule_preview import Planned, Schedule, preview
+from lightning_kfc.monitoring.advice import LONG_MOMENTUM
 from lightning_kfc.rules.momentum import is_sgd
 from lightning_kfc.settings import Settings
 
 #: What to put into ``configure_optimizers``, beside either rule.
 RATE, MOMENTUM = 0.5, 0.5
 RECOMMENDED = f"SGD(lr={RATE:g}, momentum={MOMENTUM:g})"
-#: With the natural gradient, and with the rule "adam", training goes more slowly where no rate comes up to this.
-LOW_RATE = {"natural": 0.01, "adam": 0.05}
+#: By rule: training is slower where no rate comes up to this.
+LOW_RATE = {"natural": 0.002, "adam": 0.05}
+#: And above this. The KL clip bounds the steps of the natural gradient, whatever the rate.
+HIGH_RATE = {"natural": math.inf, "adam": 1.0}
 #: Optimizers that scale each coordinate by its own recent gradients, by the names of their classes.
 RESCALING = frozenset(
     ("Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop", "Rprop", "SparseAdam")
 )
-#: A momentum of this much reaches so far back that a run of fewer steps is clearly worse by it.
-LONG_MOMENTUM, SHORT_RUN = 0.9, 300
+#: A momentum of :data:`LONG_MOMENTUM` reaches so far back that a run of fewer steps is clearly worse by it.
+SHORT_RUN = 300
 #: A rate below this share of its own peak moves nothing any more; a run should not spend half of its steps there.
 VANISHED, VANISHED_FOR = 0.01, 0.5
 
@@ -71,7 +74,8 @@ def warnings_for(
     elif is_sgd(optimizer):
         planned = preview(optimizer, groups, schedules, steps) or _as_known(groups)
         found += _of_momentum(optimizer, planned, schedules, settings.rule, steps)
-        found += map(OptimizerWarning, _of_rates(planned, settings.rule, steps))
+        # A momentum that is too high is named once.
+        found += [] if found else map(OptimizerWarning, _of_rates(planned, settings.rule, steps))
     if settings.rule == "adam" and settings.damping != "auto":
         found.append(OptimizerWarning("damping has no part in rule='adam'; leave it out."))
     return found
@@ -95,9 +99,9 @@ def _of_rescaling(optimizer: Optimizer, rule: str, schedules: Sequence[Schedule]
     decay = ""
     if any(group.get("weight_decay") for group in optimizer.param_groups):
         decay = " It shrinks the weights as before."
-    line = f"Replace it by `{replacement(optimizer)}`.{decay}"
-    peaks = ", ".join(sorted({type(s.scheduler).__name__ for s in schedules if hasattr(s.scheduler, "total_steps")}))
-    return f"{reason}. {line}" + (f" The max_lr of {peaks} becomes {RATE:g}, with cycle_momentum=False." if peaks else "")
+    peaks = [type(each).__name__ for each in _flat(s.scheduler for s in schedules) if hasattr(each, "cycle_momentum")]
+    schedule = f" The max_lr of {peaks[0]} becomes {RATE:g}, with cycle_momentum=False." if peaks else ""
+    return f"{reason}. Replace it by `{replacement(optimizer)}`.{decay}{schedule}"
 
 
 def replacement(optimizer: Optimizer) -> str:
@@ -106,7 +110,8 @@ def replacement(optimizer: Optimizer) -> str:
     A step of AdamW shrinks weights by the share ``lr * weight_decay``, one of SGD by
     ``lr * weight_decay / (1 - momentum)``.
     """
-    decays = [f"{_peak(g) * float(g.get('weight_decay') or 0) * (1 - MOMENTUM) / RATE:.3g}" for g in optimizer.param_groups]
+    shares = [_peak(group) * float(group.get("weight_decay") or 0) for group in optimizer.param_groups]
+    decays = [f"{share * (1 - MOMENTUM) / RATE:.3g}" for share in shares]
     options = f"lr={RATE:g}, momentum={MOMENTUM:g}"
     if len(set(decays)) > 1:
         groups = ", ".join(f'{{"params": ..., "weight_decay": {decay}}}' for decay in decays)
@@ -119,12 +124,14 @@ def _of_momentum(
 ) -> Iterator[OptimizerWarning]:
     highest = max(planned.momenta)
     own = float(optimizer.defaults.get("momentum") or 0)
-    cycling = [type(each).__name__ for each in _flat(s.scheduler for s in schedules) if getattr(each, "cycle_momentum", 0)]
+    schedulers = _flat(schedule.scheduler for schedule in schedules)
+    cycling = [type(each).__name__ for each in schedulers if getattr(each, "cycle_momentum", False)]
     if cycling and highest > own:
         name, low = cycling[0], min(planned.momenta)
         yield OptimizerWarning(
             f"{name} cycles the momentum between {low:g} and {highest:g}, and makes steps up to {_longer(highest):.0f} "
-            f"times as long as the KL bound allows. Use `{name}(..., cycle_momentum=False)`: the momentum stays at {own:g}.",
+            f"times as long as the KL bound allows. Use `{name}(..., cycle_momentum=False)`: the momentum stays at "
+            f"{own:g}.",
             severe=rule == "natural",
         )
     # The rule "adam" takes the optimizer's momentum out: it has its own.
@@ -141,10 +148,11 @@ def _of_rates(planned: Planned, rule: str, steps: float) -> Iterator[str]:
     # The rule "adam" goes by what the momentum makes of it: compared is the rate that is as long with the usual 0.5.
     momentum = planned.momenta[planned.rates.index(peak)] if rule == "adam" else MOMENTUM
     compared = peak * MOMENTUM / max(1 - momentum, 1e-3)
-    if compared < LOW_RATE[rule]:
+    beside = f", with a momentum of {momentum:g}," if rule == "adam" and momentum > MOMENTUM else ""
+    if not LOW_RATE[rule] <= compared <= HIGH_RATE[rule]:
         yield (
-            f"the learning rate, {peak:.2g} at its highest, is far below that of KFC, whose steps have other units than "
-            f"those of plain SGD. Use {RECOMMENDED}, and scale its schedule with it."
+            f"the learning rate, {peak:.2g} at its highest,{beside} is far from that of KFC, whose steps have other "
+            f"units than those of plain SGD. Use {RECOMMENDED}, and scale its schedule with it."
         )
     elif planned.whole:
         moving = max(i for i, rate in enumerate(planned.rates, 1) if rate >= VANISHED * peak)

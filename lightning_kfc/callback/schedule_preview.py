@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import FunctionType, ModuleType
+from types import FunctionType
 from typing import Any
 
 from torch.optim import Optimizer
@@ -22,7 +22,7 @@ KNOWN = ("torch.optim.lr_scheduler", "torch.optim.swa_utils")
 #: Operations of a function that may change something outside of it.
 _LEAVE_TRACES = frozenset(("STORE_GLOBAL", "STORE_DEREF", "STORE_ATTR", "STORE_SUBSCR", "IMPORT_NAME"))
 #: Builtin functions that give the same whenever they are called with the same.
-_REPEATABLE = frozenset(getattr(builtins, name) for name in ("abs", "float", "int", "len", "max", "min", "pow", "round"))
+_REPEATABLE = frozenset((abs, float, int, len, max, min, pow, round))
 
 
 @dataclass(frozen=True)
@@ -56,22 +56,31 @@ class Planned:
 def schedules_of(trainer: Any, pl_module: Any, optimizer: Optimizer) -> list[Schedule]:
     """The schedules of one of a trainer's optimizers."""
     # Where the module's own code steps them, when is not known.
-    package = type(pl_module).lr_scheduler_step.__module__.partition(".")[0]
-    by_lightning = pl_module.automatic_optimization and package in ("lightning", "pytorch_lightning")
+    by_lightning = pl_module.automatic_optimization and is_lightnings_own(pl_module, "lr_scheduler_step")
     epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
+    # The last batch of an epoch steps, however few were accumulated.
+    epoch = math.ceil(epoch) if epoch < math.inf else epoch
     found = []
     for config in trainer.lr_scheduler_configs:
         if getattr(config.scheduler, "optimizer", None) is optimizer:
-            every = config.frequency * (1.0 if config.interval == "step" else math.ceil(epoch) if epoch < math.inf else epoch)
+            every = config.frequency * (1.0 if config.interval == "step" else epoch)
             found.append(Schedule(config.scheduler, every if by_lightning else math.nan))
     return found
+
+
+def is_lightnings_own(pl_module: Any, method: str) -> bool:
+    """Whether a module has a method as its package defines it."""
+    package = getattr(type(pl_module), method).__module__.partition(".")[0]
+    return package in ("lightning", "pytorch_lightning")
 
 
 class _StandIn:
     """Has the parts of an optimizer that schedulers use, and no parameters."""
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.param_groups = [{key: value for key, value in g.items() if key != "params"} for g in optimizer.param_groups]
+        self.param_groups = [
+            {key: value for key, value in g.items() if key != "params"} for g in optimizer.param_groups
+        ]
         self.param_groups = copy.deepcopy(self.param_groups)
         self.defaults = dict(optimizer.defaults)
         # Without these a scheduler warns that it is stepped before its optimizer.
@@ -139,9 +148,7 @@ def _is_repeatable(value: Any, depth: int = 5) -> bool:
         return all(_is_repeatable(entry, depth) for entry in value)
     if isinstance(value, functools.partial):
         return all(_is_repeatable(entry, depth) for entry in (value.func, *value.args, *value.keywords.values()))
-    if value in _REPEATABLE if callable(value) and not isinstance(value, FunctionType) else False:
-        return True
-    if getattr(value, "__module__", None) == "math":
+    if any(value is function for function in _REPEATABLE) or getattr(value, "__module__", None) == "math":
         return True
     if not isinstance(value, FunctionType) or depth == 0:
         return False

@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
 #: The KL clip sets the step, not the learning rate, where so large a share of so many steps is cut to less than this.
 CUT_TO, CUT_SHARE, CUT_STEPS = 0.1, 0.95, 100
+#: Clipping of gradients sets the step where it leaves less than this of half of so many updates.
+CLIPPED_TO, CLIPPED_STEPS = 0.1, 50
+#: Beside a momentum of this much clipping shortens steps that would be too long: it was seen to rescue such trainings.
+LONG_MOMENTUM = 0.9
 #: What takes more of a step's time than the first share is worth a period that gives it the second.
 TIME_SHARE, WANTED_SHARE = 0.25, 0.1
 #: Shares of time say little before so many steps after the warm-up have been timed.
@@ -46,6 +51,9 @@ class Facts:
         chosen_layers: Whether `include` or `exclude` say which layers are preconditioned.
         nonfinite_steps: Steps that were skipped, their gradients not being finite.
         gradient_scaler: Whether a gradient scaler is at work (float16).
+        gradient_clip_factors: Of the last :data:`CLIPPED_STEPS` updates, the part of their length that the clipping of
+            gradients has left; empty where there is no clipping.
+        momentum: The highest momentum of an optimizer.
     """
 
     steps: int = 0
@@ -68,6 +76,8 @@ class Facts:
     chosen_layers: bool = False
     nonfinite_steps: int = 0
     gradient_scaler: bool = False
+    gradient_clip_factors: Sequence[float] = ()
+    momentum: float = 0.0
 
 
 def clip_sets_the_step(facts: Facts) -> str | None:
@@ -83,6 +93,18 @@ def clip_sets_the_step(facts: Facts) -> str | None:
     if facts.automatic_kl_clip:
         return f"{found} (kl_clip='auto' has set itself to {facts.kl_clip:.3g}, from what steps did to the loss)."
     return f"{found}, or raise kl_clip={facts.kl_clip:g}."
+
+
+def gradient_clipping_sets_the_step(facts: Facts) -> str | None:
+    """Clipping of gradients, which acts on the preconditioned ones, leaves little of most updates."""
+    factors = facts.gradient_clip_factors
+    if len(factors) < CLIPPED_STEPS or median(factors) >= CLIPPED_TO or facts.momentum >= LONG_MOMENTUM:
+        return None
+    bound = "kl_clip bounds every update" if facts.kl_clip is not None else "kl_clip='auto' bounds updates"
+    return (
+        f"gradient clipping cut half of the last {len(factors)} updates to less than {median(factors):.2g} of their "
+        f"length, so that it sets the step: leave gradient_clip_val out, {bound}."
+    )
 
 
 def damping_above_curvature(facts: Facts) -> str | None:
@@ -171,6 +193,7 @@ Rule = Callable[[Facts], str | None]
 
 RULES: tuple[Rule, ...] = (
     clip_sets_the_step,
+    gradient_clipping_sets_the_step,
     damping_above_curvature,
     inverses_take_long,
     statistics_take_long,

@@ -169,11 +169,15 @@ class Diagnostics:
         own = {f"kfc/{name}/{key}": value for name, found in by_layer.items() for key, value in found.items()}
         return {**summary(by_layer.values()), **(own if self._log_layers else {})}
 
-    def facts(self, *, gradient_scaler: bool = False) -> Facts:
+    def facts(
+        self, *, gradient_scaler: bool = False, gradient_clip_factors: Sequence[float] = (), momentum: float = 0.0
+    ) -> Facts:
         """What rules of advice look at.
 
         Args:
             gradient_scaler: Whether a gradient scaler is at work.
+            gradient_clip_factors: What clipping has left of the last updates.
+            momentum: The highest momentum of an optimizer.
         """
         kfc = self._kfc()
         trainable = [row for row in kfc.coverage() if row.treatment != "frozen"]
@@ -200,6 +204,8 @@ class Diagnostics:
             chosen_layers=kfc.settings.include is not None or kfc.settings.exclude is not None,
             nonfinite_steps=self._events_since("nonfinite_gradients"),
             gradient_scaler=gradient_scaler,
+            gradient_clip_factors=gradient_clip_factors,
+            momentum=momentum,
         )
 
     def _events_since(self, event: str) -> int:

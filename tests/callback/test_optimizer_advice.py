@@ -59,7 +59,12 @@ SGD_INSTEAD = r"Replace it by `torch\.optim\.SGD\(self\.parameters\(\), lr=0\.5,
 @pytest.mark.parametrize(
     ("make", "rule", "options", "expected"),
     [
-        (lambda p: Adam(p), "natural", {}, rf"Adam rescales each coordinate .* preconditioned twice\. {SGD_INSTEAD}\)`"),
+        (
+            lambda p: Adam(p),
+            "natural",
+            {},
+            rf"Adam rescales each coordinate .* preconditioned twice\. {SGD_INSTEAD}\)`",
+        ),
         (lambda p: AdamW(p), "natural", {}, rf"AdamW rescales .* {SGD_INSTEAD}, weight_decay=1e-05\)`"),
         (lambda p: RMSprop(p), "natural", {}, "RMSprop rescales"),
         (lambda p: Lion(p), "natural", {}, "Lion rescales"),
@@ -113,7 +118,9 @@ def shrinkage(optimizer: Optimizer) -> list[float]:
 
 
 @pytest.mark.parametrize("decays", [(0.01,), (0.1, 0.0), (0.0,)])
-def test_the_replacement_of_adamw_is_a_line_of_code_that_shrinks_weights_as_adamw_does(decays: tuple[float, ...]) -> None:
+def test_the_replacement_of_adamw_is_a_line_of_code_that_shrinks_weights_as_adamw_does(
+    decays: tuple[float, ...],
+) -> None:
     class Module(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -162,7 +169,9 @@ def test_a_momentum_that_is_cycled_is_named_with_the_option_that_keeps_it(
     schedule: Callable[..., LRScheduler], name: str, low: str, high: str, rule: str
 ) -> None:
     optimizer = SGD(nn.Linear(2, 2).parameters(), lr=0.5, momentum=0.5)
-    (found,) = warnings_for(optimizer, Settings(rule=rule, damping="auto"), schedules=[Schedule(schedule(optimizer))], steps=100)
+    (found,) = warnings_for(
+        optimizer, Settings(rule=rule, damping="auto"), schedules=[Schedule(schedule(optimizer))], steps=100
+    )
     assert f"{name} cycles the momentum between {low}" in found.text
     assert f" and {high}, " in found.text
     assert f"`{name}(..., cycle_momentum=False)`: the momentum stays at 0.5" in found.text
@@ -196,17 +205,17 @@ def random_multiplier(step: int) -> float:
 
 def test_a_schedule_that_never_comes_near_is_told() -> None:
     optimizer = SGD(list(nn.Linear(2, 2).parameters()), lr=0.5, momentum=0.5)
-    schedule = OneCycleLR(optimizer, max_lr=0.002, total_steps=100, cycle_momentum=False)
+    schedule = OneCycleLR(optimizer, max_lr=0.001, total_steps=100, cycle_momentum=False)
     found = text(warnings_for(optimizer, Settings(), schedules=[Schedule(schedule)], steps=100))
-    assert "the learning rate, 0.002 at its highest" in found
+    assert "the learning rate, 0.001 at its highest" in found
 
 
 def test_a_schedule_that_goes_on_by_epochs_is_judged_by_the_steps_that_it_makes() -> None:
     optimizer = SGD(list(nn.Linear(2, 2).parameters()), lr=0.5, momentum=0.5)
-    schedule = SequentialLR(optimizer, [LinearLR(optimizer, 0.001, total_iters=100), StepLR(optimizer, 9)], [100])
+    schedule = SequentialLR(optimizer, [LinearLR(optimizer, 1e-4, total_iters=90), StepLR(optimizer, 9)], [100])
     assert warnings_for(optimizer, Settings(), schedules=[Schedule(schedule)], steps=100) == []
-    found = text(warnings_for(optimizer, Settings(), schedules=[Schedule(schedule, 50)], steps=100))
-    assert "the learning rate, 0.0055 at its highest" in found
+    found = text(warnings_for(optimizer, Settings(), schedules=[Schedule(schedule, 100)], steps=100))
+    assert "the learning rate, 5e-05 at its highest" in found
 
 
 @pytest.mark.parametrize(("every", "expected"), [(1, "after 44 of 200 steps"), (10, "")])

@@ -20,6 +20,7 @@ from lightning_kfc.monitoring.advice import (
     Facts,
     clip_sets_the_step,
     damping_above_curvature,
+    gradient_clipping_sets_the_step,
     inverses_take_long,
     longer_period,
     many_nonfinite_steps,
@@ -51,6 +52,25 @@ def test_the_clip_rule_speaks_from_95_of_the_last_100_steps_on(cut: int, steps: 
         assert automatic is not None
         assert "raise" not in automatic
         assert clip_sets_the_step(replace(facts, kl_clip=None)) is None
+
+
+@pytest.mark.parametrize(
+    ("little", "steps", "momentum", "speaks"),
+    [(26, 50, 0.5, True), (25, 50, 0.5, False), (49, 49, 0.5, False), (50, 50, 0.9, False), (0, 50, 0.0, False)],
+)
+def test_the_rule_of_clipped_gradients_speaks_where_half_of_the_updates_lose_nearly_all_of_their_length(
+    little: int, steps: int, momentum: float, speaks: bool
+) -> None:
+    factors = [0.01] * little + [0.4] * (steps - little)
+    facts = Facts(gradient_clip_factors=factors, momentum=momentum, kl_clip=0.1)
+    said = gradient_clipping_sets_the_step(facts)
+    assert (said is not None) == speaks
+    if said is not None:
+        assert "cut half of the last 50 updates to less than 0.01 of their length" in said
+        assert "leave gradient_clip_val out, kl_clip bounds every update." in said
+        without = gradient_clipping_sets_the_step(replace(facts, kl_clip=None))
+        assert without is not None
+        assert "kl_clip='auto' bounds updates" in without
 
 
 def test_the_damping_rule_names_the_layers() -> None:
