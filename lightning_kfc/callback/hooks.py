@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_kfc.callback.metrics_logging import Telemetry, TelemetrySettings
-from lightning_kfc.callback.optimizer_advice import OptimizerWarning, warnings_for
+from lightning_kfc.callback.optimizer_advice import OptimizerWarning, warning_for_run, warnings_for
 from lightning_kfc.callback.schedule_preview import schedules_of
 from lightning_kfc.callback.training_step import Attachment
 from lightning_kfc.curvature.coverage import wrapped
@@ -311,6 +311,8 @@ class KFCHooks:
             schedules = schedules_of(trainer, self._module, optimizer)
             found = warnings_for(optimizer, self.kfc.settings, groups=groups, schedules=schedules, steps=steps)
             said |= dict.fromkeys(found)
+        if self.kfc.step == 0 and (short := warning_for_run(self.kfc.settings, steps)) is not None:
+            said[short] = None
         for each in said:
             tell = rank_zero_warn if each.severe else rank_zero_info
             tell(f"KFCCallback: {each.text}")

@@ -29,7 +29,7 @@ RESCALING = frozenset(
     ("Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop", "Rprop", "SparseAdam")
 )
 #: A momentum of :data:`LONG_MOMENTUM` reaches so far back that a run of fewer steps is clearly worse by it.
-SHORT_RUN = 300
+SHORT_RUN = 500
 #: A rate below this share of its own peak moves nothing any more; a run should not spend half of its steps there.
 VANISHED, VANISHED_FOR = 0.01, 0.5
 
@@ -79,6 +79,21 @@ def warnings_for(
     if settings.rule == "adam" and settings.damping != "auto":
         found.append(OptimizerWarning("damping has no part in rule='adam'; leave it out."))
     return found
+
+
+def warning_for_run(settings: Settings, steps: float) -> OptimizerWarning | None:
+    """A sentence on a run that is over soon after its warm-up; None for others.
+
+    Args:
+        settings: Those of the preconditioner.
+        steps: How many optimizer steps the run has, as far as is known.
+    """
+    if not settings.warmup_steps < steps < settings.warmup_steps + settings.schedule.inverse_every_n_steps:
+        return None
+    return OptimizerWarning(
+        f"the run of {steps:.0f} steps ends within the first period of inverses after the warm-up: use "
+        f"`KFCCallback(warmup_steps={steps:.0f})`, so that curvature follows every step."
+    )
 
 
 def rescales(optimizer: Optimizer) -> bool:
