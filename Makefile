@@ -6,12 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-fast lint types docs examples check clean help
+.PHONY: demo test test-fast coverage lint types docs examples check clean help
 
 help:
 	@echo "make demo      install, and train on 5,000 real MNIST digits with SGD and with KFC"
 	@echo "make test      install, and run the tests"
 	@echo "make test-fast install, and run the tests that are not marked slow (a minute and a half)"
+	@echo "make coverage  install, and run the tests with the coverage of lines and branches"
 	@echo "make lint      ruff and the import contract"
 	@echo "make types     mypy"
 	@echo "make docs      build the documentation into docs/_build/html"
@@ -29,6 +30,10 @@ test: $(VENV)/installed
 test-fast: $(VENV)/installed
 	@echo "==> Running the tests that are not marked slow"
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+coverage: $(VENV)/installed
+	@echo "==> Running the tests with coverage"
+	$(BIN)/python -m pytest -n $(WORKERS) --cov
 
 lint: $(VENV)/installed
 	@echo "==> Linting"

@@ -19,6 +19,8 @@ from typing import Any
 
 #: Seconds that a case may take on any rank.
 CASE_SECONDS = 120.0
+#: Seconds that ranks get to end by themselves, in which their coverage is written.
+CLOSING_SECONDS = 30.0
 
 
 def free_port() -> int:
@@ -60,7 +62,10 @@ def _serve(rank: int, size: int, port: int, calls: Any) -> None:
         timeout=timedelta(seconds=CASE_SECONDS),
     )
     while True:
-        function, arguments = pickle.loads(calls.recv_bytes())
+        try:
+            function, arguments = pickle.loads(calls.recv_bytes())
+        except EOFError:
+            return
         try:
             answer = (True, function(*arguments))
         except BaseException:
@@ -116,8 +121,12 @@ class Ranks:
             self._pipes.append(ours)
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes; those that wait for another rank are killed."""
+        for pipe in self._pipes:
+            pipe.close()
+        end = time.monotonic() + CLOSING_SECONDS
         for process in self._processes:
+            process.join(max(0.0, end - time.monotonic()))
             with suppress(OSError):
                 process.kill()
             process.join()
