@@ -15,6 +15,9 @@ from lightning_kfc.layers import Adapter, ParameterAdapter, adapter_for
 #: Why the parameters of a lazy module have no curvature before it has seen an input.
 UNINITIALISED = "not initialised before the first forward"
 
+#: Why a complex parameter has no curvature. All factors are real.
+COMPLEX = "complex: there is no curvature for complex values"
+
 
 @dataclass(frozen=True)
 class LayerOptions:
@@ -80,6 +83,8 @@ def find_layers(model: nn.Module, options: LayerOptions | None = None, *, strict
         reason = left_out[name] or (UNINITIALISED if _uninitialised(module) else None)
         if reason is not None:
             found.plain.update(dict.fromkeys(_identities(module._parameters), (type(module).__name__, reason)))
+        if reason is None:
+            found.plain.update({id(p): (type(module).__name__, COMPLEX) for p in _complex_parameters(module)})
         if name not in held:
             parts = _parts(name, module, options.weight_sharing)
             parts = {
@@ -181,6 +186,10 @@ def _uninitialised(module: nn.Module) -> bool:
     return any(parameter is not None and is_lazy(parameter) for parameter in module._parameters.values())
 
 
+def _complex_parameters(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module._parameters.values() if p is not None and p.is_complex()]
+
+
 def _connected(parts: Mapping[str, Adapter]) -> list[dict[str, Adapter]]:
     """The parts in groups that have no parameter in common."""
     groups: list[dict[str, Adapter]] = []
@@ -231,6 +240,8 @@ def _refusal(module: nn.Module) -> str | None:
         return "a weight that is re-parametrised is computed from it"
     if kind is None:
         return f"no adapter for {type(module).__name__}"
+    if _complex_parameters(module):
+        return "its module has complex parameters"
     if _computes_its_weight(module):
         return "its weight is re-parametrised"
     return kind.refusal(module)

@@ -135,5 +135,8 @@ def replayed(losses: Sequence[SeenLoss], values: Mapping[int, Tensor], *, with_c
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
+    if a.is_complex():
+        # A gradient of torch's is that of the real and of the imaginary part, as one complex number.
+        a, b = torch.view_as_real(a), torch.view_as_real(b)
     # Summed in float64: a slope is a small sum of large terms near the minimum.
     return float(torch.sum(a * b, dtype=torch.float64))
