@@ -29,6 +29,20 @@ _DIAGONAL_SIDE = Case(
     _in("curvature/test_large_layers.py", "a_factor_above_the_bound_is_the_diagonal_of_the_dense_one"),
 )
 
+_CANCELLING = Case(
+    '`weight_sharing="reduce"` where inputs or derivatives cancel over the positions of an example',
+    "exact",
+    'as with `"expand"`: one line of the log and the coverage state it',
+    _in("layers/test_reduction.py", "a_layer_whose_derivatives_cancel_over_positions_has_the_factors_of_expand"),
+)
+
+_COST_RULE = Case(
+    "`groups`, and kernels of more than some 180 numbers a group (depthwise 15 x 15 and larger)",
+    "approximate",
+    "the diagonal of A, where dense factors would cost more than 64 times the layer's own forward and backward",
+    _in("curvature/test_cost_rule.py", "a_large_depthwise_kernel_has_the_diagonal_of_its_dense_factor"),
+)
+
 _CONV, _NORM, _LINEAR = "layers/test_conv.py", "layers/test_norm.py", "layers/test_linear.py"
 _ATTENTION, _EMBEDDING = "layers/test_attention.py", "layers/test_embedding.py"
 _RECURRENT, _PARAMETER, _SHARING = "layers/test_recurrent.py", "layers/test_parameter.py", "curvature/test_sharing.py"
@@ -75,7 +89,9 @@ CASES: dict[str, list[Case]] = {
             "the other one's rows",
             _in(_CONV, "a_frozen_weight_or_bias_leaves_the_other_s_rows"),
         ),
+        _CANCELLING,
         _DIAGONAL_SIDE,
+        _COST_RULE,
     ],
     "ConvTransposeAdapter": [
         Case(
@@ -240,8 +256,8 @@ CASES: dict[str, list[Case]] = {
         Case(
             '`weight_sharing="reduce"`',
             "exact",
-            "a row for each example",
-            _in(_ATTENTION, "reduce_takes_the_mean_over_the_sequence_whichever_axis_it_lies_on"),
+            'as with `"expand"`: a softmax takes out what all keys share, so that their reduced factor would be zero',
+            _in(_ATTENTION, "projections_are_shared_by_expand_whatever_the_setting_is"),
         ),
         Case(
             "`add_bias_kv`; re-parametrised, or a subclass with another forward",
@@ -338,6 +354,12 @@ CASES: dict[str, list[Case]] = {
                 "a_tied_embedding_and_head_have_the_exact_diagonal_of_both_uses",
                 "a_re_parametrised_weight_is_listed_with_the_exact_diagonal_and_trains",
             ),
+        ),
+        Case(
+            "complex",
+            "plain",
+            "its own gradient: all factors are real",
+            _in("curvature/test_complex.py", "a_complex_parameter_trains_as_its_real_twin_whose_gradient_is_plain"),
         ),
         Case(
             "in `exclude`, or not in `include`",

@@ -29,8 +29,8 @@ class CoverageRow:
         kind: The kind of layer; the module's class where it has none.
         treatment: ``"kfc"`` (Kronecker factors), ``"block"`` or ``"diagonal"`` (smaller forms of curvature),
             ``"plain"`` (its own gradient) or ``"frozen"``.
-        reason: Why it has not the form of curvature that its kind of layer has, or which factor is a diagonal since it
-            would be too large; empty where it has.
+        reason: Why it has not the form of curvature that its kind of layer has, which factor is a diagonal since it
+            would be too large or cost too much, or why its uses are not shared as set; empty where it has.
         factor_shapes: The shapes of its layer's factors, by name; a leading axis of groups where there are several.
         bytes: The memory of its layer's factors and inverse, on the layer's first trainable parameter only.
         numel: The number of its elements.
@@ -125,7 +125,7 @@ def wrapped(text: str) -> list[str]:
 
 
 _LABELS = {
-    "kfc": "Cheaper factors",
+    "kfc": "Other factors",
     "block": "Block",
     "diagonal": "Diagonal",
     "plain": "Plain gradient",

@@ -102,6 +102,7 @@ def find_layers(model: nn.Module, options: LayerOptions | None = None, *, strict
             for adapter in adapters:
                 adapter.max_factor_dim = options.max_factor_dim
                 adapter.rows_per_dim = options.rows_per_dim
+                adapter.layer_name = name
             found.layers[name] = Layer(name, adapters, inverse_precision=options.inverse_precision)
     to_come = any(_uninitialised(module) for name, module in owners.items() if left_out[name] is None)
     if strict and not to_come and not any(layer.adapter.own_parameters() for layer in found.layers.values()):

@@ -103,6 +103,25 @@ def share_by_reduction(rows: Tensor, *, average: bool) -> Tensor:
     return rows.mean(1, keepdim=True) if average else rows.sum(1, keepdim=True)
 
 
+#: Below this share of their expanded second moment, sums over positions have cancelled. Derivatives that cancel exactly
+#: come to 1e-14 in float32, and to 1e-6 from half precision.
+CANCELLED = 1e-4
+
+
+def rows_cancel(reduced: Tensor, expanded: Tensor) -> bool:
+    r"""Whether the rows of each example cancel in their sum, along any axis of the rows.
+
+    Independent rows have about the same second moment summed before as after squaring, equal ones a larger one.
+    A direction in which all sums vanish has no curvature in a reduced factor, however large its gradient is in single
+    positions: the keys of attention, whose common shift the softmax takes out, for one.
+
+    Args:
+        reduced: :math:`\sum_n (\sum_t x_{nt})^2` for each axis, any shape.
+        expanded: :math:`\sum_n \sum_t x_{nt}^2`, the same shape.
+    """
+    return bool((reduced < CANCELLED * expanded).any())
+
+
 def per_example_gradients(input_rows: Tensor, output_rows: Tensor) -> Tensor:
     r"""Each example's gradient :math:`\sum_t g_{nt} \bar a_{nt}^\top`; shape ``(examples, groups, d_out, d_in)``."""
     return torch.einsum("ntgo,ntgi->ngoi", output_rows, input_rows)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_kfc.factors.cost import MOST_IN_A_STEP, cost_in_a_step
 from lightning_kfc.factors.inverses import Inverse
 from lightning_kfc.factors.row_sampling import number_of_parts, one_part
 from lightning_kfc.factors.statistics import (
@@ -18,10 +19,12 @@ from lightning_kfc.factors.statistics import (
     Statistics,
     append_ones,
     factor_dtype,
+    rows_cancel,
     second_moment_diagonal,
     second_moment_total,
     share_by_reduction,
 )
+from lightning_kfc.monitoring.messages import inform
 
 #: Called as ``hook(module, args, kwargs, output)``.
 ForwardHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
@@ -59,6 +62,18 @@ class Forward:
         return value
 
 
+@dataclass(frozen=True)
+class _BothForms:
+    """The statistic of A from reduced and from expanded rows, until it is known which of both serves."""
+
+    reduced: InputStatistic
+    expanded: InputStatistic
+
+
+#: With fewer examples, rows may cancel by chance.
+ENOUGH_EXAMPLES = 4
+
+
 class Adapter(ABC):
     r"""Translates between one module and canonical rows.
 
@@ -88,7 +103,9 @@ class Adapter(ABC):
     pairs_rows: ClassVar[bool] = True
     #: The factors that are means over rows (E1); the others are sums.
     mean_factors: ClassVar[frozenset[str]] = frozenset({"A"})
-    #: Above this many dimensions a factor is held as its diagonal; None for no bound.
+    #: The layer's name in the model, for messages.
+    layer_name: str = ""
+    #: Above this many dimensions a factor is held as its diagonal; None for no bound, by cost neither.
     max_factor_dim: int | None = None
     #: Statistics are taken from a part of a batch's rows that has so many times a factor's dimensions; None for all.
     rows_per_dim: int | None = None
@@ -99,6 +116,9 @@ class Adapter(ABC):
     def __init__(self, module: nn.Module, weight_sharing: str = "expand") -> None:
         self.module = module
         self.weight_sharing = weight_sharing
+        #: Why the sharing is another one than the setting; empty where it is the setting's.
+        self.sharing_reason = ""
+        self._reduction_tested = False
 
     # Which parameters, and the shape of their joint gradient.
 
@@ -184,31 +204,47 @@ class Adapter(ABC):
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the layer's factors, by name, with the groups axis first; two axes say diagonal."""
         groups, d_out, d_in = self.matrix_shape()
-        return {name: (groups, d) if self.too_large(d) else (groups, d, d) for name, d in (("A", d_in), ("G", d_out))}
+        diagonal = self.diagonal_sides()
+        return {name: (groups, d) if name in diagonal else (groups, d, d) for name, d in (("A", d_in), ("G", d_out))}
 
-    def too_large(self, d: int) -> bool:
-        """Whether a factor of so many dimensions is held as its diagonal."""
-        return self.max_factor_dim is not None and d > self.max_factor_dim
+    def second_moment(self, rows: Tensor, side: str) -> Tensor:
+        """The rows' second-moment total ``(groups, d, d)``, or its diagonal ``(groups, d)`` where the side has that.
 
-    def second_moment(self, rows: Tensor) -> Tensor:
-        """The rows' second-moment total ``(groups, d, d)``, or its diagonal ``(groups, d)`` where d is too large."""
-        return second_moment_diagonal(rows) if self.too_large(rows.shape[-1]) else second_moment_total(rows)
+        Args:
+            rows: Canonical rows.
+            side: ``"A"`` or ``"G"``.
+        """
+        return second_moment_diagonal(rows) if side in self.diagonal_sides() else second_moment_total(rows)
 
-    def large_sides(self) -> dict[str, int]:
-        """The dimensions of the factors, by name, that :attr:`max_factor_dim` turns into diagonals."""
-        _, d_out, d_in = self.matrix_shape()
-        return {name: d for name, d in (("A", d_in), ("G", d_out)) if self.too_large(d)}
+    def diagonal_sides(self) -> dict[str, str]:
+        """The factors, by name, that are held as diagonals instead of dense, with the reason.
+
+        A factor is, where it has more dimensions than :attr:`max_factor_dim`; and the larger one of a layer with
+        several groups, where their pairs would cost more than :data:`~lightning_kfc.factors.cost.MOST_IN_A_STEP` times
+        the layer's own forward and backward. A layer with one pair is bounded by :attr:`max_factor_dim` alone.
+        """
+        if self.max_factor_dim is None:
+            return {}
+        groups, d_out, d_in = self.matrix_shape()
+        sides = {"A": d_in, "G": d_out}
+        found = {name: f"{d:,} > max_factor_dim" for name, d in sides.items() if d > self.max_factor_dim}
+        cost = cost_in_a_step(d_in, d_out)
+        if groups > 1 and not found and cost > MOST_IN_A_STEP:
+            larger = "A" if d_in >= d_out else "G"
+            found[larger] = f"{groups:,} dense ones would cost {cost:,.0f} x the layer's forward and backward"
+        return found
 
     def approximation(self) -> str:
-        """What :attr:`max_factor_dim` made cheaper, and the memory that saves; empty where nothing."""
-        groups, _, _ = self.matrix_shape()
-        large = self.large_sides()
+        """Which factors are diagonals, why, and the memory that saves; another sharing than the setting's."""
+        groups, d_out, d_in = self.matrix_shape()
+        reasons = self.diagonal_sides()
         itemsize = factor_dtype(next(iter(self.parameters().values())).dtype).itemsize
         # The factor, and an inverse of the same size.
-        saved = sum(2 * groups * d * (d - 1) * itemsize for d in large.values())
-        sides = [f"{name} diagonal: {d:,} > max_factor_dim" for name, d in large.items()]
+        saved = sum(2 * groups * d * (d - 1) * itemsize for name, d in (("A", d_in), ("G", d_out)) if name in reasons)
+        sides = [f"{name} diagonal: {reason}" for name, reason in reasons.items()]
         size = f"{saved / 1e9:,.2f} GB" if saved >= 1e8 else f"{saved / 1e6:.1f} MB"
-        return f"{', '.join(sides)} (saves {size})" if large else ""
+        cheaper = f"{', '.join(sides)} (saves {size})" if reasons else ""
+        return "; ".join(text for text in (self.sharing_reason, cheaper) if text)
 
     def estimate(self, factors: Mapping[str, Tensor], draws: float) -> Mapping[str, Tensor]:
         """What is inverted, given the running factors; by default they themselves.
@@ -271,10 +307,15 @@ class Adapter(ABC):
 
     # Statistics.
 
-    def input_statistic(self, forward: Forward) -> InputStatistic:
-        """What one forward call adds to A; formed inside the forward, so that no activation is kept for it."""
+    def input_statistic(self, forward: Forward, *, reduce: bool) -> InputStatistic:
+        """What one forward call adds to A; formed inside the forward, so that no activation is kept for it.
+
+        Args:
+            forward: The forward call.
+            reduce: Whether the mean of an example's rows is its one row.
+        """
         rows = self.input_rows(forward)
-        if self.weight_sharing == "reduce":
+        if reduce:
             rows = share_by_reduction(rows, average=True)
         return InputStatistic(self._second_moment_of_part(rows), rows.shape[0] * rows.shape[1])
 
@@ -283,21 +324,54 @@ class Adapter(ABC):
         examples, positions, _, d = rows.shape
         parts = number_of_parts(examples, positions, d, self.rows_per_dim)
         if parts == 1:
-            return self.second_moment(rows)
+            return self.second_moment(rows, "A")
         part = one_part(rows, parts)
-        return self.second_moment(part).mul_(examples * positions / part.shape[1])
+        return self.second_moment(part, "A").mul_(examples * positions / part.shape[1])
 
     def record(self, forward: Forward) -> Any:
         """What :meth:`statistics` will need of one forward call; made inside that forward.
 
-        By default the statistic of A, so that no activation is kept for it.
+        By default the statistic of A, so that no activation is kept for it. With ``"reduce"``, also that of expanded
+        rows, until :meth:`statistics` has compared both.
         """
-        return self.input_statistic(forward)
+        reduce = self.weight_sharing == "reduce"
+        reduced = self.input_statistic(forward, reduce=reduce)
+        if not reduce or self._reduction_tested:
+            return reduced
+        return _BothForms(reduced, self.input_statistic(forward, reduce=False))
 
     def statistics(self, record: Any, output_gradient: Tensor) -> Statistics:
         """The statistics of one call, from what was recorded in the forward and the derivative at the output."""
-        assert isinstance(record, InputStatistic)
         rows = self.output_rows(output_gradient.to(factor_dtype(output_gradient.dtype)))
-        if self.weight_sharing == "reduce":
-            rows = share_by_reduction(rows, average=False)
-        return Statistics({"A": record.total}, {"G": self.second_moment(rows)}, record.rows)
+        reduced = share_by_reduction(rows, average=False) if self.weight_sharing == "reduce" else rows
+        if isinstance(record, _BothForms):
+            if self.weight_sharing == "reduce":
+                self._test_reduction(record, rows, reduced)
+            expands = self.weight_sharing == "expand"
+            record, reduced = (record.expanded, rows) if expands else (record.reduced, reduced)
+        assert isinstance(record, InputStatistic)
+        return Statistics({"A": record.total}, {"G": self.second_moment(reduced, "G")}, record.rows)
+
+    def _test_reduction(self, record: _BothForms, rows: Tensor, reduced: Tensor) -> None:
+        """Share by ``"expand"`` from now on where an example's rows cancel in their sum; once there are enough."""
+        squares = second_moment_diagonal(rows)
+        examples, positions = rows.shape[:2]
+        if examples < ENOUGH_EXAMPLES or positions < 2 or not bool(squares.any()):
+            return
+        self._reduction_tested = True
+        means = record.expanded.rows / max(1, record.reduced.rows)
+        sides = {
+            "inputs": rows_cancel(_diagonal(record.reduced.total) * means**2, _diagonal(record.expanded.total)),
+            "derivatives": rows_cancel(second_moment_diagonal(reduced), squares),
+        }
+        cancelling = [side for side, cancels in sides.items() if cancels]
+        if cancelling:
+            self.weight_sharing = "expand"
+            self.sharing_reason = (
+                f"shared by 'expand': its {' and '.join(cancelling)} cancel over an example's positions"
+            )
+            inform(f"KFC: layer {self.layer_name!r} is {self.sharing_reason}.")
+
+
+def _diagonal(total: Tensor) -> Tensor:
+    return total.diagonal(dim1=-2, dim2=-1) if total.ndim == 3 else total

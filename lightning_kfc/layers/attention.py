@@ -24,10 +24,13 @@ from lightning_kfc.layers.registry import register_adapter
 
 PROJECTIONS = ("q", "k", "v")
 
+#: The softmax is the same for keys that are all shifted alike, so that the derivatives at them add up to zero.
+SHARING = "shared by 'expand': summed over positions, the derivatives at the keys of attention are zero"
+
 
 @register_adapter(nn.MultiheadAttention)
 class ProjectionAdapter(LinearAdapter):
-    """One projection of an attention module.
+    """One projection of an attention module; each position is a row, whatever ``weight_sharing`` is.
 
     Args:
         module: The attention module.
@@ -61,7 +64,11 @@ class ProjectionAdapter(LinearAdapter):
         assert isinstance(module, nn.MultiheadAttention)
         watch = Watch(module, _run)
         names = [*PROJECTIONS, *(["out_proj"] if "weight" in module.out_proj._parameters else [])]
-        return {name: cls(module, weight_sharing, watch, name) for name in names}
+        found: dict[str, Adapter] = {name: cls(module, "expand", watch, name) for name in names}
+        if weight_sharing == "reduce":
+            for adapter in found.values():
+                adapter.sharing_reason = SHARING
+        return found
 
     def attach(self, hook: ForwardHook) -> RemovableHandle:
         """See :class:`Adapter`."""

@@ -90,22 +90,21 @@ class ConvAdapter(Adapter):
         products = torch.cat(parts)
         return products + along[:, depth] if "bias" in own else products
 
-    def input_statistic(self, forward: Forward) -> InputStatistic:
-        """The patches' second moment, a chunk of patches at a time."""
+    def input_statistic(self, forward: Forward, *, reduce: bool) -> InputStatistic:
+        """The patches' second moment, a chunk of patches at a time; see :class:`Adapter`."""
         own = self.own_parameters()
         if "weight" not in own:
-            return super().input_statistic(forward)
+            return super().input_statistic(forward, reduce=reduce)
         images, geometry, homogeneous = self._images(forward), self.geometry(forward), "bias" in own
-        parts = self._parts(images, geometry)
+        parts = 1 if reduce else self._parts(images, geometry)
         if parts > 1:
             return InputStatistic(*part_of_patch_second_moment(images, geometry, parts, homogeneous=homogeneous))
-        form = patch_second_moment_diagonal if "A" in self.large_sides() else patch_second_moment
-        reduce = self.weight_sharing == "reduce"
+        form = patch_second_moment_diagonal if "A" in self.diagonal_sides() else patch_second_moment
         return InputStatistic(*form(images, geometry, homogeneous=homogeneous, reduce=reduce))
 
     def _parts(self, images: Tensor, geometry: Geometry) -> int:
         """How many parts of the patches to take one of; 1 where all of them are wanted, or are cheaper."""
-        if "A" in self.large_sides() or self.weight_sharing == "reduce":
+        if "A" in self.diagonal_sides():
             return 1
         positions = geometry.positions(images.shape[2:])
         parts = number_of_parts(len(images), positions, self.matrix_shape()[2], self.rows_per_dim)

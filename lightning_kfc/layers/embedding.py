@@ -54,9 +54,9 @@ class _TableAdapter(Adapter):
         """A is a diagonal, however many tokens there are."""
         return {**super().factor_shapes(), "A": (1, self.matrix_shape()[2])}
 
-    def large_sides(self) -> dict[str, int]:
+    def diagonal_sides(self) -> dict[str, str]:
         """See :class:`Adapter`; A would be diagonal anyway."""
-        return {name: d for name, d in super().large_sides().items() if name != "A"}
+        return {name: reason for name, reason in super().diagonal_sides().items() if name != "A"}
 
     def _kept(self, tokens: Tensor) -> Tensor:
         padding = self.module.padding_idx
@@ -66,7 +66,7 @@ class _TableAdapter(Adapter):
         """A from the tokens, G from the rows that reach the weight."""
         assert isinstance(record, _Tokens)
         rows = self.output_rows(output_gradient.to(factor_dtype(output_gradient.dtype)))
-        total = self.second_moment(rows * record.kept[..., None, None])
+        total = self.second_moment(rows * record.kept[..., None, None], "G")
         return Statistics({"A": record.A.total}, {"G": total}, record.A.rows)
 
 

@@ -67,7 +67,7 @@ class ParameterAdapter(Adapter):
         """The diagonal."""
         return {"F": (1, self.matrix_shape()[2])}
 
-    def large_sides(self) -> dict[str, int]:
+    def diagonal_sides(self) -> dict[str, str]:
         """A diagonal is no larger than the parameter."""
         return {}
 

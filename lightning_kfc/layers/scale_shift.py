@@ -85,7 +85,7 @@ class ScaleShiftAdapter(Adapter):
         units, _, d = self.matrix_shape()
         return {"F": (units, d, d)}
 
-    def large_sides(self) -> dict[str, int]:
+    def diagonal_sides(self) -> dict[str, str]:
         """Blocks are small."""
         return {}
 

@@ -119,7 +119,7 @@ def test_the_coverage_tells_the_side_the_bound_and_the_memory_saved() -> None:
     assert rows["2.weight"].bytes == 2 * 4 * (81 + 30_000)
     assert {rows[name].reason for name in ("0.weight", "1.weight", "3.weight")} == {""}
     table = " ".join(str(KFC(model).coverage()).split())
-    assert "Cheaper factors (G diagonal: 30,000 > max_factor_dim (saves 7.20 GB)): 2.weight, 2.bias" in table
+    assert "Other factors (G diagonal: 30,000 > max_factor_dim (saves 7.20 GB)): 2.weight, 2.bias" in table
     assert "Cheaper" not in str(KFC(double(nn.Linear(3, 2))).coverage())
 
 

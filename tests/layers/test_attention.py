@@ -150,14 +150,21 @@ def test_factors_equal_the_dense_fisher_where_a_projection_has_one_row(likelihoo
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_reduce_takes_the_mean_over_the_sequence_whichever_axis_it_lies_on(batch_first: bool) -> None:
+def test_projections_are_shared_by_expand_whatever_the_setting_is(batch_first: bool) -> None:
     x = data(3, 5, EMBED)  # three examples
     attention = nn.MultiheadAttention(EMBED, 2, batch_first=batch_first, bias=False).double()
     given_x = x if batch_first else x.transpose(0, 1)
     model = Attend(attention, (given_x,) * 3, need_weights=False)
-    kfc = observe(model, lambda: F.mse_loss(model(), torch.zeros_like(given_x)), weight_sharing="reduce", fisher="mc")
-    rows = x.mean(1)
-    oracles.assert_equal(kfc.layers["attention.q"].A, rows.T @ rows / 3, what="A")
+    expand, reduce = (
+        observe(model, lambda: F.mse_loss(model(), torch.zeros_like(given_x)), weight_sharing=sharing, fisher="mc")
+        for sharing in ("expand", "reduce")
+    )
+    for part in PARTS:
+        for name, factor in expand.layers[f"attention.{part}"].factors.items():
+            oracles.assert_equal(reduce.layers[f"attention.{part}"].factors[name], factor, what=f"{name} of {part}")
+    reasons = {row.reason for row in reduce.coverage()}
+    assert reasons == {"shared by 'expand': summed over positions, the derivatives at the keys of attention are zero"}
+    assert {row.reason for row in expand.coverage()} == {""}
 
 
 def layers_of_transformers() -> list[Any]:

@@ -236,9 +236,11 @@ def patch_second_moment_diagonal(
         rows = len(images)
     else:
         # A patch's squares are the patch of the squares, and patches add up: those of one image stand for all.
-        squares = patch_rows(images.square().sum(0, keepdim=True), geometry)
-        total = squares.sum((0, 1))
-        rows = len(images) * squares.shape[1]
+        windows = patch_windows(images.square().sum(0, keepdim=True), geometry)[0]
+        n = len(geometry.kernel_size)
+        # Of the view: the patches of one large image and kernel alone would not fit.
+        total = windows.sum(tuple(range(1, 1 + n))).reshape(geometry.groups, -1)
+        rows = len(images) * windows.shape[1 : 1 + n].numel()
     if homogeneous:
         total = torch.cat([total, total.new_full((total.shape[0], 1), rows)], dim=1)
     return total, rows
