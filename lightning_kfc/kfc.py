@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, Literal
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_kfc.curvature.checkpoint import STATE_VERSION, check_version, layers_state, load_layers
 from lightning_kfc.curvature.coverage import Coverage, coverage_of
 from lightning_kfc.curvature.find_layers import LayerOptions
 from lightning_kfc.curvature.layer import Layer
@@ -19,13 +19,15 @@ from lightning_kfc.curvature.model_layers import ModelLayers
 from lightning_kfc.curvature.ownership import LayerOwnership
 from lightning_kfc.distributed import process_group as distributed
 from lightning_kfc.distributed.agreement import check_agreement, described
-from lightning_kfc.estimation.estimator import Observation
+from lightning_kfc.estimation.estimator import Estimator, StepStatistics
+from lightning_kfc.estimation.pending import PendingStatistics
 from lightning_kfc.factors.inverses import INVERSES
 from lightning_kfc.losses.likelihoods import Likelihood
-from lightning_kfc.monitoring.events import Events, StepNumbers, listed
+from lightning_kfc.monitoring.events import Events, StepNumbers
 from lightning_kfc.monitoring.messages import inform
 from lightning_kfc.monitoring.timing import StepTimes
-from lightning_kfc.refresh.factors import Refresh
+from lightning_kfc.refresh.factors import FactorRefresh
+from lightning_kfc.refresh.inverses import InverseRefresh
 from lightning_kfc.rules.base import Inspection, ReadyLayer, Rule
 from lightning_kfc.rules.choice import RULE_TYPES, choose_rule, with_rule
 from lightning_kfc.rules.update_exchange import received_updates
@@ -37,9 +39,6 @@ from lightning_kfc.settings import Settings, refuse_removed
 from lightning_kfc.trust_region.region import TrustRegion, Verdict
 from lightning_kfc.trust_region.review import StepReviewer
 from lightning_kfc.utilities.isolation import eager_compiled_code, full_precision
-
-#: What this version writes, and what it reads besides: in 1 factors are whole, in 2 triangles.
-STATE_VERSION, EARLIER_VERSIONS = 2, (1,)
 
 
 class KFC:
@@ -196,7 +195,7 @@ class KFC:
         self.given_settings = settings
         self.settings = settings = with_rule(settings, self.rule_choice)
         self._rule: Rule[Any] = RULE_TYPES[settings.rule]()
-        self._said: set[str] = set()
+        kind = INVERSES[settings.inverse]
         #: Where the time of a step goes; runs only between its own begin_step() and end_step().
         self.times = StepTimes()
         factors, inverses = (
@@ -211,11 +210,9 @@ class KFC:
                 self._layers.costs,
                 staggered=settings.stagger_inverses,
                 # EKFAC's eigenvalues, carried over into a new basis, are best corrected by statistics of the same step.
-                with_statistics=INVERSES[settings.inverse].wants_examples,
+                with_statistics=kind.wants_examples,
             ),
         )
-        # Layers whose .grad holds a part of which no statistics were taken: what is taken then would not belong to it.
-        self._unseen: set[str] = set()
         self._stepped = False
         # Whether an optimizer evaluates its closure once more in the same step.
         self._again = False
@@ -228,15 +225,24 @@ class KFC:
         #: Where set, called at each step with the layers, their gradients and their updates; both may be views.
         self.inspect: Inspection | None = None
         self.communication = distributed.Communication()
-        self._ownership = LayerOwnership(
-            self._team, settings.placement, INVERSES[settings.inverse], self._layers, self.communication
+        self._ownership = LayerOwnership(self._team, settings.placement, kind, self._layers, self.communication)
+        self._estimator = Estimator(
+            model,
+            self._layers,
+            self._due,
+            self._team,
+            self.times,
+            self.events,
+            fisher=settings.fisher,
+            likelihood=settings.likelihood,
+            kind=kind,
+            seed=settings.seed,
         )
-        self._observation = Observation(
-            model, settings, self._layers, self._due, self._cannot_explain, self._team, self.times, self.events
+        self._pending = PendingStatistics(self._layers, self._estimator, self._due, self._team, self.events)
+        self._refresh_factors = FactorRefresh(
+            settings.ema_decay, settings.reduce_precision, self._due, self.events, self._ownership
         )
-        self._refresh_layers = Refresh(
-            settings, self._due, self.events, self._team, self._ownership, self._layers.drop_all, self.times
-        )
+        self._refresh_inverses = InverseRefresh(kind, self._due, self.events, self._ownership)
         #: Holds damping and bound in force, and reviews steps.
         self.reviewer = StepReviewer(
             model, TrustRegion.of(settings), settings.damping, settings.kl_clip, self.events, self._ownership
@@ -262,7 +268,7 @@ class KFC:
     @property
     def recorded(self) -> tuple[str, ...]:
         """The layers whose statistics are taken at this step."""
-        return tuple(self._observation.recorded)
+        return tuple(self._estimator.recorded)
 
     @property
     def schedule(self) -> RefreshSchedule:
@@ -272,7 +278,7 @@ class KFC:
     @property
     def statistics_source(self) -> str:
         """What the last statistics came from: the loss functions, or the gradient of the loss itself."""
-        return ", ".join(self._observation.sources) or "nothing so far"
+        return ", ".join(self._estimator.sources) or "nothing so far"
 
     def coverage(self) -> Coverage:
         """Every parameter with how it is treated and why; prints as a table."""
@@ -291,24 +297,14 @@ class KFC:
             return None
         change = self._layers.follow()
         new = [layer.name for layer in change.new]
-        moved = {before: now for before, now in change.kept.items() if before != now}
-        self._refresh_layers.follow(change.kept)
-        for name in moved.values():
-            self._drop_pending(name)
+        self._refresh_factors.follow(change.kept)
+        self._pending.follow_layers(change.kept)
         self._due.follow(change.kept, new, self.step)
         self._ownership.follow(change.kept)
-        self._observation.follow(change.kept, new, self.step)
-        self._unseen = {change.kept[name] for name in self._unseen if name in change.kept}
+        self._estimator.follow(change.kept, new, self.step)
         self._ranks_agree = False
         said = str(change)
         return f"KFC at step {self.step}: the layers of the model have changed; {said}." if said else None
-
-    def _cannot_explain(self, reasons: Mapping[str, str]) -> None:
-        if self._team.size == 1:
-            self._layers.drop_all(reasons)
-            return
-        for layer, reason in reasons.items():
-            self._refresh_layers.give_up_together(layer, reason)
 
     # A step, in the order of its parts.
 
@@ -319,7 +315,7 @@ class KFC:
         Compute the loss inside. Compiled code runs eagerly there, and only there.
         """
         self._begin_step_if_over()
-        self._observation.forgiving = self._has_stepped
+        self._estimator.forgiving = self._has_stepped
         recorded = self._due.date(self.step) or self._due.recorded_at(self.step, self._layers)
         if recorded and self._micro_batch == 0 and (changed := self.follow_structure()):
             inform(changed)
@@ -327,11 +323,11 @@ class KFC:
             check_agreement(self._facts(), next(self._model.parameters()).device)
             self._ranks_agree = True
         if self._again:
-            self._observation.record_nothing()
+            self._estimator.record_nothing()
             self.reviewer.release()
             yield
             return
-        with self.reviewer.record(self.step), self._observation.capture(self.step):
+        with self.reviewer.record(self.step), self._estimator.capture(self.step):
             try:
                 yield
             finally:
@@ -370,7 +366,7 @@ class KFC:
         From the first optimizer step on, the missing :meth:`capture` alone is an error: what else cannot be used is
         left out, and counted in :attr:`events`.
         """
-        recorded = self._observation.active or not self._layers
+        recorded = self._estimator.active or not self._layers
         if not recorded and self._due.date(self.step):
             raise RuntimeError(
                 f"KFC has recorded nothing at step {self.step}: compute the loss inside `with kfc.capture():`."
@@ -382,94 +378,72 @@ class KFC:
     def back_propagate(self, loss: Tensor, *, loss_scale: float = 1.0, loss_fraction: float = 1.0) -> None:
         """The first half of :meth:`update`: send the seeds to the layers while the loss's graph lives."""
         self.reviewer.note_loss(loss, loss_scale)
-        if not self._observation.active:
+        if not self._estimator.active:
             return
         # In manual optimization the forward is still being recorded.
         self.pause()
         expected = set(self.recorded)
-        self._observation.forgiving = self._has_stepped
+        self._estimator.forgiving = self._has_stepped
         try:
-            statistics = self._observation.statistics(
+            before = set(self._layers)
+            self._give_up(self._estimator.differentiated(loss))
+            self._estimator.record_replacements(before)
+            # A layer that was given up has others in its place.
+            expected.update(self.recorded)
+            found = self._estimator.statistics(
                 loss,
                 self.step,
                 self._micro_batch,
                 loss_scale=loss_scale,
                 loss_fraction=loss_fraction,
-                unseen=self._unseen,
+                unseen=self._pending.unseen,
             )
-            # A layer that was given up has others in its place.
-            expected |= set(self.recorded)
-            self._leave_out(self._observation.failed)
         except Exception as error:
             if not self._has_stepped:
                 raise
-            statistics = {}
-            self._leave_out(dict.fromkeys(expected, error))
+            found = StepStatistics(failed=dict.fromkeys(expected, error))
         finally:
             self.resume()
-        self._refresh_layers.expect(expected)
-        # Finite or not is for all ranks to know together: refresh() looks at the sum over ranks.
-        for name, entry in statistics.items():
-            if name not in self._unseen:
-                self._layers[name].add(entry)
+        self._give_up(found.unexplained)
+        self._pending.leave_out(found.failed, self.step)
+        self._refresh_factors.expect(expected)
+        # Finite or not is for all ranks to decide together: refresh() checks the sum over ranks.
+        self._pending.add(found.by_layer)
         self._micro_batch += 1
+
+    def _give_up(self, reasons: Mapping[str, str]) -> None:
+        if self._team.size == 1:
+            self._layers.drop_all(reasons)
+        else:
+            # The next refresh of factors returns them, when all ranks know.
+            self._refresh_factors.give_up_together(reasons)
 
     @property
     def _has_stepped(self) -> bool:
         """Whether an optimizer step has been made: from then on, training goes on whatever happens here."""
         return self._stepped or self.step > 0
 
-    def _leave_out(self, failed: Mapping[str, Exception]) -> None:
-        """Do without this step's statistics of layers, on all ranks; say why, once."""
-        for name in failed:
-            if name not in self._layers or name in self._unseen:
-                continue
-            if self._team.size == 1:
-                self.forget([name])
-            else:
-                # The other ranks will ask for them: what is not finite is dropped by all.
-                self.layers[name].drop_pending()
-                self.layers[name].spoil()
-                self._observation.spoil_examples(name)
-        for error in dict.fromkeys(failed.values()):
-            names = listed(name for name, own in failed.items() if own is error)
-            what = f"the statistics of {names} are left out of this step: {type(error).__name__}: {error}"
-            self.events.report("failed_statistics", self.step, what)
-
     def forget(self, layers: Iterable[str]) -> None:
         """Take no statistics of layers until their next step: their gradient gets a part that was not seen here."""
-        for name in layers:
-            self._unseen.add(name)
-            self._drop_pending(name)
+        self._pending.forget(layers)
 
     def skip(self, optimizer: Optimizer) -> None:
         """Count a step that an optimizer made without :meth:`precondition`; its layers' statistics are forgotten."""
         names = self.learning_rates(optimizer)
-        for name in names:
-            self._drop_pending(name)
-            self._unseen.discard(name)
-        self._refresh_layers.discard(names)
+        self._pending.skip(names)
+        self._refresh_factors.discard(names)
         self.reviewer.cancel()
         self._step_over(optimizer)
 
-    def _drop_pending(self, name: str) -> None:
-        if name in self.layers:
-            self.layers[name].drop_pending()
-        self._observation.forget_examples(name)
-        self._observation.count_again({name})
-
     def ages(self, layer: str) -> tuple[int | None, int | None]:
         """Steps since a layer's statistics, and its inverse, were last refreshed; None where they never were."""
-        folded, factorised = self._due.refreshed_at(layer)
-        return (None if folded is None else self.step - folded), (
-            None if factorised is None else self.step - factorised
-        )
+        return self._due.ages(layer, self.step)
 
     def release(self) -> None:
         """Let go of what was recorded of the last forward and its graph."""
-        self._observation.release()
+        self._estimator.release()
         self.reviewer.release()
-        self._refresh_layers.abandon()
+        self._refresh_factors.abandon()
 
     def follow_gradients(self) -> None:
         """Let statistics live and die with the gradient they belong to; call it just before each backward.
@@ -477,12 +451,7 @@ class KFC:
         Where a loss passes through a network that another optimizer trains (a generator's loss through the
         discriminator), that gradient is zeroed before it is ever used, and its statistics must not stay either.
         """
-        for name, layer in self._layers.items():
-            if (layer.pending is not None or name in self._unseen) and layer.gradient_is_zero():
-                self._drop_pending(name)
-                self._unseen.discard(name)
-        recorded = set(self.recorded if self._observation.active else ())
-        self.forget(name for name in self._layers if name not in recorded)
+        self._pending.follow_gradients()
 
     def learning_rates(self, optimizer: Optimizer) -> dict[str, float]:
         """The learning rate of each layer all of whose trainable parameters belong to an optimizer.
@@ -501,9 +470,9 @@ class KFC:
 
     def begin_refresh(self, optimizer: Optimizer) -> None:
         """Begin to add up over ranks what a step's losses have brought; the backward goes on meanwhile."""
-        if self._refresh_layers.expects(self.layers):
+        if self._refresh_factors.expects(self.layers):
             with full_precision(self._model):
-                self._refresh_layers.begin([self._layers[name] for name in self.learning_rates(optimizer)])
+                self._refresh_factors.begin([self._layers[name] for name in self.learning_rates(optimizer)])
 
     def refresh_if_finite(self, optimizer: Optimizer) -> None:
         """:meth:`refresh` after a step's last backward, unless a gradient says that the step will be skipped.
@@ -511,10 +480,10 @@ class KFC:
         What is left then is dropped by :meth:`precondition`. Scaled gradients tell as well as unscaled ones.
         """
         # Asked first: this comes after every backward, and between due steps nothing waits.
-        if not self._refresh_layers.expects(self.layers):
+        if not self._refresh_factors.expects(self.layers):
             return
         names = self.learning_rates(optimizer)
-        if self._refresh_layers.expects(names) and self._all_finite(optimizer, names):
+        if self._refresh_factors.expects(names) and self._all_finite(optimizer, names):
             self._refresh(names)
 
     def precondition(
@@ -565,9 +534,8 @@ class KFC:
 
     def _abandon_step(self, names: Iterable[str]) -> None:
         """Forget the statistics and the losses of a step whose gradients are not finite: it is made anew, of others."""
-        for name in names:
-            self._drop_pending(name)
-        self._refresh_layers.discard(names)
+        self._pending.drop(names)
+        self._refresh_factors.discard(names)
         self.reviewer.forget_losses()
         self.reviewer.resume()
         self.events.count("nonfinite_gradients")
@@ -583,7 +551,7 @@ class KFC:
         ready = received_updates(self._ownership, self._ready(rates, optimizer, loss_scale), damping)
         most_decrease = None
         if self._rule.bounds_decrease:
-            never_negative = self._observation.never_negative
+            never_negative = self._estimator.never_negative
             most_decrease = self.reviewer.most_decrease(parameters, never_negative=never_negative)
         updates = self._rule.updates(ready, damping, kl_clip, most_decrease)
         # Until they are written, .grad is still the gradient of the loss.
@@ -605,11 +573,11 @@ class KFC:
             own = layer.gradients()
             if own is None:
                 continue
-            if self._note_trained(layer):
+            if self._pending.without_curvature(layer, self.step):
                 unexplained.append(name)
             if layer.inverse is not None and tuple(own) == layer.roles:
                 gradients[layer] = own
-        self._say_unexplained(unexplained)
+        self._pending.warn(unexplained)
         adjusted = self._rule.learning_rates({layer: rates[layer.name] for layer in gradients}, optimizer)
         ready = []
         for layer, own in gradients.items():
@@ -693,59 +661,37 @@ class KFC:
 
     def _refresh(self, names: Iterable[str]) -> None:
         layers = [self._layers[name] for name in names]
-        self._observation.count_again({layer.name for layer in layers if layer.pending is not None})
+        self._estimator.recount({layer.name for layer in layers if layer.pending is not None})
         damping = self.damping
         try:
             with full_precision(self._model):
-                self._unseen |= self._refresh_layers(layers, self.step, damping)
+                with self.times.part("statistics"):
+                    folded = self._refresh_factors(layers, self.step)
+                self._layers.drop_all(folded.given_up)
+                self._pending.unseen.update(folded.unusable)
+                with self.times.part("inverses"):
+                    self._refresh_inverses(layers, self.step, damping)
                 with self.times.part("statistics"):
                     # In the basis that the refresh has left.
-                    moments = self._observation.second_moments(layers)
-                    self._refresh_layers.fold_second_moments(layers, self.step, moments)
+                    moments = self._estimator.second_moments(layers)
+                    self._refresh_factors.fold_second_moments(layers, self.step, moments)
         except Exception as error:
             # With several ranks the others wait for what this one has not sent, so that it cannot go on alone.
             if not self._has_stepped or self._team.size > 1:
                 raise
-            self._leave_out({layer.name: error for layer in layers})
-
-    def _note_trained(self, layer: Layer) -> bool:
-        """Whether a layer that was recorded has a gradient of which no statistics were ever taken."""
-        unseen = layer.name in self._unseen
-        self._unseen.discard(layer.name)
-        known = self._due.has_statistics(layer.name)
-        if layer.name not in self._observation.recorded:
-            if known or layer.name not in self._said:
-                self._due.trained_unrecorded(layer.name, self.step)
-            return False
-        self._due.give_up(layer.name)
-        return not (unseen or known or layer.gradient_is_zero())
-
-    def _say_unexplained(self, names: Sequence[str]) -> None:
-        """Warn once of each layer that has a gradient, but no curvature although a step was due."""
-        new = [name for name in names if name not in self._said]
-        if not new:
-            return
-        self._said.update(new)
-        if distributed.rank() == 0:
-            warnings.warn(
-                f"KFC has no curvature for {', '.join(map(repr, new))}: their gradients come from no recorded loss "
-                "term through a recorded forward, and stay as they are. The likely cause is a penalty on their weights "
-                "alone, or a `likelihood` that leaves out the terms which reach them. Add them to "
-                "`exclude` to silence this.",
-                stacklevel=3,
-            )
+            self._pending.leave_out({layer.name: error for layer in layers}, self.step)
 
     def pause(self) -> None:
         """Record nothing until :meth:`resume`: a backward re-runs checkpointed forwards, which belong to no loss."""
-        if self._observation.active or self.reviewer.recording:
+        if self._estimator.active or self.reviewer.recording:
             # What ran eagerly in the forward, a checkpoint must run eagerly again in the backward.
             self._backward.enter_context(eager_compiled_code())
-        self._observation.pause()
+        self._estimator.pause()
         self.reviewer.pause()
 
     def resume(self) -> None:
         """Record again, if the capture is still open; also to be called where a backward has raised."""
-        self._observation.resume()
+        self._estimator.resume()
         self._backward.close()
         self.reviewer.resume()
 
@@ -759,7 +705,11 @@ class KFC:
         gradients = self._gradients(optimizer)
         finite = distributed.all_finite(gradients)
         # Where messages follow, no rank may be the only one to wait for them, whatever its own gradients are.
-        if self._team.size > 1 and (self.reviews or self._refresh_layers.exchanges(layers, self.step, self.damping)):
+        if self._team.size > 1 and (
+            self.reviews
+            or self._refresh_factors.expects(layers)
+            or self._refresh_inverses.any_due(layers, self.step, self.damping)
+        ):
             return self._team.all_agree(finite, next(self._model.parameters()).device)
         return finite
 
@@ -769,7 +719,7 @@ class KFC:
             self._stepped = False
             self._micro_batch = 0
             self.reviewer.step_begins()
-            taken, device = bool(self._observation.recorded), next(self._model.parameters()).device
+            taken, device = bool(self._estimator.recorded), next(self._model.parameters()).device
             chosen = self._periods.step_begins(self.step - self._due.started_at, statistics=taken, device=device)
             if chosen is not None:
                 self._due.reschedule(self.schedule)
@@ -787,18 +737,15 @@ class KFC:
             factors: Whether factors and inverses are in it. Without them a few numbers are left, and a resumed run
                 estimates curvature anew.
         """
-        layers = None
-        if factors:
-            layers = self._ownership.collected({name: layer.state_dict() for name, layer in self._layers.items()})
         return {
             "version": STATE_VERSION,
             "step": self.step + int(self._stepped),
-            "layers": layers,
+            "layers": layers_state(self._layers, self._ownership) if factors else None,
             "due": self._due.state_dict(),
             "periods": self._periods.state_dict(),
             "dropped": dict(self._layers.dropped),
-            "self_test_done": self._observation.self_test_done,
-            "never_negative": self._observation.never_negative,
+            "self_test_done": self._estimator.self_test_done,
+            "never_negative": self._estimator.never_negative,
             "events": self.events.state_dict(),
             "trust_region": self.reviewer.state_dict(),
         }
@@ -815,18 +762,14 @@ class KFC:
         Raises:
             ValueError: If the state is of a version that this one does not read.
         """
-        if state.get("version") not in (STATE_VERSION, *EARLIER_VERSIONS):
-            raise ValueError(
-                f"KFC cannot read a state of version {state.get('version')!r}, only {STATE_VERSION} and earlier ones. "
-                "Use the version of the package that wrote it, or a newer one."
-            )
+        check_version(state)
         self.step = int(state["step"])
         self._stepped = False
         for name, reason in state["dropped"].items():
             if name in self._layers:
                 self._layers.drop(name, reason)
-        self._observation.restart_self_test(done=bool(state["self_test_done"]))
-        self._observation.never_negative = bool(state.get("never_negative", False))
+        self._estimator.restart_self_test(done=bool(state["self_test_done"]))
+        self._estimator.never_negative = bool(state.get("never_negative", False))
         self._periods.load_state_dict(state.get("periods", {}))
         self._due.reschedule(self.schedule)
         self._due.load_state_dict(state["due"])
@@ -835,34 +778,18 @@ class KFC:
         if state["layers"] is None:
             self._due.restart(self.step)
             return ["the state holds no factors: curvature is estimated anew, beginning with a warm-up"]
-        problems = [
-            f"layer {name!r} of the checkpoint is not in the model"
-            for name in state["layers"]
-            if name not in self._layers
-        ]
-        for name, layer in self._layers.items():
-            if name not in state["layers"]:
-                problems.append(f"layer {name!r} is not in the checkpoint and starts anew")
-                self._due.forget(name)
-                continue
-            if not layer.adapter.own_parameters():
-                continue
-            reason = layer.load_state_dict(
-                state["layers"][name],
-                INVERSES[self.settings.inverse],
-                with_factors=self._ownership.has_factors(layer),
-                with_inverse=self._ownership.has_inverse(layer),
-            )
-            if self.settings.rule != "adam":
-                layer.moments = None
-            if reason is not None:
-                layer.averages, layer.moments = {}, None
-                layer.forget_inverses()
-                self._due.forget(name)
-                problems.append(f"layer {name!r} starts anew: {reason}")
+        loaded = load_layers(
+            self._layers,
+            state["layers"],
+            INVERSES[self.settings.inverse],
+            self._ownership,
+            with_moments=self.settings.rule == "adam",
+        )
+        for name in loaded.anew:
+            self._due.forget(name)
         if not any(self._due.has_statistics(name) for name in self._layers):
             self._due.restart(self.step)
-        return problems
+        return list(loaded.problems)
 
 
 def _reviewed(numbers: StepNumbers, verdict: Verdict) -> StepNumbers:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +17,6 @@ from lightning_kfc.factors.moments import Moments
 from lightning_kfc.factors.quadratic_form import estimated_quadratic_form
 from lightning_kfc.factors.running_average import (
     StoredAverage,
-    average_state,
-    averages_of,
-    own_storage,
-    shapes_in,
     stored_nbytes,
 )
 from lightning_kfc.factors.statistics import Statistics, factor_dtype
@@ -150,6 +145,10 @@ class Layer:
         means = {name: value for name, value in spoilt.items() if name in self.adapter.mean_factors}
         self.add(Statistics(means, {name: value for name, value in spoilt.items() if name not in means}, 0))
 
+    def seen_rows(self, rows: int) -> None:
+        """Note the number of rows of a step; none are no bound on the rank of its gradient."""
+        self.rows = max(self.rows or 0, rows) or None
+
     def fold(self, statistics: Statistics, decay: float) -> bool:
         """Fold a step's statistics into the running averages.
 
@@ -162,8 +161,7 @@ class Layer:
             and all(self.averages[name].shape == f.shape for name, f in factors.items())
         )
         if not kept:
-            self.averages, self.moments = {}, None
-            self.forget_inverses()
+            self.restart()
         self.roles = self._pending_roles
         for name, value in factors.items():
             if name in self.averages:
@@ -188,6 +186,20 @@ class Layer:
         """Have no inverse."""
         self.inverse = self.previous_inverse = None
 
+    def restart(self) -> None:
+        """Forget factors, inverses and moments."""
+        self.averages, self.moments = {}, None
+        self.forget_inverses()
+
+    def restore(
+        self, averages: dict[str, StoredAverage], inverse: Inverse | None, moments: Moments | None, rows: int | None
+    ) -> None:
+        """Take the parts of a checkpoint, for the parameters that are trainable now."""
+        self.averages, self.moments, self.rows = averages, moments, rows
+        self.roles = tuple(self.adapter.own_parameters())
+        self.previous_inverse = None
+        self.inverse = None if inverse is None else self._kept(inverse)
+
     def inverse_type(self, chosen: type[Inverse]) -> type[Inverse]:
         """The kind of inverse of this layer, given the one that the user chose."""
         own = self.adapter.inverse_type(chosen)
@@ -210,12 +222,16 @@ class Layer:
 
     def factorise(self, inverse: type[Inverse], damping: float, step: int) -> None:
         """Refresh the inverse from the running factors; see :meth:`Inverse.factorise` for what it raises."""
-        self.factorised_at = step
+        self.tried(step)
         self.take(self.refreshed(inverse, damping))
 
     def refreshed(self, inverse: type[Inverse], damping: float) -> Inverse:
         """A new inverse from the running factors, with what the present one has learnt."""
         return self.inverse_type(inverse).factorise(self.curvature(), damping).succeeding(self.inverse)
+
+    def tried(self, step: int) -> None:
+        """Note the step of the last attempt to refresh the inverse."""
+        self.factorised_at = step
 
     def take(self, fresh: Inverse) -> None:
         """Use a new inverse from now on; the last one is kept until the new one has given a usable update."""
@@ -315,66 +331,6 @@ class Layer:
             return kept + moments * math.prod(self.adapter.matrix_shape()) * dtype.itemsize
         kept = self.moments.nbytes() if self.moments is not None else 0
         return sum(average.nbytes for average in self.averages.values()) + self.inverse.nbytes() + kept
-
-    def state_dict(self) -> dict[str, Any]:
-        """Factors and inverse in plain tensors and numbers."""
-        state: dict[str, Any] = {"factors": average_state(self.averages)}
-        if self.inverse is not None:
-            state["inverse"] = {"kind": self.inverse.name, **_saved(self.inverse.state())}
-        if self.moments is not None:
-            state["moments"] = _saved(self.moments.state_dict())
-        if self.rows is not None:
-            state["rows"] = self.rows
-        return state
-
-    def load_state_dict(
-        self,
-        state: Mapping[str, Any],
-        inverse: type[Inverse],
-        *,
-        with_factors: bool = True,
-        with_inverse: bool = True,
-    ) -> str | None:
-        """Take over factors and, where it is of the same kind, the inverse.
-
-        Args:
-            state: From :meth:`state_dict`.
-            inverse: The user's kind of inverse.
-            with_factors: Whether this rank is to hold the factors.
-            with_inverse: Whether this rank is to hold the inverse.
-
-        Returns:
-            Why the state does not fit this layer, or None where it was taken over.
-        """
-        device = next(iter(self.adapter.parameters().values())).device
-        inverse = self.inverse_type(inverse)
-        expected = self.adapter.factor_shapes()
-        found = shapes_in(state["factors"])
-        if found and found != expected:
-            return f"its factors have shapes {found} in the checkpoint, {expected} now"
-        self.averages = averages_of(state["factors"], device) if with_factors else {}
-        self.roles = tuple(self.adapter.own_parameters())
-        self.rows = state.get("rows")
-        saved = dict(state.get("inverse", {}))
-        self.forget_inverses()
-        self.moments = None
-        kind = saved.pop("kind", None)
-        if not with_inverse and kind in (inverse.name, Elsewhere.name):
-            self.inverse = Elsewhere()
-        elif kind == inverse.name:
-            self.inverse = self._kept(inverse(**_on(device, saved)))
-            # Moments mean nothing without the basis that they are in.
-            self.moments = Moments(**_on(device, state["moments"])) if "moments" in state else None
-        return None
-
-
-def _on(device: torch.device, saved: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in saved.items()}
-
-
-def _saved(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state as it is saved: inverses have aligned rows, whose gaps a checkpoint would hold as well."""
-    return {name: own_storage(value) if isinstance(value, Tensor) else value for name, value in state.items()}
 
 
 def _is_zero(gradient: Tensor) -> bool:

@@ -164,7 +164,8 @@ class Reduction:
             bucket.finish = lambda: _waited(work, flat)
         else:
             work = dist.reduce(flat, self._team.global_rank(owner), group=group, async_op=True)
-            bucket.finish = lambda: _waited(work, flat if owner == self._team.rank else None)
+            kept = flat if owner == self._team.rank else None
+            bucket.finish = lambda: _waited(work, kept)
         return bucket
 
     def _send_rounded(self, bucket: _Bucket) -> Callable[[], Tensor | None]:

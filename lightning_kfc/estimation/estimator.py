@@ -1,10 +1,11 @@
-"""What a due step shows of itself: its forward, its loss, and from these the statistics of every layer."""
+"""Record forward and loss where statistics are due, and compute each layer's statistics."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +33,9 @@ from lightning_kfc.estimation.seeds import (
     weighted_terms,
 )
 from lightning_kfc.estimation.self_test import SelfTest
-from lightning_kfc.factors.inverses import INVERSES, EkfacInverse
+from lightning_kfc.factors.inverses import EkfacInverse, Inverse
 from lightning_kfc.factors.statistics import Statistics
+from lightning_kfc.losses.likelihoods import Likelihood
 from lightning_kfc.losses.recorder import LossRecorder
 from lightning_kfc.losses.selection import (
     THE_LOSS_ITSELF,
@@ -49,31 +51,45 @@ from lightning_kfc.monitoring.events import Events
 from lightning_kfc.monitoring.messages import inform
 from lightning_kfc.monitoring.timing import StepTimes
 from lightning_kfc.scheduling.tracker import Due
-from lightning_kfc.settings import Settings
 from lightning_kfc.utilities.isolation import eager_compiled_code, full_precision, leaving_no_trace, sinks_at_rest
 
 #: Why layers have no Kronecker factors whose weights are used in derivatives of the network.
 DIFFERENTIATED = "the loss holds derivatives of the network, in which weights are used outside their layers"
 
 
-class Observation:
-    """Records due steps, one at a time, and makes their statistics.
+@dataclass(frozen=True)
+class StepStatistics:
+    """The statistics of one loss.
+
+    Attributes:
+        by_layer: The statistics, by layer.
+        unexplained: Why the rows of layers do not explain their gradient; these layers are to be given up.
+        failed: The error that was raised while a layer's statistics were taken.
+    """
+
+    by_layer: Mapping[str, Statistics] = field(default_factory=dict)
+    unexplained: Mapping[str, str] = field(default_factory=dict)
+    failed: Mapping[str, Exception] = field(default_factory=dict)
+
+
+class Estimator:
+    """Records the forward and the loss of due steps, one at a time, and makes their statistics.
 
     Args:
         model: The model.
-        settings: What to estimate, and how.
-        layers: The model's layers; a layer that cannot be explained is taken out of them, through ``drop``.
-        due: When each layer is due.
-        drop: Called with the names of layers and the reason why the rows of each do not explain its gradient.
-        team: The ranks between which the batch is split; each of them samples targets of its own.
+        layers: The model's layers, which may change.
+        tracker: The dates of each layer.
+        group: The ranks between which the batch is split; each of them samples targets of its own.
         times: Adds up the time that all this takes.
         events: Counts losses that cannot be used as they are.
+        fisher: Whose targets the curvature is taken with.
+        likelihood: What the loss is the negative logarithm of, or ``"auto"``.
+        kind: The user's kind of inverse: the gradients of single examples are kept for some.
+        seed: Seed of the sampling of targets.
 
     Attributes:
         forgiving: Whether an optimizer step has been made: from then on no loss is an error, and none of its layers.
-        failed: What was raised while the last statistics were taken, by layer.
         recorded: The layers whose statistics are taken at this step.
-        self_test_done: Whether every layer has passed, or was dropped.
         sources: What the last statistics came from: loss functions, the gradient of the rest, or of the whole loss.
         never_negative: Whether no loss of the last step that was looked at has less than 0 in it, as far as is seen.
     """
@@ -81,33 +97,39 @@ class Observation:
     def __init__(
         self,
         model: nn.Module,
-        settings: Settings,
         layers: Mapping[str, Layer],
-        due: Due,
-        drop: Callable[[Mapping[str, str]], None],
-        team: Team,
+        tracker: Due,
+        group: Team,
         times: StepTimes,
         events: Events,
+        *,
+        fisher: str,
+        likelihood: str | Likelihood,
+        kind: type[Inverse],
+        seed: int,
     ) -> None:
         self._model = model
-        self._settings = settings
         self._layers = layers
-        self._due = due
-        self._drop = drop
-        self._team = team
+        self._tracker = tracker
+        self._group = group
         self._times = times
         self._events = events
+        self._fisher = fisher
+        self._likelihood = likelihood
+        self._kind = kind
+        self._seed = seed
         self._recorder: Recorder | None = None
         self._examples: dict[str, ExampleGradients] = {}
         self._losses: LossRecorder | None = None
         self._self_test: SelfTest | None = None
+        self._self_test_done = False
         self._graph_checked = False
-        self.self_test_done = False
+        self._failed: dict[str, Exception] = {}
+        self._unexplained: dict[str, str] = {}
         self.never_negative = False
         self.sources: list[str] = []
         self._said_sources: set[tuple[str, ...]] = set()
         self.forgiving = False
-        self.failed: dict[str, Exception] = {}
         self.recorded: list[str] = []
 
     @property
@@ -118,7 +140,7 @@ class Observation:
     @contextlib.contextmanager
     def capture(self, step: int) -> Iterator[None]:
         """Record what the forward and the loss of this (micro-)batch show, if this step is due; else do nothing."""
-        self.recorded = self._due.recorded_at(step, self._layers)
+        self.recorded = self._tracker.recorded_at(step, self._layers)
         if not self.recorded:
             self.release()
             yield
@@ -130,10 +152,10 @@ class Observation:
         try:
             for name, layer in self._layers_with_rows(self.recorded).items():
                 wanted = functools.partial(test.direction, name) if test is not None and name in waiting else None
-                keep_inputs = layer.inverse_type(INVERSES[self._settings.inverse]).wants_examples
+                keep_inputs = layer.inverse_type(self._kind).wants_examples
                 self._recorder.attach(name, layer.adapters, wanted, keep_inputs=keep_inputs)
             try:
-                handles += attach_named_output(self._model, self._settings.likelihood, self._losses)
+                handles += attach_named_output(self._model, self._likelihood, self._losses)
             except ValueError:
                 # Later its loss is reported as one that has no term of the likelihood.
                 if not self.forgiving:
@@ -164,7 +186,7 @@ class Observation:
         if self._recorder is not None and self._losses is not None:
             self._recorder.paused = self._losses.paused = False
 
-    def count_again(self, layers: Set[str]) -> None:
+    def recount(self, layers: Set[str]) -> None:
         """Have the next loss count the input rows of calls again, whose statistics are no longer pending."""
         if self._recorder is not None:
             calls, counted = self._recorder.calls, self._recorder.counted
@@ -172,7 +194,17 @@ class Observation:
 
     def restart_self_test(self, *, done: bool) -> None:
         """Test no more, or anew from the next forward on."""
-        self._self_test, self.self_test_done = None, done
+        self._self_test, self._self_test_done = None, done
+
+    @property
+    def self_test_done(self) -> bool:
+        """Whether every layer has passed, or was dropped."""
+        return self._self_test_done or (self._self_test is not None and self._running_test() is None)
+
+    def _running_test(self) -> SelfTest | None:
+        """The self-test while one of the present layers waits for it."""
+        test = self._self_test
+        return test if test is not None and any(name in self._layers for name in test.waiting) else None
 
     def follow(self, kept: Mapping[str, str], new: Iterable[str], step: int) -> None:
         """Follow a model whose layers have changed: test those that are new beside those that still wait for it.
@@ -183,13 +215,31 @@ class Observation:
             step: The optimizer step.
         """
         self._examples = {kept[name]: examples for name, examples in self._examples.items() if name in kept}
-        if self._self_test is None and not self.self_test_done:
+        if self._self_test is None and not self._self_test_done:
             return
         waiting = {kept[name] for name in (self._self_test.waiting if self._self_test else ()) if name in kept}
         layers = self._layers_with_rows([name for name in self._layers if name in waiting.union(new)])
         self.restart_self_test(done=not layers)
         if layers:
             self._self_test = SelfTest(layers, self.generator(step, 0, stream=1)(torch.device("cpu")))
+
+    def differentiated(self, loss: Tensor) -> dict[str, str]:
+        """Why layers whose weights are used in derivatives of the network are to be given up, before their statistics.
+
+        Args:
+            loss: The scalar whose backward follows.
+        """
+        if self._recorder is None or self._losses is None or not (self._losses.differentiated and loss.requires_grad):
+            return {}
+        names = Rest(loss, [], self._recorder.calls, 1.0, differentiated=True).uses_weights_of()
+        reasons = {name: DIFFERENTIATED for name in self._layers if name in names}
+        if self._self_test is not None:
+            self._self_test.waiting[:] = [name for name in self._self_test.waiting if name not in reasons]
+        return reasons
+
+    def record_replacements(self, before: Set[str]) -> None:
+        """Record the layers in the place of those that were given up since there were these."""
+        self.recorded = [name for name in self._layers if name in self.recorded or name not in before]
 
     def statistics(
         self,
@@ -200,7 +250,7 @@ class Observation:
         loss_scale: float,
         loss_fraction: float,
         unseen: Set[str],
-    ) -> dict[str, Statistics]:
+    ) -> StepStatistics:
         """Send the seeds of a loss to the recorded layers, while its graph lives; call it between pause and resume.
 
         Args:
@@ -216,12 +266,12 @@ class Observation:
                 step was made.
             SelfTestError: If the rows of a layer do not explain its gradient, likewise.
         """
-        self.failed = {}
+        self._failed, self._unexplained = {}, {}
         if self._recorder is None or self._losses is None:
-            return {}
+            return StepStatistics()
         if self.forgiving and not loss.requires_grad:
             self._report_no_gradient(step)
-            return {}
+            return StepStatistics()
         for name, error in self._recorder.failures.items():
             self._fail(name, error)
         if (failure := self._losses.failure) is not None:
@@ -231,8 +281,6 @@ class Observation:
             self.never_negative = True
         part = self._times.part("statistics")
         with part, full_precision(self._model), leaving_no_trace(self._model), sinks_at_rest(loss):
-            if self._losses.differentiated:
-                self._drop_differentiated(loss)
             recorded = list(self._recorder.calls)
             calls = recorded + self._parameter_calls()
             names = {call.layer for call in recorded if call.inputs is not None}
@@ -240,22 +288,10 @@ class Observation:
             found = self._back_propagate(
                 loss, calls, self.generator(step, micro_batch), loss_scale, loss_fraction, examples, step
             )
-            return self._by_layer(found, calls, len(recorded))
+            statistics = self._by_layer(found, calls, len(recorded))
+            return StepStatistics(statistics, self._unexplained, self._failed)
 
     # Parts of a due step.
-
-    def _drop_differentiated(self, loss: Tensor) -> None:
-        """Give up the rows of layers whose weights are used in derivatives of the network, all of them together."""
-        assert self._recorder is not None
-        names = Rest(loss, [], self._recorder.calls, 1.0, differentiated=True).uses_weights_of()
-        reasons = {name: DIFFERENTIATED for name in self._layers if name in names}
-        if not reasons:
-            return
-        before = set(self._layers)
-        self._drop(reasons)
-        self.recorded = [name for name in self._layers if name in self.recorded or name not in before]
-        if self._self_test is not None:
-            self._self_test.waiting[:] = [name for name in self._self_test.waiting if name not in reasons]
 
     def _parameter_calls(self) -> list[Call]:
         return [
@@ -277,17 +313,17 @@ class Observation:
         assert self._losses is not None
         terms = list(self._losses.terms)
         kept = weighted_terms(
-            loss, wanted_terms(terms, self._settings.likelihood), loss_scale=loss_scale, loss_fraction=loss_fraction
+            loss, wanted_terms(terms, self._likelihood), loss_scale=loss_scale, loss_fraction=loss_fraction
         )
-        test, fisher = self._self_test, self._settings.fisher
+        test, fisher = self._running_test(), self._fisher
         if test is not None:
             test.strict = not self.forgiving
-            test.recorded.difference_update(self.failed)
+            test.recorded.difference_update(self._failed)
         if not self._graph_checked:
             refuse_reentrant_checkpointing(loss)
             self._graph_checked = True
         rest = Rest(loss, kept, calls, loss_scale, differentiated=self._losses.differentiated)
-        mixed = bool(kept) and self._settings.likelihood == "auto" and rest.reaches()
+        mixed = bool(kept) and self._likelihood == "auto" and rest.reaches()
         source = generator(kept[0].term.logits.device) if kept else None
         if source is not None and not all(w.is_finite() for w in kept):
             # Every rank must bring statistics of the same layers, so that all of them drop the step together.
@@ -327,11 +363,11 @@ class Observation:
         step: int,
     ) -> dict[int, Statistics]:
         """Statistics of a loss none of whose terms count: its empirical Fisher, unless a likelihood was named."""
-        chosen = self._settings.fisher == "empirical"
-        if not chosen and self._settings.likelihood != "auto":
+        chosen = self._fisher == "empirical"
+        if not chosen and self._likelihood != "auto":
             # A loss that trains other parameters than ours need not be recognised.
             if reaches(loss, calls):
-                said = unrecognised(terms, self._settings.likelihood)
+                said = unrecognised(terms, self._likelihood)
                 if not self.forgiving:
                     raise LossNotRecognisedError(said)
                 self._events.report(
@@ -355,8 +391,8 @@ class Observation:
         self, seeds: Seeds, calls: Sequence[Call], loss_fraction: float, examples: dict[str, ExampleGradients]
     ) -> dict[int, Statistics]:
         """Statistics of a loss, or of the rest of one, by its own gradient."""
-        test = self._self_test
-        if test is not None and self._settings.fisher != "empirical":
+        test = self._running_test()
+        if test is not None and self._fisher != "empirical":
             # A penalty by hand that is no plain sum, for one, is a part of this gradient that no rows explain.
             test.strict = False
         return empirical_statistics(
@@ -393,7 +429,7 @@ class Observation:
         """Note that a layer's statistics could not be taken; before the first optimizer step, that is an error."""
         if not self.forgiving:
             raise error
-        self.failed.setdefault(layer, error)
+        self._failed.setdefault(layer, error)
 
     def _by_layer(self, found: dict[int, Statistics], calls: Sequence[Call], recorded: int) -> dict[str, Statistics]:
         """The statistics of every layer that is still there, from those of its calls."""
@@ -407,7 +443,7 @@ class Observation:
                 entry = entry.without_means() if index in counted else entry
                 counted.add(index)
             statistics[name] = statistics[name] + entry if name in statistics else entry
-        return {n: entry for n, entry in statistics.items() if n in self._layers and n not in self.failed}
+        return {n: entry for n, entry in statistics.items() if n in self._layers and n not in self._failed}
 
     def _layers_with_rows(self, names: Iterable[str]) -> dict[str, Layer]:
         layers = {name: self._layers[name] for name in names}
@@ -418,7 +454,7 @@ class Observation:
             if name in self._layers and name not in self._examples:
                 layer = self._layers[name]
                 # Where the step ends with a new basis, the gradients themselves are kept for it.
-                basis = None if self._due.new_inverse(name, step) else layer.basis_of_examples()
+                basis = None if self._tracker.new_inverse(name, step) else layer.basis_of_examples()
                 self._examples[name] = ExampleGradients(basis, layer.adapter.matrix_shape())
         return {name: self._examples[name] for name in layers if name in self._examples}
 
@@ -446,25 +482,24 @@ class Observation:
     def generator(self, step: int, micro_batch: int, stream: int = 0) -> Callable[[torch.device], torch.Generator]:
         """A generator that depends on seed, rank, step and micro-batch alone, so that a resumed run draws the same."""
         mixed = 0
-        for part in (self._settings.seed, self._team.rank, step, micro_batch, stream):
+        for part in (self._seed, self._group.rank, step, micro_batch, stream):
             # The multiplier of Knuth's MMIX generator: neighbouring steps get unrelated seeds.
             mixed = (mixed * 6364136223846793005 + part + 1442695040888963407) % 2**63
         return lambda device: torch.Generator(device).manual_seed(mixed)
 
     def _prepare_self_test(self, step: int) -> SelfTest | None:
-        if self._self_test is None and not self.self_test_done:
+        if self.self_test_done:
+            self.restart_self_test(done=True)
+            return None
+        if self._self_test is None:
             layers = self._layers_with_rows(self._layers)
             self._self_test = SelfTest(layers, self.generator(step, 0, stream=1)(torch.device("cpu")))
-        if self._self_test is not None:
-            self._self_test.recorded = set(self.recorded)
+        self._self_test.recorded = set(self.recorded)
         return self._self_test
 
     def _conclude_self_test(self, test: SelfTest) -> None:
         unseen = {n: self._layers[n].adapter.unseen for n in test.never_called if n in self._layers}
-        if reasons := unseen | {n: why for n, why in test.unexplained.items() if n in self._layers}:
-            self._drop(reasons)
+        self._unexplained = unseen | {n: why for n, why in test.unexplained.items() if n in self._layers}
         test.waiting[:] = [n for n in test.waiting if n in self._layers and n not in test.unexplained]
         test.never_called.clear()
         test.unexplained.clear()
-        if not test.waiting:
-            self.restart_self_test(done=True)

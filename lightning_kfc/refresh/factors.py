@@ -1,9 +1,10 @@
-"""Folds a step's statistics into the factors and refreshes what is made from them."""
+"""Sum a step's statistics over ranks and fold them into the running factors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,56 +12,51 @@ from torch import Tensor
 from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.curvature.ownership import LayerOwnership
 from lightning_kfc.distributed.factor_reduction import Outline, Reduced, Reduction
-from lightning_kfc.distributed.process_group import Team
 from lightning_kfc.factors.inverses import EkfacInverse
 from lightning_kfc.factors.statistics import Statistics, factor_dtype
 from lightning_kfc.monitoring.events import Events, listed
-from lightning_kfc.monitoring.timing import StepTimes
-from lightning_kfc.refresh.inverses import Inverting
 from lightning_kfc.scheduling.tracker import Due
-from lightning_kfc.settings import Settings
 
 
-class Refresh:
-    """Refreshes factors and inverses of layers, where due.
-
-    Args:
-        settings: Decay and the kind of inverse.
-        due: When each layer is due; told what was done.
-        events: Counts what goes other than planned.
-        team: The ranks between which the batch is split.
-        ownership: Knows which of them holds what.
-        give_up: Called with the names of layers and the reason why the rows of each do not explain its gradient, once
-            all ranks know.
-        times: Adds up the time that it takes.
+@dataclass(frozen=True)
+class FoldedStatistics:
+    """The outcome of a refresh of factors.
 
     Attributes:
-        communication: What the ranks have sent each other.
+        unusable: The layers whose pending statistics were dropped.
+        given_up: Layers whose rows do not explain their gradient, as all ranks know now, and why; they are to be
+            given up.
+    """
+
+    unusable: AbstractSet[str]
+    given_up: Mapping[str, str]
+
+
+class FactorRefresh:
+    """Sums pending statistics over ranks and folds them into the running factors.
+
+    Args:
+        ema_decay: The decay of the running averages.
+        reduce_precision: How statistics travel between ranks: ``"full"`` or ``"bfloat16"``.
+        tracker: The dates of each layer.
+        events: Counts what goes other than planned.
+        ownership: Which rank holds what.
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        due: Due,
-        events: Events,
-        team: Team,
-        ownership: LayerOwnership,
-        give_up: Callable[[Mapping[str, str]], None],
-        times: StepTimes,
+        self, ema_decay: float, reduce_precision: str, tracker: Due, events: Events, ownership: LayerOwnership
     ) -> None:
-        self._settings = settings
-        self._due = due
+        self._decay = ema_decay
+        self._precision = reduce_precision
+        self._tracker = tracker
         self._events = events
-        self._team = team
         self._ownership = ownership
-        self._give_up = give_up
-        self._times = times
+        self._group = ownership.team
+        self._communication = ownership.communication
         self._expected: set[str] = set()
         self._given_up: dict[str, str] = {}
         self._begun: tuple[list[Layer], Reduction] | None = None
-        self._asked: list[Layer] = []
-        self.communication = ownership.communication
-        self._inverting = Inverting(settings, due, events, ownership)
+        self._summed: list[Layer] = []
 
     # What all ranks must know of each other before they fold.
 
@@ -72,18 +68,13 @@ class Refresh:
         """Whether statistics of any of these layers may wait, on this rank or on another one."""
         return self._begun is not None or not self._expected.isdisjoint(layers)
 
-    def exchanges(self, layers: Iterable[str], step: int, damping: float) -> bool:
-        """Whether a refresh of these layers at this step sends anything between ranks."""
-        layers = list(layers)
-        return self.expects(layers) or self._inverting.sends(layers, step, damping)
-
-    def give_up_together(self, layer: str, reason: str) -> None:
-        """Have all ranks give a layer up with the next statistics, though only this one may have the reason."""
-        self._given_up[layer] = reason
+    def give_up_together(self, reasons: Mapping[str, str]) -> None:
+        """Have all ranks give layers up with the next statistics, though only this one may have the reasons."""
+        self._given_up.update(reasons)
 
     def begin(self, layers: Sequence[Layer]) -> None:
         """Begin to add up what the layers have over the ranks; the next refresh of them waits for it."""
-        if self._team.size == 1 or self._begun is not None:
+        if self._group.size == 1 or self._begun is not None:
             return
         expected = [layer for layer in layers if layer.name in self._expected]
         self._expected.difference_update(layer.name for layer in expected)
@@ -113,35 +104,22 @@ class Refresh:
         """Forget a sum that is still on its way, as an exception has left it."""
         self._begun = None
 
-    def __call__(self, layers: Sequence[Layer], step: int, damping: float) -> set[str]:
-        """Fold pending statistics, then refresh inverses.
+    def __call__(self, layers: Sequence[Layer], step: int) -> FoldedStatistics:
+        """Fold the pending statistics of layers.
 
         Args:
             layers: The layers.
             step: The optimizer step.
-            damping: In force at this step.
-
-        Returns:
-            The names of layers whose pending statistics were dropped.
         """
-        self._asked = []
-        with self._times.part("statistics"):
-            dropped = self._fold_pending(layers, step)
-        with self._times.part("inverses"):
-            self._inverting(layers, step, damping)
-        return dropped
-
-    # Statistics.
-
-    def _fold_pending(self, layers: Sequence[Layer], step: int) -> set[str]:
+        self._summed = []
         found = self._pending_of_all_ranks(layers)
-        by_name = {layer.name: layer for layer in (*layers, *self._asked)}
+        by_name = {layer.name: layer for layer in (*layers, *self._summed)}
         finite = self._finite_on_their_owners(found)
         unusable: list[str] = []
         empty: list[str] = []
         for name in list(found):
             layer, reduced = by_name[name], found[name]
-            layer.pending = None
+            layer.drop_pending()
             statistics = reduced.statistics
             # Let go of each when it is folded: together they are as large as all factors.
             found[name] = replace(reduced, statistics=None)
@@ -152,33 +130,31 @@ class Refresh:
             elif reduced.rows == 0 and layer.adapter.mean_factors.intersection(layer.adapter.factor_shapes()):
                 empty.append(name)
             else:
-                decay = self._settings.ema_decay
-                layer.rows = max(layer.rows or 0, int(reduced.rows)) or None
-                if not (layer.fold(statistics, decay) if statistics is not None else layer.fold_elsewhere()):
+                layer.seen_rows(int(reduced.rows))
+                if not (layer.fold(statistics, self._decay) if statistics is not None else layer.fold_elsewhere()):
                     self._events.count("restarted_layers")
-                    self._due.forget(name)
-                self._due.folded(name, step)
+                    self._tracker.forget(name)
+                self._tracker.folded(name, step)
         self._expected.difference_update(by_name)
-        self._give_up_flagged(found, by_name)
         if unusable:
             what = f"the statistics of {listed(unusable)} are not finite and are dropped"
             self._events.report("nonfinite_statistics", step, what)
         if empty:
             self._events.report("empty_statistics", step, "a batch without examples is left out of the statistics")
-        return {*unusable, *empty}
+        return FoldedStatistics({*unusable, *empty}, self._flagged(found, by_name))
 
     def _finite_on_their_owners(self, found: Mapping[str, Reduced]) -> dict[str, bool]:
         """Whether each sum is finite, which only the ranks that keep it can see."""
         kept = {name: reduced.statistics for name, reduced in found.items()}
         finite = {name: total is None or total.is_finite() for name, total in kept.items()}
-        if self._team.size == 1 or self._ownership.replicated or not found:
+        if self._group.size == 1 or self._ownership.replicated or not found:
             return finite
-        device = next(iter(self._asked[0].adapter.parameters().values())).device
-        told = self._team.largest(torch.tensor([float(not ok) for ok in finite.values()], device=device)).tolist()
+        device = next(iter(self._summed[0].adapter.parameters().values())).device
+        told = self._group.largest(torch.tensor([float(not ok) for ok in finite.values()], device=device)).tolist()
         return {name: not flag for name, flag in zip(finite, told, strict=True)}
 
     def _pending_of_all_ranks(self, layers: Sequence[Layer]) -> dict[str, Reduced]:
-        if self._team.size == 1:
+        if self._group.size == 1:
             pending = {layer.name: layer.pending for layer in layers if layer.pending is not None}
             return {name: Reduced(1, statistics.rows, False, statistics) for name, statistics in pending.items()}
         found: dict[str, Reduced] = {}
@@ -186,11 +162,11 @@ class Refresh:
         # Once more where what was begun before the backward was not of all these layers.
         while self._begun is not None:
             if not found:
-                self.communication.begin("factors")
+                self._communication.begin("factors")
             asked, reduction = self._begun
             self._begun = None
-            self._asked += asked
-            self.communication.add("factors", reduction.bytes)
+            self._summed += asked
+            self._communication.add("factors", reduction.bytes)
             found |= reduction.end()
             self.begin(layers)
         return found
@@ -201,12 +177,11 @@ class Refresh:
             if layer.pending is None:
                 layer.note_roles()
         outlines = [_outline(layer, self._ownership.owner(layer)) for layer in asked]
-        return Reduction(self._team, outlines, pending, self._given_up, self._settings.reduce_precision)
+        return Reduction(self._group, outlines, pending, self._given_up, self._precision)
 
-    def _give_up_flagged(self, found: Mapping[str, Reduced], layers: Mapping[str, Layer]) -> None:
+    def _flagged(self, found: Mapping[str, Reduced], layers: Mapping[str, Layer]) -> dict[str, str]:
         flagged = [name for name, reduced in found.items() if reduced.flagged]
-        if flagged:
-            self._give_up({name: self._given_up.pop(name, layers[name].adapter.unseen) for name in flagged})
+        return {name: self._given_up.pop(name, layers[name].adapter.unseen) for name in flagged}
 
     # Second moments.
 
@@ -222,7 +197,7 @@ class Refresh:
         found = {name: Statistics({}, {"S": S}, 0) for name, S in moments.items()}
         for name, entry in self._moments_of_all_ranks(found).items():
             if entry.is_finite():
-                by_name[name].fold_second_moment(entry.sums["S"], self._settings.ema_decay)
+                by_name[name].fold_second_moment(entry.sums["S"], self._decay)
                 continue
             self._events.report(
                 "missing_second_moments",
@@ -233,9 +208,9 @@ class Refresh:
             )
 
     def _moments_of_all_ranks(self, found: dict[str, Statistics]) -> dict[str, Statistics]:
-        if self._team.size == 1:
+        if self._group.size == 1:
             return found
-        asked = [layer for layer in self._asked if isinstance(layer.inverse, EkfacInverse)]
+        asked = [layer for layer in self._summed if isinstance(layer.inverse, EkfacInverse)]
         if not asked:
             return {}
         outlines = []
@@ -243,8 +218,8 @@ class Refresh:
             assert isinstance(layer.inverse, EkfacInverse)
             outline = _outline(layer)
             outlines.append(replace(outline, shapes={"S": layer.inverse.basis.shape}, symmetric=False))
-        reduction = Reduction(self._team, outlines, found, (), self._settings.reduce_precision)
-        self.communication.add("factors", reduction.bytes)
+        reduction = Reduction(self._group, outlines, found, (), self._precision)
+        self._communication.add("factors", reduction.bytes)
         sums = {name: reduced.statistics for name, reduced in reduction.end().items()}
         return {name: statistics for name, statistics in sums.items() if statistics is not None}
 

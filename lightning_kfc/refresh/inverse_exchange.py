@@ -1,11 +1,12 @@
-"""Brings inverses from the ranks that factorise to those that hold them."""
+"""Send inverses from the ranks that factorise them to those that hold them."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -25,15 +26,25 @@ PATIENCE = 2.0
 Outcome = Inverse | FactorisationError
 
 
+class Status(IntEnum):
+    """What a rank sends of a layer's inverse; the largest over ranks is that of the one which factorises it."""
+
+    NOT_OWN = 0
+    MADE = 1
+    FAILED = 2
+
+
 class InverseExchange:
     """Has each inverse made by one rank, and received by the others that hold it.
 
     Args:
-        ownership: Knows which rank holds what.
+        ownership: Which rank holds what.
+        kind: The user's kind of inverse.
     """
 
-    def __init__(self, ownership: LayerOwnership) -> None:
+    def __init__(self, ownership: LayerOwnership, kind: type[Inverse]) -> None:
         self._ownership = ownership
+        self._kind = kind
         self._any_refreshed = False
 
     def _inverters(self, layers: Sequence[Layer]) -> dict[str, int]:
@@ -43,74 +54,71 @@ class InverseExchange:
             return longest_first({e.name: factorisation_cost(shapes_of(e)) for e in layers}, self._ownership.team.size)
         return {layer.name: self._ownership.owner(layer) or 0 for layer in layers}
 
-    def refreshed(
-        self,
-        layers: Sequence[Layer],
-        factorise: Callable[[Layer], Inverse],
-        kinds: Callable[[Layer], type[Inverse]],
-    ) -> dict[str, Outcome]:
-        """New inverses of layers, each factorised by one rank.
+    def refreshed(self, layers: Sequence[Layer], damping: float) -> dict[str, Outcome]:
+        """New inverses of layers, each factorised by one rank. Collective: call on every rank.
 
         Args:
             layers: The layers that are due, the same on every rank.
-            factorise: Makes a layer's inverse; called on its owner.
-            kinds: The kind of a layer's inverse.
+            damping: In force at this step.
 
         Returns:
-            By layer: the inverse, one that says that another rank has it, or why there is none.
+            By layer: the inverse, a stand-in where another rank has it, or the error of its factorisation.
         """
-        outcome: dict[str, Outcome] = {}
+        made: dict[str, Outcome] = {}
         owners = self._inverters(layers)
         own = [layer for layer in layers if owners[layer.name] == self._ownership.team.rank]
         # The later ones take as long, which is known by then.
         for layer in own if self._any_refreshed else _with_progress(own):
-            outcome[layer.name] = _attempted(factorise, layer)
+            made[layer.name] = self._attempt(layer, damping)
         self._any_refreshed = True
         if self._ownership.team.size == 1:
-            return outcome
+            return made
         layouts = {
-            layer.name: _Layout.of(kinds(layer), shapes_of(layer), layer.adapter.matrix_shape()) for layer in layers
+            layer.name: _Layout.of(layer.inverse_type(self._kind), shapes_of(layer), layer.adapter.matrix_shape())
+            for layer in layers
         }
-        numbers = self._numbers_of_owners(layers, layouts, outcome)
-        whole = [layer for layer in layers if not math.isnan(numbers[layer.name][0])]
-        shared = self._broadcast_inverses(whole, owners, layouts, outcome, numbers)
+        sent = self._sent_by_owners(layers, layouts, made)
+        whole = [layer for layer in layers if sent[layer.name][0] == Status.MADE]
+        numbers = {layer.name: sent[layer.name][1] for layer in whole}
+        shared = self._broadcast_inverses(whole, owners, layouts, made, numbers)
         result: dict[str, Outcome] = {}
         for layer in layers:
-            if math.isnan(numbers[layer.name][0]):
-                said = f"rank {owners[layer.name]} found no factorisation"
-                result[layer.name] = outcome.get(layer.name, FactorisationError(said))
-            else:
+            if sent[layer.name][0] == Status.MADE:
                 result[layer.name] = shared.get(layer.name, Elsewhere())
+            else:
+                failed = FactorisationError(f"rank {owners[layer.name]} found no factorisation")
+                result[layer.name] = made.get(layer.name, failed)
         return result
 
-    def _numbers_of_owners(
-        self,
-        layers: Sequence[Layer],
-        layouts: Mapping[str, _Layout],
-        made: Mapping[str, Outcome],
-    ) -> dict[str, list[float]]:
-        """For each layer 0, or NaN where it failed, then its inverse's numbers; every rank must ask."""
+    def _attempt(self, layer: Layer, damping: float) -> Outcome:
+        try:
+            return layer.refreshed(self._kind, damping)
+        except FactorisationError as error:
+            return error
+        except Exception as error:
+            # Of an adapter of the user's, or for want of memory: other ranks wait for the outcome all the same.
+            return FactorisationError(f"{type(error).__name__}: {error}")
+
+    def _sent_by_owners(
+        self, layers: Sequence[Layer], layouts: Mapping[str, _Layout], made: Mapping[str, Outcome]
+    ) -> dict[str, tuple[Status, list[float]]]:
+        """The status and the numbers of each layer's inverse, by layer. Collective: call on every rank."""
         own: list[float] = []
         for layer in layers:
-            result, names = made.get(layer.name), layouts[layer.name].numbers
-            if isinstance(result, Inverse):
-                own += [0.0, *(float(getattr(result, name)) for name in names)]
+            outcome, names = made.get(layer.name), layouts[layer.name].numbers
+            if isinstance(outcome, Inverse):
+                own += [Status.MADE, *(float(getattr(outcome, name)) for name in names)]
             else:
-                own += [-math.inf if result is None else math.inf, *[-math.inf] * len(names)]
-        device = next(iter(layers[0].adapter.parameters().values())).device if layers else torch.device("cpu")
-        told = (
-            self._ownership.team.largest(torch.tensor(own, dtype=torch.float64, device=device)).tolist()
-            if layers
-            else []
-        )
-        self._ownership.communication.add("inverses", 8 * len(told))
-        result_numbers: dict[str, list[float]] = {}
+                own += [Status.NOT_OWN if outcome is None else Status.FAILED, *[-math.inf] * len(names)]
+        device = next(iter(layers[0].adapter.parameters().values())).device
+        values = self._ownership.team.largest(torch.tensor(own, dtype=torch.float64, device=device)).tolist()
+        self._ownership.communication.add("inverses", 8 * len(values))
+        sent: dict[str, tuple[Status, list[float]]] = {}
         for layer in layers:
             count = 1 + len(layouts[layer.name].numbers)
-            first, *rest = told[:count]
-            del told[:count]
-            result_numbers[layer.name] = [math.nan if first == math.inf else first, *rest]
-        return result_numbers
+            sent[layer.name] = Status(int(values[0])), values[1:count]
+            del values[:count]
+        return sent
 
     def _broadcast_inverses(
         self,
@@ -124,8 +132,10 @@ class InverseExchange:
         members = self._ownership.placement.grid.members(self._ownership.team.rank)
         own = [layer for layer in layers if owners[layer.name] in members]
         parcels = []
-        for owner, dtype, device in dict.fromkeys((owners[e.name], *_kind(e)) for e in own):
-            inside = [layer for layer in own if (owners[layer.name], *_kind(layer)) == (owner, dtype, device)]
+        for owner, dtype, device in dict.fromkeys((owners[e.name], *_type_and_device(e)) for e in own):
+            inside = [
+                layer for layer in own if (owners[layer.name], *_type_and_device(layer)) == (owner, dtype, device)
+            ]
             flat = torch.empty(sum(layouts[e.name].numel() for e in inside), dtype=dtype, device=device)
             if owner == self._ownership.team.rank:
                 for layer, part in zip(
@@ -140,7 +150,7 @@ class InverseExchange:
             wait()
             for layer, part in zip(inside, torch.split(flat, [layouts[e.name].numel() for e in inside]), strict=True):
                 # The owner, too, takes what it sent, so that all hold the same to the last bit.
-                found[layer.name] = layouts[layer.name].read(part, numbers[layer.name][1:])
+                found[layer.name] = layouts[layer.name].read(part, numbers[layer.name])
         return found
 
 
@@ -207,16 +217,6 @@ def _with_progress(layers: Sequence[Layer]) -> Iterator[Layer]:
             wait = 2 * passed
 
 
-def _attempted(factorise: Callable[[Layer], Inverse], layer: Layer) -> Outcome:
-    try:
-        return factorise(layer)
-    except FactorisationError as error:
-        return error
-    except Exception as error:
-        # Of an adapter of the user's, or for want of memory: other ranks wait for what came of it all the same.
-        return FactorisationError(f"{type(error).__name__}: {error}")
-
-
-def _kind(layer: Layer) -> tuple[torch.dtype, torch.device]:
+def _type_and_device(layer: Layer) -> tuple[torch.dtype, torch.device]:
     parameter = next(iter(layer.adapter.parameters().values()))
     return factor_dtype(parameter.dtype), parameter.device

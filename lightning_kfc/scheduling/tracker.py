@@ -69,10 +69,10 @@ class Due:
         """Whether a layer's statistics were ever folded."""
         return layer in self._folded
 
-    def refreshed_at(self, layer: str) -> tuple[int | None, int | None]:
-        """The steps at which a layer's statistics and its inverse were last refreshed; None where they never were."""
-        factorised = self._factorised.get(layer)
-        return self._folded.get(layer), None if factorised is None else factorised[0]
+    def ages(self, layer: str, step: int) -> tuple[int | None, int | None]:
+        """Steps since a layer's statistics, and its inverse, were last refreshed; None where they never were."""
+        folded, inverse = self._folded.get(layer), self._factorised.get(layer)
+        return None if folded is None else step - folded, None if inverse is None else step - inverse[0]
 
     def trained_unrecorded(self, layer: str, step: int) -> None:
         """Note that a layer was trained at a step that did not record it; if it missed a date, it waits from now."""

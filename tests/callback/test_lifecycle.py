@@ -182,8 +182,8 @@ class Copying(Regression):
         for head in self.copies:
             F.cross_entropy(head(batch[0]), batch[1]).backward()
         kfc = self.trainer.callbacks[0].kfc
-        self.calls = len(kfc._observation._recorder.calls)
-        self.named = sum(term.value_edge is None for term in kfc._observation._losses.terms)
+        self.calls = len(kfc._estimator._recorder.calls)
+        self.named = sum(term.value_edge is None for term in kfc._estimator._losses.terms)
         return loss
 
 

@@ -430,5 +430,5 @@ def test_a_copy_made_during_training_carries_no_working_hook() -> None:
     before = factors(kfc.kfc)
     with kfc.kfc.capture():
         copies[0](images(8).tensors[0])
-        assert not kfc.kfc._observation._recorder.calls
+        assert not kfc.kfc._estimator._recorder.calls
     assert torch.equal(factors(kfc.kfc), before)

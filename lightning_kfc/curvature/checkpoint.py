@@ -1,0 +1,126 @@
+"""The state of layers to and from plain tensors, numbers, strings, dicts and lists."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_kfc.curvature.layer import Layer
+from lightning_kfc.curvature.ownership import LayerOwnership
+from lightning_kfc.distributed.remote import Elsewhere
+from lightning_kfc.factors.inverses import Inverse
+from lightning_kfc.factors.moments import Moments
+from lightning_kfc.factors.running_average import average_state, averages_of, own_storage, shapes_in
+
+#: What this version writes, and what it reads besides: in 1 factors are whole, in 2 triangles.
+STATE_VERSION, EARLIER_VERSIONS = 2, (1,)
+
+
+def check_version(state: Mapping[str, Any]) -> None:
+    """Require a state that this version reads.
+
+    Raises:
+        ValueError: If it is of another version.
+    """
+    if state.get("version") not in (STATE_VERSION, *EARLIER_VERSIONS):
+        raise ValueError(
+            f"KFC cannot read a state of version {state.get('version')!r}, only {STATE_VERSION} and earlier ones. "
+            "Use the version of the package that wrote it, or a newer one."
+        )
+
+
+def layers_state(layers: Mapping[str, Layer], ownership: LayerOwnership) -> dict[str, dict[str, Any]]:
+    """The state of all layers, by name; with one owner each, on the first rank. Collective: call on every rank."""
+    return ownership.collected({name: _state(layer) for name, layer in layers.items()})
+
+
+@dataclass(frozen=True)
+class LoadedLayers:
+    """The outcome of loading the state of layers.
+
+    Attributes:
+        problems: A sentence for each layer of the state or of the model that was not loaded.
+        anew: The names of the model's layers among them, which start anew.
+    """
+
+    problems: Sequence[str]
+    anew: Sequence[str]
+
+
+def load_layers(
+    layers: Mapping[str, Layer],
+    states: Mapping[str, Mapping[str, Any]],
+    kind: type[Inverse],
+    ownership: LayerOwnership,
+    *,
+    with_moments: bool,
+) -> LoadedLayers:
+    """Load the state of layers; one that does not fit starts anew.
+
+    Args:
+        layers: The model's layers.
+        states: From :func:`layers_state`, with tensors on any device.
+        kind: The user's kind of inverse.
+        ownership: Which rank holds what.
+        with_moments: Whether the rule has moments.
+    """
+    problems = [f"layer {name!r} of the checkpoint is not in the model" for name in states if name not in layers]
+    anew = []
+    for name, layer in layers.items():
+        if name not in states:
+            problems.append(f"layer {name!r} is not in the checkpoint and starts anew")
+            anew.append(name)
+        elif layer.adapter.own_parameters():
+            reason = _load(layer, states[name], kind, ownership, with_moments=with_moments)
+            if reason is not None:
+                layer.restart()
+                problems.append(f"layer {name!r} starts anew: {reason}")
+                anew.append(name)
+    return LoadedLayers(problems, anew)
+
+
+def _state(layer: Layer) -> dict[str, Any]:
+    state: dict[str, Any] = {"factors": average_state(layer.averages)}
+    if layer.inverse is not None:
+        state["inverse"] = {"kind": layer.inverse.name, **_saved(layer.inverse.state())}
+    if layer.moments is not None:
+        state["moments"] = _saved(layer.moments.state_dict())
+    if layer.rows is not None:
+        state["rows"] = layer.rows
+    return state
+
+
+def _load(
+    layer: Layer, state: Mapping[str, Any], kind: type[Inverse], ownership: LayerOwnership, *, with_moments: bool
+) -> str | None:
+    """Load factors and, where it is of the same kind, the inverse; why they do not fit, or None where they do."""
+    device = layer.parameters()[0].device
+    expected, found = layer.adapter.factor_shapes(), shapes_in(state["factors"])
+    if found and found != expected:
+        return f"its factors have shapes {found} in the checkpoint, {expected} now"
+    saved = dict(state.get("inverse", {}))
+    own_kind, saved_kind = layer.inverse_type(kind), saved.pop("kind", None)
+    inverse: Inverse | None = None
+    moments: Moments | None = None
+    if not ownership.has_inverse(layer) and saved_kind in (own_kind.name, Elsewhere.name):
+        inverse = Elsewhere()
+    elif saved_kind == own_kind.name:
+        inverse = own_kind(**_on(device, saved))
+        # Moments mean nothing without the basis that they are in.
+        moments = Moments(**_on(device, state["moments"])) if with_moments and "moments" in state else None
+    averages = averages_of(state["factors"], device) if ownership.has_factors(layer) else {}
+    layer.restore(averages, inverse, moments, state.get("rows"))
+    return None
+
+
+def _on(device: torch.device, saved: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in saved.items()}
+
+
+def _saved(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state as it is saved: inverses have aligned rows, whose gaps a checkpoint would hold as well."""
+    return {name: own_storage(value) if isinstance(value, Tensor) else value for name, value in state.items()}

@@ -1,0 +1,142 @@
+"""Statistics that wait for their step's refresh, and layers whose gradient has a part without statistics."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+
+from lightning_kfc.curvature.layer import Layer
+from lightning_kfc.distributed import process_group as distributed
+from lightning_kfc.distributed.process_group import Team
+from lightning_kfc.estimation.estimator import Estimator
+from lightning_kfc.factors.statistics import Statistics
+from lightning_kfc.monitoring.events import Events, listed
+from lightning_kfc.scheduling.tracker import Due
+
+
+class PendingStatistics:
+    """Keeps the statistics of a step with the gradient that they belong to.
+
+    A layer is *unseen* while its gradient holds a part of which no statistics were taken: statistics that are taken
+    then would not belong to that gradient.
+
+    Args:
+        layers: The model's layers.
+        estimator: The source of the statistics, which counts the input rows of each call once.
+        tracker: The dates of each layer.
+        group: The ranks between which the batch is split.
+        events: Counts statistics that are left out.
+
+    Attributes:
+        unseen: The names of unseen layers.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, Layer], estimator: Estimator, tracker: Due, group: Team, events: Events
+    ) -> None:
+        self._layers = layers
+        self._estimator = estimator
+        self._tracker = tracker
+        self._group = group
+        self._events = events
+        self._warned: set[str] = set()
+        self.unseen: set[str] = set()
+
+    def add(self, statistics: Mapping[str, Statistics]) -> None:
+        """Add the statistics of one more loss of the step, by layer; those of dropped or unseen layers are left out."""
+        for name, entry in statistics.items():
+            if name in self._layers and name not in self.unseen:
+                self._layers[name].add(entry)
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Drop the statistics of layers whose gradient was thrown away."""
+        for name in names:
+            if name in self._layers:
+                self._layers[name].drop_pending()
+            self._estimator.forget_examples(name)
+            self._estimator.recount({name})
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Take no statistics of layers until their next step: their gradient gets a part that was not seen."""
+        for name in names:
+            self.unseen.add(name)
+            self.drop([name])
+
+    def skip(self, names: Iterable[str]) -> None:
+        """Drop the statistics of layers whose step was made without them; their next gradient begins anew."""
+        for name in names:
+            self.drop([name])
+            self.unseen.discard(name)
+
+    def leave_out(self, failed: Mapping[str, Exception], step: int) -> None:
+        """Drop this step's statistics of layers, on all ranks, and report why.
+
+        Args:
+            failed: The error, by layer.
+            step: The optimizer step.
+        """
+        for name in failed:
+            if name not in self._layers or name in self.unseen:
+                continue
+            if self._group.size == 1:
+                self.forget([name])
+            else:
+                # The other ranks wait for them: what is not finite is dropped by all.
+                self._layers[name].drop_pending()
+                self._layers[name].spoil()
+                self._estimator.spoil_examples(name)
+        for error in dict.fromkeys(failed.values()):
+            names = listed(name for name, own in failed.items() if own is error)
+            what = f"the statistics of {names} are left out of this step: {type(error).__name__}: {error}"
+            self._events.report("failed_statistics", step, what)
+
+    def follow_layers(self, kept: Mapping[str, str]) -> None:
+        """Follow a model whose layers have changed.
+
+        Args:
+            kept: The present name of each remaining layer, by its former name. Statistics of renamed layers are
+                dropped.
+        """
+        self.drop(now for before, now in kept.items() if before != now)
+        self.unseen = {kept[name] for name in self.unseen if name in kept}
+
+    def follow_gradients(self) -> None:
+        """Drop the statistics of gradients that were set to zero; forget layers that this forward does not record.
+
+        Where a loss passes through a network that another optimizer trains (a generator's loss through the
+        discriminator), that gradient is zeroed before it is ever used.
+        """
+        for name, layer in self._layers.items():
+            if (layer.pending is not None or name in self.unseen) and layer.gradient_is_zero():
+                self.skip([name])
+        recorded = set(self._estimator.recorded if self._estimator.active else ())
+        self.forget(name for name in self._layers if name not in recorded)
+
+    # Gradients without curvature.
+
+    def without_curvature(self, layer: Layer, step: int) -> bool:
+        """Note a layer that is about to step; whether it was recorded and yet never had statistics of its gradient."""
+        unseen = layer.name in self.unseen
+        self.unseen.discard(layer.name)
+        known = self._tracker.has_statistics(layer.name)
+        if layer.name not in self._estimator.recorded:
+            if known or layer.name not in self._warned:
+                self._tracker.trained_unrecorded(layer.name, step)
+            return False
+        self._tracker.give_up(layer.name)
+        return not (unseen or known or layer.gradient_is_zero())
+
+    def warn(self, names: Iterable[str]) -> None:
+        """Warn once of each layer that has a gradient, but no curvature although a step was due."""
+        new = [name for name in names if name not in self._warned]
+        if not new:
+            return
+        self._warned.update(new)
+        if distributed.rank() == 0:
+            warnings.warn(
+                f"KFC has no curvature for {', '.join(map(repr, new))}: their gradients come from no recorded loss "
+                "term through a recorded forward, and stay as they are. The likely cause is a penalty on their weights "
+                "alone, or a `likelihood` that leaves out the terms which reach them. Add them to "
+                "`exclude` to silence this.",
+                stacklevel=3,
+            )
