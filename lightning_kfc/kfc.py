@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_kfc.curvature.checkpoint import STATE_VERSION, check_version, layers_state, load_layers
-from lightning_kfc.curvature.coverage import Coverage, coverage_of
+from lightning_kfc.curvature.coverage import Coverage, coverage_of, without_curvature
 from lightning_kfc.curvature.find_layers import LayerOptions
 from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.curvature.model_layers import ModelLayers
@@ -281,9 +281,10 @@ class KFC:
         return ", ".join(self._estimator.sources) or "nothing so far"
 
     def coverage(self) -> Coverage:
-        """Every parameter with how it is treated and why; prints as a table."""
+        """Every parameter with how it is treated now, and why; before the first step, how it will be."""
         inverse, moments = INVERSES[self.settings.inverse], self._rule.moments_per_parameter
-        return coverage_of(self._model, self._layers, inverse, moments)
+        idle = without_curvature(self._layers.values()) if self._has_stepped else {}
+        return coverage_of(self._model, self._layers, inverse, moments, idle)
 
     def follow_structure(self) -> str | None:
         """Look for what was added to the model, replaced or taken away since; what is known of other layers stays.

@@ -205,7 +205,31 @@ def _shorten(names: Sequence[str], most: int = 8) -> str:
 TO_BE_FOUND = "new: found at the next step that takes statistics"
 
 
-def coverage_of(model: nn.Module, found: ModelLayers, inverse: type[Inverse], moments: int = 0) -> Coverage:
+#: Why layers that could have a curvature have their plain gradient at present.
+NO_STATISTICS = "no statistics so far: no loss that was seen reaches it"
+NO_INVERSE = "no inverse so far: made with the next refresh"
+OTHER_PARAMETERS = "frozen or unfrozen since its last statistics: taken anew at the next step that takes statistics"
+
+
+def without_curvature(layers: Iterable[Layer]) -> dict[str, str]:
+    """Layers of a training that has begun whose gradients stay as they are at present, with the reason, by name."""
+    reasons = {}
+    for layer in layers:
+        own = tuple(layer.adapter.own_parameters())
+        if layer.inverse is None:
+            reasons[layer.name] = NO_INVERSE if layer.averages else NO_STATISTICS
+        elif own != layer.roles:
+            reasons[layer.name] = OTHER_PARAMETERS
+    return reasons
+
+
+def coverage_of(
+    model: nn.Module,
+    found: ModelLayers,
+    inverse: type[Inverse],
+    moments: int = 0,
+    idle: Mapping[str, str] | None = None,
+) -> Coverage:
     """Make the coverage of a model from its layers; the model may have changed since.
 
     Args:
@@ -213,7 +237,9 @@ def coverage_of(model: nn.Module, found: ModelLayers, inverse: type[Inverse], mo
         found: Its layers.
         inverse: The user's kind of inverse.
         moments: How many numbers the rule keeps for each parameter; they count as memory of the inverse.
+        idle: Layers that have no curvature at present, by name, with the reason.
     """
+    idle = idle or {}
     owners: dict[int, list[Layer]] = {}
     own = set(map(id, model.parameters()))
     # A layer whose module, or whose parameters, were replaced takes no part any more.
@@ -230,6 +256,9 @@ def coverage_of(model: nn.Module, found: ModelLayers, inverse: type[Inverse], mo
         if not parameter.requires_grad:
             kind = layers[0].adapter.kind if layers else type(model.get_submodule(module)).__name__
             row = CoverageRow(name, module, kind, "frozen", "requires_grad is False", {}, 0, numel)
+        elif layers and all(layer.name in idle for layer in layers):
+            reason = idle[layers[0].name]
+            row = CoverageRow(name, module, layers[0].adapter.kind, "plain", reason, {}, 0, numel)
         elif layers:
             adapter = layers[0].adapter
             held = sum(layer.nbytes(inverse, moments) for layer in layers if layer.name not in counted)
@@ -242,7 +271,8 @@ def coverage_of(model: nn.Module, found: ModelLayers, inverse: type[Inverse], mo
             kind, reason = found.plain.get(found.identity(name, parameter), unknown)
             row = CoverageRow(name, module, kind, "plain", reason, {}, 0, numel)
         rows.append(row)
-    return Coverage(tuple(rows), tuple(_lines(present, inverse, moments)))
+    covered = [layer for layer in present if layer.name not in idle]
+    return Coverage(tuple(rows), tuple(_lines(covered, inverse, moments)))
 
 
 def _lines(layers: Iterable[Layer], inverse: type[Inverse], moments: int) -> Iterator[_Line]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_kfc import KFC
-from tests.helpers.nets import classes, engine, observe
+from tests.helpers.nets import classes, engine, observe, train_step
 
 
 class Everything(nn.Module):
@@ -141,3 +141,48 @@ def test_layers_share_a_line_only_where_their_numbers_make_up_a_grid_and_nothing
     model["d1"] = nn.Linear(4, 5)
     names = [line.split()[0] for line in str(engine(model).coverage()).splitlines()[3:]]
     assert names[:5] == ["a0_b0", "a1_b1", "c[0,2]", "d0", "d1"]
+
+
+class TwoHeads(nn.Module):
+    """A trunk and two heads, of which a loss uses one at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, head: str) -> Tensor:
+        return self.get_submodule(head)(self.trunk(x).tanh())
+
+
+def treatments(kfc: KFC) -> dict[str, tuple[str, str]]:
+    return {row.module: (row.treatment, row.reason) for row in kfc.coverage()}
+
+
+def test_the_coverage_is_that_of_the_present_moment() -> None:
+    torch.manual_seed(0)
+    model = TwoHeads()
+    kfc = KFC(model, warmup_steps=1, factor_every_n_steps=2, inverse_every_n_steps=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = torch.randn(6, 4), torch.arange(6) % 3
+
+    def step(head: str) -> None:
+        train_step(kfc, optimizer, lambda: F.cross_entropy(model(x, head), y))
+
+    plain = ("plain", "no statistics so far: no loss that was seen reaches it")
+    assert treatments(kfc) == dict.fromkeys(("trunk", "first", "second"), ("kfc", ""))
+    step("first")
+    assert treatments(kfc) == {"trunk": ("kfc", ""), "first": ("kfc", ""), "second": plain}
+    assert "Preconditioned: 43 of 61 trainable parameters (70.5%)" in str(kfc.coverage())
+    for _ in range(3):
+        step("second")
+    assert treatments(kfc) == dict.fromkeys(("trunk", "first", "second"), ("kfc", ""))
+    model.trunk.bias.requires_grad_(False)
+    assert treatments(kfc)["trunk"][0] == "frozen"  # that of its bias, the last of its parameters
+    row = next(row for row in kfc.coverage() if row.parameter == "trunk.weight")
+    assert (row.treatment, row.reason) == (
+        "plain",
+        "frozen or unfrozen since its last statistics: taken anew at the next step that takes statistics",
+    )
+    step("second")
+    step("second")
+    assert next(row for row in kfc.coverage() if row.parameter == "trunk.weight").treatment == "kfc"
