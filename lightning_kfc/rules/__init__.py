@@ -1,1 +1,1 @@
-"""Ways to step: gradients and inverses in, updates out."""
+"""From gradients and inverses to updates."""

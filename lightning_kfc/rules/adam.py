@@ -61,12 +61,12 @@ class AdamUpdates(Updates):
 
 
 class AdamRule(Rule[AdamUpdates]):
-    """Adam in the eigenbasis of the factors, with a momentum of its own in the place of SGD's."""
+    """Adam in the eigenbasis of the factors; its own momentum replaces SGD's."""
 
     moments_per_parameter: ClassVar[int] = 2
 
     def learning_rates(self, rates: Mapping[Layer, float], optimizer: Optimizer | None) -> dict[Layer, float]:
-        r""":math:`\eta` of each layer: a share of the learning rate that the optimizer has with its momentum."""
+        r""":math:`\eta` of each layer, a share of :math:`\mathrm{lr}/(1-\mu)`."""
         known = momenta(optimizer)
         first = {layer: next(iter(layer.trained_parameters().values())) for layer in rates}
         return {layer: rate * _share(first[layer], known) for layer, rate in rates.items()}
@@ -74,7 +74,7 @@ class AdamRule(Rule[AdamUpdates]):
     def updates(
         self, ready: Sequence[ReadyLayer], damping: float, kl_clip: float | None, most_decrease: float | None = None
     ) -> AdamUpdates:
-        """Make the step; damping and the promised decrease have no part in it. See :class:`Rule`."""
+        """Make the step, without damping or ``most_decrease``; see :class:`Rule`."""
         layers = [entry.layer for entry in ready]
         return adam_step(
             [entry.gradient for entry in ready],
@@ -94,7 +94,7 @@ class AdamRule(Rule[AdamUpdates]):
         step: int,
         events: Events,
     ) -> None:
-        """Write the updates in the units of the optimizer, without its momentum; see :class:`Rule`."""
+        """Write the updates in the optimizer's units; see :class:`Rule`."""
         unwritten = []
         for entry, update, moments in zip(ready, updates.tensors, updates.moments, strict=True):
             layer = entry.layer
@@ -118,7 +118,7 @@ class AdamRule(Rule[AdamUpdates]):
 
 
 def _in_units_of(optimizer: Optimizer | None, layers: Iterable[Layer], loss_scale: float) -> None:
-    """Change updates, written in the place of gradients, into what makes the optimizer step by them.
+    """Convert written updates to gradients that make the optimizer step by them.
 
     Args:
         optimizer: The optimizer that is about to step.
@@ -155,7 +155,7 @@ def adam_step(
     learning_rates: Sequence[float],
     kl_clip: float | None,
 ) -> AdamUpdates:
-    r"""One step of Adam in each layer's eigenbasis, then all of them scaled to stay in the trust region.
+    r"""Make one step of Adam in each layer's eigenbasis, scaled to the trust region.
 
     A layer without eigenbasis (:func:`eigenbasis`) takes Adam's own step of its parameters: neither w nor the width
     enter.

@@ -117,5 +117,9 @@ class Rule(ABC, Generic[U]):
 
 
 def write_update(layer: Layer, update: Tensor, loss_scale: float) -> bool:
-    """Replace a layer's gradients by its update; False where float16 cannot hold it, and they stay as they are."""
+    """Replace a layer's gradients by its update.
+
+    Returns:
+        False where float16 cannot hold the update, and the gradients stay as they are.
+    """
     return layer.write(update if loss_scale == 1 else update * loss_scale)

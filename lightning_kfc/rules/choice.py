@@ -37,7 +37,9 @@ class RuleChoice:
 
 
 def choose_rule(model: nn.Module, layers: Mapping[str, Layer], settings: Settings) -> RuleChoice:
-    """Choose the rule: that of the settings; for "auto", "adam" if the model has attention and no wide factors.
+    """Choose the rule of a model.
+
+    "auto" becomes "adam" if the model has attention and no wide factors, else "natural".
 
     Attention is recognised by the names of modules' classes, since there are too many implementations to list.
 

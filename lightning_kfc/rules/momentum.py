@@ -1,4 +1,4 @@
-"""What SGD makes of a gradient, and the gradient that it makes a wanted step of."""
+"""Take SGD's momentum out of its step, for rules that have their own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def is_sgd(optimizer: Optimizer) -> bool:
 
 
 def momenta(optimizer: Optimizer | None) -> dict[int, float]:
-    """The momentum of each parameter by its identity, where there is one that can be taken out of a step."""
+    """The momentum of each parameter by its identity, where it can be taken out."""
     if optimizer is None or not is_sgd(optimizer):
         return {}
     return {
@@ -30,16 +30,16 @@ def momenta(optimizer: Optimizer | None) -> dict[int, float]:
 
 
 def take_momentum_out(optimizer: Optimizer, parameters: Iterable[nn.Parameter], loss_scale: float) -> None:
-    r"""Replace updates, which stand in the place of gradients, by the gradients that make steps by these updates.
+    r"""Convert updates to gradients that make SGD step by them.
 
     With momentum :math:`\mu` and buffer b, SGD steps by :math:`b \leftarrow \mu b + d`, d the gradient with its decay.
-    A rule that has a momentum of its own asks for the step u by :math:`d = u - \mu b`; likewise with dampening and
+    For a rule with its own momentum and the step u, the gradient is :math:`d = u - \mu b`; likewise with dampening and
     Nesterov's momentum. Weight decay, which the momentum would have added up, acts as strongly as before.
 
     Args:
         optimizer: One of :func:`is_sgd`.
         parameters: Those whose gradient is an update.
-        loss_scale: What the updates are multiplied by, since a gradient scaler will undo it.
+        loss_scale: The factor by which updates are multiplied, since a gradient scaler will divide by it.
     """
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     with torch.no_grad():
@@ -53,10 +53,10 @@ def take_momentum_out(optimizer: Optimizer, parameters: Iterable[nn.Parameter], 
             if buffer is not None and buffer.is_sparse:
                 # The optimizer cannot add a dense gradient to it.
                 buffer = state["momentum_buffer"] = buffer.to_dense()
-            parameter.grad = (_asking_for(update, parameter, buffer, group) * loss_scale).to(parameter.grad.dtype)
+            parameter.grad = (_gradient_for(update, parameter, buffer, group) * loss_scale).to(parameter.grad.dtype)
 
 
-def _asking_for(update: Tensor, parameter: Tensor, buffer: Tensor | None, group: Mapping[str, Any]) -> Tensor:
+def _gradient_for(update: Tensor, parameter: Tensor, buffer: Tensor | None, group: Mapping[str, Any]) -> Tensor:
     """The gradient by which SGD's step, before its learning rate, is the update and all that weight decay does."""
     momentum, decay = float(group["momentum"]), float(group.get("weight_decay", 0))
     sign = -1.0 if group.get("maximize") else 1.0

@@ -39,7 +39,7 @@ class NaturalUpdates(Updates):
 
 
 class NaturalRule(Rule[NaturalUpdates]):
-    """The paper's KFC-pre: E5 and E7. The optimizer keeps its own learning rate and momentum."""
+    """The paper's KFC-pre (E5, E7), with the optimizer's own rate and momentum."""
 
     bounds_decrease: ClassVar[bool] = True
 
@@ -67,7 +67,7 @@ class NaturalRule(Rule[NaturalUpdates]):
         step: int,
         events: Events,
     ) -> None:
-        """Write the updates, and keep the inverses that gave a usable one; see :class:`Rule`."""
+        """Write the updates, and confirm inverses or go back; see :class:`Rule`."""
         forget_rows(ready, updates)
         plain = []
         for position, (entry, update) in enumerate(zip(ready, updates.tensors, strict=True)):
@@ -88,7 +88,10 @@ class NaturalRule(Rule[NaturalUpdates]):
 
 
 def forget_rows(ready: Sequence[ReadyLayer], updates: NaturalUpdates) -> None:
-    """Forget the number of rows of layers whose gradient had a higher rank; it is counted again with new statistics."""
+    """Forget the number of rows of layers whose gradient had a higher rank.
+
+    It is counted again with the next statistics.
+    """
     for position in updates.rank_exceeded:
         # A penalty on the weights, for one, is a gradient of no rows.
         ready[position].layer.forget_rows()
@@ -102,7 +105,7 @@ def natural_step(
     fallbacks: Sequence[Inverse | None] = (),
     most_decrease: float | None = None,
 ) -> NaturalUpdates:
-    r"""Precondition every layer's gradient, then scale all of them so that the step stays in the trust region.
+    r"""Precondition every layer's gradient, then scale all to the trust region.
 
     :math:`V = G_\lambda^{-1}\nabla\bar W A_\lambda^{-1}` (E5), then
     :math:`V \leftarrow \nu V`, :math:`\nu = \min(1, \sqrt{\kappa / \sum \alpha^2\langle V,\nabla\bar W\rangle})`
@@ -151,7 +154,7 @@ def natural_step(
 def solve_all(
     inverses: Sequence[Inverse], gradients: Sequence[Tensor], *, batched: bool
 ) -> tuple[list[Tensor], list[int]]:
-    """Apply every layer's inverse; with ``batched``, small layers of equal shapes in one batch of products.
+    """Apply every layer's inverse, small layers of equal shapes in one batch.
 
     An accelerator spends more on starting small products than on making them. On a CPU a batch takes as long as its
     parts.
@@ -202,7 +205,7 @@ def _batch_key(inverse: Inverse, gradient: Tensor) -> object:
 
 
 def clip_factor(quadratic: float, kl_clip: float | None) -> float:
-    r""":math:`\nu` of E7: what a step of this squared norm is multiplied by to stay within the bound."""
+    r""":math:`\nu` of E7, which brings a step of this squared norm within the bound."""
     return math.sqrt(kl_clip / quadratic) if kl_clip is not None and quadratic > kl_clip else 1.0
 
 

@@ -17,7 +17,7 @@ from lightning_kfc.rules.natural import NaturalRule, forget_rows
 
 
 class UpdateStatus(IntEnum):
-    """The outcome of a layer's update on the ranks that hold its inverse; sent after the update's last element."""
+    """Outcome of a layer's update, sent after the update's last element."""
 
     USABLE = 0
     #: Usable by the previous inverse alone.
@@ -26,7 +26,9 @@ class UpdateStatus(IntEnum):
 
 
 def received_updates(ownership: LayerOwnership, ready: Sequence[ReadyLayer], damping: float) -> list[ReadyLayer]:
-    """Compute each update on a rank that holds the inverse, and send it to the others. Collective: call on every rank.
+    """Compute each update where the inverse is held, and send it to other ranks.
+
+    Collective: call on every rank.
 
     Args:
         ownership: Which rank holds the inverse of which layer.

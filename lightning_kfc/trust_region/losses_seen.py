@@ -1,4 +1,4 @@
-"""Track the losses whose gradients are in the parameters, and to which optimizer's step each belongs."""
+"""Track which losses have their gradients in which parameters."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class LossesSeen:
         self._optimizers: dict[int, set[int]] = {}
 
     def note(self, loss: Tensor, loss_scale: float, recorded: RecordedLoss | None) -> None:
-        """Add a loss whose backward follows; drop those whose gradient was set to zero since.
+        """Add a loss whose backward follows; drop those with a zeroed gradient.
 
         Args:
             loss: The loss, multiplied by ``loss_scale``.
@@ -63,7 +63,7 @@ class LossesSeen:
         return [seen for seen in self._losses if not own.isdisjoint(seen.parameters)]
 
     def stepped(self, parameters: Iterable[Tensor], optimizer: Optimizer | None) -> None:
-        """Drop the losses that a step has used; keep those that are in the parameters of other optimizers.
+        """Drop the losses that a step has used, unless other optimizers need them.
 
         Args:
             parameters: The parameters that were stepped.

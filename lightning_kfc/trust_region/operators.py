@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-#: Operators of torch.distributed. Their schemas do not tell which tensors they write.
+#: Operators of torch.distributed. Their schemas do not mark the tensors that they write.
 COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional")
 
 #: Operators that change the size of a tensor's memory.
@@ -49,7 +49,7 @@ def traits_of(function: Any) -> Traits:
         (position, argument.name)
         for position, argument in enumerate(function._schema.arguments)
         if (argument.alias_info is not None and argument.alias_info.is_write)
-        # The schemas of batch norms do not tell that they write their running statistics.
+        # The schemas of batch norms do not mark their running statistics as written.
         or argument.name.startswith("running_")
         or collective
     )

@@ -1,4 +1,4 @@
-"""States of random generators before recorded operations, to draw the same numbers again."""
+"""States of random generators, to draw the same numbers again."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RandomDraw:
 
     @classmethod
     def of(cls, args: Any, kwargs: Any) -> RandomDraw:
-        """The present state of the generator that an operation with these arguments draws from."""
+        """The state of the generator that an operation with these arguments uses."""
         leaves = flat((args, kwargs))
         for generator in leaves:
             if isinstance(generator, torch.Generator):

@@ -1,4 +1,4 @@
-"""The data of a recording: operations in order, and the tensors from outside that they read."""
+"""Recorded operations, and the tensors from outside that they read."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ Slice = list[tuple[Operation, set[Slot]]]
 
 
 class Recording:
-    """Recorded operations, and what a replay of them reads. No intermediate result is held.
+    """Recorded operations and the tensors that they read, without intermediate results.
 
     Attributes:
         operations: In the order in which they ran.
@@ -90,18 +90,24 @@ class Recording:
         self.overwritten.clear()
 
     def written_unseen(self, slot: Slot) -> bool:
-        """Whether a tensor from outside was written since it was read, by no recorded operation."""
+        """Whether a tensor from outside was written later, by no recorded operation."""
         outside = self.outside[slot]
         return self.slot_storage[slot] not in self.overwritten and version(outside.tensor) != outside.version
 
     def is_stale(self, slot: Slot, length: int) -> bool:
-        """Whether a tensor depends on anything that was written since it was read, by no recorded operation."""
+        """Whether anything that a tensor depends on was written later, unrecorded."""
         operations = self.slice(slot, length, with_collectives=False)
         read = {used for operation, _ in operations for used in operation.used}
         return any(self.written_unseen(used) for used in read if used in self.outside)
 
     def slice(self, slot: Slot, length: int, *, with_collectives: bool) -> Slice:
-        """The operations, of the first ``length`` ones, on which a tensor depends, each with what it uses last."""
+        """The operations on which a tensor depends, each with the slots that it uses last.
+
+        Args:
+            slot: The tensor.
+            length: The number of recorded operations that are looked at.
+            with_collectives: Whether all recorded collectives are in it.
+        """
         key = slot, length, with_collectives
         if key not in self._slices:
             live, needed, kept = {self.slot_storage[slot]}, {slot}, []

@@ -1,4 +1,4 @@
-r"""A trust region that sets its own radius and damping, from how well steps do what was expected of them.
+r"""A trust region that adapts radius and damping to how well steps are predicted.
 
 The radius r bounds :math:`\alpha^2\langle V, \nabla\bar W\rangle`, twice the KL of a step by the approximate Fisher
 matrix (:math:`\kappa` of E7). A step :math:`\delta` is *reviewed* by the reduction ratio
@@ -15,10 +15,10 @@ from dataclasses import dataclass, fields
 
 from lightning_kfc.settings import Settings
 
-#: Where an automatic radius and damping begin.
+#: Start values of an automatic radius and damping.
 START_RADIUS = 0.1
 START_DAMPING = 0.003
-#: What stands in for "auto" where steps cannot be reviewed.
+#: Used in the place of "auto" where steps cannot be reviewed.
 FIXED_RADIUS = 0.03
 FIXED_DAMPING = 0.01
 
@@ -26,17 +26,17 @@ FIXED_DAMPING = 0.01
 REVIEWED_AT_FIRST = 10
 REVIEW_EVERY_N_STEPS = 5
 
-# On a batch that is noisy a smaller damping always looks better: it lets a step fit that batch alone. Without these
-# floors the region would shrink to nothing along with it.
+# On a noisy batch a smaller damping always looks better, since a step then fits that batch alone. Without these floors
+# damping and radius would shrink towards 0.
 SMALLEST_RADIUS, LARGEST_RADIUS = 1e-3, 10.0
 SMALLEST_DAMPING, LARGEST_DAMPING = 1e-3, 10.0
 
 POOR, GOOD, DAMPING_GOOD = 0.25, 0.75, 0.45
 DAMPING_FACTOR = 0.8
-#: A step is undone if the loss has grown by more than this share of the decrease that its slope foretold.
+#: A step is undone if the loss has grown by more than this share of the decrease that its slope promised.
 TOLERATED_GROWTH = 0.1
-#: By its slope, a step may promise so many times the loss that there is, where this cannot fall below 0. On the way to
-#: its minimum, a quadratic model gains half of what its slope promises: a longer step promises more than all there is.
+#: The slope of a step may promise at most so many times the loss, where the loss cannot fall below 0. At its minimum, a
+#: quadratic model has decreased by half of what its slope promised: a longer step promises more than the whole loss.
 MOST_PROMISED = 2.0
 #: A step this many times its running (geometric) mean in size comes from an inverse that no longer fits.
 SURPRISE = 3.0
@@ -45,7 +45,7 @@ SIZE_DECAY = 0.9
 
 @dataclass(frozen=True)
 class Outcome:
-    r"""What a step did, beside what was expected of it.
+    r"""The losses before and after a step, and the expected change.
 
     Attributes:
         loss_before: :math:`h(\theta)` on the step's batch.
@@ -62,19 +62,19 @@ class Outcome:
     squared_length: float
 
     def expected(self, damping: float) -> float:
-        r""":math:`M(\delta)`, the change of the loss that was expected."""
+        r""":math:`M(\delta)`, the expected change of the loss."""
         return self.slope + self.curvature + 0.5 * damping * self.squared_length
 
     def ratio(self, damping: float) -> float:
-        r""":math:`\rho`, 1 for a step that did what was expected; NaN where there was nothing to expect."""
+        r""":math:`\rho`, 1 for a step as expected; NaN where no change was expected."""
         expected = self.expected(damping)
         return (self.loss_after - self.loss_before) / expected if expected else math.nan
 
     def best_share(self) -> float:
-        r"""The share of the step at which the loss is least, by the parabola through what is known of it.
+        r"""The share of the step at which the loss is least, by a parabola.
 
-        That is :math:`h(\theta)`, its slope, and :math:`h(\theta+\delta)`. 0 where the loss is not finite or the step
-        leads uphill; above 1 where it could have been longer.
+        The parabola has the values :math:`h(\theta)` and :math:`h(\theta+\delta)`, and the slope of the step. The
+        share is 0 where the loss is not finite or the step leads uphill; above 1 where the step could have been longer.
         """
         bend = self.loss_after - self.loss_before - self.slope
         if not (math.isfinite(bend) and self.slope < 0):
@@ -84,15 +84,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What follows from a review.
+    """The consequences of a review.
 
     Attributes:
         ratio: The reduction ratio.
-        undo: Whether the loss has grown beyond what is tolerated, so that the step is to be taken back.
+        undo: Whether the loss has grown by more than is tolerated, so that the step is to be taken back.
         refresh: Whether statistics and inverses are to be refreshed at the next step.
         predicted_decrease: Of the loss, by the model of the curvature; NaN where it is not known.
         actual_decrease: Of the loss; negative where it grew.
-        kept_share: The share of the step that is to be kept: 1 for all of it, 0 where it is taken back as a whole.
+        kept_share: The share of the step that is kept: 1 for all of it, 0 where it is taken back as a whole.
     """
 
     ratio: float
@@ -126,13 +126,13 @@ class TrustRegion:
     @classmethod
     def of(cls, settings: Settings) -> TrustRegion:
         """The trust region at the start of training."""
-        # Adam's steps are not damped: there is nothing in them that a damping could adapt.
+        # The rule "adam" does not use the damping.
         adapts_damping = settings.damping == "auto" and settings.rule == "natural"
         return cls(adapts_radius=settings.kl_clip == "auto", adapts_damping=adapts_damping)
 
     @property
     def active(self) -> bool:
-        """Whether anything sets itself."""
+        """Whether radius or damping set themselves."""
         return self.adapts_radius or self.adapts_damping
 
     def fix(self) -> dict[str, float]:
@@ -150,7 +150,7 @@ class TrustRegion:
         return fixed
 
     def review_planned(self, step: int) -> bool:
-        """Whether a step is to be reviewed, which its forward must know.
+        """Whether a step is to be reviewed, so that its forward must be recorded.
 
         Args:
             step: The optimizer step.
@@ -158,7 +158,7 @@ class TrustRegion:
         return self.review_next or step < REVIEWED_AT_FIRST or step % REVIEW_EVERY_N_STEPS == 0
 
     def note_size(self, size: float) -> None:
-        r"""Note the size of the coming step; after a surprisingly large one, the next step is reviewed.
+        r"""Note the size of the coming step; a surprisingly large one is followed by a review.
 
         Args:
             size: :math:`\alpha^2\langle V, \nabla\bar W\rangle` before clipping, positive.
@@ -178,7 +178,7 @@ class TrustRegion:
         expected, ratio = outcome.expected(self.damping), outcome.ratio(self.damping)
         growth = outcome.loss_after - outcome.loss_before
         undo = not growth <= TOLERATED_GROWTH * abs(outcome.slope)
-        # Also where the ratio is NaN, or where the loss grew as a model that led uphill had it.
+        # Also where the ratio is NaN, or where both the loss and the model increased.
         poor = undo or not ratio >= POOR
         if self.adapts_radius:
             if poor:
@@ -192,17 +192,17 @@ class TrustRegion:
             elif ratio > DAMPING_GOOD:
                 self.damping = max(SMALLEST_DAMPING, self.damping * DAMPING_FACTOR)
         self.review_next = self.review_next or poor
-        # A step that leads uphill by its slope, as momentum can, is no worse for it unless the loss has grown.
+        # A step whose slope leads uphill, as with momentum, is kept unless the loss has grown.
         shorten = undo or (poor and outcome.slope < 0)
         kept_share = min(outcome.best_share(), 1.0) if shorten else 1.0
         return Verdict(ratio, undo, poor, -expected, -growth, kept_share)
 
     def state_dict(self) -> dict[str, float]:
-        """What changes in training, as plain numbers; what is a fixed setting is not a part of it."""
+        """All that changes in training, as plain numbers, without fixed settings."""
         return {name: float(getattr(self, name)) for name in self._changing()}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Take over what :meth:`state_dict` gave; what is now a fixed setting stays as it is set."""
+        """Take over a state of :meth:`state_dict`; fixed settings stay as they are."""
         for name in self._changing():
             if name in state:
                 setattr(self, name, type(getattr(self, name))(state[name]))
@@ -214,7 +214,7 @@ class TrustRegion:
 
 
 def message_of_fixed(fixed: Mapping[str, float], reason: str) -> str:
-    """The message for the user that steps are no longer reviewed; empty where nothing was ``"auto"``.
+    """The message that steps are no longer reviewed; empty if nothing was "auto".
 
     Args:
         fixed: What :meth:`TrustRegion.fix` returned.

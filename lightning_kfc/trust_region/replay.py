@@ -45,7 +45,7 @@ class RecordedLoss:
         return self.factor * float(value)
 
     def is_stale(self) -> bool:
-        """Whether anything that it depends on has been written since it was recorded, by no recorded operation."""
+        """Whether anything that the loss depends on was written later, unrecorded."""
         return self.recording.is_stale(self.slot, self.length)
 
     @property

@@ -1,4 +1,4 @@
-"""Check on all ranks together whether the losses of a step can be replayed, and whether a replay reproduces them."""
+"""Check on all ranks that the losses of a step are reproduced by replays."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REPLAY_TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Replayability:
-    """Whether the losses of a step can be replayed; the same on all ranks but for the words.
+    """Whether the losses of a step can be replayed, on all ranks alike.
 
     Attributes:
         refused: Why recordings can never be replayed; empty where they can.
@@ -59,7 +59,9 @@ def replayability(tape: Tape | None, losses: Sequence[SeenLoss], device: torch.d
 def replay_error(
     losses: Sequence[SeenLoss], values: Mapping[int, Tensor], device: torch.device, *, with_collectives: bool
 ) -> str:
-    """Why a replay with unmoved weights does not give the losses; empty where it does. Collective.
+    """Why a replay with unmoved weights does not give the losses; empty if it does.
+
+    Collective: call on every rank.
 
     Args:
         losses: The losses of the step.

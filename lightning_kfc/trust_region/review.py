@@ -1,4 +1,4 @@
-"""Review steps: compare what a step did with what was expected, and shorten it or take it back where it went wrong."""
+"""Review steps: compare actual and expected decrease, and shorten bad steps."""
 
 from __future__ import annotations
 
@@ -98,7 +98,10 @@ class StepReviewer:
     # Before a step.
 
     def step_begins(self) -> None:
-        """Begin a new step; if the last one was to be reviewed and was not, reviews end with a warning."""
+        """Begin a new step.
+
+        If the last one was to be reviewed and was not, reviews end with a warning.
+        """
         if self.due:
             self._end_with_warning(
                 "they need a call of kfc.review(optimizer=optimizer) after each optimizer.step(), and there was none"
@@ -125,7 +128,10 @@ class StepReviewer:
             tape.finish()
 
     def pause(self) -> None:
-        """Record nothing until :meth:`resume`: neither backwards nor optimizer steps are parts of a loss."""
+        """Record nothing until :meth:`resume`.
+
+        Neither backwards nor optimizer steps are parts of a loss.
+        """
         if self._tape is not None:
             self._tape.paused = True
 
@@ -169,7 +175,9 @@ class StepReviewer:
             self._losses.stepped(parameters, optimizer)
 
     def most_decrease(self, parameters: Iterable[Tensor], *, never_negative: bool) -> float | None:
-        """The most that the slope of the coming step may promise; None for no bound. Collective: call on every rank.
+        """The most that the slope of the coming step may promise; None for no bound.
+
+        Collective: call on every rank.
 
         Args:
             parameters: Those that the coming step moves.
@@ -192,9 +200,9 @@ class StepReviewer:
         loss_scale: float,
         loss_gradients: Mapping[int, Tensor],
     ) -> None:
-        """Take a snapshot for the review of the coming step, if one is due. Collective: call on every rank.
+        """Take a snapshot for the review of the coming step, if one is due.
 
-        Call it while the gradients are still those of the loss.
+        Collective: call on every rank, while the gradients are still those of the loss.
 
         Args:
             step: The optimizer step.
@@ -239,7 +247,9 @@ class StepReviewer:
     # The review.
 
     def review(self, layers: Iterable[Layer], optimizer: Optimizer | None) -> Verdict | None:
-        """Replay the step's losses, adjust the region, and shorten the step where it went wrong. Collective.
+        """Replay the step's losses, adjust the region, and shorten a bad step.
+
+        Collective: call on every rank.
 
         Args:
             layers: The layers.

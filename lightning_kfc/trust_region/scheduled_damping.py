@@ -9,7 +9,9 @@ from lightning_kfc.scheduling.refresh_schedule import value_at
 
 
 class ScheduledDamping:
-    """Evaluates the user's damping once a step; after the first step, an invalid value leaves the last one in force.
+    """The user's damping, evaluated once a step.
+
+    After the first step, an invalid value leaves the last one in force.
 
     Args:
         setting: A number, or a function of the step.

@@ -1,4 +1,4 @@
-"""Weights, gradients and losses as they were before a step, to judge the step and to shorten it."""
+"""Weights, gradients and losses before a step, to judge and to shorten it."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class StepSnapshot:
         return replayed(self.losses, now, with_collectives=self.with_collectives)
 
     def outcome(self, layers: Iterable[Layer], loss_before: float, loss_after: float) -> Outcome | None:
-        """Compare the present parameters with those before the step; None where none has changed.
+        """Compare parameters with those before the step; None if none has changed.
 
         Args:
             layers: The layers, whose factors give the curvature.
@@ -100,14 +100,14 @@ class StepSnapshot:
 
     @property
     def can_shorten(self) -> bool:
-        """Whether all state of the optimizer is known, so that its step can be shortened together with the weights.
+        """Whether the optimizer's state can be shortened together with the weights.
 
         Lookahead or schedule-free optimizers hold other weights beside the model's: these alone must not be moved.
         """
         return self.optimizer is None or type(self.optimizer).__module__.startswith("torch.optim")
 
     def shorten(self, kept_share: float) -> None:
-        """Multiply the step, and the momentum that the optimizer carries on from it, by a share.
+        """Multiply the step, and the optimizer's momentum after it, by a share.
 
         Args:
             kept_share: The share; 0 to take the step back, and to drop the momentum, which led astray.

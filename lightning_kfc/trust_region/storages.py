@@ -28,7 +28,10 @@ def on_storage(tensor: Tensor, storage: torch.UntypedStorage) -> Tensor:
 
 
 class StorageReferences:
-    """Weak references to storages: while they are held, no later storage gets the address of one that is gone."""
+    """Weak references to storages.
+
+    While they are held, no later storage gets the address of one that is gone.
+    """
 
     def __init__(self) -> None:
         self._references: list[Any] = []

@@ -1,6 +1,6 @@
-"""Record a forward as tensor operations, to be replayed with other values of the parameters.
+"""Record a forward as tensor operations, to replay it with other parameters.
 
-No Python of the user runs in a replay. The parameters that are asked for are read as they are given; everything else
+No Python of the user runs in a replay. Parameters are read as they are given to the replay; everything else
 (batch, buffers, carried state, random numbers) is read as it was before the recording.
 """
 
@@ -48,7 +48,7 @@ class Tape(TorchDispatchMode):
         self._recording = Recording()
         self._operations, self._slot_storage = self._recording.operations, self._recording.slot_storage
         self._outside, self._overwritten = self._recording.outside, self._recording.overwritten
-        # By the id of a tensor: a reference that tells whether it is still that tensor, its slot, and its storage.
+        # By the id of a tensor: a reference that shows whether it is still that tensor, its slot, and its storage.
         self._known: dict[int, tuple[weakref.ref[Tensor], Slot, int | None]] = {}
         # By the address of a storage: its number.
         self._storages: dict[int, int] = {}
@@ -106,14 +106,14 @@ class Tape(TorchDispatchMode):
         return self.refusal is None
 
     def finish(self) -> None:
-        """End the recording: keep what finds a loss, and let go of what finds a tensor."""
+        """End the recording: losses can still be located, and no tensor is known any more."""
         if self._scalars is None:
             self._scalars = self._scalar_results()
             self._known = {}
             self._storage_references.release()
 
     def locate(self, loss: Tensor) -> RecordedLoss | None:
-        """Find a loss on the tape, given it or a multiple of it; None where it is not there, or is 0.
+        """Find a loss, or a multiple of one, on the tape; None where it is missing or 0.
 
         Lightning divides the loss of a training step by the number of accumulated batches, and a gradient scaler
         multiplies it, after the recording has ended.
@@ -141,7 +141,7 @@ class Tape(TorchDispatchMode):
         return found
 
     def _refuse(self, reason: str) -> None:
-        """Record nothing any more, and let go of what was recorded."""
+        """Stop recording, and drop what was recorded."""
         self.refusal = reason
         self._recording.clear()
         self._known = {}
@@ -162,7 +162,7 @@ class Tape(TorchDispatchMode):
             self._refuse(f"{function} has an argument of the tensor subclass {kind.__name__}")
             return self._new_slot(tensor, None)
         if kind is not Tensor and is_lazy(tensor):
-            self._refuse(f"{function} has an argument that is not initialised yet, as lazy modules have it")
+            self._refuse(f"{function} has an argument that is not initialised yet, as those of lazy modules")
             return self._new_slot(tensor, None)
         address = storage_address(tensor)
         known = self._known.get(id(tensor))
@@ -171,7 +171,7 @@ class Tape(TorchDispatchMode):
             if self._slot_storage[slot] not in self._trained and tensor.requires_grad:
                 if tensor.grad_fn is not None:
                     self._refuse_hidden(tensor, function)
-                # A parameter that was frozen before, as toggled optimizers have it.
+                # A parameter that was frozen before, as where optimizers are toggled.
                 self._trained.add(self._slot_storage[slot])
             if slot in self._outside and self._recording.written_unseen(slot):
                 # By an optimizer's step, for one: what reads it now sees other values than what read it before.
@@ -189,7 +189,7 @@ class Tape(TorchDispatchMode):
         self._refuse(f"{function} reads a result of {maker}, which recorded operations do not explain")
 
     def _aliasing(self, tensor: Tensor, address: int | None, number: int) -> Slot:
-        """The slot of a tensor that came to share the memory of a recorded one without an operation that tells."""
+        """The slot of a tensor that came to share the memory of a recorded one without a recorded operation."""
         slot, dtype = self._whole_storage(tensor, number)
         self._recording.aliased.add(number)
         if dtype != tensor.dtype:
