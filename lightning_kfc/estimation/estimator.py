@@ -19,6 +19,7 @@ from lightning_kfc.estimation.back_propagation import (
     gradient_norm,
     reaches,
 )
+from lightning_kfc.estimation.custom_functions import CustomFunctions
 from lightning_kfc.estimation.example_gradients import ExampleGradients
 from lightning_kfc.estimation.graph import refuse_reentrant_checkpointing
 from lightning_kfc.estimation.recording import Call, Recorder, parameter_call
@@ -47,7 +48,7 @@ from lightning_kfc.losses.selection import (
     wanted_terms,
 )
 from lightning_kfc.losses.terms import LossTerm
-from lightning_kfc.monitoring.events import Events
+from lightning_kfc.monitoring.events import Events, listed
 from lightning_kfc.monitoring.messages import inform
 from lightning_kfc.monitoring.timing import StepTimes
 from lightning_kfc.scheduling.tracker import Due
@@ -129,6 +130,7 @@ class Estimator:
         self.never_negative = False
         self.sources: list[str] = []
         self._said_sources: set[tuple[str, ...]] = set()
+        self._said_functions: set[str] = set()
         self.forgiving = False
         self.recorded: list[str] = []
 
@@ -279,19 +281,48 @@ class Estimator:
             self._events.report("failed_statistics", step, what)
         if micro_batch == 0:
             self.never_negative = True
-        part = self._times.part("statistics")
-        with part, full_precision(self._model), leaving_no_trace(self._model), sinks_at_rest(loss):
-            recorded = list(self._recorder.calls)
-            calls = recorded + self._parameter_calls()
-            names = {call.layer for call in recorded if call.inputs is not None}
-            examples = self._example_gradients(names - unseen, step)
-            found = self._back_propagate(
-                loss, calls, self.generator(step, micro_batch), loss_scale, loss_fraction, examples, step
-            )
-            statistics = self._by_layer(found, calls, len(recorded))
-            return StepStatistics(statistics, self._unexplained, self._failed)
+        custom = CustomFunctions()
+        try:
+            with (
+                self._times.part("statistics"),
+                full_precision(self._model),
+                leaving_no_trace(self._model),
+                sinks_at_rest(loss),
+                custom.kept(loss) if loss.requires_grad else contextlib.nullcontext(),
+            ):
+                return self._statistics(loss, step, micro_batch, loss_scale, loss_fraction, unseen)
+        except Exception as error:
+            if custom.failed is None:
+                raise
+            what = f"the backward of {custom.failed!r}, a custom autograd function, failed"
+            failure = RuntimeError(f"{what}: {type(error).__name__}: {error}")
+            return StepStatistics(failed=dict.fromkeys(self.recorded, failure))
+        finally:
+            self._say_used_up(custom.used_up, step)
 
     # Parts of a due step.
+
+    def _say_used_up(self, functions: Set[str], step: int) -> None:
+        if new := sorted(functions - self._said_functions):
+            self._said_functions.update(new)
+            inform(
+                f"KFC at step {step}: the backward of the custom autograd functions {listed(new)} uses up what their "
+                "forward saved; it is put back after KFC's own back-propagations."
+            )
+
+    def _statistics(
+        self, loss: Tensor, step: int, micro_batch: int, loss_scale: float, loss_fraction: float, unseen: Set[str]
+    ) -> StepStatistics:
+        assert self._recorder is not None
+        recorded = list(self._recorder.calls)
+        calls = recorded + self._parameter_calls()
+        names = {call.layer for call in recorded if call.inputs is not None}
+        examples = self._example_gradients(names - unseen, step)
+        found = self._back_propagate(
+            loss, calls, self.generator(step, micro_batch), loss_scale, loss_fraction, examples, step
+        )
+        statistics = self._by_layer(found, calls, len(recorded))
+        return StepStatistics(statistics, self._unexplained, self._failed)
 
     def _parameter_calls(self) -> list[Call]:
         return [

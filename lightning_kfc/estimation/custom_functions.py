@@ -1,0 +1,120 @@
+"""Custom autograd functions whose backward uses up, or overwrites, what their forward has saved.
+
+Such a backward runs once only: a second one fails, or gives another gradient. The estimator's back-propagations come
+before the user's, so that what a custom function holds is put back after each of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import _unsafe_preserve_version_counter  # type: ignore[attr-defined]
+
+from lightning_kfc.estimation.graph import loss_edge
+
+
+class CustomFunctions:
+    """The custom autograd functions in the graph of a loss.
+
+    Attributes:
+        used_up: The names of functions whose backward has changed what they held.
+        failed: The name of the function whose backward has raised, or None.
+    """
+
+    def __init__(self) -> None:
+        self.used_up: set[str] = set()
+        self.failed: str | None = None
+
+    @contextlib.contextmanager
+    def kept(self, loss: Tensor) -> Iterator[None]:
+        """Put back, after each back-propagation, what the functions in a loss's graph hold."""
+        self.failed = None
+        contexts = [_Context(node) for node in _custom_nodes(loss)]
+        with contextlib.ExitStack() as handles:
+            for context in contexts:
+                for handle in (
+                    context.node.register_prehook(context.save),
+                    context.node.register_hook(context.restore),
+                ):
+                    handles.callback(handle.remove)
+            try:
+                yield
+            finally:
+                for context in contexts:
+                    if context.running:
+                        self.failed = context.name
+                        context.restore()
+                self.used_up |= {context.name for context in contexts if context.changed}
+
+
+class _Context:
+    """What one call of a custom function holds: attributes, and tensors that it has saved."""
+
+    def __init__(self, node: Any) -> None:
+        self.node = node
+        self.name: str = type(node)._forward_cls.__name__
+        self.changed = False
+        self.running = False
+        self._attributes: dict[str, Any] = {}
+        self._tensors: list[tuple[Tensor, int, int, Tensor]] = []
+        self._versions = contextlib.ExitStack()
+
+    @torch.no_grad()
+    def save(self, *_: Any) -> None:
+        """Note what is there, just before the backward runs."""
+        self._attributes = dict(vars(self.node))
+        try:
+            saved = list(self.node.saved_tensors)
+        except RuntimeError:
+            # Changed in place since the forward: the backward says so itself.
+            saved = []
+        held = [value for value in (*saved, *self._attributes.values()) if isinstance(value, Tensor)]
+        for tensor in {id(tensor): tensor for tensor in held}.values():
+            size = tensor.untyped_storage().nbytes()
+            self._tensors.append((tensor, tensor._version, size, tensor.detach().clone()))
+            self._versions.enter_context(_unsafe_preserve_version_counter(tensor))
+        self.node.maybe_clear_saved_tensors = self._asked_to_clear
+        self.running = True
+
+    def _asked_to_clear(self) -> None:
+        self.changed = True
+
+    @torch.no_grad()
+    def restore(self, *_: Any) -> None:
+        """Put back what the backward has changed."""
+        self.running = False
+        del self.node.maybe_clear_saved_tensors
+        now = vars(self.node)
+        if now.keys() != self._attributes.keys() or any(now[name] is not old for name, old in self._attributes.items()):
+            self.changed = True
+            now.clear()
+            now.update(self._attributes)
+        for tensor, version, size, values in self._tensors:
+            storage = tensor.untyped_storage()
+            if tensor._version != version or storage.nbytes() != size:
+                self.changed = True
+                storage.resize_(size)
+                tensor.detach().copy_(values)
+        self._tensors.clear()
+        self._versions.close()
+
+
+def _custom_nodes(loss: Tensor) -> list[Any]:
+    """The nodes of custom functions in a loss's graph, but for torch's own."""
+    start = loss_edge(loss).node
+    pending: list[Any] = [start]
+    seen, found = {start}, []
+    while pending:
+        node = pending.pop()
+        function = getattr(type(node), "_forward_cls", None)
+        if function is not None and not function.__module__.startswith("torch."):
+            found.append(node)
+        for below, _ in node.next_functions:
+            if below is not None and below not in seen:
+                seen.add(below)
+                pending.append(below)
+    return found
