@@ -33,8 +33,8 @@ from lightning_kfc.rules.choice import RULE_TYPES, choose_rule, with_rule
 from lightning_kfc.rules.update_exchange import received_updates
 from lightning_kfc.scheduling.automatic_periods import PeriodChoice
 from lightning_kfc.scheduling.refresh_schedule import RefreshSchedule
-from lightning_kfc.scheduling.staggering import Slots
-from lightning_kfc.scheduling.tracker import Due
+from lightning_kfc.scheduling.staggering import StaggeredDates
+from lightning_kfc.scheduling.tracker import RefreshTracker
 from lightning_kfc.settings import Settings, refuse_removed
 from lightning_kfc.trust_region.region import TrustRegion, Verdict
 from lightning_kfc.trust_region.review import StepReviewer
@@ -176,7 +176,7 @@ class KFC:
         return kfc
 
     def _start(self, model: nn.Module, settings: Settings, process_group: Any) -> None:
-        self._team = distributed.Team(process_group)
+        self._group = distributed.ProcessGroup(process_group)
         self._model = model
         self._layers = ModelLayers(
             model,
@@ -203,9 +203,9 @@ class KFC:
             for period in (settings.factor_every_n_steps, settings.inverse_every_n_steps)
         )
         self._periods = PeriodChoice(settings.schedule, factors, inverses, settings.max_overhead, self.times)
-        self._due = Due(
+        self._tracker = RefreshTracker(
             settings.schedule,
-            Slots(
+            StaggeredDates(
                 settings.schedule,
                 self._layers.costs,
                 staggered=settings.stagger_inverses,
@@ -225,12 +225,12 @@ class KFC:
         #: Where set, called at each step with the layers, their gradients and their updates; both may be views.
         self.inspect: Inspection | None = None
         self.communication = distributed.Communication()
-        self._ownership = LayerOwnership(self._team, settings.placement, kind, self._layers, self.communication)
+        self._ownership = LayerOwnership(self._group, settings.placement, kind, self._layers, self.communication)
         self._estimator = Estimator(
             model,
             self._layers,
-            self._due,
-            self._team,
+            self._tracker,
+            self._group,
             self.times,
             self.events,
             fisher=settings.fisher,
@@ -238,11 +238,11 @@ class KFC:
             kind=kind,
             seed=settings.seed,
         )
-        self._pending = PendingStatistics(self._layers, self._estimator, self._due, self._team, self.events)
+        self._pending = PendingStatistics(self._layers, self._estimator, self._tracker, self._group, self.events)
         self._refresh_factors = FactorRefresh(
-            settings.ema_decay, settings.reduce_precision, self._due, self.events, self._ownership
+            settings.ema_decay, settings.reduce_precision, self._tracker, self.events, self._ownership
         )
-        self._refresh_inverses = InverseRefresh(kind, self._due, self.events, self._ownership)
+        self._refresh_inverses = InverseRefresh(kind, self._tracker, self.events, self._ownership)
         #: Holds damping and bound in force, and reviews steps.
         self.reviewer = StepReviewer(
             model, TrustRegion.of(settings), settings.damping, settings.kl_clip, self.events, self._ownership
@@ -255,7 +255,7 @@ class KFC:
         """
         self.resume()
         inspect = self.inspect
-        self._start(self._model, self.given_settings, self._team.group)
+        self._start(self._model, self.given_settings, self._group.group)
         self.inspect = inspect
 
     # What is covered.
@@ -300,7 +300,7 @@ class KFC:
         new = [layer.name for layer in change.new]
         self._refresh_factors.follow(change.kept)
         self._pending.follow_layers(change.kept)
-        self._due.follow(change.kept, new, self.step)
+        self._tracker.follow(change.kept, new, self.step)
         self._ownership.follow(change.kept)
         self._estimator.follow(change.kept, new, self.step)
         self._ranks_agree = False
@@ -317,7 +317,7 @@ class KFC:
         """
         self._begin_step_if_over()
         self._estimator.forgiving = self._has_stepped
-        recorded = self._due.date(self.step) or self._due.recorded_at(self.step, self._layers)
+        recorded = self._tracker.statistics_due(self.step) or self._tracker.recorded_at(self.step, self._layers)
         if recorded and self._micro_batch == 0 and (changed := self.follow_structure()):
             inform(changed)
         if not self._ranks_agree:
@@ -368,7 +368,7 @@ class KFC:
         left out, and counted in :attr:`events`.
         """
         recorded = self._estimator.active or not self._layers
-        if not recorded and self._due.date(self.step):
+        if not recorded and self._tracker.statistics_due(self.step):
             raise RuntimeError(
                 f"KFC has recorded nothing at step {self.step}: compute the loss inside `with kfc.capture():`."
             )
@@ -413,7 +413,7 @@ class KFC:
         self._micro_batch += 1
 
     def _give_up(self, reasons: Mapping[str, str]) -> None:
-        if self._team.size == 1:
+        if self._group.size == 1:
             self._layers.drop_all(reasons)
         else:
             # The next refresh of factors returns them, when all ranks know.
@@ -438,7 +438,7 @@ class KFC:
 
     def ages(self, layer: str) -> tuple[int | None, int | None]:
         """Steps since a layer's statistics, and its inverse, were last refreshed; None where they never were."""
-        return self._due.ages(layer, self.step)
+        return self._tracker.ages(layer, self.step)
 
     def release(self) -> None:
         """Let go of what was recorded of the last forward and its graph."""
@@ -653,7 +653,7 @@ class KFC:
             names = self.layers if optimizer is None else self.learning_rates(optimizer)
             self._rule.forget_momentum([self.layers[name] for name in names])
         if verdict is not None and verdict.refresh:
-            self._due.hasten(self.layers, self.step + 1)
+            self._tracker.refresh_soon(self.layers, self.step + 1)
         return verdict
 
     def fix_trust_region(self) -> None:
@@ -678,7 +678,7 @@ class KFC:
                     self._refresh_factors.fold_second_moments(layers, self.step, moments)
         except Exception as error:
             # With several ranks the others wait for what this one has not sent, so that it cannot go on alone.
-            if not self._has_stepped or self._team.size > 1:
+            if not self._has_stepped or self._group.size > 1:
                 raise
             self._pending.leave_out({layer.name: error for layer in layers}, self.step)
 
@@ -706,12 +706,12 @@ class KFC:
         gradients = self._gradients(optimizer)
         finite = distributed.all_finite(gradients)
         # Where messages follow, no rank may be the only one to wait for them, whatever its own gradients are.
-        if self._team.size > 1 and (
+        if self._group.size > 1 and (
             self.reviews
             or self._refresh_factors.expects(layers)
             or self._refresh_inverses.any_due(layers, self.step, self.damping)
         ):
-            return self._team.all_agree(finite, next(self._model.parameters()).device)
+            return self._group.all_agree(finite, next(self._model.parameters()).device)
         return finite
 
     def _begin_step_if_over(self) -> None:
@@ -721,9 +721,9 @@ class KFC:
             self._micro_batch = 0
             self.reviewer.step_begins()
             taken, device = bool(self._estimator.recorded), next(self._model.parameters()).device
-            chosen = self._periods.step_begins(self.step - self._due.started_at, statistics=taken, device=device)
+            chosen = self._periods.step_begins(self.step - self._tracker.started_at, statistics=taken, device=device)
             if chosen is not None:
-                self._due.reschedule(self.schedule)
+                self._tracker.reschedule(self.schedule)
                 inform(chosen)
 
     # State.
@@ -742,7 +742,7 @@ class KFC:
             "version": STATE_VERSION,
             "step": self.step + int(self._stepped),
             "layers": layers_state(self._layers, self._ownership) if factors else None,
-            "due": self._due.state_dict(),
+            "due": self._tracker.state_dict(),
             "periods": self._periods.state_dict(),
             "dropped": dict(self._layers.dropped),
             "self_test_done": self._estimator.self_test_done,
@@ -772,12 +772,12 @@ class KFC:
         self._estimator.restart_self_test(done=bool(state["self_test_done"]))
         self._estimator.never_negative = bool(state.get("never_negative", False))
         self._periods.load_state_dict(state.get("periods", {}))
-        self._due.reschedule(self.schedule)
-        self._due.load_state_dict(state["due"])
+        self._tracker.reschedule(self.schedule)
+        self._tracker.load_state_dict(state["due"])
         self.events.load_state_dict(state["events"])
         self.reviewer.load_state_dict(state.get("trust_region", {}))
         if state["layers"] is None:
-            self._due.restart(self.step)
+            self._tracker.restart(self.step)
             return ["the state holds no factors: curvature is estimated anew, beginning with a warm-up"]
         loaded = load_layers(
             self._layers,
@@ -787,9 +787,9 @@ class KFC:
             with_moments=self.settings.rule == "adam",
         )
         for name in loaded.anew:
-            self._due.forget(name)
-        if not any(self._due.has_statistics(name) for name in self._layers):
-            self._due.restart(self.step)
+            self._tracker.forget(name)
+        if not any(self._tracker.has_statistics(name) for name in self._layers):
+            self._tracker.restart(self.step)
         return list(loaded.problems)
 
 

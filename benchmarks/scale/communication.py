@@ -26,8 +26,8 @@ from torch import multiprocessing as mp
 from benchmarks.cost.shapes import NETWORKS
 from benchmarks.paths import RESULTS
 from benchmarks.scale.processes import free_port
-from lightning_kfc.distributed.factor_reduction import BUCKET_BYTES, Outline, Reduction
-from lightning_kfc.distributed.process_group import Team
+from lightning_kfc.distributed.factor_reduction import BUCKET_BYTES, FactorReduction, StatisticsLayout
+from lightning_kfc.distributed.process_group import ProcessGroup
 from lightning_kfc.factors.statistics import Statistics
 
 WAYS = {
@@ -49,10 +49,10 @@ def statistics_of(network: str) -> dict[str, Statistics]:
     return found
 
 
-def _outlines(statistics: dict[str, Statistics]) -> list[Outline]:
+def _outlines(statistics: dict[str, Statistics]) -> list[StatisticsLayout]:
     cpu = torch.device("cpu")
     return [
-        Outline(
+        StatisticsLayout(
             name,
             {key: tuple(t.shape) for key, t in {**s.means, **s.sums}.items()},
             frozenset("A"),
@@ -88,7 +88,7 @@ def packed(precision: str, bucket: int | None) -> Callable[[dict[str, Statistics
     """The package's own way."""
 
     def run(statistics: dict[str, Statistics]) -> int:
-        reduction = Reduction(Team(), _outlines(statistics), statistics, (), precision, bucket)
+        reduction = FactorReduction(ProcessGroup(), _outlines(statistics), statistics, (), precision, bucket)
         reduction.end()
         return reduction.bytes
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.curvature.ownership import LayerOwnership
-from lightning_kfc.distributed.remote import Elsewhere
+from lightning_kfc.distributed.remote import RemoteInverse
 from lightning_kfc.factors.inverses import Inverse
 from lightning_kfc.factors.moments import Moments
 from lightning_kfc.factors.running_average import average_state, averages_of, own_storage, shapes_in
@@ -106,8 +106,8 @@ def _load(
     own_kind, saved_kind = layer.inverse_type(kind), saved.pop("kind", None)
     inverse: Inverse | None = None
     moments: Moments | None = None
-    if not ownership.has_inverse(layer) and saved_kind in (own_kind.name, Elsewhere.name):
-        inverse = Elsewhere()
+    if not ownership.has_inverse(layer) and saved_kind in (own_kind.name, RemoteInverse.name):
+        inverse = RemoteInverse()
     elif saved_kind == own_kind.name:
         inverse = own_kind(**_on(device, saved))
         # Moments mean nothing without the basis that they are in.

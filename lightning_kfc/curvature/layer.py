@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_kfc.distributed.process_group import is_sharded
-from lightning_kfc.distributed.remote import Elsewhere
+from lightning_kfc.distributed.remote import RemoteInverse
 from lightning_kfc.distributed.sharded_tensors import part_of, whole
 from lightning_kfc.factors.eigenbasis import Eigenbasis
 from lightning_kfc.factors.inverses import CholeskyInverse, EighInverse, EkfacInverse, Inverse
@@ -99,7 +99,7 @@ class Layer:
         Raises:
             RuntimeError: If no statistics have been taken yet.
         """
-        if name not in self.averages and isinstance(self.inverse, Elsewhere):
+        if name not in self.averages and isinstance(self.inverse, RemoteInverse):
             raise RuntimeError(
                 f"another rank holds the factors of layer {self.name!r}: with placement='mem-opt', or a fraction, each "
                 "layer's are on one rank only. Use placement='comm-opt' to have all of them on all ranks."

@@ -10,7 +10,7 @@ from torch import distributed as dist
 
 from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.distributed.placement import Grid, Placement, gradient_workers
-from lightning_kfc.distributed.process_group import Communication, Team, is_sharded
+from lightning_kfc.distributed.process_group import Communication, ProcessGroup, is_sharded
 from lightning_kfc.factors.inverses import Inverse
 from lightning_kfc.factors.packing import Shape
 from lightning_kfc.utilities.load_balancing import factorisation_cost
@@ -20,7 +20,7 @@ class LayerOwnership:
     """Knows which rank holds what of which layer, and sends it; with one rank, nothing is sent.
 
     Args:
-        team: The ranks between which the batch is split.
+        group: The ranks between which the batch is split.
         placement: ``"comm-opt"``, ``"mem-opt"``, the fraction of ranks that hold each inverse, or ``"auto"``:
             MEM-OPT where parameters are sharded and the inverse allows it, else COMM-OPT.
         inverse: The user's kind of inverse.
@@ -30,14 +30,14 @@ class LayerOwnership:
 
     def __init__(
         self,
-        team: Team,
+        group: ProcessGroup,
         placement: str | float,
         inverse: type[Inverse],
         layers: Mapping[str, Layer],
         communication: Communication,
     ) -> None:
         #: The ranks between which the batch is split.
-        self.team = team
+        self.group = group
         # Every rank projects its own examples, for which it needs the basis.
         self._asked = "comm-opt" if placement == "auto" and inverse.wants_examples else placement
         self._layers = layers
@@ -50,22 +50,22 @@ class LayerOwnership:
     @property
     def placement(self) -> Placement:
         """The placement of this run's ranks; made when first asked for, when all of them are there."""
-        if self._placement is None or self._placement.grid.ranks != self.team.size:
+        if self._placement is None or self._placement.grid.ranks != self.group.size:
             asked = self._asked
             if asked == "auto":
                 parameters = [p for layer in self._layers.values() for p in layer.parameters()]
                 asked = "mem-opt" if any(map(is_sharded, parameters)) else "comm-opt"
-            self._placement = Placement(Grid(self.team.size, gradient_workers(asked, self.team.size)))
+            self._placement = Placement(Grid(self.group.size, gradient_workers(asked, self.group.size)))
             self._groups.clear()
         return self._placement
 
     @property
     def replicated(self) -> bool:
         """Whether every rank holds all factors and inverses."""
-        return self.placement.grid.workers == self.team.size
+        return self.placement.grid.workers == self.group.size
 
     def owner(self, layer: Layer) -> int | None:
-        """The only rank of the team that holds a layer's factors; None where all do."""
+        """The only rank of the group that holds a layer's factors; None where all do."""
         if self.replicated:
             return None
         placement = self.placement
@@ -82,37 +82,38 @@ class LayerOwnership:
 
     def has_factors(self, layer: Layer) -> bool:
         """Whether this rank holds a layer's factors."""
-        return self.owner(layer) in (None, self.team.rank)
+        return self.owner(layer) in (None, self.group.rank)
 
     def has_inverse(self, layer: Layer) -> bool:
         """Whether this rank holds a layer's inverse."""
         owner = self.owner(layer)
-        return owner is None or self.placement.grid.holds(owner, self.team.rank)
+        return owner is None or self.placement.grid.holds(owner, self.group.rank)
 
-    def total(self, own: float) -> float:
-        """What the ranks find together, each for the layers whose factors it holds; every rank must ask."""
+    def sum(self, own: float) -> float:
+        """What the ranks find together, each for the layers whose factors it holds. Collective: call on every rank."""
         if self.replicated:
             return own
         device = next(iter(self._layers.values())).parameters()[0].device
-        return self.team.total([own], device)[0]
+        return self.group.sum([own], device)[0]
 
     # State.
 
     def collected(self, states: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """The states of all layers, on the team's first rank; the others keep what they hold. Every rank must ask.
+        """The states of all layers, on the group's first rank; the others keep what they hold.
 
-        Only that rank saves them. One layer at a time, in the memory of the CPU: no device need have room for all.
+        Collective: call on every rank. Only the first one saves them. One layer at a time, in the memory of the CPU:
+        no device need have room for all.
         """
         if self.replicated:
             return dict(states)
         result = {}
         for name, state in states.items():
             owner = self.owner(self._layers[name]) or 0
-            if owner != 0 and self.team.rank == owner:
-                dist.send_object_list([_on_cpu(state)], self.team.global_rank(0), group=self.team.group)
-            if owner != 0 and self.team.rank == 0:
+            if owner != 0 and self.group.rank == owner:
+                dist.send_object_list([_on_cpu(state)], self.group.global_rank(0), group=self.group.group)
+            if owner != 0 and self.group.rank == 0:
                 received: list[Any] = [None]
-                dist.recv_object_list(received, self.team.global_rank(owner), group=self.team.group)
+                dist.recv_object_list(received, self.group.global_rank(owner), group=self.group.group)
                 state = received[0]
             result[name] = state
         return result
@@ -132,14 +133,14 @@ class LayerOwnership:
             return lambda: None
         self.communication.add(what, flat.nbytes)
         group = self._subgroup(ranks)
-        work = dist.broadcast(flat, self.team.global_rank(source), group=group, async_op=True)
+        work = dist.broadcast(flat, self.group.global_rank(source), group=group, async_op=True)
         return lambda: work.wait()
 
     def _subgroup(self, ranks: tuple[int, ...]) -> Any:
-        if len(ranks) == self.team.size:
-            return self.team.group
+        if len(ranks) == self.group.size:
+            return self.group.group
         if ranks not in self._groups:
-            everyone = [self.team.global_rank(rank) for rank in ranks]
+            everyone = [self.group.global_rank(rank) for rank in ranks]
             # Only the group's own ranks come here: those of another tensor-parallel position make theirs.
             self._groups[ranks] = dist.new_group(everyone, use_local_synchronization=True)
         return self._groups[ranks]

@@ -27,7 +27,7 @@ def check_agreement(facts: Mapping[str, str], device: torch.device) -> None:
     Raises:
         RanksDisagreeError: On every rank, naming what differs.
     """
-    if distributed.Team().size == 1:
+    if distributed.ProcessGroup().size == 1:
         return
     own = torch.tensor([_digest(value) for value in facts.values()], dtype=torch.int64, device=device)
     everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]

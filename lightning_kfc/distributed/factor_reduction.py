@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from lightning_kfc.distributed.process_group import Team
+from lightning_kfc.distributed.process_group import ProcessGroup
 from lightning_kfc.factors.packing import Shape, pack, packed_numel, unpack
 from lightning_kfc.factors.statistics import Statistics
 
@@ -28,7 +28,7 @@ PRECISIONS = ("full", "bfloat16")
 
 
 @dataclass(frozen=True)
-class Outline:
+class StatisticsLayout:
     """What every rank knows of a layer's statistics before any is there.
 
     Attributes:
@@ -37,7 +37,7 @@ class Outline:
         means: The names of those that are divided by a number of rows; the others are plain sums.
         dtype: The precision they are in.
         device: Where they are.
-        owner: The rank of the team that keeps the sum; None where all do.
+        owner: The rank of the group that keeps the sum; None where all do.
         symmetric: Whether those of three axes are symmetric matrices, of which a triangle is sent.
     """
 
@@ -59,7 +59,7 @@ class Outline:
 
 
 @dataclass(frozen=True)
-class Reduced:
+class ReducedStatistics:
     """The sum of a layer's statistics over ranks.
 
     Attributes:
@@ -86,17 +86,17 @@ class _Bucket:
         finish: Waits for the sum, and returns it; None on ranks that do not get it.
     """
 
-    outlines: list[Outline]
+    outlines: list[StatisticsLayout]
     flat: Tensor
     owner: int | None
     finish: Callable[[], Tensor | None] = field(default=lambda: None)
 
 
-class Reduction:
-    """A sum over ranks that has begun; every rank of the team must begin it, and then end it, with the same outlines.
+class FactorReduction:
+    """A sum over ranks that has begun; every rank of the group must begin it, and then end it, with the same outlines.
 
     Args:
-        team: The ranks.
+        group: The ranks.
         outlines: The layers, the same and in the same order on every rank.
         statistics: What this rank has, by layer.
         flags: Layers whose flag this rank raises.
@@ -107,14 +107,14 @@ class Reduction:
 
     def __init__(
         self,
-        team: Team,
-        outlines: Sequence[Outline],
+        group: ProcessGroup,
+        outlines: Sequence[StatisticsLayout],
         statistics: Mapping[str, Statistics],
         flags: Iterable[str] = (),
         precision: str = "full",
         bucket_bytes: int | None = None,
     ) -> None:
-        self._team = team
+        self._group = group
         self._outlines = list(outlines)
         self._wire = torch.bfloat16 if precision == "bfloat16" else None
         flagged = set(flags)
@@ -124,7 +124,7 @@ class Reduction:
             for o in self._outlines
         ]
         self._header = torch.tensor(header, dtype=torch.float64).to(self._outlines[0].device)
-        self._header_work = dist.all_reduce(self._header, group=team.group, async_op=True)
+        self._header_work = dist.all_reduce(self._header, group=group.group, async_op=True)
         self.bytes = self._header.nbytes
         self._buckets = []
         for bucket in _buckets(self._outlines, bucket_bytes or BUCKET_BYTES):
@@ -138,7 +138,7 @@ class Reduction:
             self._buckets.append(self._send(_Bucket(bucket, flat, bucket[0].owner)))
             self.bytes += flat.nbytes
 
-    def end(self) -> dict[str, Reduced]:
+    def end(self) -> dict[str, ReducedStatistics]:
         """Wait for the sums, which are then the same on every rank that keeps them."""
         self._header_work.wait()
         header = {o.name: row for o, row in zip(self._outlines, self._header.tolist(), strict=True)}
@@ -149,22 +149,22 @@ class Reduction:
                 continue
             parts = torch.split(flat, [o.numel() for o in bucket.outlines])
             for outline, part in zip(bucket.outlines, parts, strict=True):
-                sums[outline.name] = _read(part, outline, header[outline.name][1], self._team.size)
+                sums[outline.name] = _read(part, outline, header[outline.name][1], self._group.size)
         return {
-            name: Reduced(int(present), rows, flagged > 0, sums.get(name) if present else None)
+            name: ReducedStatistics(int(present), rows, flagged > 0, sums.get(name) if present else None)
             for name, (present, rows, flagged) in header.items()
         }
 
     def _send(self, bucket: _Bucket) -> _Bucket:
-        group, flat, owner = self._team.group, bucket.flat, bucket.owner
+        group, flat, owner = self._group.group, bucket.flat, bucket.owner
         if self._wire is not None:
             bucket.finish = self._send_rounded(bucket)
         elif owner is None:
             work = dist.all_reduce(flat, group=group, async_op=True)
             bucket.finish = lambda: _waited(work, flat)
         else:
-            work = dist.reduce(flat, self._team.global_rank(owner), group=group, async_op=True)
-            kept = flat if owner == self._team.rank else None
+            work = dist.reduce(flat, self._group.global_rank(owner), group=group, async_op=True)
+            kept = flat if owner == self._group.rank else None
             bucket.finish = lambda: _waited(work, kept)
         return bucket
 
@@ -173,40 +173,40 @@ class Reduction:
 
         As bytes: gloo moves no bfloat16.
         """
-        team, dtype, numel = self._team, bucket.outlines[0].dtype, bucket.flat.numel()
+        group, dtype, numel = self._group, bucket.outlines[0].dtype, bucket.flat.numel()
         if bucket.owner is not None:
-            here = bucket.owner == team.rank
-            sent = [2 * numel if member == bucket.owner else 0 for member in range(team.size)]
-            pieces = bucket.flat.new_empty(team.size * numel if here else 0)
+            here = bucket.owner == group.rank
+            sent = [2 * numel if member == bucket.owner else 0 for member in range(group.size)]
+            pieces = bucket.flat.new_empty(group.size * numel if here else 0)
             work = dist.all_to_all_single(
                 _bytes(pieces),
                 _bytes(bucket.flat),
-                [2 * numel if here else 0] * team.size,
+                [2 * numel if here else 0] * group.size,
                 sent,
-                group=team.group,
+                group=group.group,
                 async_op=True,
             )
-            return lambda: _sum(work, pieces, team.size, dtype) if here else _waited(work, None)
-        length = -(-numel // team.size)
-        padded = torch.nn.functional.pad(bucket.flat, (0, length * team.size - numel))
+            return lambda: _sum(work, pieces, group.size, dtype) if here else _waited(work, None)
+        length = -(-numel // group.size)
+        padded = torch.nn.functional.pad(bucket.flat, (0, length * group.size - numel))
         pieces = torch.empty_like(padded)
-        work = dist.all_to_all_single(_bytes(pieces), _bytes(padded), group=team.group, async_op=True)
+        work = dist.all_to_all_single(_bytes(pieces), _bytes(padded), group=group.group, async_op=True)
 
         def finish() -> Tensor:
-            own = _sum(work, pieces, team.size, dtype).to(torch.bfloat16)
-            dist.all_gather_into_tensor(_bytes(padded), _bytes(own), group=team.group)
+            own = _sum(work, pieces, group.size, dtype).to(torch.bfloat16)
+            dist.all_gather_into_tensor(_bytes(padded), _bytes(own), group=group.group)
             return padded[:numel].to(dtype)
 
         return finish
 
 
-def _buckets(outlines: Sequence[Outline], largest: int) -> Iterable[list[Outline]]:
+def _buckets(outlines: Sequence[StatisticsLayout], largest: int) -> Iterable[list[StatisticsLayout]]:
     """Layers in order, together where precision, device and owner are the same and the buffer is not full."""
-    kinds: dict[Any, list[Outline]] = {}
+    kinds: dict[Any, list[StatisticsLayout]] = {}
     for outline in outlines:
         kinds.setdefault((outline.dtype, outline.device, outline.owner), []).append(outline)
     for alike in kinds.values():
-        bucket: list[Outline] = []
+        bucket: list[StatisticsLayout] = []
         size = 0
         for outline in alike:
             own = outline.numel() * outline.dtype.itemsize
@@ -218,7 +218,7 @@ def _buckets(outlines: Sequence[Outline], largest: int) -> Iterable[list[Outline
         yield bucket
 
 
-def _fill(part: Tensor, outline: Outline, statistics: Statistics | None) -> None:
+def _fill(part: Tensor, outline: StatisticsLayout, statistics: Statistics | None) -> None:
     if statistics is None:
         part.zero_()
         return
@@ -227,7 +227,7 @@ def _fill(part: Tensor, outline: Outline, statistics: Statistics | None) -> None
         pack(totals[name], piece, symmetric=outline.symmetric)
 
 
-def _read(part: Tensor, outline: Outline, rows: float, ranks: int) -> Statistics:
+def _read(part: Tensor, outline: StatisticsLayout, rows: float, ranks: int) -> Statistics:
     pieces = dict(zip(outline.shapes, torch.split(part, outline.sizes()), strict=True))
     for name in pieces.keys() - outline.means:
         pieces[name].div_(ranks)

@@ -1,4 +1,4 @@
-"""The ranks of a torch.distributed process group, and what they ask of each other; without one, nothing happens."""
+"""Collectives over a process group; no-ops in a single process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def rank() -> int:
     return dist.get_rank() if initialised() else 0
 
 
-class Team:
+class ProcessGroup:
     """The ranks between which a batch is split: all of them, or those of one data-parallel group.
 
     Args:
@@ -39,21 +39,21 @@ class Team:
 
     @property
     def rank(self) -> int:
-        """This process's rank in the team."""
+        """This process's rank in the group."""
         return dist.get_rank(self.group) if initialised() else 0
 
     def global_rank(self, member: int) -> int:
-        """The rank among all processes of a member of the team."""
+        """The rank among all processes of a member of the group."""
         return member if self.group is None else dist.get_global_rank(self.group, member)
 
-    def largest(self, values: Tensor) -> Tensor:
-        """The largest of each number over the team; every rank must ask."""
+    def max(self, values: Tensor) -> Tensor:
+        """The largest of each number over the group. Collective: call on every rank."""
         if self.size > 1:
             dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
         return values
 
-    def total(self, values: Sequence[float], device: torch.device) -> list[float]:
-        """The sum of each number over the team; every rank must ask, with as many numbers.
+    def sum(self, values: Sequence[float], device: torch.device) -> list[float]:
+        """The sum of each number over the group. Collective: call on every rank, with as many numbers.
 
         Args:
             values: This rank's numbers.
@@ -68,10 +68,10 @@ class Team:
         return found
 
     def all_agree(self, here: bool, device: torch.device) -> bool:
-        """Whether something holds on every rank of the team; every rank must ask."""
+        """Whether something holds on every rank of the group. Collective: call on every rank."""
         if self.size == 1:
             return here
-        return not bool(self.largest(torch.tensor([0.0 if here else 1.0], device=device)).item())
+        return not bool(self.max(torch.tensor([0.0 if here else 1.0], device=device)).item())
 
 
 @dataclass
@@ -129,7 +129,7 @@ def all_finite(gradients: Sequence[Tensor]) -> bool:
     # Both norms keep NaN and infinity. The sum of squares is many times cheaper on a CPU, but may itself overflow.
     finite = any(bool(torch.isfinite(torch.nn.utils.get_total_norm(some, order))) for order in (2.0, math.inf))
     if initialised() and any(map(is_sharded, gradients)):
-        return Team().all_agree(finite, gradients[0].device)
+        return ProcessGroup().all_agree(finite, gradients[0].device)
     return finite
 
 
@@ -140,5 +140,5 @@ def mean(values: Sequence[float], device: torch.device) -> list[float]:
         values: As many on every rank.
         device: One that the process group can send from.
     """
-    everyone = Team()
-    return [total / everyone.size for total in everyone.total(values, device)]
+    everyone = ProcessGroup()
+    return [total / everyone.size for total in everyone.sum(values, device)]

@@ -12,7 +12,7 @@ from lightning_kfc.factors.inverses import Factors, Inverse, StepInverse
 
 
 @dataclass(frozen=True)
-class Elsewhere(Inverse):
+class RemoteInverse(Inverse):
     """An inverse that another rank holds: it can only be asked for its updates."""
 
     name: ClassVar[str] = "elsewhere"
@@ -32,7 +32,7 @@ class Elsewhere(Inverse):
 
 
 @dataclass(frozen=True)
-class Solved(StepInverse):
+class ReceivedUpdate(StepInverse):
     """An inverse whose answer for this step's gradient has arrived.
 
     Attributes:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_kfc.curvature.layer import Layer
-from lightning_kfc.distributed.process_group import Team
+from lightning_kfc.distributed.process_group import ProcessGroup
 from lightning_kfc.estimation.back_propagation import (
     added,
     back_propagate,
@@ -51,7 +51,7 @@ from lightning_kfc.losses.terms import LossTerm
 from lightning_kfc.monitoring.events import Events, listed
 from lightning_kfc.monitoring.messages import inform
 from lightning_kfc.monitoring.timing import StepTimes
-from lightning_kfc.scheduling.tracker import Due
+from lightning_kfc.scheduling.tracker import RefreshTracker
 from lightning_kfc.utilities.isolation import eager_compiled_code, full_precision, leaving_no_trace, sinks_at_rest
 
 #: Why layers have no Kronecker factors whose weights are used in derivatives of the network.
@@ -99,8 +99,8 @@ class Estimator:
         self,
         model: nn.Module,
         layers: Mapping[str, Layer],
-        tracker: Due,
-        group: Team,
+        tracker: RefreshTracker,
+        group: ProcessGroup,
         times: StepTimes,
         events: Events,
         *,

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 
 from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.distributed import process_group as distributed
-from lightning_kfc.distributed.process_group import Team
+from lightning_kfc.distributed.process_group import ProcessGroup
 from lightning_kfc.estimation.estimator import Estimator
 from lightning_kfc.factors.statistics import Statistics
 from lightning_kfc.monitoring.events import Events, listed
-from lightning_kfc.scheduling.tracker import Due
+from lightning_kfc.scheduling.tracker import RefreshTracker
 
 
 class PendingStatistics:
@@ -32,7 +32,12 @@ class PendingStatistics:
     """
 
     def __init__(
-        self, layers: Mapping[str, Layer], estimator: Estimator, tracker: Due, group: Team, events: Events
+        self,
+        layers: Mapping[str, Layer],
+        estimator: Estimator,
+        tracker: RefreshTracker,
+        group: ProcessGroup,
+        events: Events,
     ) -> None:
         self._layers = layers
         self._estimator = estimator
@@ -121,9 +126,9 @@ class PendingStatistics:
         known = self._tracker.has_statistics(layer.name)
         if layer.name not in self._estimator.recorded:
             if known or layer.name not in self._warned:
-                self._tracker.trained_unrecorded(layer.name, step)
+                self._tracker.missed_its_date(layer.name, step)
             return False
-        self._tracker.give_up(layer.name)
+        self._tracker.stop_waiting(layer.name)
         return not (unseen or known or layer.gradient_is_zero())
 
     def warn(self, names: Iterable[str]) -> None:

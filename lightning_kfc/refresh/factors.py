@@ -11,11 +11,11 @@ from torch import Tensor
 
 from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.curvature.ownership import LayerOwnership
-from lightning_kfc.distributed.factor_reduction import Outline, Reduced, Reduction
+from lightning_kfc.distributed.factor_reduction import FactorReduction, ReducedStatistics, StatisticsLayout
 from lightning_kfc.factors.inverses import EkfacInverse
 from lightning_kfc.factors.statistics import Statistics, factor_dtype
 from lightning_kfc.monitoring.events import Events, listed
-from lightning_kfc.scheduling.tracker import Due
+from lightning_kfc.scheduling.tracker import RefreshTracker
 
 
 @dataclass(frozen=True)
@@ -44,18 +44,23 @@ class FactorRefresh:
     """
 
     def __init__(
-        self, ema_decay: float, reduce_precision: str, tracker: Due, events: Events, ownership: LayerOwnership
+        self,
+        ema_decay: float,
+        reduce_precision: str,
+        tracker: RefreshTracker,
+        events: Events,
+        ownership: LayerOwnership,
     ) -> None:
         self._decay = ema_decay
         self._precision = reduce_precision
         self._tracker = tracker
         self._events = events
         self._ownership = ownership
-        self._group = ownership.team
+        self._group = ownership.group
         self._communication = ownership.communication
         self._expected: set[str] = set()
         self._given_up: dict[str, str] = {}
-        self._begun: tuple[list[Layer], Reduction] | None = None
+        self._begun: tuple[list[Layer], FactorReduction] | None = None
         self._summed: list[Layer] = []
 
     # What all ranks must know of each other before they fold.
@@ -134,7 +139,7 @@ class FactorRefresh:
                 if not (layer.fold(statistics, self._decay) if statistics is not None else layer.fold_elsewhere()):
                     self._events.count("restarted_layers")
                     self._tracker.forget(name)
-                self._tracker.folded(name, step)
+                self._tracker.factors_refreshed(name, step)
         self._expected.difference_update(by_name)
         if unusable:
             what = f"the statistics of {listed(unusable)} are not finite and are dropped"
@@ -143,21 +148,23 @@ class FactorRefresh:
             self._events.report("empty_statistics", step, "a batch without examples is left out of the statistics")
         return FoldedStatistics({*unusable, *empty}, self._flagged(found, by_name))
 
-    def _finite_on_their_owners(self, found: Mapping[str, Reduced]) -> dict[str, bool]:
+    def _finite_on_their_owners(self, found: Mapping[str, ReducedStatistics]) -> dict[str, bool]:
         """Whether each sum is finite, which only the ranks that keep it can see."""
         kept = {name: reduced.statistics for name, reduced in found.items()}
         finite = {name: total is None or total.is_finite() for name, total in kept.items()}
         if self._group.size == 1 or self._ownership.replicated or not found:
             return finite
         device = next(iter(self._summed[0].adapter.parameters().values())).device
-        told = self._group.largest(torch.tensor([float(not ok) for ok in finite.values()], device=device)).tolist()
+        told = self._group.max(torch.tensor([float(not ok) for ok in finite.values()], device=device)).tolist()
         return {name: not flag for name, flag in zip(finite, told, strict=True)}
 
-    def _pending_of_all_ranks(self, layers: Sequence[Layer]) -> dict[str, Reduced]:
+    def _pending_of_all_ranks(self, layers: Sequence[Layer]) -> dict[str, ReducedStatistics]:
         if self._group.size == 1:
             pending = {layer.name: layer.pending for layer in layers if layer.pending is not None}
-            return {name: Reduced(1, statistics.rows, False, statistics) for name, statistics in pending.items()}
-        found: dict[str, Reduced] = {}
+            return {
+                name: ReducedStatistics(1, statistics.rows, False, statistics) for name, statistics in pending.items()
+            }
+        found: dict[str, ReducedStatistics] = {}
         self.begin(layers)
         # Once more where what was begun before the backward was not of all these layers.
         while self._begun is not None:
@@ -171,15 +178,15 @@ class FactorRefresh:
             self.begin(layers)
         return found
 
-    def _reduction_of(self, asked: Sequence[Layer]) -> Reduction:
+    def _reduction_of(self, asked: Sequence[Layer]) -> FactorReduction:
         pending = {layer.name: layer.pending for layer in asked if layer.pending is not None}
         for layer in asked:
             if layer.pending is None:
                 layer.note_roles()
         outlines = [_outline(layer, self._ownership.owner(layer)) for layer in asked]
-        return Reduction(self._group, outlines, pending, self._given_up, self._precision)
+        return FactorReduction(self._group, outlines, pending, self._given_up, self._precision)
 
-    def _flagged(self, found: Mapping[str, Reduced], layers: Mapping[str, Layer]) -> dict[str, str]:
+    def _flagged(self, found: Mapping[str, ReducedStatistics], layers: Mapping[str, Layer]) -> dict[str, str]:
         flagged = [name for name, reduced in found.items() if reduced.flagged]
         return {name: self._given_up.pop(name, layers[name].adapter.unseen) for name in flagged}
 
@@ -218,17 +225,17 @@ class FactorRefresh:
             assert isinstance(layer.inverse, EkfacInverse)
             outline = _outline(layer)
             outlines.append(replace(outline, shapes={"S": layer.inverse.basis.shape}, symmetric=False))
-        reduction = Reduction(self._group, outlines, found, (), self._precision)
+        reduction = FactorReduction(self._group, outlines, found, (), self._precision)
         self._communication.add("factors", reduction.bytes)
         sums = {name: reduced.statistics for name, reduced in reduction.end().items()}
         return {name: statistics for name, statistics in sums.items() if statistics is not None}
 
 
-def _outline(layer: Layer, owner: int | None = None) -> Outline:
+def _outline(layer: Layer, owner: int | None = None) -> StatisticsLayout:
     parameter = next(iter(layer.adapter.parameters().values()))
     shapes: dict[str, tuple[int, ...]] = layer.adapter.factor_shapes()
     if layer.pending is not None:
         shapes = {name: tuple(t.shape) for name, t in {**layer.pending.means, **layer.pending.sums}.items()}
-    return Outline(
+    return StatisticsLayout(
         layer.name, shapes, layer.adapter.mean_factors, factor_dtype(parameter.dtype), parameter.device, owner
     )

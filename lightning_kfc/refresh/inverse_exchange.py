@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.curvature.ownership import LayerOwnership, shapes_of
-from lightning_kfc.distributed.remote import Elsewhere
+from lightning_kfc.distributed.remote import RemoteInverse
 from lightning_kfc.factors.inverses import FactorisationError, Inverse
 from lightning_kfc.factors.packing import Shape, pack, packed_numel, unpack
 from lightning_kfc.factors.statistics import factor_dtype
@@ -51,7 +51,7 @@ class InverseExchange:
         """The rank that makes each layer's inverse, given the layers that are due together; the same on every rank."""
         if self._ownership.replicated:
             # What is due together is spread over all ranks, whatever else they own.
-            return longest_first({e.name: factorisation_cost(shapes_of(e)) for e in layers}, self._ownership.team.size)
+            return longest_first({e.name: factorisation_cost(shapes_of(e)) for e in layers}, self._ownership.group.size)
         return {layer.name: self._ownership.owner(layer) or 0 for layer in layers}
 
     def refreshed(self, layers: Sequence[Layer], damping: float) -> dict[str, Outcome]:
@@ -66,12 +66,12 @@ class InverseExchange:
         """
         made: dict[str, Outcome] = {}
         owners = self._inverters(layers)
-        own = [layer for layer in layers if owners[layer.name] == self._ownership.team.rank]
+        own = [layer for layer in layers if owners[layer.name] == self._ownership.group.rank]
         # The later ones take as long, which is known by then.
         for layer in own if self._any_refreshed else _with_progress(own):
             made[layer.name] = self._attempt(layer, damping)
         self._any_refreshed = True
-        if self._ownership.team.size == 1:
+        if self._ownership.group.size == 1:
             return made
         layouts = {
             layer.name: _Layout.of(layer.inverse_type(self._kind), shapes_of(layer), layer.adapter.matrix_shape())
@@ -84,7 +84,7 @@ class InverseExchange:
         result: dict[str, Outcome] = {}
         for layer in layers:
             if sent[layer.name][0] == Status.MADE:
-                result[layer.name] = shared.get(layer.name, Elsewhere())
+                result[layer.name] = shared.get(layer.name, RemoteInverse())
             else:
                 failed = FactorisationError(f"rank {owners[layer.name]} found no factorisation")
                 result[layer.name] = made.get(layer.name, failed)
@@ -111,7 +111,7 @@ class InverseExchange:
             else:
                 own += [Status.NOT_OWN if outcome is None else Status.FAILED, *[-math.inf] * len(names)]
         device = next(iter(layers[0].adapter.parameters().values())).device
-        values = self._ownership.team.largest(torch.tensor(own, dtype=torch.float64, device=device)).tolist()
+        values = self._ownership.group.max(torch.tensor(own, dtype=torch.float64, device=device)).tolist()
         self._ownership.communication.add("inverses", 8 * len(values))
         sent: dict[str, tuple[Status, list[float]]] = {}
         for layer in layers:
@@ -129,7 +129,7 @@ class InverseExchange:
         numbers: Mapping[str, list[float]],
     ) -> dict[str, Inverse]:
         """The inverses that this rank is to hold, from their owners in its group."""
-        members = self._ownership.placement.grid.members(self._ownership.team.rank)
+        members = self._ownership.placement.grid.members(self._ownership.group.rank)
         own = [layer for layer in layers if owners[layer.name] in members]
         parcels = []
         for owner, dtype, device in dict.fromkeys((owners[e.name], *_type_and_device(e)) for e in own):
@@ -137,7 +137,7 @@ class InverseExchange:
                 layer for layer in own if (owners[layer.name], *_type_and_device(layer)) == (owner, dtype, device)
             ]
             flat = torch.empty(sum(layouts[e.name].numel() for e in inside), dtype=dtype, device=device)
-            if owner == self._ownership.team.rank:
+            if owner == self._ownership.group.rank:
                 for layer, part in zip(
                     inside, torch.split(flat, [layouts[e.name].numel() for e in inside]), strict=True
                 ):

@@ -11,7 +11,7 @@ from lightning_kfc.distributed import process_group as distributed
 from lightning_kfc.factors.inverses import FactorisationError, Inverse
 from lightning_kfc.monitoring.events import Events
 from lightning_kfc.refresh.inverse_exchange import InverseExchange
-from lightning_kfc.scheduling.tracker import Due
+from lightning_kfc.scheduling.tracker import RefreshTracker
 
 
 class InverseRefresh:
@@ -24,7 +24,7 @@ class InverseRefresh:
         ownership: Which rank holds what.
     """
 
-    def __init__(self, kind: type[Inverse], tracker: Due, events: Events, ownership: LayerOwnership) -> None:
+    def __init__(self, kind: type[Inverse], tracker: RefreshTracker, events: Events, ownership: LayerOwnership) -> None:
         self._kind = kind
         self._tracker = tracker
         self._events = events
@@ -33,7 +33,9 @@ class InverseRefresh:
 
     def any_due(self, layers: Iterable[str], step: int, damping: float) -> bool:
         """Whether a refresh of these layers at this step sends inverses between ranks."""
-        return any(self._tracker.has_statistics(name) and self._tracker.inverse(name, step, damping) for name in layers)
+        return any(
+            self._tracker.has_statistics(name) and self._tracker.inverse_due(name, step, damping) for name in layers
+        )
 
     def __call__(self, layers: Sequence[Layer], step: int, damping: float) -> None:
         """Refresh the inverses of these layers that are due at this step."""
@@ -47,7 +49,7 @@ class InverseRefresh:
         self._ownership.communication.begin("inverses")
         outcomes = self._exchange.refreshed(due, damping)
         for layer in due:
-            self._tracker.factorised(layer.name, step, damping)
+            self._tracker.inverse_refreshed(layer.name, step, damping)
             outcome = outcomes[layer.name]
             layer.tried(step)
             if isinstance(outcome, Inverse):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_kfc.curvature.ownership import LayerOwnership
-from lightning_kfc.distributed.remote import Solved
+from lightning_kfc.distributed.remote import ReceivedUpdate
 from lightning_kfc.rules.base import ReadyLayer
 from lightning_kfc.rules.natural import NaturalRule, forget_rows
 
@@ -40,7 +40,7 @@ def received_updates(ownership: LayerOwnership, ready: Sequence[ReadyLayer], dam
     """
     if ownership.replicated or not ready:
         return list(ready)
-    grid, rank = ownership.placement.grid, ownership.team.rank
+    grid, rank = ownership.placement.grid, ownership.group.rank
     ownership.communication.begin("updates")
     held = [entry for entry in ready if ownership.has_inverse(entry.layer)]
     made = dict(zip([entry.layer.name for entry in held], _own_updates(held, damping), strict=True))
@@ -82,6 +82,6 @@ def _with_update(entry: ReadyLayer, update: Tensor, status: Tensor) -> ReadyLaye
     """A layer with the update that a rank computed for all, so that all ranks decide alike."""
     # On the device: reading each status on the CPU would wait for each.
     unusable = torch.full_like(update, math.nan)
-    first = Solved(torch.where(status == UpdateStatus.USABLE, update, unusable))
-    second = Solved(torch.where(status == UpdateStatus.FAILED, unusable, update))
+    first = ReceivedUpdate(torch.where(status == UpdateStatus.USABLE, update, unusable))
+    second = ReceivedUpdate(torch.where(status == UpdateStatus.FAILED, unusable, update))
     return replace(entry, received=first, fallback=second)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lightning_kfc.distributed.process_group import Team
+from lightning_kfc.distributed.process_group import ProcessGroup
 from lightning_kfc.monitoring.timing import PARTS, REST, StepTimes
 from lightning_kfc.scheduling.period_costs import Costs, Periods, choose_periods
 from lightning_kfc.scheduling.refresh_schedule import RefreshSchedule
@@ -120,9 +120,9 @@ class PeriodChoice:
         costs = costs_of(self._timed, self._first.inverse_every_n_steps)
         own = choose_periods(costs, self._budget, self._factors, self._inverses)
         # Those of rank 0 for all: each has measured something else.
-        everyone = Team()
+        everyone = ProcessGroup()
         told = torch.tensor([own.factors, own.inverses, own.overhead], dtype=torch.float64, device=device)
-        told = everyone.largest(told if everyone.rank == 0 else torch.zeros_like(told))
+        told = everyone.max(told if everyone.rank == 0 else torch.zeros_like(told))
         self.chosen = Periods(int(told[0]), int(told[1]), float(told[2]))
         self._timed.clear()
         return self._described(costs)

@@ -54,7 +54,7 @@ def shared_out(costs: Mapping[str, float], slots: Iterator[int]) -> tuple[list[i
         count += 1
 
 
-class Slots:
+class StaggeredDates:
     """The slot of each layer; layers that are found later are added to the slots that have least to do.
 
     Args:

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning_kfc.scheduling.refresh_schedule import RefreshSchedule
-from lightning_kfc.scheduling.staggering import Slots
+from lightning_kfc.scheduling.staggering import StaggeredDates
 
 
-class Due:
+class RefreshTracker:
     """Keeps, for each layer, when its statistics and its inverse were last refreshed.
 
     Args:
@@ -24,7 +24,7 @@ class Due:
         started_at: The step from which the schedule counts, so that a restart without statistics warms up again.
     """
 
-    def __init__(self, schedule: RefreshSchedule, slots: Slots) -> None:
+    def __init__(self, schedule: RefreshSchedule, slots: StaggeredDates) -> None:
         self._schedule = schedule
         self._slots = slots
         self.started_at = 0
@@ -35,7 +35,7 @@ class Due:
         self._own_starts: dict[str, int] = {}
         self._dates: tuple[int, int, dict[int | None, int]] | None = None
 
-    def date(self, step: int) -> bool:
+    def statistics_due(self, step: int) -> bool:
         """Whether a step is one at which all layers' statistics are taken."""
         return self._schedule.factors_due(step - self.started_at)
 
@@ -45,7 +45,7 @@ class Due:
         A layer waits for no longer than one period: it may not be trained any more. Layers that were found later
         have their own warm-up.
         """
-        if self.date(step):
+        if self.statistics_due(step):
             return list(layers)
         if not self._waiting and not self._own_starts:
             return []
@@ -60,7 +60,7 @@ class Due:
         """Whether a step is one of a layer's own warm-up, the one that ends it not included."""
         return layer in self._own_starts and step - self._own_starts[layer] < self._schedule.warmup_steps
 
-    def folded(self, layer: str, step: int) -> None:
+    def factors_refreshed(self, layer: str, step: int) -> None:
         """Note that a layer's statistics were folded into its averages."""
         self._folded[layer] = step
         self._waiting.pop(layer, None)
@@ -74,12 +74,12 @@ class Due:
         folded, inverse = self._folded.get(layer), self._factorised.get(layer)
         return None if folded is None else step - folded, None if inverse is None else step - inverse[0]
 
-    def trained_unrecorded(self, layer: str, step: int) -> None:
+    def missed_its_date(self, layer: str, step: int) -> None:
         """Note that a layer was trained at a step that did not record it; if it missed a date, it waits from now."""
         if self._folded.get(layer, -1) < self._last_dates(step)[0]:
             self._waiting[layer] = step
 
-    def give_up(self, layer: str) -> None:
+    def stop_waiting(self, layer: str) -> None:
         """Wait no longer for a layer whose record brought nothing."""
         self._waiting.pop(layer, None)
 
@@ -92,14 +92,14 @@ class Due:
         # layers that have passed theirs over would be inverted at that step.
         return at < date and (self._slot(layer, step) is None or at < self._last_factors_before(date))
 
-    def inverse(self, layer: str, step: int, damping: float) -> bool:
+    def inverse_due(self, layer: str, step: int, damping: float) -> bool:
         """Whether a layer's inverse is due, and would not come out as it is."""
         if not self.new_inverse(layer, step):
             return False
         at, used = self._factorised.get(layer, (-1, None))
         return self._folded.get(layer, -1) > at or damping != used
 
-    def factorised(self, layer: str, step: int, damping: float) -> None:
+    def inverse_refreshed(self, layer: str, step: int, damping: float) -> None:
         """Note that a layer's inverse was refreshed, or that the attempt failed."""
         self._factorised[layer] = (step, damping)
 
@@ -125,13 +125,13 @@ class Due:
         return dates[slot]
 
     def _slot(self, layer: str, step: int) -> int | None:
-        # Slots are given out when the first step has shown which layers stay.
+        # StaggeredDates are given out when the first step has shown which layers stay.
         since = step - self.started_at
         if self._warms_up(layer, step):
             return None
         return self._slots.of(layer) if since >= self._schedule.warmup_steps and since > 0 else None
 
-    def hasten(self, layers: Iterable[str], step: int) -> None:
+    def refresh_soon(self, layers: Iterable[str], step: int) -> None:
         """Have layers take statistics and refresh their inverses at their first step from this one on."""
         for layer in layers:
             self._waiting[layer] = step

@@ -278,7 +278,7 @@ class StepReviewer:
         if outcome is None:
             return None
         self._misses = 0
-        outcome = replace(outcome, curvature=self._ownership.total(outcome.curvature))
+        outcome = replace(outcome, curvature=self._ownership.sum(outcome.curvature))
         verdict = self.region.judge(outcome, before.size)
         if verdict.kept_share < 1 and not before.can_shorten:
             verdict = replace(verdict, undo=False, kept_share=1.0)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from lightning_kfc import KFCCallback
-from lightning_kfc.distributed.remote import Elsewhere
+from lightning_kfc.distributed.remote import RemoteInverse
 from lightning_kfc.factors.inverses import CholeskyInverse, FactorisationError
 from tests.distributed.nets import EXACT, Net, branched_net, dense_net, difference, fit, images, loader, trainer
 from tests.distributed.pool import Ranks
@@ -46,7 +46,7 @@ def train(
         "inverses": {
             name
             for name, layer in layers.items()
-            if layer.inverse is not None and not isinstance(layer.inverse, Elsewhere)
+            if layer.inverse is not None and not isinstance(layer.inverse, RemoteInverse)
         },
         "bytes": callback.kfc.communication,
         "trained": {name for name, layer in layers.items() if layer.inverse is not None},

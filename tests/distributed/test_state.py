@@ -15,7 +15,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from lightning_kfc import KFC, KFCCallback
-from lightning_kfc.distributed.remote import Elsewhere
+from lightning_kfc.distributed.remote import RemoteInverse
 from tests.distributed.nets import EXACT, Net, difference, images, loader, trainer
 from tests.distributed.pool import Ranks
 from tests.helpers.harness import QUIET
@@ -45,7 +45,7 @@ def train(path: Path, settings: dict[str, Any], epochs: int, ckpt: Path | None) 
     return {
         "weights": {name: value.detach() for name, value in module.named_parameters()},
         "started_with": callback.started_with,
-        "held": [n for n, e in callback.kfc.layers.items() if e.inverse and not isinstance(e.inverse, Elsewhere)],
+        "held": [n for n, e in callback.kfc.layers.items() if e.inverse and not isinstance(e.inverse, RemoteInverse)],
     }
 
 

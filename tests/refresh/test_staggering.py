@@ -109,7 +109,7 @@ def test_ekfac_changes_its_bases_only_with_statistics() -> None:
 
 def test_a_bad_review_has_all_layers_inverted_at_once_and_their_slots_stay() -> None:
     one, two = Training().run(17), Training().run(17)
-    two.kfc._due.hasten(two.kfc.layers, 17)
+    two.kfc._tracker.refresh_soon(two.kfc.layers, 17)
     for training in (one, two):
         training.run(24)
     assert two.inverted[17] == list(two.kfc.layers)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_kfc.scheduling.refresh_schedule import RefreshSchedule
-from lightning_kfc.scheduling.staggering import Slots, open_slots, shared_out
+from lightning_kfc.scheduling.staggering import StaggeredDates, open_slots, shared_out
 
 costs = st.dictionaries(st.text(min_size=1, max_size=4), st.integers(1, 1000).map(float), min_size=1, max_size=12)
 schedules = st.builds(RefreshSchedule, st.integers(1, 12), st.integers(1, 30), st.integers(0, 12))
@@ -65,22 +65,22 @@ def test_large_layers_are_alone_and_small_ones_together() -> None:
 def test_slots_do_not_depend_on_the_order_of_the_layers_and_are_kept_in_a_state(
     jobs: dict[str, float], schedule: RefreshSchedule
 ) -> None:
-    one, two = Slots(schedule, jobs), Slots(schedule, dict(reversed(jobs.items())))
+    one, two = StaggeredDates(schedule, jobs), StaggeredDates(schedule, dict(reversed(jobs.items())))
     found = {name: one.of(name) for name in jobs}
     assert found == {name: two.of(name) for name in jobs}
     # What was given stays, even where it would come out otherwise now.
-    three = Slots(schedule, dict.fromkeys(jobs, 1.0))
+    three = StaggeredDates(schedule, dict.fromkeys(jobs, 1.0))
     three.load_state_dict(one.state_dict())
     assert found == {name: three.of(name) for name in jobs}
 
 
 def test_a_later_layer_goes_where_there_is_least_to_do_also_after_a_resume() -> None:
     jobs = {"a": 8.0, "b": 5.0, "c": 4.0}
-    slots = Slots(RefreshSchedule(1, 2, 0), jobs)
+    slots = StaggeredDates(RefreshSchedule(1, 2, 0), jobs)
     assert {name: slots.of(name) for name in jobs} == {"a": 0, "b": 1, "c": 1}
     state = slots.state_dict()
     jobs |= {"d": 3.0, "e": 1.0}
-    resumed = Slots(RefreshSchedule(1, 2, 0), jobs)
+    resumed = StaggeredDates(RefreshSchedule(1, 2, 0), jobs)
     resumed.load_state_dict(state)
     for either in (slots, resumed):
         assert {name: either.of(name) for name in jobs} == {"a": 0, "b": 1, "c": 1, "d": 0, "e": 1}
@@ -88,7 +88,7 @@ def test_a_later_layer_goes_where_there_is_least_to_do_also_after_a_resume() -> 
 
 def test_a_state_of_other_periods_is_not_taken_over() -> None:
     jobs = {"a": 1.0, "b": 1.0, "c": 1.0}
-    one, two = Slots(RefreshSchedule(10, 20), jobs), Slots(RefreshSchedule(1, 2), jobs)
+    one, two = StaggeredDates(RefreshSchedule(10, 20), jobs), StaggeredDates(RefreshSchedule(1, 2), jobs)
     assert [one.of(name) for name in jobs] == [1, 11, 2]
     two.load_state_dict(one.state_dict())
     assert [two.of(name) for name in jobs] == [0, 1, 0]
@@ -96,7 +96,7 @@ def test_a_state_of_other_periods_is_not_taken_over() -> None:
 
 def test_without_staggering_there_are_no_slots() -> None:
     jobs = {"a": 1.0, "b": 1.0}
-    together = Slots(RefreshSchedule(10, 20), jobs, staggered=False)
+    together = StaggeredDates(RefreshSchedule(10, 20), jobs, staggered=False)
     assert [together.of(name) for name in jobs] == [None, None]
 
 
@@ -120,6 +120,6 @@ def test_a_slot_s_dates_are_those_of_the_warm_up_and_then_one_a_period(
 @pytest.mark.parametrize("never", [10**9])
 def test_periods_without_end_cost_nothing(never: int) -> None:
     jobs = {str(i): 1.0 for i in range(300)}
-    slots = Slots(RefreshSchedule(10, never), jobs)
+    slots = StaggeredDates(RefreshSchedule(10, never), jobs)
     assert len({slots.of(name) for name in jobs}) == 300
     assert list(itertools.islice(open_slots(RefreshSchedule(never, never), with_statistics=False), 2)) == [1, 2]
