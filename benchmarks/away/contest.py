@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.away.averages import AVERAGES, AveragedRun
 from benchmarks.away.contestants import AWAY_CONTESTANTS, KFC_VARIANTS
-from benchmarks.away.records import Entry, Outcome, Record, missed, table
+from benchmarks.away.records import Entry, Outcome, Record, ahead, missed, table
 from benchmarks.away.tasks import AWAY, CHOOSING, HELD_BACK
 from benchmarks.contest.curves import Curve, at_edge
 from benchmarks.contest.harness import interleave
@@ -149,7 +149,7 @@ def write_tables(folder: Path, half: str, seeds: Sequence[int]) -> str:
     """
     records = [load_record(folder, AWAY[name]) for name in HALVES[half]]
     names = tuple(AWAY_CONTESTANTS)
-    lines = [table(records, names, seeds), ""]
+    lines = [table(records, names, seeds), "", *ahead(records, names, seeds), ""]
     behind = missed(records, names, seeds)
     lines += ["Where a peer is ahead of KFC at its defaults, not averaged:", "", *behind] if behind else []
     text = "\n".join(lines)

@@ -135,6 +135,33 @@ def _cell(values: tuple[float, float]) -> str:
     return "-" if math.isinf(values[0]) else f"{values[0]:.0f} / {values[1]:.1f}"
 
 
+def _peers(record: Record, names: Sequence[str], seeds: Sequence[int]) -> dict[str, tuple[float, float]]:
+    """By title, the medians of the peers that have run on all seeds, each with the average that was chosen."""
+    entries = [record.entries[name] for name in names if name not in KFC_VARIANTS and name in record.entries]
+    medians = {entry.title: entry.medians(entry.average, seeds) for entry in entries if entry.average is not None}
+    return {title: values for title, values in medians.items() if values is not None}
+
+
+def ahead(records: Sequence[Record], names: Sequence[str], seeds: Sequence[int]) -> list[str]:
+    """A line for each column of KFC: on how many tasks it needs fewer iterations, or less time, than every peer."""
+    lines = []
+    for name in (name for name in names if name in KFC_VARIANTS):
+        for average in AVERAGES:
+            wins, compared = [0, 0], 0
+            for record in records:
+                own = record.entries[name].medians(average, seeds) if name in record.entries else None
+                peers = _peers(record, names, seeds).values()
+                if own is None or not peers:
+                    continue
+                compared += 1
+                for position in (0, 1):
+                    wins[position] += own[position] < min(values[position] for values in peers)
+            if compared == len(records):
+                title = record.entries[name].title + ("" if average == NONE else f", averaged {average}")
+                lines.append(f"- {title}: fewest iterations on {wins[0]}, least time on {wins[1]} of {compared}.")
+    return lines
+
+
 def missed(records: Sequence[Record], names: Sequence[str], seeds: Sequence[int]) -> list[str]:
     """A line for each task on which a peer needed fewer iterations than KFC at its defaults, or less time."""
     lines = []
@@ -142,18 +169,13 @@ def missed(records: Sequence[Record], names: Sequence[str], seeds: Sequence[int]
         own = record.entries["kfc"].medians(NONE, seeds) if "kfc" in record.entries else None
         if own is None:
             continue
-        peers = {}
-        for name in names:
-            entry = record.entries.get(name)
-            if name in KFC_VARIANTS or entry is None or entry.average is None:
-                continue
-            values = entry.medians(entry.average, seeds)
-            if values is not None:
-                peers[entry.title] = values
+        peers = _peers(record, names, seeds)
         for unit, position in (("iterations", 0), ("CPU seconds", 1)):
-            ahead = {title: values[position] for title, values in peers.items() if values[position] < own[position]}
-            if ahead:
-                listed = ", ".join(f"{title} {value:.3g}" for title, value in sorted(ahead.items(), key=lambda i: i[1]))
+            better = {title: values[position] for title, values in peers.items() if values[position] < own[position]}
+            if better:
+                listed = ", ".join(
+                    f"{title} {value:.3g}" for title, value in sorted(better.items(), key=lambda i: i[1])
+                )
                 ours = "never there" if math.isinf(own[position]) else f"{own[position]:.3g}"
                 lines.append(f"- {record.task}, {unit}: KFC at its defaults {ours}; ahead of it {listed}.")
     return lines

@@ -13,7 +13,7 @@ from torch import nn
 from benchmarks.away import contest, data
 from benchmarks.away.averages import SPACING, AveragedRun
 from benchmarks.away.contestants import AWAY_CONTESTANTS
-from benchmarks.away.records import Entry, Outcome, Record, missed, table
+from benchmarks.away.records import Entry, Outcome, Record, ahead, missed, table
 from benchmarks.away.tasks import AWAY, CHOOSING, HELD_BACK, MEASURED, belonging, evidence_bound
 from benchmarks.contest.contestants import CONTESTANTS
 from benchmarks.contest.data import Split
@@ -189,6 +189,15 @@ def test_the_table_has_medians_kfc_first_and_names_who_is_ahead() -> None:
     assert missed([record], ("kfc", "sgd", "adam"), (0, 1, 2)) == [
         "- line, iterations: KFC at its defaults 20; ahead of it SGD 7.",
         "- line, CPU seconds: KFC at its defaults 2; ahead of it SGD 0.7.",
+    ]
+    assert ahead([record], ("kfc", "sgd", "adam"), (0, 1, 2))[0] == (
+        "- KFC: fewest iterations on 0, least time on 0 of 1."
+    )
+    del record.entries["sgd"]
+    assert ahead([record], ("kfc", "sgd", "adam"), (0, 1, 2)) == [
+        "- KFC: fewest iterations on 1, least time on 1 of 1.",
+        "- KFC, averaged 0.8: fewest iterations on 1, least time on 1 of 1.",
+        "- KFC, averaged 0.9: fewest iterations on 1, least time on 1 of 1.",
     ]
 
 
