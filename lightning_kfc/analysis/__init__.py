@@ -5,7 +5,7 @@ from lightning_kfc.analysis.compare import compare_curvature
 from lightning_kfc.analysis.plots import draw_block_spectra, draw_errors
 from lightning_kfc.analysis.results import Approximation, Comparison, LayerComparison
 from lightning_kfc.analysis.space import SpatialReport, spatial_statistics
-from lightning_kfc.reporting.map_watcher import SpatialStatistics
+from lightning_kfc.monitoring.spatial import SpatialStatistics
 
 __all__ = [
     "Approximation",

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lightning_kfc.kfc import KFC
 from lightning_kfc.losses.likelihoods import Likelihood
-from lightning_kfc.reporting.map_watcher import MapWatcher, Quantity, SpatialStatistics, spatial_modules
+from lightning_kfc.monitoring.spatial import Quantity, SpatialStatistics
+from lightning_kfc.reporting.map_watcher import MapWatcher, spatial_modules
 from lightning_kfc.utilities.checks import check_integer
 from lightning_kfc.utilities.isolation import leaving_no_trace
 

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_kfc.callback.metrics_logging import Telemetry, TelemetrySettings
+from lightning_kfc.callback.metrics_logging import MetricsLogger, MetricsLoggerSettings
 from lightning_kfc.callback.optimizer_advice import OptimizerWarning, warning_for_run, warnings_for
 from lightning_kfc.callback.schedule_preview import schedules_of
 from lightning_kfc.callback.training_step import Attachment
@@ -24,7 +24,7 @@ from lightning_kfc.kfc import KFC
 from lightning_kfc.losses.likelihoods import Bernoulli, Categorical, Gaussian
 from lightning_kfc.monitoring.events import History
 from lightning_kfc.monitoring.messages import LOGGER
-from lightning_kfc.reporting.report import Reporting, ReportSettings
+from lightning_kfc.reporting.report import Report, ReportSettings
 from lightning_kfc.scheduling.refresh_schedule import ExponentialSchedule, LinearSchedule
 from lightning_kfc.settings import Settings, refuse_removed
 from lightning_kfc.utilities.checks import check_flag
@@ -164,7 +164,7 @@ class KFCHooks:
         check_flag("save_factors", save_factors)
         self._save_factors = save_factors
         self._report_settings = ReportSettings(pictures_every_n_steps, report_dir)
-        self._telemetry_settings = TelemetrySettings(log_layers, progress_bar)
+        self._logger_settings = MetricsLoggerSettings(log_layers, progress_bar)
         self._start_detached()
 
     def _start_detached(self) -> None:
@@ -172,8 +172,8 @@ class KFCHooks:
         self._module: Any = None
         self._loaded: dict[str, Any] | None = None
         self._attachment: Attachment | None = None
-        self._reporting: Reporting | None = None
-        self._telemetry: Telemetry | None = None
+        self._reporting: Report | None = None
+        self._metrics_logger: MetricsLogger | None = None
         self._training = False
         self._backwards = 0
         self._preconditioned_at: dict[int, int] = {}
@@ -186,14 +186,14 @@ class KFCHooks:
             "settings": self._settings,
             "save_factors": self._save_factors,
             "report": self._report_settings,
-            "telemetry": self._telemetry_settings,
+            "metrics": self._logger_settings,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._settings = state["settings"]
         self._save_factors = state["save_factors"]
         self._report_settings = state["report"]
-        self._telemetry_settings = state["telemetry"]
+        self._logger_settings = state["metrics"]
         self._start_detached()
 
     @property
@@ -219,14 +219,14 @@ class KFCHooks:
         return self._reporting.history
 
     @property
-    def _reports(self) -> Reporting:
+    def _reports(self) -> Report:
         assert self._reporting is not None, "set in on_fit_start"
         return self._reporting
 
     @property
-    def _tells(self) -> Telemetry:
-        assert self._telemetry is not None, "set in on_fit_start"
-        return self._telemetry
+    def _metrics(self) -> MetricsLogger:
+        assert self._metrics_logger is not None, "set in on_fit_start"
+        return self._metrics_logger
 
     def checkpoint_bytes(self) -> int:
         """How many bytes of factors and inverses a checkpoint of this training holds; known once it has started."""
@@ -267,8 +267,8 @@ class KFCHooks:
         self._backwards = 0
         self._preconditioned_at.clear()
         self._said.clear()
-        self._reporting = reporting = Reporting(self._report_settings, lambda: self.kfc, trainer, pl_module)
-        self._telemetry = Telemetry(self._telemetry_settings, lambda: self.kfc, trainer, pl_module, reporting)
+        self._reporting = reporting = Report(self._report_settings, lambda: self.kfc, trainer, pl_module)
+        self._metrics_logger = MetricsLogger(self._logger_settings, lambda: self.kfc, trainer, pl_module, reporting)
         self._attachment = Attachment(
             trainer,
             # The learning-rate finder, for one, takes the other callbacks out while it runs; and before training starts
@@ -296,7 +296,7 @@ class KFCHooks:
                 "curvature is estimated anew, beginning with a warm-up."
             )
         _show_information()
-        self._tells.engine_replaced()
+        self._metrics.engine_replaced()
         self._do_without_reviews(pl_module)
         self._warn_of_split_layers(trainer.optimizers)
         rank_zero_info(self._report())
@@ -356,7 +356,7 @@ class KFCHooks:
         self._end()
         if events := str(self.kfc.events):
             rank_zero_info(f"KFC counted events: {events}.")
-        self._tells.advise(gradient_scaler=self._scaler(trainer) is not None)
+        self._metrics.advise(gradient_scaler=self._scaler(trainer) is not None)
         if self._reporting is not None and (path := self._reporting.write()) is not None:
             rank_zero_info(f"KFC wrote its report to {path}.")
 
@@ -422,12 +422,12 @@ class KFCHooks:
                 self.kfc.skip(optimizer)
             return
         self._preconditioned_at[id(optimizer)] = self._backwards
-        self._tells.before_step()
+        self._metrics.before_step()
         self._share_gradients(trainer, optimizer)
         scale, gradients = self._gradient_scale(trainer, optimizer), self._loss_gradients
         self._loss_gradients = {}
         if self.kfc.precondition(optimizer=optimizer, loss_scale=scale, loss_gradients=gradients):
-            self._tells.after_step(pl_module, optimizer, gradient_scaler=self._scaler(trainer) is not None)
+            self._metrics.after_step(pl_module, optimizer, gradient_scaler=self._scaler(trainer) is not None)
         elif self._scaler(trainer) is None:
             # A gradient scaler skips such a step by itself; no optimizer steps a parameter without a gradient.
             self._warn_skipped()
@@ -455,7 +455,7 @@ class KFCHooks:
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Let go of the graph of what was recorded and not used."""
         self.kfc.release()
-        self._tells.batch_ends(gradient_scaler=self._scaler(trainer) is not None)
+        self._metrics.batch_ends(gradient_scaler=self._scaler(trainer) is not None)
         self._reports.step_ends(trainer.fit_loop.epoch_loop._batches_that_stepped, outputs)
 
     def _warn_bare_backward(self) -> None:

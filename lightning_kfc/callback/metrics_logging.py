@@ -13,7 +13,7 @@ from lightning_kfc.kfc import KFC
 from lightning_kfc.monitoring.advice import Adviser
 from lightning_kfc.monitoring.messages import inform
 from lightning_kfc.reporting.diagnostics import Diagnostics
-from lightning_kfc.reporting.report import Reporting
+from lightning_kfc.reporting.report import Report
 from lightning_kfc.utilities.checks import check_flag
 
 #: Rules of advice are asked at every so many logged steps, and when training ends.
@@ -21,7 +21,7 @@ ASKED_EVERY = 10
 
 
 @dataclass(frozen=True)
-class TelemetrySettings:
+class MetricsLoggerSettings:
     """The options; see the callback for what each one does."""
 
     log_layers: bool = False
@@ -33,7 +33,7 @@ class TelemetrySettings:
         check_flag("progress_bar", self.progress_bar)
 
 
-class Telemetry:
+class MetricsLogger:
     """Tells of one fit.
 
     Args:
@@ -45,7 +45,7 @@ class Telemetry:
     """
 
     def __init__(
-        self, settings: TelemetrySettings, kfc: Callable[[], KFC], trainer: Any, module: Any, reports: Reporting
+        self, settings: MetricsLoggerSettings, kfc: Callable[[], KFC], trainer: Any, module: Any, reports: Report
     ) -> None:
         self._settings = settings
         self._kfc = kfc

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_kfc.monitoring.spatial import SpatialStatistics
 from lightning_kfc.pictures.canvas import COLOURS, grid, style
-from lightning_kfc.reporting.map_watcher import SpatialStatistics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -58,7 +58,7 @@ class ReportSettings:
         return self.pictures_every_n_steps is not None or self.report_dir is not None
 
 
-class Reporting:
+class Report:
     """What one fit shows of itself, on the rank that writes.
 
     Between the steps of pictures only the clock runs.

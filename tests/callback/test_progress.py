@@ -53,7 +53,7 @@ def test_without_the_option_the_bar_is_as_it_was() -> None:
 @pytest.mark.parametrize("name", ["log_layers", "progress_bar"])
 def test_the_options_are_true_or_false_and_kept_by_copies(name: str) -> None:
     options: dict[str, Any] = {name: True}
-    assert getattr(pickle.loads(pickle.dumps(KFCCallback(**options)))._telemetry_settings, name) is True
+    assert getattr(pickle.loads(pickle.dumps(KFCCallback(**options)))._logger_settings, name) is True
     options = {name: 1}
     with pytest.raises(TypeError, match=f"{name} must be true or false, got 1"):
         KFCCallback(**options)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import lightning_kfc
+from lightning_kfc.monitoring.spatial import SpatialStatistics
 from lightning_kfc.pictures import (
     draw_autocorrelation,
     draw_coverage,
@@ -27,7 +28,6 @@ from lightning_kfc.pictures import (
     svg,
 )
 from lightning_kfc.pictures.draw import HEAT_MAP_PIXELS
-from lightning_kfc.reporting.map_watcher import SpatialStatistics
 from tests.helpers.nets import data
 
 pytestmark = pytest.mark.slow

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from lightning_kfc import KFCCallback
 from lightning_kfc.reporting.map_watcher import MapWatcher
-from lightning_kfc.reporting.report import Reporting, ReportSettings
+from lightning_kfc.reporting.report import Report, ReportSettings
 from lightning_kfc.reporting.sections import CALLBACK_DEFAULTS
 from lightning_kfc.settings import Settings
 from tests.helpers.harness import QUIET, Classifier, Watch, dense_net, fit, hooks_of, images, loader, weights
@@ -230,7 +230,7 @@ def test_without_the_options_nothing_is_measured_or_drawn(monkeypatch: pytest.Mo
         raise AssertionError("nobody asked for this")
 
     monkeypatch.setattr(MapWatcher, "__init__", refused)
-    monkeypatch.setattr(Reporting, "figures", refused)
+    monkeypatch.setattr(Report, "figures", refused)
     monkeypatch.chdir(tmp_path)
     callback = KFCCallback()
     train(callback, steps=3, log_every_n_steps=0)
@@ -307,7 +307,7 @@ def test_a_net_without_convolutions_has_all_but_the_autocorrelation(tmp_path: Pa
 def test_only_the_writing_rank_does_anything(tmp_path: Path) -> None:
     settings = ReportSettings(pictures_every_n_steps=1, report_dir=str(tmp_path))
     trainer = SimpleNamespace(is_global_zero=False, callbacks=[])
-    reporting = Reporting(settings, lambda: pytest.fail("asked for the engine"), trainer, nn.Linear(1, 1))
+    reporting = Report(settings, lambda: pytest.fail("asked for the engine"), trainer, nn.Linear(1, 1))
     reporting.step_begins()
     reporting.numbers(0, {"a": 1.0})
     reporting.step_ends(0, {})

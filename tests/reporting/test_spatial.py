@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from lightning_kfc import KFC
 from lightning_kfc.analysis import spatial_statistics
-from lightning_kfc.reporting.map_watcher import MapWatcher, autocorrelation, inhomogeneity
+from lightning_kfc.monitoring.spatial import autocorrelation, inhomogeneity
+from lightning_kfc.reporting.map_watcher import MapWatcher
 from tests.helpers import oracles
 from tests.helpers.nets import classes, data, double, small_conv_net
 
