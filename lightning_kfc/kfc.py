@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import Unpack
 
 from lightning_kfc.curvature.checkpoint import STATE_VERSION, check_version, layers_state, load_layers
 from lightning_kfc.curvature.coverage import Coverage, coverage_of, without_curvature
@@ -22,7 +23,6 @@ from lightning_kfc.distributed.agreement import check_agreement, described
 from lightning_kfc.estimation.estimator import Estimator, StepStatistics
 from lightning_kfc.estimation.pending import PendingStatistics
 from lightning_kfc.factors.inverses import INVERSES
-from lightning_kfc.losses.likelihoods import Likelihood
 from lightning_kfc.monitoring.events import Events, StepNumbers
 from lightning_kfc.monitoring.messages import inform
 from lightning_kfc.monitoring.timing import StepTimes
@@ -35,7 +35,7 @@ from lightning_kfc.scheduling.automatic_periods import PeriodChoice
 from lightning_kfc.scheduling.refresh_schedule import RefreshSchedule
 from lightning_kfc.scheduling.staggering import StaggeredDates
 from lightning_kfc.scheduling.tracker import RefreshTracker
-from lightning_kfc.settings import Settings, refuse_removed
+from lightning_kfc.settings import Options, Settings, settings_of
 from lightning_kfc.trust_region.region import TrustRegion, Verdict
 from lightning_kfc.trust_region.review import StepReviewer
 from lightning_kfc.utilities.isolation import eager_compiled_code, full_precision
@@ -107,10 +107,12 @@ class KFC:
         max_overhead: By which share a step may take longer in the mean, where a period is ``"auto"``.
         process_group: The ranks between which a batch is split, where these are not all: the data-parallel group
             of a mesh that also has tensor-parallel ranks. It must be the same ranks' group on all of them.
-        **removed: Settings of earlier versions, which are errors that say what became of them.
+        settings: Settings that were checked before; options that are given as well replace theirs. None for the
+            defaults.
 
     Raises:
-        TypeError: If a setting is of the wrong type, or there is no such setting.
+        TypeError: If a setting is of the wrong type, or there is no such setting; for a setting of an earlier version
+            the message names the way out.
         ValueError: If a setting is out of range, a pattern matches nothing, or no layer is left to precondition.
     """
 
@@ -118,62 +120,11 @@ class KFC:
         self,
         model: nn.Module,
         *,
-        damping: float | Callable[[int], float] | Literal["auto"] = 0.01,
-        fisher: str = "mc",
-        likelihood: str | Likelihood = "auto",
-        factor_every_n_steps: int | Literal["auto"] = 10,
-        inverse_every_n_steps: int | Literal["auto"] = 20,
-        warmup_steps: int = 10,
-        ema_decay: float = 0.8,
-        kl_clip: float | Literal["auto"] | None = 0.03,
-        inverse: str = "cholesky",
-        rule: str = "natural",
-        weight_sharing: str = "expand",
-        max_factor_dim: int | None = 10_000,
-        rows_per_dim: int | None = 8,
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None,
-        seed: int = 0,
-        placement: str | float = "auto",
-        reduce_precision: str = "full",
-        stagger_inverses: bool = True,
-        inverse_precision: str = "full",
-        max_overhead: float = 0.15,
         process_group: Any = None,
-        **removed: Any,
+        settings: Settings | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        refuse_removed("KFC", removed)
-        settings = Settings(
-            damping=damping,
-            fisher=fisher,
-            likelihood=likelihood,
-            factor_every_n_steps=factor_every_n_steps,
-            inverse_every_n_steps=inverse_every_n_steps,
-            warmup_steps=warmup_steps,
-            ema_decay=ema_decay,
-            kl_clip=kl_clip,
-            inverse=inverse,
-            rule=rule,
-            weight_sharing=weight_sharing,
-            max_factor_dim=max_factor_dim,
-            rows_per_dim=rows_per_dim,
-            include=include,
-            exclude=exclude,
-            seed=seed,
-            placement=placement,
-            reduce_precision=reduce_precision,
-            stagger_inverses=stagger_inverses,
-            inverse_precision=inverse_precision,
-            max_overhead=max_overhead,
-        )
-        self._start(model, settings, process_group)
-
-    @classmethod
-    def from_settings(cls, model: nn.Module, settings: Settings, process_group: Any = None) -> KFC:
-        """A preconditioner with settings that were checked before, as the callback has them."""
-        kfc = cls.__new__(cls)
-        kfc._start(model, settings, process_group)
-        return kfc
+        self._start(model, settings_of("KFC", settings, options), process_group)
 
     def _start(self, model: nn.Module, settings: Settings, process_group: Any) -> None:
         self._group = distributed.ProcessGroup(process_group)

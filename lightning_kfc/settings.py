@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, TypedDict
 
 from lightning_kfc.distributed.factor_reduction import PRECISIONS
 from lightning_kfc.distributed.placement import PLACEMENTS
@@ -48,6 +48,36 @@ def refuse_removed(owner: str, names: Iterable[str]) -> None:
     """
     for name in names:
         raise TypeError(REMOVED.get(name, f"{owner} has no setting {name!r}."))
+
+
+class Options(TypedDict, total=False):
+    """The settings as keyword arguments, for type checkers; :class:`Settings` has their defaults and checks."""
+
+    damping: float | Callable[[int], float] | Literal["auto"]
+    fisher: str
+    likelihood: str | Likelihood
+    factor_every_n_steps: int | Literal["auto"]
+    inverse_every_n_steps: int | Literal["auto"]
+    warmup_steps: int
+    ema_decay: float
+    kl_clip: float | Literal["auto"] | None
+    inverse: str
+    rule: str
+    weight_sharing: str
+    max_factor_dim: int | None
+    rows_per_dim: int | None
+    include: Sequence[str] | None
+    exclude: Sequence[str] | None
+    seed: int
+    placement: str | float
+    reduce_precision: str
+    stagger_inverses: bool
+    inverse_precision: str
+    max_overhead: float
+
+
+#: Defaults of a training through Lightning, where they are not the engine's own.
+CALLBACK_DEFAULTS: Mapping[str, Any] = {"damping": "auto", "kl_clip": "auto", "rule": "auto"}
 
 
 @dataclass(frozen=True)
@@ -158,3 +188,24 @@ def check_placement(placement: Any, inverse: str) -> None:
             f"placement={placement!r} leaves ranks without the eigenbasis on which inverse='ekfac' projects their own "
             "examples. Use placement='comm-opt', or inverse='eigh'."
         )
+
+
+def settings_of(owner: str, settings: Settings | None, options: Mapping[str, Any]) -> Settings:
+    """Return settings with some of them replaced, checked together.
+
+    Args:
+        owner: The class that was given the options.
+        settings: The settings to begin with; None for the defaults.
+        options: The replacements, by name.
+
+    Raises:
+        TypeError: If there is no such setting, or it is of the wrong type.
+        ValueError: If a setting is out of range.
+    """
+    refuse_removed(owner, set(options) - setting_names())
+    return replace(settings or Settings(), **options)
+
+
+def setting_names() -> set[str]:
+    """The names of all settings."""
+    return {entry.name for entry in fields(Settings) if entry.init}

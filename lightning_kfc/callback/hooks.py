@@ -26,7 +26,7 @@ from lightning_kfc.monitoring.events import History
 from lightning_kfc.monitoring.messages import LOGGER
 from lightning_kfc.reporting.report import Report, ReportSettings
 from lightning_kfc.scheduling.refresh_schedule import ExponentialSchedule, LinearSchedule
-from lightning_kfc.settings import Settings, refuse_removed
+from lightning_kfc.settings import refuse_removed, setting_names, settings_of
 from lightning_kfc.utilities.checks import check_flag
 
 #: Strategies that own the backward or the parameters in a way that leaves no room for us, with the way out.
@@ -136,31 +136,10 @@ class KFCHooks:
         progress_bar: bool = False,
         **removed: Any,
     ) -> None:
+        given = dict(locals())
         super().__init__()
         refuse_removed("KFCCallback", removed)
-        self._settings = Settings(
-            damping=damping,
-            fisher=fisher,
-            likelihood=likelihood,
-            factor_every_n_steps=factor_every_n_steps,
-            inverse_every_n_steps=inverse_every_n_steps,
-            warmup_steps=warmup_steps,
-            ema_decay=ema_decay,
-            kl_clip=kl_clip,
-            inverse=inverse,
-            rule=rule,
-            weight_sharing=weight_sharing,
-            max_factor_dim=max_factor_dim,
-            rows_per_dim=rows_per_dim,
-            include=include,
-            exclude=exclude,
-            seed=seed,
-            placement=placement,
-            reduce_precision=reduce_precision,
-            stagger_inverses=stagger_inverses,
-            inverse_precision=inverse_precision,
-            max_overhead=max_overhead,
-        )
+        self._settings = settings_of("KFCCallback", None, {name: given[name] for name in setting_names()})
         check_flag("save_factors", save_factors)
         self._save_factors = save_factors
         self._report_settings = ReportSettings(pictures_every_n_steps, report_dir)
@@ -259,7 +238,7 @@ class KFCHooks:
                     "curvature. Use SGD(lr=0.5, momentum=0.5), or train without the callback."
                 )
         previous = self._kfc.state_dict() if self._kfc is not None and self._module is pl_module else None
-        self._kfc = KFC.from_settings(pl_module, self._settings, _data_parallel_group(trainer.strategy))
+        self._kfc = self._new_engine(trainer, pl_module)
         self._module = pl_module
         if previous is not None:
             self._take_over(previous)
@@ -281,6 +260,9 @@ class KFCHooks:
             observing=reporting.observing,
         )
 
+    def _new_engine(self, trainer: Any, pl_module: Any) -> KFC:
+        return KFC(pl_module, settings=self._settings, process_group=_data_parallel_group(trainer.strategy))
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Take over the checkpoint's state (under FSDP2 it is loaded after on_fit_start), and report."""
         self._training = True
@@ -290,7 +272,7 @@ class KFCHooks:
             self._take_over(self._loaded)
             self._loaded = None
         elif _resumed_from(trainer) is not None:
-            self._kfc = KFC.from_settings(pl_module, self._settings, _data_parallel_group(trainer.strategy))
+            self._kfc = self._new_engine(trainer, pl_module)
             rank_zero_info(
                 f"KFCCallback: the checkpoint {_resumed_from(trainer)} holds no state of this callback; "
                 "curvature is estimated anew, beginning with a warm-up."

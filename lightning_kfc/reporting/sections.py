@@ -11,6 +11,7 @@ import torch
 
 from lightning_kfc.kfc import KFC
 from lightning_kfc.pictures.html import Section, as_image, as_list, as_table, as_text
+from lightning_kfc.settings import CALLBACK_DEFAULTS
 from lightning_kfc.version import __version__
 
 if TYPE_CHECKING:
@@ -37,9 +38,6 @@ CAPTIONS = {
     "factors": "The magnitude of the correlations in each factor at the last step. What is far from a diagonal is what "
     "a diagonal method misses.",
 }
-
-#: What a training through Lightning has by default, where that is not the engine's own.
-CALLBACK_DEFAULTS = {"damping": "auto", "kl_clip": "auto", "rule": "auto"}
 
 
 def sections(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import inspect
+import re
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_kfc import KFC, Gaussian, KFCCallback, LinearSchedule
-from lightning_kfc.settings import REMOVED, Settings
+from lightning_kfc.settings import CALLBACK_DEFAULTS, REMOVED, Options, Settings
 from tests.helpers.nets import classes, data, double, engine, train_step
 
 NAN, INF = float("nan"), float("inf")
@@ -153,3 +155,27 @@ def test_a_placement_that_the_inverse_cannot_have_is_an_error_that_says_which_on
     with pytest.raises(ValueError, match=r"Use placement='comm-opt', or inverse='eigh'"):
         Settings(inverse="ekfac", placement="mem-opt")
     assert Settings(inverse="ekfac", placement="comm-opt").placement == "comm-opt"
+
+
+def test_the_typed_options_are_the_settings_and_the_callback_has_them_all() -> None:
+    names = {field.name: field for field in fields(Settings) if field.init}
+    assert set(Options.__annotations__) == set(names)
+    assert {name: hint.__forward_arg__ for name, hint in Options.__annotations__.items()} == {
+        name: field.type for name, field in names.items()
+    }
+    shown = inspect.signature(KFCCallback).parameters
+    assert set(names) <= set(shown)
+    for name, field in names.items():
+        assert shown[name].default == CALLBACK_DEFAULTS.get(name, field.default), name
+        for owner in (KFC, KFCCallback):
+            assert re.search(rf"^    +{name}: \S", owner.__doc__ or "", re.MULTILINE), (owner, name)
+
+
+def test_settings_may_be_given_whole_with_options_that_replace_some() -> None:
+    model, given = nn.Linear(2, 2), Settings(damping=0.5, seed=3)
+    kfc = KFC(model, settings=given, damping=0.25)
+    assert kfc.given_settings == replace(given, damping=0.25)
+    assert KFC(model, settings=given).given_settings == given
+    assert KFC(model).given_settings == Settings()
+    with pytest.raises(TypeError, match=r"^KFC has no setting 'schedule'"):
+        KFC(model, settings=given, schedule=None)  # type: ignore[call-arg]  # computed, not given

@@ -31,8 +31,7 @@ from torch.nn import functional as F
 from lightning_kfc import KFCCallback
 from lightning_kfc.reporting.map_watcher import MapWatcher
 from lightning_kfc.reporting.report import Report, ReportSettings
-from lightning_kfc.reporting.sections import CALLBACK_DEFAULTS
-from lightning_kfc.settings import Settings
+from lightning_kfc.settings import CALLBACK_DEFAULTS, Settings
 from tests.helpers.harness import QUIET, Classifier, Watch, dense_net, fit, hooks_of, images, loader, weights
 
 pytestmark = [*(pytest.mark.filterwarnings(entry) for entry in QUIET), pytest.mark.slow]
