@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.curvature.model_layers import ModelLayers
 from lightning_kfc.curvature.ownership import LayerOwnership
 from lightning_kfc.distributed import process_group as distributed
-from lightning_kfc.distributed.agreement import check_agreement, described
+from lightning_kfc.distributed.agreement import check_agreement, facts_of
 from lightning_kfc.estimation.estimator import Estimator, StepStatistics
 from lightning_kfc.estimation.pending import PendingStatistics
 from lightning_kfc.factors.inverses import INVERSES
@@ -129,17 +129,7 @@ class KFC:
     def _start(self, model: nn.Module, settings: Settings, process_group: Any) -> None:
         self._group = distributed.ProcessGroup(process_group)
         self._model = model
-        self._layers = ModelLayers(
-            model,
-            LayerOptions(
-                settings.include,
-                settings.exclude,
-                settings.weight_sharing,
-                settings.max_factor_dim,
-                settings.rows_per_dim,
-                settings.inverse_precision,
-            ),
-        )
+        self._layers = ModelLayers(model, LayerOptions.of(settings))
         #: The rule, and why it was chosen, where it is ``"auto"``.
         self.rule_choice = choose_rule(model, self._layers, settings)
         #: As they were given; :attr:`settings` are those in force, with the rule that was chosen.
@@ -272,7 +262,9 @@ class KFC:
         if recorded and self._micro_batch == 0 and (changed := self.follow_structure()):
             inform(changed)
         if not self._ranks_agree:
-            check_agreement(self._facts(), next(self._model.parameters()).device)
+            check_agreement(
+                facts_of(self.settings) | {"layers": str(self._layers)}, next(self._model.parameters()).device
+            )
             self._ranks_agree = True
         if self._again:
             self._estimator.record_nothing()
@@ -284,17 +276,6 @@ class KFC:
                 yield
             finally:
                 self.resume()
-
-    def _facts(self) -> dict[str, str]:
-        """What must be the same on all ranks: settings, and layers with the shapes of their factors."""
-        facts = {field.name: described(getattr(self.settings, field.name)) for field in fields(self.settings)}
-        shapes = {name: layer.adapter.factor_shapes() for name, layer in self._layers.items()}
-        outlines = {
-            name: ", ".join(f"{factor} {tuple(shape)}" for factor, shape in own.items()) for name, own in shapes.items()
-        }
-        kinds = {name: layer.adapter.kind for name, layer in self._layers.items()}
-        facts["layers"] = ", ".join(f"{name} ({kinds[name]}, {outline})" for name, outline in outlines.items())
-        return facts
 
     def update(
         self, loss: Tensor, *, accumulate: bool = False, loss_scale: float = 1.0, loss_fraction: float = 1.0
@@ -649,13 +630,9 @@ class KFC:
 
     # The parts of a step.
 
-    def _gradients(self, optimizer: Optimizer | None) -> list[Tensor]:
-        """Every gradient of a step, also those of parameters that are not preconditioned."""
-        return [p.grad for p in self._layers.parameters(optimizer) if p.grad is not None]
-
     def _all_finite(self, optimizer: Optimizer | None, layers: Iterable[str]) -> bool:
-        gradients = self._gradients(optimizer)
-        finite = distributed.all_finite(gradients)
+        # Also those of parameters that are not preconditioned.
+        finite = distributed.all_finite([p.grad for p in self._layers.parameters(optimizer) if p.grad is not None])
         # Where messages follow, no rank may be the only one to wait for them, whatever its own gradients are.
         if self._group.size > 1 and (
             self.reviews

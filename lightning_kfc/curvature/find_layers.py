@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.layers import Adapter, ParameterAdapter, adapter_for
+from lightning_kfc.settings import Settings
 
 #: Why the parameters of a lazy module have no curvature before it has seen an input.
 UNINITIALISED = "not initialised before the first forward"
@@ -39,6 +40,11 @@ class LayerOptions:
     max_factor_dim: int | None = None
     rows_per_dim: int | None = None
     inverse_precision: str = "full"
+
+    @classmethod
+    def of(cls, settings: Settings) -> LayerOptions:
+        """The fields of these names in all settings."""
+        return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
 
 
 @dataclass(frozen=True)

@@ -198,7 +198,7 @@ class Layer:
         self.averages, self.moments, self.rows = averages, moments, rows
         self.roles = tuple(self.adapter.own_parameters())
         self.previous_inverse = None
-        self.inverse = None if inverse is None else self._kept(inverse)
+        self.inverse = None if inverse is None else inverse.in_precision(self._inverse_dtype())
 
     def inverse_type(self, chosen: type[Inverse]) -> type[Inverse]:
         """The kind of inverse of this layer, given the one that the user chose."""
@@ -220,13 +220,8 @@ class Layer:
         draws = min(average.draws for average in self.averages.values())
         return self.adapter.estimate(self.factors, draws)
 
-    def factorise(self, inverse: type[Inverse], damping: float, step: int) -> None:
-        """Refresh the inverse from the running factors; see :meth:`Inverse.factorise` for what it raises."""
-        self.tried(step)
-        self.take(self.refreshed(inverse, damping))
-
     def refreshed(self, inverse: type[Inverse], damping: float) -> Inverse:
-        """A new inverse from the running factors, with what the present one has learnt."""
+        """A new inverse from the running factors, continuing the present one; raises as :meth:`Inverse.factorise`."""
         return self.inverse_type(inverse).factorise(self.curvature(), damping).succeeding(self.inverse)
 
     def tried(self, step: int) -> None:
@@ -238,7 +233,7 @@ class Layer:
         self.previous_inverse = self.previous_inverse or self.inverse
         if self.moments is not None:
             self.moments = self.moments.in_basis(self.inverse, fresh)
-        self.inverse = self._kept(fresh)
+        self.inverse = fresh.in_precision(self._inverse_dtype())
 
     def go_back(self) -> None:
         """Use the last inverse again, as the new one gave no usable update."""
@@ -255,9 +250,6 @@ class Layer:
     def forget_rows(self) -> None:
         """Take the number of rows for unknown, until statistics are taken again."""
         self.rows = None
-
-    def _kept(self, inverse: Inverse) -> Inverse:
-        return inverse.in_precision(self._inverse_dtype())
 
     def _inverse_dtype(self) -> torch.dtype:
         if self._inverse_precision == "bfloat16":

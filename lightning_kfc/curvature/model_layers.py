@@ -87,6 +87,14 @@ class ModelLayers(Mapping[str, Layer]):
     def __len__(self) -> int:
         return len(self._layers)
 
+    def __str__(self) -> str:
+        """The layers with the shapes of their factors, the same on all ranks."""
+        lines = []
+        for name, layer in self._layers.items():
+            shapes = ", ".join(f"{factor} {tuple(s)}" for factor, s in layer.adapter.factor_shapes().items())
+            lines.append(f"{name} ({layer.adapter.kind}, {shapes})")
+        return ", ".join(lines)
+
     def present(self) -> dict[str, Layer]:
         """The layers whose modules and parameters are the same as when they were found."""
         return {name: layer for name, layer in self._layers.items() if layer.unchanged}

@@ -50,6 +50,11 @@ def check_agreement(facts: Mapping[str, str], device: torch.device) -> None:
     )
 
 
+def facts_of(settings: Any) -> dict[str, str]:
+    """The fields of a dataclass in words, by name."""
+    return {field.name: described(getattr(settings, field.name)) for field in fields(settings)}
+
+
 def described(value: Any) -> str:
     """A value in words that are the same on every rank: no address of a function or an object is in them."""
     if is_dataclass(value) and not isinstance(value, type):
