@@ -42,7 +42,7 @@ def run(name: str, steps: int, batch_size: int | None) -> dict[str, float]:
     x, y = workload.make_batch(batch_size or workload.batch_size)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.5)
     kfc = KFC(model)
-    timed, diagnostics, looks, taken = Timed(), Diagnostics(lambda: kfc), [], []
+    timed, diagnostics, looks, taken = Timed(), Diagnostics(kfc), [], []
     for number in range(steps + 1):
         look = number % LOG_EVERY_N_STEPS == 0
         spent, started = timed.seconds, time.process_time()

@@ -1,14 +1,15 @@
-"""What a fit tells of itself as it goes: numbers to loggers, two of them in the progress bar, and advice."""
+"""Log metrics and advice during fit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch.optim import Optimizer
 
 from lightning_kfc.callback.clipping_watch import ClippingWatch
+from lightning_kfc.callback.lightning_internals import logged_step
+from lightning_kfc.callback.loss_scale import gradient_scaler
 from lightning_kfc.kfc import KFC
 from lightning_kfc.monitoring.advice import Adviser
 from lightning_kfc.monitoring.messages import inform
@@ -34,19 +35,17 @@ class MetricsLoggerSettings:
 
 
 class MetricsLogger:
-    """Tells of one fit.
+    """Sends the numbers of one fit to loggers and to the progress bar, and logs advice.
 
     Args:
         settings: The options.
-        kfc: Gives the engine; a checkpoint may replace it.
+        kfc: The engine.
         trainer: The trainer.
         module: The module that is trained.
         reports: Takes numbers and advice for the report.
     """
 
-    def __init__(
-        self, settings: MetricsLoggerSettings, kfc: Callable[[], KFC], trainer: Any, module: Any, reports: Report
-    ) -> None:
+    def __init__(self, settings: MetricsLoggerSettings, kfc: KFC, trainer: Any, module: Any, reports: Report) -> None:
         self._settings = settings
         self._kfc = kfc
         self._trainer = trainer
@@ -56,12 +55,12 @@ class MetricsLogger:
         self._clipping = ClippingWatch(trainer, module)
         self._logged = 0
 
-    def engine_replaced(self) -> None:
+    def count_from_here(self) -> None:
         """A checkpoint's state is in force now."""
-        self._diagnostics.engine_replaced()
+        self._diagnostics.count_from_here()
 
     def _step(self) -> int:
-        return int(self._trainer.fit_loop.epoch_loop._batches_that_stepped)
+        return logged_step(self._trainer)
 
     def _due(self) -> bool:
         every = self._trainer.log_every_n_steps
@@ -71,17 +70,16 @@ class MetricsLogger:
         """Before a step is preconditioned: at one that is logged, it is looked at closely."""
         self._diagnostics.begin_step(look=self._due())
 
-    def after_step(self, pl_module: Any, optimizer: Optimizer, *, gradient_scaler: bool) -> None:
+    def after_step(self, pl_module: Any, optimizer: Optimizer) -> None:
         """After a step was preconditioned: log its numbers, if they are due.
 
         Args:
             pl_module: The module that is trained.
             optimizer: The optimizer whose gradients were preconditioned.
-            gradient_scaler: Whether a gradient scaler is at work.
         """
         self._diagnostics.end_step()
         self._clipping.preconditioned(optimizer)
-        step = self._kfc().last_step
+        step = self._kfc.last_step
         if self._settings.progress_bar and step is not None:
             bar = {"kfc_nu": step.kl_clip_factor, "kfc_damping": step.damping}
             pl_module.log_dict(bar, prog_bar=True, logger=False, on_step=True, on_epoch=False)
@@ -89,31 +87,23 @@ class MetricsLogger:
             return
         numbers = self._diagnostics.numbers()
         self._reports.numbers(self._step(), numbers)
-        sent = self._kfc().communication.as_metrics() if self._trainer.world_size > 1 else {}
+        sent = self._kfc.communication.as_metrics() if self._trainer.world_size > 1 else {}
         for logger in self._trainer.loggers:
             logger.log_metrics({**numbers, **sent}, step=self._step())
         self._logged += 1
         if self._logged % ASKED_EVERY == 0:
-            self.advise(gradient_scaler=gradient_scaler)
+            self.advise()
 
-    def batch_ends(self, *, gradient_scaler: bool) -> None:
-        """After a batch: look at what clipping has left of its update.
-
-        Args:
-            gradient_scaler: Whether a gradient scaler is at work.
-        """
+    def batch_ends(self) -> None:
+        """After a batch: look at what clipping has left of its update."""
         if self._clipping.stepped(self._trainer.optimizers):
-            self.advise(gradient_scaler=gradient_scaler)
+            self.advise()
 
-    def advise(self, *, gradient_scaler: bool) -> None:
-        """Give the advice that the numbers ask for and that was not given before.
-
-        Args:
-            gradient_scaler: Whether a gradient scaler is at work.
-        """
+    def advise(self) -> None:
+        """Give the advice that the numbers ask for and that was not given before."""
         groups = [group for optimizer in self._trainer.optimizers for group in optimizer.param_groups]
         facts = self._diagnostics.facts(
-            gradient_scaler=gradient_scaler,
+            gradient_scaler=gradient_scaler(self._trainer) is not None,
             gradient_clip_factors=self._clipping.factors(),
             momentum=max((float(group.get("momentum") or 0) for group in groups), default=0.0),
         )

@@ -1,4 +1,4 @@
-"""What is attached to a trainer while it fits, and how it comes off again."""
+"""Open the engine's capture around every training step, and detach it when fitting ends."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from lightning_kfc.callback.notices import Notices
 from lightning_kfc.kfc import KFC
+from lightning_kfc.reporting.report import Report
 
 
-class Attachment:
+class TrainingStepCapture:
     """Opens the engine's capture around each training step, and sees what goes past the callback's hooks.
 
     Nothing of it acts while the trainer runs without the callback, as the learning-rate finder and the
@@ -22,31 +24,20 @@ class Attachment:
 
     Args:
         trainer: The trainer.
-        active: Whether the callback takes part now.
-        kfc: Gives the engine; a checkpoint may have replaced it since.
-        on_unseen_backward: Called when a gradient arrives outside of Lightning's own backward.
-        on_unseen_step: Called with an optimizer that has stepped without Lightning's hooks.
-        on_repeated_closure: Called with an optimizer that evaluates its closure again in the same step.
-        observing: A context around each training step, inside the engine's own.
+        callback: Nothing acts while this is not among the trainer's callbacks.
+        kfc: The engine.
+        report: Observes the training step, inside the engine's own capture.
+        notices: Takes the warnings.
     """
 
-    def __init__(
-        self,
-        trainer: Any,
-        *,
-        active: Callable[[], bool],
-        kfc: Callable[[], KFC],
-        on_unseen_backward: Callable[[], None],
-        on_unseen_step: Callable[[Optimizer], None],
-        on_repeated_closure: Callable[[Optimizer], None],
-        observing: Callable[[], contextlib.AbstractContextManager[None]],
-    ) -> None:
-        self._active = active
+    def __init__(self, trainer: Any, callback: object, kfc: KFC, report: Report, notices: Notices) -> None:
+        self._trainer = trainer
+        self._callback = callback
         self._kfc = kfc
-        self._on_unseen_backward = on_unseen_backward
-        self._on_unseen_step = on_unseen_step
-        self._on_repeated_closure = on_repeated_closure
-        self._observing = observing
+        self._report = report
+        self._notices = notices
+        #: Whether training has started: a sharded optimizer's state is loaded before, by a step that moves nothing.
+        self.training = False
         self._in_backward = False
         self._announced: set[int] = set()
         # The optimizers whose step() runs now, the outermost first: Lookahead and SAM call another one's.
@@ -62,7 +53,12 @@ class Attachment:
 
     def detach(self) -> None:
         """Leave the trainer as it was."""
+        self.training = False
         self._undo.close()
+
+    def _active(self) -> bool:
+        # The learning-rate finder, for one, takes the other callbacks out while it runs.
+        return self.training and any(callback is self._callback for callback in self._trainer.callbacks)
 
     def batch_begins(self) -> None:
         """A batch begins: no optimizer is in the midst of a step, unless one has raised."""
@@ -81,6 +77,13 @@ class Attachment:
         """Lightning's hooks have announced an optimizer step."""
         self._announced.add(id(optimizer))
 
+    def warn_of_unseen_backward(self) -> None:
+        """Warn of gradients that have arrived outside of Lightning's own backward."""
+        self._notices.warn(
+            "KFCCallback takes no curvature from, and does not precondition, the gradient of a backward that does not "
+            "go through Lightning. Call self.manual_backward(loss) instead of loss.backward()."
+        )
+
     @contextlib.contextmanager
     def _around_training_step(self) -> Iterator[None]:
         if not self._active():
@@ -89,15 +92,18 @@ class Attachment:
         # A backward that raised has not ended.
         self._in_backward = False
         if self._stepping and id(self._stepping[0]) in self._announced:
-            self._kfc().reopen_step()
-            self._on_repeated_closure(self._stepping[0])
-        with self._kfc().capture(), self._gradients_watched(), self._observing():
+            self._kfc.reopen_step()
+            self._notices.inform(
+                f"KFCCallback: {type(self._stepping[0]).__name__} evaluates its closure several times in a step. The "
+                "gradient of each is preconditioned; curvature and reviews are taken from the first."
+            )
+        with self._kfc.capture(), self._gradients_watched(), self._report.observing():
             yield
 
     @contextlib.contextmanager
     def _gradients_watched(self) -> Iterator[None]:
         """See the gradients that a bare ``loss.backward()`` in a recorded training step brings."""
-        kfc = self._kfc()
+        kfc = self._kfc
         with contextlib.ExitStack() as handles:
             for name in kfc.layers if kfc.recording else kfc.recorded:
                 parameter = next(iter(kfc.layers[name].adapter.own_parameters().values()), None)
@@ -109,9 +115,9 @@ class Attachment:
 
     def _after_gradient(self, layer: str, parameter: Tensor) -> None:
         if not self._in_backward:
-            self._kfc().forget([layer])
-            self._kfc().forget_losses()
-            self._on_unseen_backward()
+            self._kfc.forget([layer])
+            self._kfc.forget_losses()
+            self.warn_of_unseen_backward()
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._stepping.append(optimizer)
@@ -125,9 +131,15 @@ class Attachment:
         if id(optimizer) in self._announced:
             self._announced.discard(id(optimizer))
             # At once: what else looks at the new weights sees those that are kept.
-            self._kfc().review(optimizer=optimizer)
-        elif self._kfc().learning_rates(optimizer):
-            self._on_unseen_step(optimizer)
+            self._kfc.review(optimizer=optimizer)
+        elif self._kfc.learning_rates(optimizer):
+            self._notices.warn(
+                f"KFCCallback could not precondition a step of {type(optimizer).__name__}: it was made around "
+                "Lightning's wrapped optimizer (by optimizers(use_pl_optimizer=False), optimizer.optimizer.step(), the "
+                "second_step() of an optimizer such as SAM, or an overridden optimizer_step that steps on its own). "
+                "Call step() of what self.optimizers() returns, or super().optimizer_step(...)."
+            )
+            self._kfc.skip(optimizer)
 
 
 class _TrainStepContext:

@@ -41,11 +41,11 @@ class Diagnostics:
     :meth:`numbers` where they are wanted. With parameters sharded over ranks, every rank must do the same.
 
     Args:
-        kfc: Gives the engine; a checkpoint may replace it.
+        kfc: The engine.
         log_layers: Whether there are numbers for each layer, besides the smallest, the median and the largest one.
     """
 
-    def __init__(self, kfc: Callable[[], KFC], *, log_layers: bool = False) -> None:
+    def __init__(self, kfc: KFC, *, log_layers: bool = False) -> None:
         self._kfc = kfc
         self._log_layers = log_layers
         self._looked = _Looked()
@@ -56,7 +56,7 @@ class Diagnostics:
         self._last_seconds: dict[str, float] = {}
         self._first_seconds: dict[str, float] | None = None
         self._first_timed = 0
-        self._first_events = kfc().events.state_dict()
+        self._first_events = kfc.events.state_dict()
 
     # Around a step.
 
@@ -66,7 +66,7 @@ class Diagnostics:
         Args:
             look: Whether :meth:`numbers` will be asked for after it.
         """
-        kfc = self._kfc()
+        kfc = self._kfc
         kfc.inspect = self._inspect if look else None
         # The warm-up refreshes at nearly every step, and its shares of time are not what follows.
         if self._first_seconds is None and kfc.step > kfc.settings.warmup_steps:
@@ -74,7 +74,7 @@ class Diagnostics:
 
     def end_step(self) -> None:
         """After a step was preconditioned."""
-        kfc = self._kfc()
+        kfc = self._kfc
         kfc.inspect = None
         if kfc.last_step is None:
             return
@@ -99,7 +99,7 @@ class Diagnostics:
         self._look_at_factors()
 
     def _look_at_factors(self) -> None:
-        kfc = self._kfc()
+        kfc = self._kfc
         # Only what an inverse was made from since the last look is looked at again.
         new = {
             name: layer
@@ -115,7 +115,7 @@ class Diagnostics:
 
     def numbers(self) -> dict[str, float]:
         """The numbers of the last step under the names that loggers show; empty before there was one."""
-        kfc = self._kfc()
+        kfc = self._kfc
         if kfc.last_step is None:
             return {}
         events = kfc.events.state_dict()
@@ -136,7 +136,7 @@ class Diagnostics:
         return {name: value for name, value in found.items() if math.isfinite(value)}
 
     def _ages(self) -> dict[str, float]:
-        ages = [self._kfc().ages(name) for name in self._kfc().layers]
+        ages = [self._kfc.ages(name) for name in self._kfc.layers]
         found = {
             "kfc/factor_age": [factors for factors, _ in ages if factors is not None],
             "kfc/inverse_age": [inverse for _, inverse in ages if inverse is not None],
@@ -144,7 +144,7 @@ class Diagnostics:
         return {name: float(max(part)) for name, part in found.items() if part}
 
     def _chosen_periods(self) -> dict[str, float]:
-        kfc = self._kfc()
+        kfc = self._kfc
         if not kfc.settings.automatic_periods:
             return {}
         return {
@@ -154,7 +154,7 @@ class Diagnostics:
 
     def _shares_since(self) -> dict[str, float]:
         """The share of the time since the last call by part, in percent."""
-        seconds = self._kfc().times.seconds()
+        seconds = self._kfc.times.seconds()
         shares = _shares(seconds, self._last_seconds)
         self._last_seconds = seconds
         if not shares:
@@ -179,7 +179,7 @@ class Diagnostics:
             gradient_clip_factors: What clipping has left of the last updates.
             momentum: The highest momentum of an optimizer.
         """
-        kfc = self._kfc()
+        kfc = self._kfc
         trainable = [row for row in kfc.coverage() if row.treatment != "frozen"]
         started = self._first_seconds is not None
         full = len(self._looks) == LOOKS
@@ -209,11 +209,11 @@ class Diagnostics:
         )
 
     def _events_since(self, event: str) -> int:
-        return self._kfc().events.state_dict()[event] - self._first_events[event]
+        return self._kfc.events.state_dict()[event] - self._first_events[event]
 
-    def engine_replaced(self) -> None:
+    def count_from_here(self) -> None:
         """Count from now what a checkpoint has counted before."""
-        self._first_events = self._kfc().events.state_dict()
+        self._first_events = self._kfc.events.state_dict()
 
 
 def summary(by_layer: Iterable[Mapping[str, float]]) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,12 +65,12 @@ class Report:
 
     Args:
         settings: The options.
-        kfc: Gives the engine; a checkpoint may have replaced it since.
+        kfc: The engine.
         trainer: The trainer.
         module: The module that is trained.
     """
 
-    def __init__(self, settings: ReportSettings, kfc: Callable[[], KFC], trainer: Any, module: nn.Module) -> None:
+    def __init__(self, settings: ReportSettings, kfc: KFC, trainer: Any, module: nn.Module) -> None:
         self._settings = settings
         self._kfc = kfc
         self._trainer = trainer
@@ -86,26 +86,18 @@ class Report:
         self.history = History()
         #: The advice that was given, for the report.
         self.advice: tuple[str, ...] = ()
-        self._refuse_shared_folder()
-
-    def _refuse_shared_folder(self) -> None:
-        """Two callbacks would overwrite each other's report."""
-        folder = self._settings.report_dir
-        all_settings = [getattr(callback, "_report_settings", None) for callback in self._trainer.callbacks]
-        if folder is not None and sum(getattr(s, "report_dir", None) == folder for s in all_settings) > 1:
-            raise ValueError(f"two KFCCallbacks have report_dir={folder!r}: give each a folder of its own.")
 
     # Around a training step.
 
     def step_begins(self) -> None:
         """Start the clock of a batch, where numbers are logged or a report is written."""
         if self._timed:
-            self._kfc().times.begin_step(next(self._module.parameters()).device)
+            self._kfc.times.begin_step(next(self._module.parameters()).device)
 
     @contextlib.contextmanager
     def observing(self) -> Iterator[None]:
         """Watch the maps of convolutions in this forward, if pictures are due and the engine takes statistics."""
-        kfc = self._kfc()
+        kfc = self._kfc
         # At the first step only, where micro-batches are accumulated: one of them is enough.
         if not self._active or kfc.step < self._due_at or not kfc.recorded or kfc.step == self._watched_step:
             yield
@@ -148,7 +140,7 @@ class Report:
         """
         if not self._timed:
             return
-        kfc = self._kfc()
+        kfc = self._kfc
         kfc.times.end_step()
         if not self._active:
             return
@@ -166,7 +158,7 @@ class Report:
         every = self._settings.pictures_every_n_steps
         # Without a period: at steps that lie ever further apart, since what a report compares moves ever more slowly.
         self._due_at = max(1, 2 * done) if every is None else (done // every + 1) * every
-        self._spectra.take(done, self._kfc().layers)
+        self._spectra.take(done, self._kfc.layers)
         if every is not None:
             self._send(step)
 
@@ -174,7 +166,7 @@ class Report:
 
     def figures(self) -> dict[str, Figure]:
         """All pictures as of now, by name."""
-        kfc = self._kfc()
+        kfc = self._kfc
         return {
             "numbers": draw_numbers(self.history.series()),
             "step_time": draw_step_time(kfc.times.mean_step()),
@@ -186,7 +178,7 @@ class Report:
 
     def _send(self, step: int) -> None:
         figures = self.figures()
-        coverage = str(self._kfc().coverage())
+        coverage = str(self._kfc.coverage())
         if coverage == self._coverage:
             # It hardly ever changes, and one picture of it is enough.
             del figures["coverage"]
@@ -213,7 +205,7 @@ class Report:
         self._active = False
         if self._settings.report_dir is None:
             return None
-        kfc = self._kfc()
+        kfc = self._kfc
         if kfc.last_step is not None:
             self._spectra.take(kfc.last_step.step, kfc.layers)
         path = Path(self._settings.report_dir) / REPORT

@@ -28,6 +28,7 @@ from lightning_kfc.monitoring.advice import (
     small_coverage,
     statistics_take_long,
 )
+from lightning_kfc.monitoring.messages import LOGGER
 from tests.helpers.harness import QUIET, Classifier, dense_net, fit, images, loader
 
 pytestmark = [
@@ -161,8 +162,15 @@ def advice(callback: KFCCallback, module: Classifier | None = None, *, steps: in
     """What a training gives occasion to say."""
     torch.manual_seed(1)
     module = Classifier(dense_net()) if module is None else module
-    fit(module, kfc=callback, data=loader(images(200)), max_steps=steps, **{"log_every_n_steps": 5, **options})
-    return list(callback._reports.advice)
+    given: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: given.append(record.getMessage())  # type: ignore[method-assign]  # of this one alone
+    LOGGER.addHandler(handler)
+    try:
+        fit(module, kfc=callback, data=loader(images(200)), max_steps=steps, **{"log_every_n_steps": 5, **options})
+    finally:
+        LOGGER.removeHandler(handler)
+    return [line.removeprefix("KFC advice: ") for line in given if line.startswith("KFC advice: ")]
 
 
 def sgd(lr: float, momentum: float = 0.0) -> Any:

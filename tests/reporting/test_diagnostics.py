@@ -98,13 +98,14 @@ def test_numbers_change_nothing() -> None:
 
 def test_between_logged_steps_nothing_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[int] = []
-    original = Diagnostics._inspect
+    precondition = KFC.precondition
 
-    def noted(self: Diagnostics, *args: Any) -> None:
-        looked.append(self._kfc().step)
-        original(self, *args)
+    def noted(self: KFC, **options: Any) -> bool:
+        if self.inspect is not None:
+            looked.append(self.step)
+        return precondition(self, **options)
 
-    monkeypatch.setattr(Diagnostics, "_inspect", noted)
+    monkeypatch.setattr(KFC, "precondition", noted)
     train(KFCCallback(), steps=12)
     assert looked == [0, 5, 10]
     looked.clear()
@@ -138,7 +139,7 @@ def test_cosine_and_update_to_weight_are_those_of_the_gradients_before_and_after
     # Without a bias the engine's matrix is a view of the gradient that it overwrites.
     model = nn.Sequential(nn.Conv2d(1, 4, 3, bias=bias), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3, bias=bias)).double()
     kfc = KFC(model, kl_clip=kl_clip, rule=rule)
-    diagnostics = Diagnostics(lambda: kfc, log_layers=True)
+    diagnostics = Diagnostics(kfc, log_layers=True)
     before = step(kfc, model, diagnostics)
     after = [p.grad for p in model.parameters() if p.grad is not None]
     numbers = diagnostics.numbers()
@@ -160,7 +161,7 @@ def test_the_clipped_share_is_that_of_the_steps_since_it_was_last_asked_for() ->
     torch.manual_seed(0)
     model = conv_net()
     kfc = KFC(model, kl_clip=1e-3)
-    diagnostics = Diagnostics(lambda: kfc)
+    diagnostics = Diagnostics(kfc)
     for lr in (1.0, 1.0, 1e-6, 1.0):
         step(kfc, model, diagnostics, lr, look=False)
     assert diagnostics.numbers()["kfc/clipped_share"] == 0.75
@@ -173,7 +174,7 @@ def test_the_clipped_share_is_that_of_the_steps_since_it_was_last_asked_for() ->
 def test_bytes_are_those_of_the_tensors_that_are_held(rule: str, numbers_a_parameter: int) -> None:
     model = conv_net()
     kfc = KFC(model, rule=rule)
-    diagnostics = Diagnostics(lambda: kfc)
+    diagnostics = Diagnostics(kfc)
     step(kfc, model, diagnostics)
     # Factors and inverses of 10 and 4, then of 65 and 3 dimensions, in float32.
     assert bytes_held(kfc) == 4 * (2 * (10**2 + 4**2 + 65**2 + 3**2) + numbers_a_parameter * (10 * 4 + 65 * 3))
@@ -201,7 +202,7 @@ def test_a_factor_is_looked_at_once_for_each_refresh_of_its_inverse(monkeypatch:
     monkeypatch.setattr(module, "spectra_of", noted)
     model = conv_net()
     kfc = KFC(model, warmup_steps=0, factor_every_n_steps=2, inverse_every_n_steps=4, stagger_inverses=False)
-    diagnostics = Diagnostics(lambda: kfc)
+    diagnostics = Diagnostics(kfc)
     for _ in range(9):
         step(kfc, model, diagnostics)
     assert [at for at, layers in asked if layers] == [0, 4, 8]
@@ -212,7 +213,7 @@ def test_norm_layers_and_embeddings_have_numbers_without_factors() -> None:
     torch.manual_seed(0)
     model = dense_net(batch_norm=True)
     kfc = KFC(model)
-    diagnostics = Diagnostics(lambda: kfc, log_layers=True)
+    diagnostics = Diagnostics(kfc, log_layers=True)
     step(kfc, model, diagnostics)
     numbers = diagnostics.numbers()
     assert numbers["kfc/2/largest_curvature"] > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import importlib.util
 import inspect
@@ -12,6 +13,7 @@ import pickle
 import re
 import socket
 import warnings
+from collections.abc import Iterator
 from dataclasses import fields
 from html.parser import HTMLParser
 from pathlib import Path
@@ -29,6 +31,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_kfc import KFCCallback
+from lightning_kfc.pictures.snapshots import SpectraOverTime
 from lightning_kfc.reporting.map_watcher import MapWatcher
 from lightning_kfc.reporting.report import Report, ReportSettings
 from lightning_kfc.settings import CALLBACK_DEFAULTS, Settings
@@ -65,6 +68,21 @@ def train(callback: KFCCallback, module: Classifier | None = None, *, steps: int
     module = Classifier() if module is None else module
     fit(module, kfc=callback, data=loader(images(200)), max_steps=steps, **{"log_every_n_steps": 1, **options})
     return module
+
+
+@contextlib.contextmanager
+def watchers(callback: KFCCallback) -> Iterator[list[tuple[int, MapWatcher]]]:
+    """Those that are attached inside, each with the step."""
+    found: list[tuple[int, MapWatcher]] = []
+    attach = MapWatcher.attach
+
+    def noted(self: MapWatcher) -> None:
+        found.append((callback.kfc.step, self))
+        attach(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MapWatcher, "attach", noted)
+        yield found
 
 
 class Page(HTMLParser):
@@ -192,9 +210,9 @@ def test_a_training_with_pictures_is_the_training_without(inverse: Any, tmp_path
     torch.manual_seed(1)
     # Maps are watched, and spectra taken, at steps 0, 1, 2, 4 and 8.
     shown = KFCCallback(inverse=inverse, report_dir=str(tmp_path))
-    assert torch.equal(weights(train(shown, steps=12)), weights(plain))
-    assert shown._reporting is not None
-    assert shown._reporting._watched_step == 8
+    with watchers(shown) as found:
+        assert torch.equal(weights(train(shown, steps=12)), weights(plain))
+    assert [step for step, _ in found] == [0, 1, 2, 4, 8]
 
 
 def test_nothing_is_watched_between_the_steps_of_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,13 +256,21 @@ def test_without_the_options_nothing_is_measured_or_drawn(monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_report_alone_takes_pictures_at_steps_ever_further_apart(tmp_path: Path) -> None:
+def test_a_report_alone_takes_pictures_at_steps_ever_further_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     callback = KFCCallback(report_dir=str(tmp_path))
+    taken: list[int] = []
+    take = SpectraOverTime.take
+
+    def noted(self: SpectraOverTime, step: int, layers: Any) -> None:
+        taken.append(step)
+        take(self, step, layers)
+
+    monkeypatch.setattr(SpectraOverTime, "take", noted)
     train(callback, steps=24, logger=CSVLogger(tmp_path / "csv"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["csv", "report.html"]
     page = Page((tmp_path / "report.html").read_text("utf-8"))
-    assert callback._reporting is not None
-    taken = [step for step, _ in callback._reporting._spectra.by_layer()["net.0"]["A"]]
     assert taken == [0, 1, 2, 4, 8, 20, 23]
     # The module logs nothing itself: its loss is what training_step returned.
     assert ">loss<" in drawings(page)[0]
@@ -286,13 +312,12 @@ def test_events_are_in_the_report(tmp_path: Path) -> None:
 
 def test_accumulated_batches_are_one_step(tmp_path: Path) -> None:
     callback = KFCCallback(pictures_every_n_steps=3, report_dir=str(tmp_path))
-    train(callback, steps=5, accumulate_grad_batches=3)
+    with watchers(callback) as found:
+        train(callback, steps=5, accumulate_grad_batches=3)
     drawn = sorted((tmp_path / "pictures").glob("factors-*"))
     assert [path.name for path in drawn] == [f"factors-{step:07d}.png" for step in (0, 3)]
-    assert callback._reporting is not None
-    assert callback._reporting._watcher is not None
     # Eight examples: those of the first of three batches.
-    assert {entry.examples for entry in callback._reporting._watcher.statistics()} == {8}
+    assert {entry.examples for _, watcher in found for entry in watcher.statistics()} == {8}
 
 
 def test_a_net_without_convolutions_has_all_but_the_autocorrelation(tmp_path: Path) -> None:
@@ -305,8 +330,9 @@ def test_a_net_without_convolutions_has_all_but_the_autocorrelation(tmp_path: Pa
 
 def test_only_the_writing_rank_does_anything(tmp_path: Path) -> None:
     settings = ReportSettings(pictures_every_n_steps=1, report_dir=str(tmp_path))
-    trainer = SimpleNamespace(is_global_zero=False, callbacks=[])
-    reporting = Report(settings, lambda: pytest.fail("asked for the engine"), trainer, nn.Linear(1, 1))
+    trainer = SimpleNamespace(is_global_zero=False)
+    without_attributes: Any = object()
+    reporting = Report(settings, without_attributes, trainer, nn.Linear(1, 1))
     reporting.step_begins()
     reporting.numbers(0, {"a": 1.0})
     reporting.step_ends(0, {})
@@ -362,7 +388,7 @@ def test_without_matplotlib_the_options_are_errors_that_name_the_extra(
 
 def test_a_copied_callback_keeps_the_options() -> None:
     twin = pickle.loads(pickle.dumps(KFCCallback(pictures_every_n_steps=7, report_dir="here")))
-    assert twin._report_settings == ReportSettings(7, "here")
+    assert ReportSettings(7, "here") in twin.__getstate__().values()
 
 
 def _train_on_two_ranks(rank: int, port: int, folder: str) -> None:
@@ -372,10 +398,11 @@ def _train_on_two_ranks(rank: int, port: int, folder: str) -> None:
     warnings.filterwarnings("ignore")
     shown = KFCCallback(pictures_every_n_steps=4, report_dir=f"{folder}/report")
     found = {}
-    for name, callback in (("shown", shown), ("plain", KFCCallback())):
-        module = train(callback, steps=6, strategy=DDPStrategy(process_group_backend="gloo"), devices=2)
-        found[name] = weights(module)
-    found["watched"] = torch.tensor(shown._reporting is not None and shown._reporting._watcher is not None)
+    with watchers(shown) as attached:
+        for name, callback in (("shown", shown), ("plain", KFCCallback())):
+            module = train(callback, steps=6, strategy=DDPStrategy(process_group_backend="gloo"), devices=2)
+            found[name] = weights(module)
+    found["watched"] = torch.tensor(bool(attached))
     torch.save(found, f"{folder}/{rank}.pt")
 
 

@@ -1,0 +1,148 @@
+"""The callback's options: signature, documentation, checks and copies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from lightning_kfc.callback.metrics_logging import MetricsLoggerSettings
+from lightning_kfc.losses.likelihoods import Bernoulli, Categorical, Gaussian
+from lightning_kfc.reporting.report import ReportSettings
+from lightning_kfc.scheduling.refresh_schedule import ExponentialSchedule, LinearSchedule
+from lightning_kfc.settings import refuse_removed, setting_names, settings_of
+from lightning_kfc.utilities.checks import check_flag
+
+
+class KFCOptions:
+    r"""Preconditions gradients with KFC (Grosse & Martens 2016), whatever the module and its optimizer.
+
+    Add it to ``Trainer(callbacks=[KFCCallback()])``. The optimizer stays the module's own; SGD with momentum is
+    the paper's, and ``SGD(lr=0.5, momentum=0.5)`` is a good start. With several optimizers, each step
+    preconditions the parameters of its own optimizer; their losses go through ``self.manual_backward(loss)``.
+
+    Lightning's learning-rate finder and batch-size scaler run without other callbacks: what they find is the
+    learning rate of the optimizer alone, and the largest batch that fits without the memory of the factors.
+
+    A copied or unpickled callback has the settings, and starts anew.
+
+    Args:
+        damping: Added to the curvature before it is inverted: larger is closer to plain SGD, smaller closer
+            to the full natural gradient. "auto": set by how well steps do what was expected of them. Else a number,
+            or a schedule over optimizer steps.
+        fisher: Whose targets the curvature is taken with. "mc": sampled from the model; "exact": all
+            possible ones, at one back-propagation each; "empirical": the data's.
+        likelihood: What the loss is the negative logarithm of. "auto" recognises it by the loss functions
+            called in `training_step`; where it recognises none, the curvature comes from the loss's own gradient. A
+            likelihood object with `output_of` names the module whose output is the logits, for losses that are
+            computed otherwise.
+        factor_every_n_steps: Curvature statistics are taken every so many optimizer steps. "auto": chosen soon after
+            the warm-up, by the time that the parts of a step have taken, to keep to `max_overhead`.
+        inverse_every_n_steps: Inverses are refreshed every so many optimizer steps, or "auto".
+        warmup_steps: During the first so many optimizer steps, statistics are taken at every step.
+        ema_decay: Decay of the running averages of the statistics, at least 0 and below 1.
+        kl_clip: Bound on the size of a step, measured in how much it changes the model's predictions. "auto": set as
+            damping is; null for none.
+        inverse: How the damped curvature is inverted. "cholesky": damping split over both factors, the cheapest;
+            "eigh": damping applied exactly; "ekfac": also with the second moments of single examples' gradients.
+        rule: How gradients and inverses make an update. "natural": the paper's. "adam": Adam in the eigenbasis of the
+            curvature, beside the same optimizer. "auto": "adam" for models with attention, unless they are wide, else
+            "natural".
+        weight_sharing: "expand": each use of a weight counts by itself; "reduce": the uses by an example count as one.
+        max_factor_dim: A layer's factor with more dimensions than this is kept as its diagonal; null for no bound.
+        rows_per_dim: Where a batch has more rows (locations of images, positions of sequences) for each dimension of a
+            layer's input factor than this, the factor comes from a part of them; null for all rows.
+        include: Glob patterns over module names, such as "encoder.*": only these modules are preconditioned.
+        exclude: Glob patterns over module names that are not preconditioned.
+        seed: Seed of the sampled targets. The global random stream is never touched.
+        placement: Which of several ranks hold a layer's factors and inverse. "comm-opt": all; "mem-opt": one, which
+            sends the preconditioned gradient at every step; a number: that fraction of the ranks; "auto": "mem-opt"
+            where parameters are sharded, else "comm-opt".
+        reduce_precision: How statistics travel between ranks. "full": as they are; "bfloat16": at half the bytes.
+        stagger_inverses: Whether layers refresh their inverses at different steps of the period, so that no step takes
+            as long as all of them together.
+        inverse_precision: The precision of inverses, and of the products that each step makes with them: "full", or
+            "bfloat16" (with inverse "cholesky") at half the memory, and faster where the hardware has it.
+        max_overhead: By which share a step may take longer in the mean, where a period is "auto".
+        save_factors: Whether checkpoints hold the factors and inverses. Without them checkpoints stay small, and a
+            resumed run warms up again.
+        pictures_every_n_steps: Every so many optimizer steps, pictures of the curvature go to each logger that takes
+            figures (TensorBoardLogger does), and into `report_dir`; null for none. Needs the extra "pictures".
+        report_dir: A folder for a report of the training, one HTML file written when it ends; null for none. Needs the
+            extra "pictures".
+        log_layers: Whether loggers get numbers for each layer, besides the smallest, the median and the largest one.
+        progress_bar: Whether the progress bar shows the factor of the KL clip, and the damping.
+        **removed: Settings of earlier versions, which are errors that say what became of them.
+
+    Raises:
+        ModuleNotFoundError: If pictures or a report are asked for and matplotlib is not installed.
+        TypeError: If a setting is of the wrong type, or there is no such setting.
+        ValueError: If a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        damping: float | Literal["auto"] | ExponentialSchedule | LinearSchedule = "auto",
+        fisher: Literal["mc", "exact", "empirical"] = "mc",
+        likelihood: Literal["auto", "categorical", "bernoulli", "gaussian"]
+        | Categorical
+        | Bernoulli
+        | Gaussian = "auto",
+        factor_every_n_steps: int | Literal["auto"] = 10,
+        inverse_every_n_steps: int | Literal["auto"] = 20,
+        warmup_steps: int = 10,
+        ema_decay: float = 0.8,
+        kl_clip: float | Literal["auto"] | None = "auto",
+        inverse: Literal["cholesky", "eigh", "ekfac"] = "cholesky",
+        rule: Literal["auto", "natural", "adam"] = "auto",
+        weight_sharing: Literal["expand", "reduce"] = "expand",
+        max_factor_dim: int | None = 10_000,
+        rows_per_dim: int | None = 8,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        seed: int = 0,
+        placement: Literal["auto", "comm-opt", "mem-opt"] | float = "auto",
+        reduce_precision: Literal["full", "bfloat16"] = "full",
+        stagger_inverses: bool = True,
+        inverse_precision: Literal["full", "bfloat16"] = "full",
+        max_overhead: float = 0.15,
+        save_factors: bool = True,
+        pictures_every_n_steps: int | None = None,
+        report_dir: str | None = None,
+        log_layers: bool = False,
+        progress_bar: bool = False,
+        **removed: Any,
+    ) -> None:
+        given = dict(locals())
+        super().__init__()
+        refuse_removed("KFCCallback", removed)
+        self._settings = settings_of("KFCCallback", None, {name: given[name] for name in setting_names()})
+        check_flag("save_factors", save_factors)
+        self._save_factors = save_factors
+        self._report_settings = ReportSettings(pictures_every_n_steps, report_dir)
+        self._logger_settings = MetricsLoggerSettings(log_layers, progress_bar)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The options alone: a copy must hold neither the model nor anything that is attached to it."""
+        return {
+            "settings": self._settings,
+            "save_factors": self._save_factors,
+            "report": self._report_settings,
+            "metrics": self._logger_settings,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._settings = state["settings"]
+        self._save_factors = state["save_factors"]
+        self._report_settings = state["report"]
+        self._logger_settings = state["metrics"]
+
+    @property
+    def report_dir(self) -> str | None:
+        """The folder of the report; None for none."""
+        return self._report_settings.report_dir
+
+    @property
+    def state_key(self) -> str:
+        """The name of this callback's state in checkpoints: two callbacks of one trainer differ in `include`."""
+        include = self._settings.include
+        return "KFCCallback" if include is None else f"KFCCallback{{include={list(include)!r}}}"
