@@ -9,12 +9,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_kfc.callback import start_up
+from lightning_kfc.callback.averaged_weights import AveragedWeights, averaged_weights
 from lightning_kfc.callback.lightning_internals import accumulates, data_parallel_group, logged_step, resumed_from
 from lightning_kfc.callback.loss_scale import gradient_scale, gradient_scaler, loss_scale
 from lightning_kfc.callback.options import KFCOptions
 from lightning_kfc.callback.session import FitSession
 from lightning_kfc.kfc import KFC
-from lightning_kfc.monitoring.events import History
+from lightning_kfc.monitoring.events import History, listed
+
+#: The part of the callback's state that belongs to averaged weights.
+AVERAGED = "averaged_weights"
 
 
 class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
@@ -25,6 +29,7 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
     _module: Any = None
     _history: History | None = None
     _session: FitSession | None = None
+    _average: AveragedWeights | None = None
     _loaded: dict[str, Any] | None = None
 
     @property
@@ -50,8 +55,12 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
         return self._history
 
     def checkpoint_bytes(self) -> int:
-        """How many bytes of factors and inverses a checkpoint of this training holds; known once it has started."""
-        return start_up.checkpoint_bytes(self.kfc, save_factors=self._save_factors)
+        """How many bytes of tensors this callback adds to a checkpoint; known once training has started.
+
+        They are those of the factors and inverses, and of the weights that train where averages are in their place.
+        """
+        averaged = self._average.checkpoint_bytes() if self._average is not None else 0
+        return start_up.checkpoint_bytes(self.kfc, save_factors=self._save_factors) + averaged
 
     @property
     def _fit(self) -> FitSession:
@@ -62,8 +71,11 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what cannot work; forget a state that another entry point than fit has loaded."""
+        if self._average is not None:
+            self._average.detach()
         if stage == "fit":
             self._loaded = None
+            self._average = None
             start_up.refuse_strategy(trainer.strategy)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -85,6 +97,7 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
         self._fit.capture.training = True
         # The module's own on_fit_start comes after ours.
         self.kfc.follow_structure()
+        self._average = self._fit.capture.average = averaged_weights(self, trainer, pl_module)
         if self._loaded is not None:
             self._take_over(self._loaded)
             self._loaded = None
@@ -96,12 +109,36 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
             )
         start_up.show_information()
         self._fit.metrics.count_from_here()
-        start_up.announce(self.kfc, trainer, pl_module, save_factors=self._save_factors)
+        start_up.announce(
+            self.kfc, trainer, pl_module, save_factors=self._save_factors, average=self._average
+        )
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Let the averaged weights follow what has been added to the module or removed."""
+        if self._average is not None:
+            self._average.follow_structure()
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """During fit, validate the averaged weights."""
+        if self._average is not None and self._trains:
+            self._average.put_in(trainer.strategy.broadcast)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """During fit, go on with the weights that train."""
+        if self._average is not None and self._trains:
+            self._average.take_out()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Leave the averaged weights in the module."""
+        if self._average is not None:
+            self._average.put_in(trainer.strategy.broadcast)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Detach, and log what went other than planned."""
         session = self._fit
         self._end()
+        if self._average is not None:
+            self._average.detach()
         if events := str(self.kfc.events):
             rank_zero_info(f"KFC counted events: {events}.")
         session.metrics.advise()
@@ -115,6 +152,8 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Detach: after an exception there is no teardown. A report holds what came before it."""
         session = self._session
+        if self._average is not None and self._trains:
+            self._average.take_out()
         self._end()
         if session is not None:
             session.report.write(interrupted_by=exception)
@@ -193,19 +232,36 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
 
     # State.
 
+    @property
+    def _trains(self) -> bool:
+        return self._session is not None and self._session.capture.training
+
     def _take_over(self, state: dict[str, Any]) -> None:
-        for problem in self.kfc.load_state_dict(state):
+        averaged = state.get(AVERAGED)
+        for problem in self.kfc.load_state_dict({key: value for key, value in state.items() if key != AVERAGED}):
             rank_zero_warn(f"KFCCallback: {problem}.")
+        if averaged:
+            # Where nothing is averaged any more, training goes on from its own weights all the same.
+            average = self._average or AveragedWeights(self._module, 0.0)
+            if unknown := average.load_state_dict(averaged):
+                rank_zero_info(
+                    f"KFCCallback: {listed(unknown)} of the checkpoint are not in the model or have another shape: "
+                    "what the model holds there is trained."
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """The preconditioner's state in plain tensors, numbers, strings, dicts and lists."""
         if self._loaded is not None:
             return self._loaded
-        return self._kfc.state_dict(factors=self._save_factors) if self._kfc is not None else {}
+        if self._kfc is None:
+            return {}
+        state = self._kfc.state_dict(factors=self._save_factors)
+        averaged = self._average.state_dict() if self._average is not None else {}
+        return {**state, AVERAGED: averaged} if averaged else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a state until training starts; one that is loaded while it runs is taken over at once."""
-        if self._session is not None and self._session.capture.training:
+        if self._trains:
             self._take_over(state_dict)
         else:
             self._loaded = state_dict

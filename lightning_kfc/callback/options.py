@@ -10,7 +10,7 @@ from lightning_kfc.losses.likelihoods import Bernoulli, Categorical, Gaussian
 from lightning_kfc.reporting.report import ReportSettings
 from lightning_kfc.scheduling.refresh_schedule import ExponentialSchedule, LinearSchedule
 from lightning_kfc.settings import refuse_removed, setting_names, settings_of
-from lightning_kfc.utilities.checks import check_flag
+from lightning_kfc.utilities.checks import check_flag, check_fraction
 
 
 class KFCOptions:
@@ -63,6 +63,8 @@ class KFCOptions:
         inverse_precision: The precision of inverses, and of the products that each step makes with them: "full", or
             "bfloat16" (with inverse "cholesky") at half the memory, and faster where the hardware has it.
         max_overhead: By which share a step may take longer in the mean, where a period is "auto".
+        average_weights: Decay of an exponential average of the weights over optimizer steps, at least 0 and below 1;
+            null for none. Validation and checkpoints use the averaged weights, and so does the module after fitting.
         save_factors: Whether checkpoints hold the factors and inverses. Without them checkpoints stay small, and a
             resumed run warms up again.
         pictures_every_n_steps: Every so many optimizer steps, pictures of the curvature go to each logger that takes
@@ -105,6 +107,7 @@ class KFCOptions:
         stagger_inverses: bool = True,
         inverse_precision: Literal["full", "bfloat16"] = "full",
         max_overhead: float = 0.15,
+        average_weights: float | None = 0.9,
         save_factors: bool = True,
         pictures_every_n_steps: int | None = None,
         report_dir: str | None = None,
@@ -116,6 +119,9 @@ class KFCOptions:
         super().__init__()
         refuse_removed("KFCCallback", removed)
         self._settings = settings_of("KFCCallback", None, {name: given[name] for name in setting_names()})
+        if average_weights is not None:
+            check_fraction("average_weights", average_weights)
+        self._average_weights = average_weights
         check_flag("save_factors", save_factors)
         self._save_factors = save_factors
         self._report_settings = ReportSettings(pictures_every_n_steps, report_dir)
@@ -125,6 +131,7 @@ class KFCOptions:
         """The options alone: a copy must hold neither the model nor anything that is attached to it."""
         return {
             "settings": self._settings,
+            "average_weights": self._average_weights,
             "save_factors": self._save_factors,
             "report": self._report_settings,
             "metrics": self._logger_settings,
@@ -132,9 +139,15 @@ class KFCOptions:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._settings = state["settings"]
+        self._average_weights = state["average_weights"]
         self._save_factors = state["save_factors"]
         self._report_settings = state["report"]
         self._logger_settings = state["metrics"]
+
+    @property
+    def average_weights(self) -> float | None:
+        """The decay of the average of the weights; None for no average."""
+        return self._average_weights
 
     @property
     def report_dir(self) -> str | None:

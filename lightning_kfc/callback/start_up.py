@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
+from lightning_kfc.callback.averaged_weights import AveragedWeights
 from lightning_kfc.callback.optimizer_advice import OptimizerWarning, warning_for_run, warnings_for
 from lightning_kfc.callback.schedule_preview import schedules_of
 from lightning_kfc.curvature.coverage import wrapped
@@ -55,7 +56,9 @@ def refuse_shared_folder(folder: str | None, folders: Sequence[str | None]) -> N
         raise ValueError(f"two KFCCallbacks have report_dir={folder!r}: give each a folder of its own.")
 
 
-def announce(kfc: KFC, trainer: Any, pl_module: Any, *, save_factors: bool) -> None:
+def announce(
+    kfc: KFC, trainer: Any, pl_module: Any, *, save_factors: bool, average: AveragedWeights | None
+) -> None:
     """Log what is preconditioned and what is not, and give advice on optimizers.
 
     Args:
@@ -63,10 +66,12 @@ def announce(kfc: KFC, trainer: Any, pl_module: Any, *, save_factors: bool) -> N
         trainer: The trainer.
         pl_module: The module that is trained.
         save_factors: Whether checkpoints hold factors and inverses.
+        average: The average of the weights; None for none.
     """
     _do_without_reviews(kfc, pl_module)
     _warn_of_split_layers(kfc, trainer.optimizers)
-    rank_zero_info(_summary(kfc, save_factors=save_factors))
+    summary = _summary(kfc, save_factors=save_factors)
+    rank_zero_info("\n".join([summary, *(wrapped(average.description()) if average is not None else [])]))
     _advise(kfc, trainer, pl_module)
 
 

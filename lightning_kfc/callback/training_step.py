@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from lightning_kfc.callback.averaged_weights import AveragedWeights
 from lightning_kfc.callback.notices import Notices
 from lightning_kfc.kfc import KFC
 from lightning_kfc.reporting.report import Report
@@ -36,6 +37,8 @@ class TrainingStepCapture:
         self._kfc = kfc
         self._report = report
         self._notices = notices
+        #: Mixes in the weights that a step has left.
+        self.average: AveragedWeights | None = None
         #: Whether training has started: a sharded optimizer's state is loaded before, by a step that moves nothing.
         self.training = False
         self._in_backward = False
@@ -131,7 +134,9 @@ class TrainingStepCapture:
         if id(optimizer) in self._announced:
             self._announced.discard(id(optimizer))
             # At once: what else looks at the new weights sees those that are kept.
-            self._kfc.review(optimizer=optimizer)
+            verdict = self._kfc.review(optimizer=optimizer)
+            if verdict is not None and verdict.kept_share == 0:
+                return
         elif self._kfc.learning_rates(optimizer):
             self._notices.warn(
                 f"KFCCallback could not precondition a step of {type(optimizer).__name__}: it was made around "
@@ -140,6 +145,8 @@ class TrainingStepCapture:
                 "Call step() of what self.optimizers() returns, or super().optimizer_step(...)."
             )
             self._kfc.skip(optimizer)
+        if self.average is not None:
+            self.average.update(optimizer)
 
 
 class _TrainStepContext:

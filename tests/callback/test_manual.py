@@ -206,7 +206,7 @@ def test_each_network_has_the_statistics_of_its_own_optimizers_loss_alone(
 def test_the_network_that_is_not_included_is_trained_with_its_plain_gradient(include):
     plain = "discriminator" if include == "generator" else "generator"
     runs = []
-    for callbacks in ([KFCCallback(include=include, kl_clip=None)], []):
+    for callbacks in ([KFCCallback(include=include, kl_clip=None, average_weights=None)], []):
         torch.manual_seed(3)
         module = Adversarial()
         start = {name: p.detach().clone() for name, p in module.named_parameters()}
@@ -319,7 +319,7 @@ class OwnStep(Regression):
 @pytest.mark.parametrize("module_class", [AroundTheWrapper, Unwrapping, OwnStep])
 def test_a_step_around_the_wrapped_optimizer_is_said_once_and_trains_plainly(module_class):
     runs = []
-    for callbacks in ([KFCCallback()], []):
+    for callbacks in ([KFCCallback(average_weights=None)], []):
         torch.manual_seed(2)
         module = module_class()
         with warnings.catch_warnings(record=True) as caught:
@@ -359,7 +359,7 @@ class BareForOne(Adversarial):
 
 def test_a_bare_backward_is_said_once_and_trains_plainly():
     runs = []
-    for callbacks in ([KFCCallback()], []):
+    for callbacks in ([KFCCallback(average_weights=None)], []):
         torch.manual_seed(2)
         module = BareBackward()
         with warnings.catch_warnings(record=True) as caught:
@@ -420,7 +420,7 @@ class Split(Manual):
 
 def test_a_layer_split_between_optimizers_is_named_and_trained_plainly():
     runs = []
-    for callbacks in ([KFCCallback()], []):
+    for callbacks in ([KFCCallback(average_weights=None)], []):
         torch.manual_seed(2)
         module = Split()
         if callbacks:

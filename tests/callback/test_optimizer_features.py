@@ -109,7 +109,7 @@ class Noted(ConvNet):
 
 def noted(rule: str, **options: float) -> Noted:
     module = Noted(**options)
-    trainer(KFCCallback(rule=rule, kl_clip=0.1), max_epochs=2).fit(module, loader(images()))
+    trainer(KFCCallback(rule=rule, kl_clip=0.1, average_weights=None), max_epochs=2).fit(module, loader(images()))
     return module
 
 

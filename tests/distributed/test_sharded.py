@@ -39,7 +39,7 @@ def train(
     kind: Callable[[], Net], data: int, tensor: int, kfc: dict[str, Any], options: dict[str, Any]
 ) -> dict[str, Any]:
     """The whole weights after training, and what this rank holds."""
-    callback, module = KFCCallback(**{**EXACT, "kl_clip": 0.03, **kfc}), kind()
+    callback, module = KFCCallback(**{**EXACT, "kl_clip": 0.03, "average_weights": None, **kfc}), kind()
     several = {"strategy": strategy(data, tensor), "devices": data * tensor} if data * tensor > 1 else {}
     trainer(callback, **several, **options).fit(module, loader(images(24), 8 // data, tensor))
     return {
@@ -134,7 +134,13 @@ def test_tensor_parallel_layers_that_are_sharded_over_the_data_parallel_ranks_to
 def resume(
     kind: Callable[[], Net], data: int, tensor: int, folder: Path, epochs: int, ckpt: Path | None
 ) -> dict[str, Tensor]:
-    settings = {**EXACT, "kl_clip": 0.03, "factor_every_n_steps": 2, "inverse_every_n_steps": 4}
+    settings = {
+        **EXACT,
+        "kl_clip": 0.03,
+        "average_weights": None,
+        "factor_every_n_steps": 2,
+        "inverse_every_n_steps": 4,
+    }
     callback, module = KFCCallback(**settings), kind()
     saver = ModelCheckpoint(dirpath=folder, save_last=True, save_top_k=0)
     several = {"strategy": strategy(data, tensor), "devices": data * tensor} if data * tensor > 1 else {}
@@ -190,7 +196,7 @@ def test_a_shared_model_goes_on_with_another_number_of_ranks(
 def spoilt(kind: Callable[[], Net], data: int, tensor: int) -> tuple[dict[str, Tensor], dict[str, int]]:
     examples = images(24)
     examples.tensors[0][9] = torch.nan
-    callback, module = KFCCallback(**{**EXACT, "kl_clip": 0.03}), kind()
+    callback, module = KFCCallback(**{**EXACT, "kl_clip": 0.03, "average_weights": None}), kind()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer(callback, strategy=strategy(data, tensor), devices=data * tensor).fit(

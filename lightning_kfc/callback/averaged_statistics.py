@@ -1,0 +1,144 @@
+"""Running statistics of batch norm that belong to averaged weights."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class AveragedStatistics:
+    """Averages the batch statistics of every batch norm as an exponential average of weights averages the weights.
+
+    The batches of a step are recovered from how far they have moved the running statistics. Means and standard
+    deviations are averaged, since both follow the scale of the weights before them. So they depend neither on the
+    momentum of the layer nor on the statistics that it began with. Instance norm and statistics of half precision stay
+    as they are.
+
+    Args:
+        module: Holds the layers; those that are added later are not followed.
+        decay: The share of the average that stays at each optimizer step, at least 0 and below 1.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        groups: dict[tuple[torch.device, torch.dtype], dict[str, _BatchNorm]] = defaultdict(dict)
+        layer: Any
+        for name, layer in module.named_modules():
+            if _has_statistics(layer):
+                groups[layer.running_mean.device, layer.running_mean.dtype][plain_name(name)] = layer
+        self._groups = [_Group(layers, decay) for layers in groups.values()]
+
+    def update(self) -> None:
+        """Mix in the batches since the last optimizer step, of which every layer may have seen any number."""
+        for group in self._groups:
+            group.update()
+
+    def broadcast(self, send: Callable[[Tensor], Tensor]) -> None:
+        """Take over the averages of another rank. Collective: call on every rank."""
+        for group in self._groups:
+            for name in ("mean", "deviation", "updates"):
+                own = getattr(group, name)
+                setattr(group, name, send(own).to(own.device))
+
+    def values(self) -> list[tuple[Tensor, Tensor]]:
+        """Each running statistic, with what belongs there beside averaged weights."""
+        return [pair for group in self._groups for pair in group.values()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """By layer: ``mean``, ``deviation`` and the number of ``updates``."""
+        return {name: state for group in self._groups for name, state in group.state().items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state; layers that it lacks, or of another size, start anew."""
+        for group in self._groups:
+            group.load(state)
+
+
+class _Group:
+    """The layers of one device and one precision, their channels in one row: an update is a few operations."""
+
+    def __init__(self, layers: dict[str, _BatchNorm], decay: float) -> None:
+        self._layers, self._decay = layers, decay
+        self._sizes = [layer.num_features for layer in layers.values()]
+        self.before = self.running()
+        first = self.before[0]
+        self._layer_of = torch.arange(len(layers)).repeat_interleave(torch.tensor(self._sizes)).to(first.device)
+        self.mean, self.deviation = torch.zeros_like(first), torch.zeros_like(first)
+        self.updates = first.new_zeros(len(layers))
+        self._momenta: list[float | None] = []
+        self._momentum = first
+
+    def running(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Means and variances of all channels, and the batches that each layer has seen."""
+        layers: Any = self._layers.values()
+        means, variances = [layer.running_mean for layer in layers], [layer.running_var for layer in layers]
+        return torch.cat(means), torch.cat(variances), torch.stack([layer.num_batches_tracked for layer in layers])
+
+    def update(self) -> None:
+        mean, variance, seen = self.running()
+        mean_before, variance_before, seen_before = self.before
+        self.before = mean, variance, seen
+        batches, total = (seen - seen_before).to(mean.dtype), seen.clamp(min=1).to(mean.dtype)
+        momenta = [layer.momentum for layer in self._layers.values()]
+        if momenta != self._momenta:
+            # NaN stands for none: the mean over all batches.
+            self._momenta = momenta
+            self._momentum = mean.new_tensor([float("nan") if m is None else m for m in momenta])
+        kept = torch.where(self._momentum.isnan(), 1 - batches / total, (1 - self._momentum) ** batches)
+        moved = (batches > 0) & (kept < 1)
+        self.updates += moved
+        weights = torch.where(moved, (1 / self.updates).clamp(min=1 - self._decay), 0)[self._layer_of]
+        beyond = torch.where(moved, kept / (1 - kept), 0)[self._layer_of]
+        self.mean.lerp_(mean + beyond * (mean - mean_before), weights)
+        of_batches = variance + beyond * (variance - variance_before)
+        self.deviation.lerp_(of_batches.clamp(min=0).sqrt(), weights)
+
+    def values(self) -> list[tuple[Tensor, Tensor]]:
+        known = (self.updates > 0)[self._layer_of]
+        mean, variance, _ = self.running()
+        means = self._split(torch.where(known, self.mean, mean))
+        variances = self._split(torch.where(known, self.deviation**2, variance))
+        layers: Any = self._layers.values()
+        return [
+            pair
+            for layer, *own in zip(layers, means, variances, strict=True)
+            for pair in zip((layer.running_mean, layer.running_var), own, strict=True)
+        ]
+
+    def state(self) -> dict[str, Any]:
+        parts = zip(self._layers, self._split(self.mean), self._split(self.deviation), strict=True)
+        return {
+            name: {"mean": mean, "deviation": deviation, "updates": int(updates)}
+            for (name, mean, deviation), updates in zip(parts, self.updates.tolist(), strict=True)
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        rows = zip(self._layers, self._split(self.mean), self._split(self.deviation), strict=True)
+        for number, (name, mean, deviation) in enumerate(rows):
+            if name in state and state[name]["mean"].shape == mean.shape:
+                mean.copy_(state[name]["mean"])
+                deviation.copy_(state[name]["deviation"])
+                self.updates[number] = state[name]["updates"]
+        self.before = self.running()
+
+    def _split(self, channels: Tensor) -> tuple[Tensor, ...]:
+        return torch.split_with_sizes(channels, self._sizes)
+
+
+def _has_statistics(layer: nn.Module) -> bool:
+    """Whether a layer is batch norm with running statistics, made and precise enough to be told apart by step."""
+    if not isinstance(layer, _BatchNorm) or not layer.track_running_stats:
+        return False
+    mean, seen = layer.running_mean, layer.num_batches_tracked
+    if mean is None or seen is None or nn.parameter.is_lazy(mean):
+        return False
+    return mean.dtype in (torch.float32, torch.float64)
+
+
+def plain_name(name: str) -> str:
+    """A name that is the same whether a module is compiled or not."""
+    return name.replace("_orig_mod.", "")

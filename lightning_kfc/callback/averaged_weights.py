@@ -1,0 +1,258 @@
+"""An exponential average of the weights, which validation and checkpoints use."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
+
+from lightning_kfc.callback.averaged_statistics import AveragedStatistics, plain_name
+from lightning_kfc.callback.options import KFCOptions
+from lightning_kfc.distributed.process_group import is_sharded
+
+#: Callbacks of Lightning that average weights themselves; subclasses count.
+OTHER_AVERAGES = {"WeightAveraging", "StochasticWeightAveraging"}
+
+
+@dataclass
+class _Average:
+    parameter: Tensor
+    value: Tensor
+    updates: int = 1
+
+    def fits(self) -> bool:
+        """Whether the parameter has not been replaced in place by another one."""
+        own, other = self.parameter, self.value
+        return own.shape == other.shape and own.dtype == other.dtype and own.device == other.device
+
+
+class AveragedWeights:
+    r"""Averages the weights that optimizers move, and puts the averages in their place where they are wanted.
+
+    After an optimizer's k-th step, its parameters enter their averages with weight :math:`\max(1/k, 1 - \text{decay})`:
+    the first ones count alike, and the start is forgotten. A parameter that comes later starts at its own value. What
+    no optimizer moves, such as a teacher, is not averaged; batch norm gets the statistics of the averaged steps
+    (:class:`~lightning_kfc.callback.averaged_statistics.AveragedStatistics`).
+
+    Args:
+        module: The module that trains.
+        decay: The share of the average that stays at each optimizer step, at least 0 and below 1.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self._module, self._decay = module, decay
+        self._averages: dict[int, _Average] = {}
+        self._statistics = AveragedStatistics(module, decay)
+        # While the module holds averages: the tensors that they were put into, and what these held.
+        self._set_aside: list[tuple[Tensor, Tensor]] | None = None
+        self._detach: Callable[[], None] | None = None
+
+    @torch.no_grad()
+    def update(self, optimizer: Optimizer) -> None:
+        """Mix in the weights that a step of an optimizer has left, if it has moved any.
+
+        Args:
+            optimizer: It has just made its step, and holds the gradients still.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if all(p.grad is None for p in parameters) or _was_skipped(optimizer):
+            return
+        alike: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+        for p in parameters:
+            average = self._averages.get(id(p))
+            if average is None or not average.fits():
+                if p.grad is not None:
+                    self._averages[id(p)] = _Average(p, p.detach().clone())
+                continue
+            average.updates += 1
+            weight = 1 - min(1 - 1 / average.updates, self._decay)
+            averages, values = alike[p.device, p.dtype, weight]
+            averages.append(average.value)
+            values.append(p.detach())
+        for (_, _, weight), (averages, values) in alike.items():
+            torch._foreach_lerp_(averages, values, weight)
+        self._statistics.update()
+
+    def follow_structure(self) -> None:
+        """Follow batch norm layers that were added, and forget what is no longer in the module."""
+        state = self._statistics.state_dict()
+        self._statistics = AveragedStatistics(self._module, self._decay)
+        self._statistics.load_state_dict(state)
+        present = set(map(id, self._module.parameters()))
+        self._averages = {key: average for key, average in self._averages.items() if key in present}
+
+    def put_in(self, broadcast: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Put the averages into the module, if there are any; the weights that train are set aside.
+
+        Args:
+            broadcast: Sends a tensor of rank zero, whose running statistics ranks that share gradients use; collective.
+        """
+        if self._set_aside is not None or not self._averages:
+            return
+        # Validation may run in inference mode, whose tensors training could not use later.
+        with torch.inference_mode(False), torch.no_grad():
+            if broadcast is not None:
+                self._statistics.broadcast(broadcast)
+            present = set(map(id, self._module.parameters()))
+            pairs = [(a.parameter, a.value) for key, a in self._averages.items() if key in present and a.fits()]
+            pairs += self._statistics.values()
+            # Whole before anything is overwritten: an interrupt may come at any point.
+            self._set_aside = [(tensor, tensor.detach().clone()) for tensor, _ in pairs]
+            _write(pairs)
+
+    def take_out(self) -> None:
+        """Give the module back the weights that train, bit for bit."""
+        if self._set_aside is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                _write(self._set_aside)
+            self._set_aside = None
+
+    def attach(self, strategy: Any, active: Callable[[], bool]) -> None:
+        """Have a strategy's state of the module, which every kind of checkpoint holds, made of the averages.
+
+        Args:
+            strategy: The trainer's.
+            active: Whether the callback takes part now.
+        """
+        original = strategy.lightning_module_state_dict
+
+        def averaged_state_dict() -> dict[str, Any]:
+            if self._set_aside is not None or not self._averages or not active():
+                return original()  # type: ignore[no-any-return]
+            self.put_in()
+            try:
+                written = self._written()
+                state: dict[str, Any] = tree_map(lambda leaf: _own_copy(leaf, written), original())
+                return state
+            finally:
+                self.take_out()
+
+        strategy.lightning_module_state_dict = averaged_state_dict
+
+        def detach() -> None:
+            if strategy.__dict__.get("lightning_module_state_dict") is averaged_state_dict:
+                del strategy.lightning_module_state_dict
+
+        self._detach = detach
+
+    def _written(self) -> set[int]:
+        return {_storage_of(tensor) for tensor, _ in self._set_aside or ()}
+
+    def detach(self) -> None:
+        """Leave the strategy as it was."""
+        if self._detach is not None:
+            self._detach()
+            self._detach = None
+
+    def checkpoint_bytes(self) -> int:
+        """Bytes of the tensors in :meth:`state_dict`, once every trained parameter has been moved."""
+        parameters = sum(p.nbytes for p in self._module.parameters() if p.requires_grad and not nn.parameter.is_lazy(p))
+        return parameters + 2 * sum(buffer.nbytes for buffer, _ in self._statistics.values())
+
+    def description(self) -> str:
+        """A sentence for the report that opens a training."""
+        return (
+            f"Validation and checkpoints use weights averaged over the last ~{round(1 / (1 - self._decay))} steps "
+            f"(average_weights=None: off); {self.checkpoint_bytes() / 1e6:.3f} MB more in memory and checkpoints."
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weights that train, and how many steps each average is over; the averages are the module's own state."""
+        if not self._averages:
+            return {}
+        set_aside = {id(tensor): value for tensor, value in self._set_aside or ()}
+        named = {plain_name(name): p for name, p in self._module.named_parameters() if id(p) in self._averages}
+        running = {id(buffer) for buffer, _ in self._statistics.values()}
+        buffers = {plain_name(name): buffer for name, buffer in self._module.named_buffers() if id(buffer) in running}
+        return {
+            "updates": {name: self._averages[id(p)].updates for name, p in named.items()},
+            "training": {name: set_aside.get(id(t), t.detach()) for name, t in {**named, **buffers}.items()},
+            "statistics": self._statistics.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> list[str]:
+        """Go on from a checkpoint, whose averages the module holds; then it holds the weights that train.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+
+        Returns:
+            The names of weights that the module lacks, or has in another shape.
+        """
+        own = {plain_name(name): tensor for name, tensor in self._module.named_parameters()}
+        updates, problems, pairs = state["updates"], [], []
+        buffers = {plain_name(name): tensor for name, tensor in self._module.named_buffers()}
+        for name, value in state["training"].items():
+            tensor = own.get(name, buffers.get(name))
+            if tensor is None or nn.parameter.is_lazy(tensor) or tensor.shape != value.shape:
+                problems.append(name)
+                continue
+            if name in own:
+                self._averages[id(tensor)] = _Average(tensor, tensor.detach().clone(), updates[name])
+            pairs.append((tensor, value))
+        _write(pairs)
+        self._statistics.load_state_dict(state["statistics"])
+        return problems
+
+
+def averaged_weights(callback: KFCOptions, trainer: Any, module: nn.Module) -> AveragedWeights | None:
+    """The average that a callback keeps during a fit, attached to the trainer; None where it keeps none.
+
+    Of several callbacks the last one averages: it comes after all reviews of a step.
+
+    Args:
+        callback: One of the trainer's callbacks.
+        trainer: The trainer.
+        module: The module that trains.
+    """
+    decay = callback.average_weights
+    together = [c for c in trainer.callbacks if isinstance(c, KFCOptions) and c.average_weights is not None]
+    if decay is None or together[-1] is not callback:
+        return None
+    if (reason := _reason_against(trainer, module)) is not None:
+        rank_zero_info(f"KFCCallback does not average the weights: {reason}.")
+        return None
+    average = AveragedWeights(module, decay)
+    average.attach(trainer.strategy, active=lambda: any(each is callback for each in trainer.callbacks))
+    return average
+
+
+def _reason_against(trainer: Any, module: nn.Module) -> str | None:
+    """Why a trainer's weights are not averaged here; None where nothing stands against it."""
+    for callback in trainer.callbacks:
+        if OTHER_AVERAGES & {cls.__name__ for cls in type(callback).__mro__}:
+            return f"{type(callback).__name__} does"
+    if any(map(is_sharded, module.parameters())):
+        return "they are sharded over ranks"
+    return None
+
+
+def _was_skipped(optimizer: Optimizer) -> bool:
+    """Whether an optimizer that unscales gradients itself has found some that are not finite."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
+
+
+def _write(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Copy each second tensor into the first one, unseen by autograd's count of versions."""
+    for tensor, value in pairs:
+        tensor.data.copy_(value)
+
+
+def _storage_of(tensor: Tensor) -> int:
+    """The address of the memory that a tensor is a view of."""
+    return int(tensor.untyped_storage().data_ptr())
+
+
+def _own_copy(leaf: Any, written: set[int]) -> Any:
+    """A tensor of its own where a leaf shares its memory with weights that are about to be overwritten."""
+    shares = isinstance(leaf, Tensor) and _storage_of(leaf) in written
+    return leaf.clone() if shares else leaf
