@@ -109,9 +109,7 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
             )
         start_up.show_information()
         self._fit.metrics.count_from_here()
-        start_up.announce(
-            self.kfc, trainer, pl_module, save_factors=self._save_factors, average=self._average
-        )
+        start_up.announce(self.kfc, trainer, pl_module, save_factors=self._save_factors, average=self._average)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Let the averaged weights follow what has been added to the module or removed."""

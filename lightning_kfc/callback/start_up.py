@@ -56,9 +56,7 @@ def refuse_shared_folder(folder: str | None, folders: Sequence[str | None]) -> N
         raise ValueError(f"two KFCCallbacks have report_dir={folder!r}: give each a folder of its own.")
 
 
-def announce(
-    kfc: KFC, trainer: Any, pl_module: Any, *, save_factors: bool, average: AveragedWeights | None
-) -> None:
+def announce(kfc: KFC, trainer: Any, pl_module: Any, *, save_factors: bool, average: AveragedWeights | None) -> None:
     """Log what is preconditioned and what is not, and give advice on optimizers.
 
     Args:
