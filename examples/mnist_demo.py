@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_kfc import KFCCallback
+from lightning_kfc import KFCCallback, Logging
 
 TARGETS = (0.3, 0.1, 0.03)
 #: Learning rate and momentum of SGD alone (tuned, see above), and of SGD with KFC (the recommended start).
@@ -244,7 +244,8 @@ def main(arguments: list[str] | None = None) -> tuple[Outcome, Outcome]:
     data = Data.load(options.train_size)
     outcomes = []
     # Pictures go to TensorBoard and into the report at the end; they are drawn while the clock stands still.
-    kfc = KFCCallback(pictures_every_n_steps=50, report_dir=os.path.join(options.log_dir, "kfc_report"))
+    shown = Logging(pictures_every_n_steps=50, report_dir=os.path.join(options.log_dir, "kfc_report"))
+    kfc = KFCCallback(logging=shown)
     for name, setting, callbacks in (("sgd", SGD_ALONE, []), ("kfc", SGD_WITH_KFC, [kfc])):
         torch.manual_seed(options.seed)
         outcomes.append(train(name, ConvNet(*setting), callbacks, data, options))

@@ -6,7 +6,9 @@ from lightning_kfc.kfc import KFC
 from lightning_kfc.layers import register_adapter
 from lightning_kfc.losses.likelihoods import Bernoulli, Categorical, Gaussian
 from lightning_kfc.losses.selection import LossNotRecognisedError
+from lightning_kfc.reporting.options import Logging
 from lightning_kfc.scheduling.refresh_schedule import ExponentialSchedule, LinearSchedule
+from lightning_kfc.settings import Precision, RefreshTiming
 from lightning_kfc.version import __version__
 
 __all__ = [
@@ -17,7 +19,10 @@ __all__ = [
     "Gaussian",
     "KFCCallback",
     "LinearSchedule",
+    "Logging",
     "LossNotRecognisedError",
+    "Precision",
+    "RefreshTiming",
     "SelfTestError",
     "__version__",
     "register_adapter",

@@ -70,7 +70,7 @@ class KFC:
             :class:`~lightning_kfc.losses.likelihoods.Likelihood` with ``output_of`` names the module whose output is
             the logits, for losses computed otherwise.
         factor_every_n_steps: Statistics are taken every so many optimizer steps (the paper's T_cov). ``"auto"``: chosen
-            soon after the warm-up, by the time that the parts of a step have taken, to keep to ``max_overhead``.
+            soon after the warm-up, by the time that the parts of a step have taken, to keep to ``timing.max_overhead``.
         inverse_every_n_steps: Inverses are refreshed every so many optimizer steps (the paper's T_inv), or ``"auto"``.
         warmup_steps: During the first so many optimizer steps statistics are taken at every step.
         ema_decay: :math:`\rho`, the decay of the factors' zero-debiased running averages, at least 0, below 1.
@@ -98,13 +98,8 @@ class KFC:
             refreshes communicate; ``"mem-opt"``: one rank does, and sends the preconditioned gradient at every step; a
             fraction of the ranks between both (KAISA, Pauloski et al. 2021); ``"auto"``: ``"mem-opt"`` where
             parameters are sharded, else ``"comm-opt"``.
-        reduce_precision: How statistics travel between ranks: ``"full"``: as they are; ``"bfloat16"``: at half the
-            bytes, each rank's numbers rounded, their sum made in float32.
-        stagger_inverses: Whether, after the warm-up, layers refresh their inverses at different steps of the period,
-            so that no step makes all of them; else all at the same step.
-        inverse_precision: ``"full"``: inverses, and the products with them, in float32; ``"bfloat16"``: both in half
-            of that, with ``inverse="cholesky"`` alone. Factorisations are always in float32 or better.
-        max_overhead: By which share a step may take longer in the mean, where a period is ``"auto"``.
+        timing: When inverses are refreshed within their period, and how much longer steps may take.
+        precision: The precision of inverses, and of what ranks send to each other.
         process_group: The ranks between which a batch is split, where these are not all: the data-parallel group
             of a mesh that also has tensor-parallel ranks. It must be the same ranks' group on all of them.
         settings: Settings that were checked before; options that are given as well replace theirs. None for the
@@ -143,13 +138,13 @@ class KFC:
             None if period == "auto" else period
             for period in (settings.factor_every_n_steps, settings.inverse_every_n_steps)
         )
-        self._periods = PeriodChoice(settings.schedule, factors, inverses, settings.max_overhead, self.times)
+        self._periods = PeriodChoice(settings.schedule, factors, inverses, settings.timing.max_overhead, self.times)
         self._tracker = RefreshTracker(
             settings.schedule,
             StaggeredDates(
                 settings.schedule,
                 self._layers.costs,
-                staggered=settings.stagger_inverses,
+                staggered=settings.timing.stagger_inverses,
                 # EKFAC's eigenvalues, carried over into a new basis, are best corrected by statistics of the same step.
                 with_statistics=kind.wants_examples,
             ),
@@ -181,7 +176,7 @@ class KFC:
         )
         self._pending = PendingStatistics(self._layers, self._estimator, self._tracker, self._group, self.events)
         self._refresh_factors = FactorRefresh(
-            settings.ema_decay, settings.reduce_precision, self._tracker, self.events, self._ownership
+            settings.ema_decay, settings.precision.reduction, self._tracker, self.events, self._ownership
         )
         self._refresh_inverses = InverseRefresh(kind, self._tracker, self.events, self._ownership)
         #: Holds damping and bound in force, and reviews steps.

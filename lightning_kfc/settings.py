@@ -15,6 +15,7 @@ from lightning_kfc.utilities.checks import (
     check_choice,
     check_flag,
     check_fraction,
+    check_instance,
     check_integer,
     check_patterns,
     check_period,
@@ -27,16 +28,26 @@ RULES = ("natural", "adam", "auto")
 #: Steps of a warm-up from which periods can be chosen: after the first one, some that take statistics and inverses.
 LEAST_WARMUP = 4
 WEIGHT_SHARINGS = ("expand", "reduce")
-#: Settings of earlier versions: what became of each, and the way out.
-REMOVED = {
+#: Settings of earlier versions: what became of each.
+FORMER = {
     "background_inverses": "background_inverses was removed: inverses are made at the step that is due. Leave it out.",
     "factor_examples": "factor_examples was removed: statistics come from whole batches. Leave it out.",
     "factor_storage": "factor_storage was removed: factors stay as they are on their layer's device. Leave it out.",
     "inverse_tolerance": "inverse_tolerance was removed: every inverse that is due is refreshed. Leave it out.",
+    "stagger_inverses": "stagger_inverses is now timing=RefreshTiming(stagger_inverses=...).",
+    "max_overhead": "max_overhead is now timing=RefreshTiming(max_overhead=...).",
+    "inverse_precision": "inverse_precision is now precision=Precision(inverses=...).",
+    "reduce_precision": "reduce_precision is now precision=Precision(reduction=...).",
+    "log_layers": "log_layers is now logging=Logging(layers=...) of KFCCallback.",
+    "progress_bar": "progress_bar is now logging=Logging(progress_bar=...) of KFCCallback.",
+    "pictures_every_n_steps": (
+        "pictures_every_n_steps is now logging=Logging(pictures_every_n_steps=...) of KFCCallback."
+    ),
+    "report_dir": "report_dir is now logging=Logging(report_dir=...) of KFCCallback.",
 }
 
 
-def refuse_removed(owner: str, names: Iterable[str]) -> None:
+def refuse_former(owner: str, names: Iterable[str]) -> None:
     """Refuse names that are no settings.
 
     Args:
@@ -44,10 +55,56 @@ def refuse_removed(owner: str, names: Iterable[str]) -> None:
         names: The names.
 
     Raises:
-        TypeError: If there is any; it says what became of a setting of an earlier version.
+        TypeError: If there is any; for a setting of an earlier version the message names the way out.
     """
     for name in names:
-        raise TypeError(REMOVED.get(name, f"{owner} has no setting {name!r}."))
+        raise TypeError(FORMER.get(name, f"{owner} has no setting {name!r}."))
+
+
+@dataclass(frozen=True)
+class RefreshTiming:
+    """When inverses are refreshed within their period, and how much longer steps may take.
+
+    Args:
+        stagger_inverses: Whether, after the warm-up, layers refresh their inverses at different steps of the period, so
+            that no step takes as long as all of them together.
+        max_overhead: By which share a step may take longer in the mean, where a period is "auto".
+
+    Raises:
+        TypeError: If a value is of the wrong type.
+        ValueError: If a value is out of range.
+    """
+
+    stagger_inverses: bool = True
+    max_overhead: float = 0.15
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        check_flag("timing.stagger_inverses", self.stagger_inverses)
+        check_positive("timing.max_overhead", self.max_overhead)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The precision of inverses, and of what ranks send to each other. Factorisations are in float32 or better.
+
+    Args:
+        inverses: Of inverses, and of the products that each step makes with them: "full", or "bfloat16" (with inverse
+            "cholesky") at half the memory, and faster where the hardware has it.
+        reduction: How statistics travel between ranks. "full": as they are; "bfloat16": at half the bytes, each rank's
+            numbers rounded, their sum made in float32.
+
+    Raises:
+        ValueError: If a value is none of these.
+    """
+
+    inverses: Literal["full", "bfloat16"] = "full"
+    reduction: Literal["full", "bfloat16"] = "full"
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        check_choice("precision.inverses", self.inverses, PRECISIONS)
+        check_choice("precision.reduction", self.reduction, PRECISIONS)
 
 
 class Options(TypedDict, total=False):
@@ -70,10 +127,8 @@ class Options(TypedDict, total=False):
     exclude: Sequence[str] | None
     seed: int
     placement: str | float
-    reduce_precision: str
-    stagger_inverses: bool
-    inverse_precision: str
-    max_overhead: float
+    timing: RefreshTiming
+    precision: Precision
 
 
 #: Defaults of a training through Lightning, where they are not the engine's own.
@@ -101,12 +156,15 @@ class Settings:
     exclude: Sequence[str] | None = None
     seed: int = 0
     placement: str | float = "auto"
-    reduce_precision: str = "full"
-    stagger_inverses: bool = True
-    inverse_precision: str = "full"
-    max_overhead: float = 0.15
+    timing: RefreshTiming = RefreshTiming()
+    precision: Precision = Precision()
     #: Until periods that are "auto" are chosen, those of the defaults.
     schedule: RefreshSchedule = field(init=False)
+
+    def __new__(cls, *args: Any, **options: Any) -> Settings:
+        """Refuse settings of earlier versions with the way out."""
+        refuse_former("Settings", set(options) - setting_names())
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         """Check every setting."""
@@ -141,13 +199,12 @@ class Settings:
             check_integer("rows_per_dim", self.rows_per_dim, minimum=1)
         check_integer("seed", self.seed, minimum=0)
         check_placement(self.placement, self.inverse)
-        check_choice("reduce_precision", self.reduce_precision, PRECISIONS)
-        check_flag("stagger_inverses", self.stagger_inverses)
-        check_choice("inverse_precision", self.inverse_precision, PRECISIONS)
-        if self.inverse_precision != "full" and self.inverse != "cholesky":
+        check_instance("timing", self.timing, RefreshTiming)
+        check_instance("precision", self.precision, Precision)
+        if self.precision.inverses != "full" and self.inverse != "cholesky":
             raise ValueError(
-                f"inverse_precision={self.inverse_precision!r} rounds too much of an eigenbasis, which inverse="
-                f"{self.inverse!r} keeps. Use inverse='cholesky', or leave inverse_precision out."
+                f"precision.inverses={self.precision.inverses!r} rounds too much of an eigenbasis, which inverse="
+                f"{self.inverse!r} keeps. Use inverse='cholesky', or leave precision.inverses out."
             )
         object.__setattr__(self, "include", check_patterns("include", self.include))
         object.__setattr__(self, "exclude", check_patterns("exclude", self.exclude))
@@ -159,7 +216,6 @@ class Settings:
         return "auto" in (self.factor_every_n_steps, self.inverse_every_n_steps)
 
     def _first_schedule(self) -> RefreshSchedule:
-        check_positive("max_overhead", self.max_overhead)
         periods = {}
         for name in ("factor_every_n_steps", "inverse_every_n_steps"):
             value = getattr(self, name)
@@ -202,7 +258,7 @@ def settings_of(owner: str, settings: Settings | None, options: Mapping[str, Any
         TypeError: If there is no such setting, or it is of the wrong type.
         ValueError: If a setting is out of range.
     """
-    refuse_removed(owner, set(options) - setting_names())
+    refuse_former(owner, set(options) - setting_names())
     return replace(settings or Settings(), **options)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from benchmarks.contest.optimizers import AveragingStepper, Contestant, KFCStepper, PlainStepper, Stepper
-from lightning_kfc import KFC
+from lightning_kfc import KFC, RefreshTiming
 
 
 def powers_of_two(middle: float, below: int = 2, above: int = 2) -> tuple[float, ...]:
@@ -135,7 +135,7 @@ ABLATION = (
     kfc("kfc_fixed", "KFC, damping and KL clip fixed", damping=0.01, kl_clip=0.03),
     kfc("kfc_empirical", "KFC, empirical Fisher", fisher="empirical"),
     kfc("kfc_often", "KFC, T_cov 5, T_inv 10", factor_every_n_steps=5, inverse_every_n_steps=10),
-    kfc("kfc_together", "KFC, all inverses at one step", stagger_inverses=False),
+    kfc("kfc_together", "KFC, all inverses at one step", timing=RefreshTiming(stagger_inverses=False)),
     kfc("kfc_rarely", "KFC, T_cov 20, T_inv 100", factor_every_n_steps=20, inverse_every_n_steps=100),
 )
 

@@ -40,7 +40,7 @@ from benchmarks.contest.networks import deep_autoencoder, resnet20
 from benchmarks.contest.optimizers import BatchLoss, KFCStepper, Stepper
 from benchmarks.contest.tasks import summed_cross_entropy
 from benchmarks.paths import RESULTS, ROOT
-from lightning_kfc import KFC
+from lightning_kfc import KFC, Precision, RefreshTiming
 
 NEVER = 10**9
 CLOCKS: dict[str, Callable[[], float]] = {"cpu": time.process_time, "wall": time.perf_counter}
@@ -92,7 +92,7 @@ KINDS: dict[str, Callable[[nn.Module], Stepper]] = {
     "factors": _kfc(1, NEVER),
     "refresh": _kfc(1, 1),
     "exact": _kfc(1, NEVER, rows_per_dim=None),
-    "between_bfloat16": _kfc(NEVER, NEVER, inverse_precision="bfloat16"),
+    "between_bfloat16": _kfc(NEVER, NEVER, precision=Precision(inverses="bfloat16")),
 }
 #: T_cov and T_inv of the schedules whose amortised cost is reported.
 SCHEDULES = {"T_cov 10, T_inv 100": (10, 100), "defaults": (10, 20)}
@@ -101,7 +101,7 @@ SCHEDULES = {"T_cov 10, T_inv 100": (10, 100), "defaults": (10, 20)}
 RUNS: dict[str, Callable[[nn.Module], Stepper]] = {
     "sgd": _sgd,
     "in turns": _kfc(*SCHEDULES["defaults"]),
-    "at one step": _kfc(*SCHEDULES["defaults"], stagger_inverses=False),
+    "at one step": _kfc(*SCHEDULES["defaults"], timing=RefreshTiming(stagger_inverses=False)),
 }
 
 

@@ -83,13 +83,13 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
         self._end()
         start_up.refuse_optimizers(trainer.optimizers)
         others = [callback for callback in trainer.callbacks if isinstance(callback, KFCOptions)]
-        start_up.refuse_shared_folder(self.report_dir, [each.report_dir for each in others])
+        start_up.refuse_shared_folder(self.logging.report_dir, [each.logging.report_dir for each in others])
         previous = self._kfc.state_dict() if self._kfc is not None and self._module is pl_module else None
         self._kfc = KFC(pl_module, settings=self._settings, process_group=data_parallel_group(trainer.strategy))
         self._module = pl_module
         if previous is not None:
             self._take_over(previous)
-        self._session = FitSession(self, self._kfc, trainer, pl_module, self._report_settings, self._logger_settings)
+        self._session = FitSession(self, self._kfc, trainer, pl_module, self.logging)
         self._history = self._session.report.history
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch.optim import Optimizer
@@ -14,43 +13,30 @@ from lightning_kfc.kfc import KFC
 from lightning_kfc.monitoring.advice import Adviser
 from lightning_kfc.monitoring.messages import inform
 from lightning_kfc.reporting.diagnostics import Diagnostics
+from lightning_kfc.reporting.options import Logging
 from lightning_kfc.reporting.report import Report
-from lightning_kfc.utilities.checks import check_flag
 
 #: Rules of advice are asked at every so many logged steps, and when training ends.
 ASKED_EVERY = 10
-
-
-@dataclass(frozen=True)
-class MetricsLoggerSettings:
-    """The options; see the callback for what each one does."""
-
-    log_layers: bool = False
-    progress_bar: bool = False
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        check_flag("log_layers", self.log_layers)
-        check_flag("progress_bar", self.progress_bar)
 
 
 class MetricsLogger:
     """Sends the numbers of one fit to loggers and to the progress bar, and logs advice.
 
     Args:
-        settings: The options.
+        options: The options of what is logged.
         kfc: The engine.
         trainer: The trainer.
         module: The module that is trained.
         reports: Takes numbers and advice for the report.
     """
 
-    def __init__(self, settings: MetricsLoggerSettings, kfc: KFC, trainer: Any, module: Any, reports: Report) -> None:
-        self._settings = settings
+    def __init__(self, options: Logging, kfc: KFC, trainer: Any, module: Any, reports: Report) -> None:
+        self._options = options
         self._kfc = kfc
         self._trainer = trainer
         self._reports = reports
-        self._diagnostics = Diagnostics(kfc, log_layers=settings.log_layers)
+        self._diagnostics = Diagnostics(kfc, layers=options.layers)
         self._adviser = Adviser()
         self._clipping = ClippingWatch(trainer, module)
         self._logged = 0
@@ -80,7 +66,7 @@ class MetricsLogger:
         self._diagnostics.end_step()
         self._clipping.preconditioned(optimizer)
         step = self._kfc.last_step
-        if self._settings.progress_bar and step is not None:
+        if self._options.progress_bar and step is not None:
             bar = {"kfc_nu": step.kl_clip_factor, "kfc_damping": step.damping}
             pl_module.log_dict(bar, prog_bar=True, logger=False, on_step=True, on_epoch=False)
         if not self._due() or step is None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from lightning_kfc.callback.metrics_logging import MetricsLoggerSettings
 from lightning_kfc.losses.likelihoods import Bernoulli, Categorical, Gaussian
-from lightning_kfc.reporting.report import ReportSettings
+from lightning_kfc.reporting.options import Logging
 from lightning_kfc.scheduling.refresh_schedule import ExponentialSchedule, LinearSchedule
-from lightning_kfc.settings import refuse_removed, setting_names, settings_of
-from lightning_kfc.utilities.checks import check_flag, check_fraction
+from lightning_kfc.settings import Precision, RefreshTiming, Settings, refuse_former, setting_names, settings_of
+from lightning_kfc.utilities.checks import check_flag, check_fraction, check_instance
+
+DEFAULT_LOGGING = Logging()
 
 
 class KFCOptions:
@@ -36,7 +37,7 @@ class KFCOptions:
             likelihood object with `output_of` names the module whose output is the logits, for losses that are
             computed otherwise.
         factor_every_n_steps: Curvature statistics are taken every so many optimizer steps. "auto": chosen soon after
-            the warm-up, by the time that the parts of a step have taken, to keep to `max_overhead`.
+            the warm-up, by the time that the parts of a step have taken, to keep to `timing.max_overhead`.
         inverse_every_n_steps: Inverses are refreshed every so many optimizer steps, or "auto".
         warmup_steps: During the first so many optimizer steps, statistics are taken at every step.
         ema_decay: Decay of the running averages of the statistics, at least 0 and below 1.
@@ -57,26 +58,16 @@ class KFCOptions:
         placement: Which of several ranks hold a layer's factors and inverse. "comm-opt": all; "mem-opt": one, which
             sends the preconditioned gradient at every step; a number: that fraction of the ranks; "auto": "mem-opt"
             where parameters are sharded, else "comm-opt".
-        reduce_precision: How statistics travel between ranks. "full": as they are; "bfloat16": at half the bytes.
-        stagger_inverses: Whether layers refresh their inverses at different steps of the period, so that no step takes
-            as long as all of them together.
-        inverse_precision: The precision of inverses, and of the products that each step makes with them: "full", or
-            "bfloat16" (with inverse "cholesky") at half the memory, and faster where the hardware has it.
-        max_overhead: By which share a step may take longer in the mean, where a period is "auto".
+        timing: When inverses are refreshed within their period, and how much longer steps may take.
+        precision: The precision of inverses, and of what ranks send to each other.
         average_weights: Decay of an exponential average of the weights over optimizer steps, at least 0 and below 1;
             null for none. Validation and checkpoints use the averaged weights, and so does the module after fitting.
         save_factors: Whether checkpoints hold the factors and inverses. Without them checkpoints stay small, and a
             resumed run warms up again.
-        pictures_every_n_steps: Every so many optimizer steps, pictures of the curvature go to each logger that takes
-            figures (TensorBoardLogger does), and into `report_dir`; null for none. Needs the extra "pictures".
-        report_dir: A folder for a report of the training, one HTML file written when it ends; null for none. Needs the
-            extra "pictures".
-        log_layers: Whether loggers get numbers for each layer, besides the smallest, the median and the largest one.
-        progress_bar: Whether the progress bar shows the factor of the KL clip, and the damping.
+        logging: What loggers, the progress bar and a report get of the training.
         **removed: Settings of earlier versions, which are errors that say what became of them.
 
     Raises:
-        ModuleNotFoundError: If pictures or a report are asked for and matplotlib is not installed.
         TypeError: If a setting is of the wrong type, or there is no such setting.
         ValueError: If a setting is out of range.
     """
@@ -103,29 +94,25 @@ class KFCOptions:
         exclude: str | Sequence[str] | None = None,
         seed: int = 0,
         placement: Literal["auto", "comm-opt", "mem-opt"] | float = "auto",
-        reduce_precision: Literal["full", "bfloat16"] = "full",
-        stagger_inverses: bool = True,
-        inverse_precision: Literal["full", "bfloat16"] = "full",
-        max_overhead: float = 0.15,
+        timing: RefreshTiming = Settings.timing,
+        precision: Precision = Settings.precision,
         average_weights: float | None = 0.9,
         save_factors: bool = True,
-        pictures_every_n_steps: int | None = None,
-        report_dir: str | None = None,
-        log_layers: bool = False,
-        progress_bar: bool = False,
+        logging: Logging = DEFAULT_LOGGING,
         **removed: Any,
     ) -> None:
         given = dict(locals())
         super().__init__()
-        refuse_removed("KFCCallback", removed)
+        refuse_former("KFCCallback", removed)
         self._settings = settings_of("KFCCallback", None, {name: given[name] for name in setting_names()})
         if average_weights is not None:
             check_fraction("average_weights", average_weights)
         self._average_weights = average_weights
         check_flag("save_factors", save_factors)
         self._save_factors = save_factors
-        self._report_settings = ReportSettings(pictures_every_n_steps, report_dir)
-        self._logger_settings = MetricsLoggerSettings(log_layers, progress_bar)
+        check_instance("logging", logging, Logging)
+        #: What is logged and drawn.
+        self.logging = logging
 
     def __getstate__(self) -> dict[str, Any]:
         """The options alone: a copy must hold neither the model nor anything that is attached to it."""
@@ -133,26 +120,19 @@ class KFCOptions:
             "settings": self._settings,
             "average_weights": self._average_weights,
             "save_factors": self._save_factors,
-            "report": self._report_settings,
-            "metrics": self._logger_settings,
+            "logging": self.logging,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._settings = state["settings"]
         self._average_weights = state["average_weights"]
         self._save_factors = state["save_factors"]
-        self._report_settings = state["report"]
-        self._logger_settings = state["metrics"]
+        self.logging = state["logging"]
 
     @property
     def average_weights(self) -> float | None:
         """The decay of the average of the weights; None for no average."""
         return self._average_weights
-
-    @property
-    def report_dir(self) -> str | None:
-        """The folder of the report; None for none."""
-        return self._report_settings.report_dir
 
     @property
     def state_key(self) -> str:

@@ -7,11 +7,12 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_kfc.callback.metrics_logging import MetricsLogger, MetricsLoggerSettings
+from lightning_kfc.callback.metrics_logging import MetricsLogger
 from lightning_kfc.callback.notices import Notices
 from lightning_kfc.callback.training_step import TrainingStepCapture
 from lightning_kfc.kfc import KFC
-from lightning_kfc.reporting.report import Report, ReportSettings
+from lightning_kfc.reporting.options import Logging
+from lightning_kfc.reporting.report import Report
 
 
 class FitSession:
@@ -22,8 +23,7 @@ class FitSession:
         kfc: The engine.
         trainer: The trainer.
         pl_module: The module that is trained.
-        report: Options of the report.
-        metrics: Options of what is logged.
+        logging: What is logged and drawn.
 
     Attributes:
         report: Pictures and the report.
@@ -34,18 +34,10 @@ class FitSession:
             replaces them first.
     """
 
-    def __init__(
-        self,
-        callback: object,
-        kfc: KFC,
-        trainer: Any,
-        pl_module: Any,
-        report: ReportSettings,
-        metrics: MetricsLoggerSettings,
-    ) -> None:
+    def __init__(self, callback: object, kfc: KFC, trainer: Any, pl_module: Any, logging: Logging) -> None:
         self._kfc = kfc
-        self.report = Report(report, kfc, trainer, pl_module)
-        self.metrics = MetricsLogger(metrics, kfc, trainer, pl_module, self.report)
+        self.report = Report(logging, kfc, trainer, pl_module)
+        self.metrics = MetricsLogger(logging, kfc, trainer, pl_module, self.report)
         self.notices = Notices()
         self.capture = TrainingStepCapture(trainer, callback, kfc, self.report, self.notices)
         self.loss_gradients: dict[int, Tensor] = {}

@@ -53,7 +53,7 @@ def refuse_shared_folder(folder: str | None, folders: Sequence[str | None]) -> N
         folders: Those of all callbacks of the trainer.
     """
     if folder is not None and folders.count(folder) > 1:
-        raise ValueError(f"two KFCCallbacks have report_dir={folder!r}: give each a folder of its own.")
+        raise ValueError(f"two KFCCallbacks have logging.report_dir={folder!r}: give each a folder of its own.")
 
 
 def announce(kfc: KFC, trainer: Any, pl_module: Any, *, save_factors: bool, average: AveragedWeights | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -43,8 +43,15 @@ class LayerOptions:
 
     @classmethod
     def of(cls, settings: Settings) -> LayerOptions:
-        """The fields of these names in all settings."""
-        return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
+        """Those of all settings that concern layers."""
+        return cls(
+            include=settings.include,
+            exclude=settings.exclude,
+            weight_sharing=settings.weight_sharing,
+            max_factor_dim=settings.max_factor_dim,
+            rows_per_dim=settings.rows_per_dim,
+            inverse_precision=settings.precision.inverses,
+        )
 
 
 @dataclass(frozen=True)

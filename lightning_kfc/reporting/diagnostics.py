@@ -42,12 +42,12 @@ class Diagnostics:
 
     Args:
         kfc: The engine.
-        log_layers: Whether there are numbers for each layer, besides the smallest, the median and the largest one.
+        layers: Whether there are numbers for each layer, besides the smallest, the median and the largest one.
     """
 
-    def __init__(self, kfc: KFC, *, log_layers: bool = False) -> None:
+    def __init__(self, kfc: KFC, *, layers: bool = False) -> None:
         self._kfc = kfc
-        self._log_layers = log_layers
+        self._each_layer = layers
         self._looked = _Looked()
         self._spectra: dict[str, tuple[int, LayerSpectra]] = {}
         self._looks: deque[set[str]] = deque(maxlen=LOOKS)
@@ -167,7 +167,7 @@ class Diagnostics:
         for name, (_, spectra) in self._spectra.items():
             by_layer.setdefault(name, {}).update(spectra.as_numbers())
         own = {f"kfc/{name}/{key}": value for name, found in by_layer.items() for key, value in found.items()}
-        return {**summary(by_layer.values()), **(own if self._log_layers else {})}
+        return {**summary(by_layer.values()), **(own if self._each_layer else {})}
 
     def facts(
         self, *, gradient_scaler: bool = False, gradient_clip_factors: Sequence[float] = (), momentum: float = 0.0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 from lightning_kfc.kfc import KFC
 from lightning_kfc.monitoring.events import History
 from lightning_kfc.pictures import (
-    check_matplotlib,
     draw_autocorrelation,
     draw_coverage,
     draw_factors,
@@ -26,8 +24,8 @@ from lightning_kfc.pictures import (
 from lightning_kfc.pictures.html import render
 from lightning_kfc.pictures.snapshots import SpectraOverTime, shown, shown_factors
 from lightning_kfc.reporting.map_watcher import MapWatcher, spatial_modules
+from lightning_kfc.reporting.options import Logging
 from lightning_kfc.reporting.sections import run_facts, sections
-from lightning_kfc.utilities.checks import check_folder, check_integer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,46 +34,24 @@ if TYPE_CHECKING:
 REPORT = "report.html"
 
 
-@dataclass(frozen=True)
-class ReportSettings:
-    """The options of pictures and report; see the callback for what each one does."""
-
-    pictures_every_n_steps: int | None = None
-    report_dir: str | None = None
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        if self.pictures_every_n_steps is not None:
-            check_integer("pictures_every_n_steps", self.pictures_every_n_steps, minimum=1)
-            check_matplotlib("KFCCallback(pictures_every_n_steps=...)")
-        if self.report_dir is not None:
-            object.__setattr__(self, "report_dir", check_folder("report_dir", self.report_dir))
-            check_matplotlib("KFCCallback(report_dir=...)")
-
-    @property
-    def wanted(self) -> bool:
-        """Whether there is anything to do."""
-        return self.pictures_every_n_steps is not None or self.report_dir is not None
-
-
 class Report:
     """What one fit shows of itself, on the rank that writes.
 
     Between the steps of pictures only the clock runs.
 
     Args:
-        settings: The options.
+        options: The options of pictures and report.
         kfc: The engine.
         trainer: The trainer.
         module: The module that is trained.
     """
 
-    def __init__(self, settings: ReportSettings, kfc: KFC, trainer: Any, module: nn.Module) -> None:
-        self._settings = settings
+    def __init__(self, options: Logging, kfc: KFC, trainer: Any, module: nn.Module) -> None:
+        self._options = options
         self._kfc = kfc
         self._trainer = trainer
         self._module = module
-        self._active = settings.wanted and bool(trainer.is_global_zero)
+        self._active = options.draws and bool(trainer.is_global_zero)
         self._timed = self._active or bool(trainer.is_global_zero and trainer.log_every_n_steps)
         self._due_at = 0
         self._watcher: MapWatcher | None = None
@@ -155,7 +131,7 @@ class Report:
             self._take(done, step)
 
     def _take(self, done: int, step: int) -> None:
-        every = self._settings.pictures_every_n_steps
+        every = self._options.pictures_every_n_steps
         # Without a period: at steps that lie ever further apart, since what a report compares moves ever more slowly.
         self._due_at = max(1, 2 * done) if every is None else (done // every + 1) * every
         self._spectra.take(done, self._kfc.layers)
@@ -189,8 +165,8 @@ class Report:
                 # A logger has the numbers themselves.
                 for name in (name for name in figures if name != "numbers"):
                     add_figure(f"kfc/{name}", figures[name], global_step=step)
-        if self._settings.report_dir is not None:
-            folder = Path(self._settings.report_dir) / "pictures"
+        if self._options.report_dir is not None:
+            folder = Path(self._options.report_dir) / "pictures"
             for name, figure in figures.items():
                 _write(folder / f"{name}-{step:07d}.png", png(figure))
 
@@ -203,12 +179,12 @@ class Report:
         if not self._active:
             return None
         self._active = False
-        if self._settings.report_dir is None:
+        if self._options.report_dir is None:
             return None
         kfc = self._kfc
         if kfc.last_step is not None:
             self._spectra.take(kfc.last_step.step, kfc.layers)
-        path = Path(self._settings.report_dir) / REPORT
+        path = Path(self._options.report_dir) / REPORT
         facts = run_facts(kfc, self._trainer, interrupted_by)
         shown = sections(kfc, facts, self.figures(), self._missing(), self.advice)
         title = f"KFC: training of {type(self._module).__name__}"

@@ -67,8 +67,8 @@ def with_rule(settings: Settings, choice: RuleChoice) -> Settings:
 
 def _against_adam(layers: Mapping[str, Layer], settings: Settings) -> str:
     """The reason not to use the rule "adam"; empty where there is none."""
-    if settings.inverse == "ekfac" or settings.inverse_precision != "full":
-        return "inverse='ekfac' and inverse_precision='bfloat16' need the rule 'natural'"
+    if settings.inverse == "ekfac" or settings.precision.inverses != "full":
+        return "inverse='ekfac' and precision.inverses='bfloat16' need the rule 'natural'"
     if settings.placement not in ("auto", "comm-opt", 1):
         return f"placement={settings.placement!r} needs the rule 'natural'"
     if settings.damping != "auto":

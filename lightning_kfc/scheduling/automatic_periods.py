@@ -135,11 +135,11 @@ class PeriodChoice:
             f"step takes {100 * chosen.overhead:.0f}% longer"
         )
         if chosen.overhead <= budget:
-            return f"{found} (max_overhead={budget:g})."
+            return f"{found} (timing.max_overhead={budget:g})."
         alone = costs.each_step / costs.plain
         return (
-            f"{found}: more than max_overhead={budget:g}, though they are the longest that make sense. Preconditioning "
-            f"and reviews alone, which no period changes, take {100 * alone:.0f}%."
+            f"{found}: more than timing.max_overhead={budget:g}, though they are the longest that make sense. "
+            f"Preconditioning and reviews alone, which no period changes, take {100 * alone:.0f}%."
         )
 
     def state_dict(self) -> dict[str, Any]:

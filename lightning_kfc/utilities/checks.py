@@ -53,6 +53,13 @@ def check_flag(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be true or false, got {value!r}.")
 
 
+def check_instance(name: str, value: Any, kind: type) -> None:
+    """Require an object of a class that the user makes."""
+    if not isinstance(value, kind):
+        made = f"{name}={kind.__name__}(...)"
+        raise TypeError(f"{name} must be given as {made}, got {value!r} of type {type(value).__name__}.")
+
+
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """Require one of the named choices."""
     choices = tuple(choices)

@@ -5,14 +5,24 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 
-from lightning_kfc import Bernoulli, Categorical, ExponentialSchedule, Gaussian, KFCCallback, LinearSchedule
-from lightning_kfc.settings import REMOVED, Settings
+from lightning_kfc import (
+    Bernoulli,
+    Categorical,
+    ExponentialSchedule,
+    Gaussian,
+    KFCCallback,
+    LinearSchedule,
+    Logging,
+    Precision,
+    RefreshTiming,
+)
+from lightning_kfc.settings import FORMER
 from tests.helpers.lightning_nets import QUIET
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -105,6 +115,10 @@ def test_the_short_name_of_an_imported_class_is_enough(cli, tmp_path):
         ("likelihood", entry("lightning_kfc.Bernoulli", output_of="net", reduction="sum"), Bernoulli("net", "sum")),
         ("likelihood", "categorical", "categorical"),
         ("rule", "adam", "adam"),
+        ("timing", {"max_overhead": 0.1}, RefreshTiming(max_overhead=0.1)),
+        ("timing", {"stagger_inverses": False}, RefreshTiming(stagger_inverses=False)),
+        ("precision", {"inverses": "bfloat16"}, Precision(inverses="bfloat16")),
+        ("precision", {"reduction": "bfloat16"}, Precision(reduction="bfloat16")),
         ("include", "net.[07]", ("net.[07]",)),
     ],
 )
@@ -119,12 +133,28 @@ def test_what_yaml_says_arrives_and_survives_print_config(cli, tmp_path, capsys,
     assert getattr(settings_of(cli(["fit", "--config", str(printed)])), option) == expected
 
 
+def test_options_of_groups_are_set_on_the_command_line(cli, tmp_path):
+    config = written(tmp_path, [entry(timing={"stagger_inverses": False}, logging={"layers": True})])
+    given = ["timing.max_overhead=0.1", "precision.inverses=bfloat16", f"logging.report_dir={tmp_path}"]
+    ran = cli(["fit", "--config", config, *FAST, *(f"--trainer.callbacks.{each}" for each in given)])
+    settings = settings_of(ran)
+    assert settings.timing == RefreshTiming(stagger_inverses=False, max_overhead=0.1)
+    assert settings.precision == Precision(inverses="bfloat16")
+    (callback,) = (c for c in ran.trainer.callbacks if isinstance(c, KFCCallback))
+    assert callback.logging == Logging(layers=True, report_dir=str(tmp_path))
+    assert (tmp_path / "report.html").exists()
+
+
 def test_the_help_explains_every_option(cli, capsys):
     with pytest.raises(SystemExit):
         cli(["fit", "--trainer.callbacks.help", "lightning_kfc.KFCCallback"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "Preconditions gradients with KFC (Grosse & Martens 2016)" in shown
-    options = [n for n, p in inspect.signature(KFCCallback).parameters.items() if p.kind != p.VAR_KEYWORD]
+    parameters = [(n, p) for n, p in inspect.signature(KFCCallback).parameters.items() if p.kind != p.VAR_KEYWORD]
+    groups = {name: [field.name for field in fields(p.default)] for name, p in parameters if is_dataclass(p.default)}
+    assert set(groups) == {"timing", "precision", "logging"}
+    options = [rf"{name}\.{each}" for name in groups for each in groups[name]]
+    options += [name for name, _ in parameters if name not in groups]
     assert len(options) > 10
     for option in options:
         # Its name, at least five words on it, and its type.
@@ -144,6 +174,10 @@ def test_the_help_explains_every_option(cli, capsys):
         ("warmup_steps", "ten", r""""warmup_steps":\s+Expected a <class 'int'>. Got value: ten"""),
         ("ema_decay", 2, r"ema_decay must be at least 0 and below 1, got 2"),
         ("dampng", 0.1, r"'dampng' is not accepted"),
+        ("timing", {"max_overhed": 0.1}, r"max_overhed"),
+        ("timing", {"max_overhead": 0}, r"timing.max_overhead must be a positive number, got 0"),
+        ("precision", {"inverses": "half"}, r"inverses[\s\S]*half"),
+        ("logging", {"pictures_every_n_steps": 0}, r"logging.pictures_every_n_steps must be at least 1, got 0"),
         ("save_factors", "maybe", r""""save_factors":\s+Expected a <class 'bool'>. Got value: maybe"""),
     ],
 )
@@ -155,8 +189,8 @@ def test_a_wrong_value_in_yaml_is_refused_naming_option_and_value(cli, tmp_path,
     assert re.search(said, shown), shown
 
 
-@pytest.mark.parametrize("option", sorted(set(REMOVED) - {field.name for field in fields(Settings)}))
-def test_an_option_that_was_removed_is_refused_by_name(cli, tmp_path, capsys, option):
+@pytest.mark.parametrize("option", sorted(FORMER))
+def test_an_option_of_an_earlier_version_is_refused_by_name(cli, tmp_path, capsys, option):
     config = written(tmp_path, [entry(**{option: 1})])
     with pytest.raises(SystemExit):
         cli(["fit", "--config", config, *FAST])

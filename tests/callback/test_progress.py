@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 from torch import nn
 
-from lightning_kfc import KFC, KFCCallback
+from lightning_kfc import KFC, KFCCallback, Logging
 from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.distributed import process_group as distributed
 from lightning_kfc.monitoring.messages import LOGGER
@@ -32,7 +32,7 @@ def test_the_progress_bar_shows_the_clip_and_the_damping_of_the_step(bar: type[P
     def note(trainer: Any, module: Any, *args: Any) -> None:
         shown.append(dict(used.get_metrics(trainer, module)))
 
-    callback = KFCCallback(damping=0.02, kl_clip=1e-3, progress_bar=True)
+    callback = KFCCallback(damping=0.02, kl_clip=1e-3, logging=Logging(progress_bar=True))
     watch = Watch("on_train_batch_end", note)
     fit(Classifier(), kfc=callback, callbacks=[used, watch], max_steps=3, enable_progress_bar=True)
     assert len(shown) == 3
@@ -50,13 +50,14 @@ def test_without_the_option_the_bar_is_as_it_was() -> None:
     assert [name for name in seen if name.startswith("kfc")] == []
 
 
-@pytest.mark.parametrize("name", ["log_layers", "progress_bar"])
+@pytest.mark.parametrize("name", ["layers", "progress_bar"])
 def test_the_options_are_true_or_false_and_kept_by_copies(name: str) -> None:
     options: dict[str, Any] = {name: True}
-    assert getattr(pickle.loads(pickle.dumps(KFCCallback(**options)))._logger_settings, name) is True
+    callback = KFCCallback(logging=Logging(**options))
+    assert getattr(pickle.loads(pickle.dumps(callback)).logging, name) is True
     options = {name: 1}
-    with pytest.raises(TypeError, match=f"{name} must be true or false, got 1"):
-        KFCCallback(**options)
+    with pytest.raises(TypeError, match=rf"logging\.{name} must be true or false, got 1"):
+        Logging(**options)
 
 
 def nested(net: nn.Module, depth: int) -> nn.Module:

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lightning_kfc.pytorch_lightning
-from lightning_kfc import KFCCallback
+from lightning_kfc import KFCCallback, RefreshTiming
 from lightning_kfc.factors.running_average import averages_of
 from tests.helpers.lightning_nets import QUIET, ConvNet, Regression, images, loader, trainer, vectors
 from tests.helpers.resumed_run import ByStep, new_callback, run
@@ -106,7 +106,7 @@ def checkpoint_of(folder, step, **options):
 
 
 def test_a_changed_schedule_takes_the_factors_over_and_then_rules(tmp_path):
-    together = {"stagger_inverses": False}
+    together = {"timing": RefreshTiming(stagger_inverses=False)}
     path = checkpoint_of(tmp_path, 7, callback=new_callback(**together))
     state = torch.load(path, weights_only=True)["callbacks"]["KFCCallback"]
     seen = Recorded()
@@ -220,7 +220,7 @@ def test_after_a_checkpoint_of_weights_only_training_starts_with_a_warm_up(tmp_p
 
 def test_without_factors_a_checkpoint_is_small_and_a_resumed_run_warms_up_and_says_so(tmp_path):
     # With a fixed bound, no review asks for statistics of its own.
-    together = {"stagger_inverses": False, "kl_clip": 0.03}
+    together = {"timing": RefreshTiming(stagger_inverses=False), "kl_clip": 0.03}
     path = checkpoint_of(tmp_path / "small", 7, callback=new_callback(save_factors=False, **together))
     state = torch.load(path, weights_only=True)["callbacks"]["KFCCallback"]
     assert state["layers"] is None

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_kfc import KFC
+from lightning_kfc import KFC, Precision
 from lightning_kfc.factors.running_average import averages_of
 from tests.helpers.nets import train_step
 
@@ -52,7 +52,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "eigh": {"inverse": "eigh"},
     "ekfac": {"inverse": "ekfac"},
     "adam": {"rule": "adam"},
-    "bfloat16": {"inverse_precision": "bfloat16"},
+    "bfloat16": {"precision": Precision(inverses="bfloat16")},
     "diagonal": {"max_factor_dim": 200},
 }
 

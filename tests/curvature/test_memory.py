@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_kfc import KFC
+from lightning_kfc import KFC, Precision
 from lightning_kfc.factors.inverses import CholeskyInverse
 from lightning_kfc.factors.running_average import RunningAverage, StoredAverage, stored_nbytes
 from tests.helpers.nets import classes, data, train_step
@@ -142,8 +142,8 @@ def test_between_forward_and_backward_only_the_inputs_of_norms_are_kept_and_noth
 
 def test_inverses_in_bfloat16_take_half_and_give_nearly_the_same_update() -> None:
     def update(precision: str) -> tuple[Tensor, int]:
-        kfc, model, updates = trained(6, inverse_precision=precision)
-        foretold = sum(row.bytes for row in KFC(net(), inverse_precision=precision).coverage())
+        kfc, model, updates = trained(6, precision=Precision(inverses=precision))
+        foretold = sum(row.bytes for row in KFC(net(), precision=Precision(inverses=precision)).coverage())
         held = held_bytes(reachable_tensors(kfc, stop=[model, *model.parameters(), *model.buffers()]))
         assert held / foretold == pytest.approx(1, abs=0.1)
         inverses = [layer.inverse for layer in kfc.layers.values() if isinstance(layer.inverse, CholeskyInverse)]
@@ -159,8 +159,8 @@ def test_inverses_in_bfloat16_take_half_and_give_nearly_the_same_update() -> Non
 
 @pytest.mark.parametrize(("saved", "resumed"), [("full", "bfloat16"), ("bfloat16", "full"), ("bfloat16", "bfloat16")])
 def test_an_inverse_is_resumed_in_the_precision_that_is_asked_for(saved: str, resumed: str) -> None:
-    kfc, _, _ = trained(2, inverse_precision=saved)
-    other = KFC(net(), inverse_precision=resumed)
+    kfc, _, _ = trained(2, precision=Precision(inverses=saved))
+    other = KFC(net(), precision=Precision(inverses=resumed))
     assert other.load_state_dict(kfc.state_dict()) == []
     for name, layer in other.layers.items():
         if isinstance(layer.inverse, CholeskyInverse):
@@ -172,4 +172,4 @@ def test_an_inverse_is_resumed_in_the_precision_that_is_asked_for(saved: str, re
 
 def test_an_eigenbasis_in_bfloat16_is_refused_with_the_way_out() -> None:
     with pytest.raises(ValueError, match="Use inverse='cholesky'"):
-        KFC(net(), inverse="eigh", inverse_precision="bfloat16")
+        KFC(net(), inverse="eigh", precision=Precision(inverses="bfloat16"))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 
-from lightning_kfc import KFC
+from lightning_kfc import KFC, RefreshTiming
 from tests.helpers import oracles
 from tests.helpers.nets import classes, data, engine, observe, train_step
 from tests.layers.rows import curved, dense_fisher, rebuilt_gradient
@@ -247,7 +247,12 @@ def test_parameters_unfrozen_between_due_steps_train_and_are_covered_from_the_ne
     frozen = model[0] if whole else model[0].bias
     frozen.requires_grad_(False)
     x, y = torch.randn(16, 3), classes(16, count=2)
-    rarely = {"factor_every_n_steps": 5, "inverse_every_n_steps": 10, "warmup_steps": 2, "stagger_inverses": False}
+    rarely = {
+        "factor_every_n_steps": 5,
+        "inverse_every_n_steps": 10,
+        "warmup_steps": 2,
+        "timing": RefreshTiming(stagger_inverses=False),
+    }
     kfc = engine(model, fisher="mc", kl_clip=0.03, **rarely)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     weight = model[0].weight.clone()

@@ -18,7 +18,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_kfc import KFC, KFCCallback
+from lightning_kfc import KFC, KFCCallback, Precision
 from lightning_kfc.distributed import factor_reduction as reduction
 from lightning_kfc.factors.packing import packed_numel
 from lightning_kfc.layers import registry
@@ -154,14 +154,14 @@ def with_small_buffers(largest: int, *arguments: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("precision", ["full", "bfloat16"])
 def test_many_small_buffers_bring_the_same_sums_as_one(two_ranks: Ranks, precision: str) -> None:
-    case = (conv_net, 24, 4, {"reduce_precision": precision}, {}, {})
+    case = (conv_net, 24, 4, {"precision": Precision(reduction=precision)}, {}, {})
     one = two_ranks.run(on_a_rank, *case)
     many = two_ranks.run(with_small_buffers, 256, *case)
     assert difference(many[0], one[0]) == difference(many[1], one[1]) == 0
 
 
 def test_bfloat16_on_the_wire_rounds_the_sums_alike_on_all_ranks(two_ranks: Ranks) -> None:
-    case = {"kfc": {"reduce_precision": "bfloat16"}, "options": {"max_steps": 1}}
+    case = {"kfc": {"precision": Precision(reduction="bfloat16")}, "options": {"max_steps": 1}}
     # Two roundings to 8 bits, 2**-8 each; the inverses amplify that by up to the factors' condition.
     (first, second), whole = two_ranks.run(on_a_rank, *arguments(**case)), on_one_rank(**case)
     factors = [name for name in whole if name.endswith((".A", ".G"))]
@@ -244,7 +244,7 @@ def test_a_nan_on_one_rank_skips_the_step_on_all_and_nothing_hangs(two_ranks: Ra
 
 
 def bytes_sent(precision: str) -> tuple[int, int, int]:
-    callback = KFCCallback(**EXACT, reduce_precision=precision)
+    callback = KFCCallback(**EXACT, precision=Precision(reduction=precision))
     options = {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": 2, "max_steps": 2}
     trainer(callback, **options).fit(Net(), loader(images(24), 4))
     sent = callback.kfc.communication

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
-from lightning_kfc import KFCCallback
+from lightning_kfc import KFCCallback, Precision
 from lightning_kfc.distributed.sharded_tensors import whole
 from tests.distributed.nets import EXACT, Net, conv_net, difference, images, loader, trainer
 from tests.distributed.pool import Ranks
@@ -217,7 +217,7 @@ def test_a_nan_in_one_rank_s_part_skips_the_step_on_all(mesh: str, request: pyte
 
 
 def rounded(kind: Callable[[], Net], data: int, tensor: int, precision: str) -> dict[str, Tensor]:
-    return train(kind, data, tensor, {"reduce_precision": precision}, {"max_steps": 1})["weights"]
+    return train(kind, data, tensor, {"precision": Precision(reduction=precision)}, {"max_steps": 1})["weights"]
 
 
 @pytest.mark.parametrize("mesh", ["FSDP2", "HSDP", "FSDP2 + TP"])

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_kfc import KFC, Gaussian, KFCCallback, LinearSchedule
-from lightning_kfc.settings import CALLBACK_DEFAULTS, REMOVED, Options, Settings
+from lightning_kfc import KFC, Gaussian, KFCCallback, LinearSchedule, Logging, Precision, RefreshTiming
+from lightning_kfc.settings import CALLBACK_DEFAULTS, FORMER, Options, Settings
 from tests.helpers.nets import classes, data, double, engine, train_step
 
 NAN, INF = float("nan"), float("inf")
@@ -37,8 +37,6 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
     ("placement", 0, ValueError, "placement must be a positive number, got 0"),
     ("placement", 1.5, ValueError, "placement is a fraction of the ranks, at most 1, got 1.5"),
     ("placement", None, TypeError, "placement must be a number, got None"),
-    ("reduce_precision", "half", ValueError, "reduce_precision must be one of 'full', 'bfloat16', got 'half'"),
-    ("inverse_precision", "half", ValueError, "inverse_precision must be one of 'full', 'bfloat16', got 'half'"),
     *[
         (name, v, error, message.format(name))
         for name in ("factor_every_n_steps", "inverse_every_n_steps")
@@ -50,8 +48,9 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
         )
     ],
     ("warmup_steps", -1, ValueError, "warmup_steps must be at least 0, got -1"),
-    ("max_overhead", 0.0, ValueError, "max_overhead must be a positive number, got 0.0"),
-    ("stagger_inverses", 1, TypeError, "stagger_inverses must be true or false, got 1"),
+    ("timing", {"max_overhead": 0.1}, TypeError, r"timing must be given as timing=RefreshTiming\(...\), got {.*dict"),
+    ("timing", Precision(), TypeError, r"timing must be given as timing=RefreshTiming\(...\), got Precision\("),
+    ("precision", "bfloat16", TypeError, r"precision must be given as precision=Precision\(...\), got 'bfloat16' of"),
     ("seed", -1, ValueError, "seed must be at least 0, got -1"),
     ("seed", "0", TypeError, "seed must be a whole number, got '0' of type str"),
     ("include", [3], TypeError, r"include takes glob patterns over module names.*got 3 of type int"),
@@ -70,11 +69,64 @@ def test_a_wrong_setting_is_an_error_naming_it_and_its_value(
         Settings(**{name: value})
 
 
-@pytest.mark.parametrize("name", sorted(set(REMOVED) - {field.name for field in fields(Settings)}))
-def test_a_setting_that_was_removed_is_an_error_naming_it_and_the_way_out(name: str) -> None:
-    with pytest.raises(TypeError, match=rf"^{name} was removed: .*\. Leave it out\.$"):
+@pytest.mark.parametrize(
+    ("group", "name", "value", "error", "message"),
+    [
+        (RefreshTiming, "max_overhead", 0.0, ValueError, r"timing\.max_overhead must be a positive number, got 0\.0"),
+        (RefreshTiming, "max_overhead", "a", TypeError, r"timing\.max_overhead must be a number, got 'a' of type str"),
+        (RefreshTiming, "stagger_inverses", 1, TypeError, r"timing\.stagger_inverses must be true or false, got 1"),
+        (
+            Precision,
+            "inverses",
+            "half",
+            ValueError,
+            r"precision\.inverses must be one of 'full', 'bfloat16', got 'half'",
+        ),
+        (Precision, "reduction", None, ValueError, r"precision\.reduction must be one of 'full', 'bfloat16', got None"),
+    ],
+)
+def test_a_wrong_value_in_a_group_is_an_error_naming_group_option_and_value(
+    group: Any, name: str, value: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        group(**{name: value})
+
+
+def test_the_callback_refuses_a_mapping_for_a_group() -> None:
+    with pytest.raises(TypeError, match=r"logging must be given as logging=Logging\(...\), got {'layers': True} of"):
+        KFCCallback(logging={"layers": True})  # type: ignore[arg-type]  # what is tested
+
+
+#: Moved settings: the group's option, its class and its field.
+MOVED = {
+    "stagger_inverses": ("timing", RefreshTiming, "stagger_inverses"),
+    "max_overhead": ("timing", RefreshTiming, "max_overhead"),
+    "inverse_precision": ("precision", Precision, "inverses"),
+    "reduce_precision": ("precision", Precision, "reduction"),
+    "log_layers": ("logging", Logging, "layers"),
+    "progress_bar": ("logging", Logging, "progress_bar"),
+    "pictures_every_n_steps": ("logging", Logging, "pictures_every_n_steps"),
+    "report_dir": ("logging", Logging, "report_dir"),
+}
+
+
+def way_out(name: str) -> str:
+    if name not in MOVED:
+        return rf"^{name} was removed: .*\. Leave it out\.$"
+    option, group, field = MOVED[name]
+    assert field in {entry.name for entry in fields(group)}
+    assert inspect.signature(KFCCallback).parameters[option].default == group()
+    return rf"^{name} is now {option}={group.__name__}\({field}=\.\.\.\)"
+
+
+@pytest.mark.parametrize("name", sorted(FORMER))
+def test_a_setting_of_an_earlier_version_is_an_error_naming_it_and_the_way_out(name: str) -> None:
+    assert set(MOVED) <= set(FORMER)
+    with pytest.raises(TypeError, match=way_out(name)):
         KFC(nn.Linear(2, 2), **{name: None})
-    with pytest.raises(TypeError, match=rf"^{name} was removed: .*\. Leave it out\.$"):
+    with pytest.raises(TypeError, match=way_out(name)):
+        Settings(**{name: None})
+    with pytest.raises(TypeError, match=way_out(name)):
         KFCCallback(**{name: None})
 
 
@@ -83,6 +135,8 @@ def test_a_setting_that_never_was_is_an_error_naming_it() -> None:
         KFC(nn.Linear(2, 2), dampng=0.1)
     with pytest.raises(TypeError, match=r"^KFCCallback has no setting 'dampng'"):
         KFCCallback(dampng=0.1)
+    with pytest.raises(TypeError, match=r"^Settings has no setting 'dampng'"):
+        Settings(dampng=0.1)  # type: ignore[call-arg]  # what is tested
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_kfc import KFCCallback
+from lightning_kfc import KFCCallback, Logging
 from lightning_kfc.monitoring.advice import (
     RULES,
     Adviser,
@@ -264,7 +264,11 @@ def test_float16_that_overflows_again_and_again_is_noticed() -> None:
 @pytest.mark.slow
 def test_advice_is_said_once_and_is_in_the_report(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        said = advice(KFCCallback(damping=1e4, kl_clip=None, report_dir=str(tmp_path)), steps=120, log_every_n_steps=1)
+        said = advice(
+            KFCCallback(damping=1e4, kl_clip=None, logging=Logging(report_dir=str(tmp_path))),
+            steps=120,
+            log_every_n_steps=1,
+        )
     (sentence,) = (line for line in said if "largest curvature" in line)
     assert sum(sentence in record.getMessage() for record in caplog.records) == 1
     assert f"<li>{sentence}</li>" in (tmp_path / "report.html").read_text("utf-8")
@@ -272,5 +276,5 @@ def test_advice_is_said_once_and_is_in_the_report(tmp_path: Path, caplog: pytest
 
 @pytest.mark.slow
 def test_a_training_that_gives_no_occasion_has_none_in_its_report(tmp_path: Path) -> None:
-    assert advice(KFCCallback(report_dir=str(tmp_path)), steps=6) == []
+    assert advice(KFCCallback(logging=Logging(report_dir=str(tmp_path))), steps=6) == []
     assert "<h2>Advice</h2><p>None.</p>" in (tmp_path / "report.html").read_text("utf-8")

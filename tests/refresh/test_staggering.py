@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_kfc import KFC
+from lightning_kfc import KFC, RefreshTiming
 from lightning_kfc.utilities.load_balancing import factorisation_cost
 from tests.helpers.nets import classes, data, double, engine, train_step
 
@@ -92,7 +92,7 @@ def test_an_inverse_is_made_from_the_latest_factors() -> None:
 
 
 def test_without_staggering_all_are_inverted_at_the_dates_of_the_schedule() -> None:
-    training = Training(stagger_inverses=False).run(40)
+    training = Training(timing=RefreshTiming(stagger_inverses=False)).run(40)
     everyone = list(training.kfc.layers)
     assert {s: names for s, names in enumerate(training.inverted) if names} == dict.fromkeys(
         (0, 1, 2, 4, 12, 24, 36), everyone

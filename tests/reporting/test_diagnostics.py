@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_kfc import KFC, KFCCallback
+from lightning_kfc import KFC, KFCCallback, Logging, RefreshTiming
 from lightning_kfc.reporting.diagnostics import Diagnostics, bytes_held, summary
 from lightning_kfc.trust_region.region import Outcome, TrustRegion
 from tests.helpers.harness import QUIET, Classifier, conv_net, dense_net, fit, images, loader, weights
@@ -65,15 +65,17 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("log_layers", [False, True])
-def test_loggers_get_all_numbers_at_each_logged_step(log_layers: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("each_layer", [False, True])
+def test_loggers_get_all_numbers_at_each_logged_step(each_layer: bool, tmp_path: Path) -> None:
     # A damping with which no layer of so small a network dies: a gradient of 0 has no cosine.
-    callback = KFCCallback(damping=0.01, log_layers=log_layers, stagger_inverses=False)
+    callback = KFCCallback(
+        damping=0.01, logging=Logging(layers=each_layer), timing=RefreshTiming(stagger_inverses=False)
+    )
     train(callback, logger=CSVLogger(tmp_path))
     found = rows(tmp_path)
     assert [int(row["step"]) for row in found] == [0, 5, 10, 15, 20]
     expected = OF_ALL | {f"kfc/{key}_{kind}" for key in PER_LAYER for kind in ("min", "median", "max")}
-    if log_layers:
+    if each_layer:
         expected |= {f"kfc/{layer}/{key}" for layer in ("net.0", "net.3") for key in PER_LAYER}
     assert set(found[0]) - {"step", "epoch"} == expected
     # Nothing has been reviewed, nor timed to its end, before the first step.
@@ -92,7 +94,7 @@ def test_loggers_get_all_numbers_at_each_logged_step(log_layers: bool, tmp_path:
 
 
 def test_numbers_change_nothing() -> None:
-    logged = train(KFCCallback(log_layers=True, progress_bar=True), steps=12, log_every_n_steps=1)
+    logged = train(KFCCallback(logging=Logging(layers=True, progress_bar=True)), steps=12, log_every_n_steps=1)
     assert torch.equal(weights(logged), weights(train(KFCCallback(), steps=12, log_every_n_steps=0)))
 
 
@@ -139,7 +141,7 @@ def test_cosine_and_update_to_weight_are_those_of_the_gradients_before_and_after
     # Without a bias the engine's matrix is a view of the gradient that it overwrites.
     model = nn.Sequential(nn.Conv2d(1, 4, 3, bias=bias), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3, bias=bias)).double()
     kfc = KFC(model, kl_clip=kl_clip, rule=rule)
-    diagnostics = Diagnostics(kfc, log_layers=True)
+    diagnostics = Diagnostics(kfc, layers=True)
     before = step(kfc, model, diagnostics)
     after = [p.grad for p in model.parameters() if p.grad is not None]
     numbers = diagnostics.numbers()
@@ -201,7 +203,8 @@ def test_a_factor_is_looked_at_once_for_each_refresh_of_its_inverse(monkeypatch:
 
     monkeypatch.setattr(module, "spectra_of", noted)
     model = conv_net()
-    kfc = KFC(model, warmup_steps=0, factor_every_n_steps=2, inverse_every_n_steps=4, stagger_inverses=False)
+    together = RefreshTiming(stagger_inverses=False)
+    kfc = KFC(model, warmup_steps=0, factor_every_n_steps=2, inverse_every_n_steps=4, timing=together)
     diagnostics = Diagnostics(kfc)
     for _ in range(9):
         step(kfc, model, diagnostics)
@@ -213,7 +216,7 @@ def test_norm_layers_and_embeddings_have_numbers_without_factors() -> None:
     torch.manual_seed(0)
     model = dense_net(batch_norm=True)
     kfc = KFC(model)
-    diagnostics = Diagnostics(kfc, log_layers=True)
+    diagnostics = Diagnostics(kfc, layers=True)
     step(kfc, model, diagnostics)
     numbers = diagnostics.numbers()
     assert numbers["kfc/2/largest_curvature"] > 0

@@ -30,10 +30,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_kfc import KFCCallback
+from lightning_kfc import KFCCallback, Logging
 from lightning_kfc.pictures.snapshots import SpectraOverTime
 from lightning_kfc.reporting.map_watcher import MapWatcher
-from lightning_kfc.reporting.report import Report, ReportSettings
+from lightning_kfc.reporting.report import Report
 from lightning_kfc.settings import CALLBACK_DEFAULTS, Settings
 from tests.helpers.harness import QUIET, Classifier, Watch, dense_net, fit, hooks_of, images, loader, weights
 
@@ -121,7 +121,7 @@ def drawings(page: Page) -> list[str]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """One run with all there is."""
     folder = tmp_path_factory.mktemp("run")
-    callback = KFCCallback(damping=0.02, pictures_every_n_steps=5, report_dir=str(folder / "report"))
+    callback = KFCCallback(damping=0.02, logging=Logging(pictures_every_n_steps=5, report_dir=str(folder / "report")))
     train(callback, Logged(), logger=TensorBoardLogger(folder / "tb"))
     return SimpleNamespace(folder=folder, callback=callback, html=(folder / "report/report.html").read_text("utf-8"))
 
@@ -209,7 +209,7 @@ def test_a_training_with_pictures_is_the_training_without(inverse: Any, tmp_path
     plain = train(KFCCallback(inverse=inverse), steps=12)
     torch.manual_seed(1)
     # Maps are watched, and spectra taken, at steps 0, 1, 2, 4 and 8.
-    shown = KFCCallback(inverse=inverse, report_dir=str(tmp_path))
+    shown = KFCCallback(inverse=inverse, logging=Logging(report_dir=str(tmp_path)))
     with watchers(shown) as found:
         assert torch.equal(weights(train(shown, steps=12)), weights(plain))
     assert [step for step, _ in found] == [0, 1, 2, 4, 8]
@@ -219,7 +219,7 @@ def test_nothing_is_watched_between_the_steps_of_pictures(monkeypatch: pytest.Mo
     made: list[int] = []
     original = MapWatcher.__init__
     # Fixed, so that no review asks for statistics of its own.
-    callback = KFCCallback(pictures_every_n_steps=8, damping=0.01, kl_clip=0.03)
+    callback = KFCCallback(logging=Logging(pictures_every_n_steps=8), damping=0.01, kl_clip=0.03)
 
     def noted(self: MapWatcher, *args: Any, **kwargs: Any) -> None:
         made.append(callback.kfc.step)
@@ -259,7 +259,7 @@ def test_without_the_options_nothing_is_measured_or_drawn(monkeypatch: pytest.Mo
 def test_a_report_alone_takes_pictures_at_steps_ever_further_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    callback = KFCCallback(report_dir=str(tmp_path))
+    callback = KFCCallback(logging=Logging(report_dir=str(tmp_path)))
     taken: list[int] = []
     take = SpectraOverTime.take
 
@@ -278,7 +278,7 @@ def test_a_report_alone_takes_pictures_at_steps_ever_further_apart(
 
 def test_pictures_alone_write_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    train(KFCCallback(pictures_every_n_steps=2), steps=4)
+    train(KFCCallback(logging=Logging(pictures_every_n_steps=2)), steps=4)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -288,7 +288,7 @@ def test_a_training_that_fails_leaves_a_report_that_says_so(tmp_path: Path) -> N
             raise RuntimeError("the <disk> is full")
 
     with pytest.raises(RuntimeError, match="disk"):
-        train(KFCCallback(report_dir=str(tmp_path)), callbacks=[Watch("on_train_batch_end", fail)])
+        train(KFCCallback(logging=Logging(report_dir=str(tmp_path))), callbacks=[Watch("on_train_batch_end", fail)])
     text = (tmp_path / "report.html").read_text("utf-8")
     Page(text)
     assert "RuntimeError: the &lt;disk&gt; is full" in text
@@ -299,19 +299,19 @@ def test_a_training_that_fails_at_once_leaves_a_report_with_nothing_in_it(tmp_pa
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError, match="no"):
-        train(KFCCallback(report_dir=str(tmp_path)), callbacks=[Watch("on_train_start", fail)])
+        train(KFCCallback(logging=Logging(report_dir=str(tmp_path))), callbacks=[Watch("on_train_start", fail)])
     assert "No numbers were logged" in (tmp_path / "report.html").read_text("utf-8")
 
 
 def test_events_are_in_the_report(tmp_path: Path) -> None:
     module = Classifier(loss=lambda z, y: F.cross_entropy(z, y) * (float("nan") if len(module.losses) == 2 else 1))
     with pytest.warns(UserWarning, match="not finite"):
-        train(KFCCallback(report_dir=str(tmp_path)), module, steps=6)
+        train(KFCCallback(logging=Logging(report_dir=str(tmp_path))), module, steps=6)
     assert "<th>nonfinite gradients</th><td>1</td>" in (tmp_path / "report.html").read_text("utf-8")
 
 
 def test_accumulated_batches_are_one_step(tmp_path: Path) -> None:
-    callback = KFCCallback(pictures_every_n_steps=3, report_dir=str(tmp_path))
+    callback = KFCCallback(logging=Logging(pictures_every_n_steps=3, report_dir=str(tmp_path)))
     with watchers(callback) as found:
         train(callback, steps=5, accumulate_grad_batches=3)
     drawn = sorted((tmp_path / "pictures").glob("factors-*"))
@@ -321,7 +321,7 @@ def test_accumulated_batches_are_one_step(tmp_path: Path) -> None:
 
 
 def test_a_net_without_convolutions_has_all_but_the_autocorrelation(tmp_path: Path) -> None:
-    callback = KFCCallback(pictures_every_n_steps=4, report_dir=str(tmp_path))
+    callback = KFCCallback(logging=Logging(pictures_every_n_steps=4, report_dir=str(tmp_path)))
     train(callback, Classifier(dense_net(batch_norm=True)), steps=4)
     text = (tmp_path / "report.html").read_text("utf-8")
     assert "No convolution over two dimensions" in text
@@ -329,10 +329,10 @@ def test_a_net_without_convolutions_has_all_but_the_autocorrelation(tmp_path: Pa
 
 
 def test_only_the_writing_rank_does_anything(tmp_path: Path) -> None:
-    settings = ReportSettings(pictures_every_n_steps=1, report_dir=str(tmp_path))
+    options = Logging(pictures_every_n_steps=1, report_dir=str(tmp_path))
     trainer = SimpleNamespace(is_global_zero=False)
     without_attributes: Any = object()
-    reporting = Report(settings, without_attributes, trainer, nn.Linear(1, 1))
+    reporting = Report(options, without_attributes, trainer, nn.Linear(1, 1))
     reporting.step_begins()
     reporting.numbers(0, {"a": 1.0})
     reporting.step_ends(0, {})
@@ -344,12 +344,13 @@ def test_only_the_writing_rank_does_anything(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file")
     with pytest.warns(UserWarning, match=r"could not write '.*taken.report.html'"):
-        module = train(KFCCallback(report_dir=str(tmp_path / "taken")), steps=2)
+        module = train(KFCCallback(logging=Logging(report_dir=str(tmp_path / "taken"))), steps=2)
     assert len(module.losses) == 2
 
 
 def test_a_second_fit_has_a_report_of_its_own(tmp_path: Path) -> None:
-    callback, module = KFCCallback(report_dir=tmp_path), Classifier()  # type: ignore[arg-type]  # a path does as well as a string
+    # A path does as well as a string.
+    callback, module = KFCCallback(logging=Logging(report_dir=tmp_path)), Classifier()  # type: ignore[arg-type]
     train(callback, module, steps=3)
     train(callback, module, steps=5)
     assert "<th>Optimizer steps</th><td>8</td>" in (tmp_path / "report.html").read_text("utf-8")
@@ -357,23 +358,27 @@ def test_a_second_fit_has_a_report_of_its_own(tmp_path: Path) -> None:
 
 
 def test_two_callbacks_in_one_folder_are_refused(tmp_path: Path) -> None:
-    both = [KFCCallback(include=name, report_dir=str(tmp_path)) for name in ("net.0", "net.3")]
-    with pytest.raises(ValueError, match="two KFCCallbacks have report_dir"):
+    both = [KFCCallback(include=name, logging=Logging(report_dir=str(tmp_path))) for name in ("net.0", "net.3")]
+    with pytest.raises(ValueError, match=r"two KFCCallbacks have logging\.report_dir"):
         train(both[0], callbacks=both[1:])
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"pictures_every_n_steps": 0}, ValueError, "pictures_every_n_steps must be at least 1, got 0"),
-        ({"pictures_every_n_steps": 2.5}, TypeError, "pictures_every_n_steps must be a whole number, got 2.5"),
-        ({"report_dir": 3}, TypeError, "report_dir must be the path of a folder, got 3 of type int"),
-        ({"report_dir": ""}, TypeError, "report_dir must be the path of a folder, got ''"),
+        ({"pictures_every_n_steps": 0}, ValueError, r"logging\.pictures_every_n_steps must be at least 1, got 0"),
+        (
+            {"pictures_every_n_steps": 2.5},
+            TypeError,
+            r"logging\.pictures_every_n_steps must be a whole number, got 2.5",
+        ),
+        ({"report_dir": 3}, TypeError, r"logging\.report_dir must be the path of a folder, got 3 of type int"),
+        ({"report_dir": ""}, TypeError, r"logging\.report_dir must be the path of a folder, got ''"),
     ],
 )
 def test_wrong_options_are_errors_at_once(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
-        KFCCallback(**options)
+        Logging(**options)
 
 
 @pytest.mark.parametrize("options", [{"pictures_every_n_steps": 5}, {"report_dir": "here"}])
@@ -383,12 +388,12 @@ def test_without_matplotlib_the_options_are_errors_that_name_the_extra(
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find(name, *a))
     with pytest.raises(ModuleNotFoundError, match=r"pip install \"lightning-kfc\[pictures\]\""):
-        KFCCallback(**options)
+        Logging(**options)
 
 
 def test_a_copied_callback_keeps_the_options() -> None:
-    twin = pickle.loads(pickle.dumps(KFCCallback(pictures_every_n_steps=7, report_dir="here")))
-    assert ReportSettings(7, "here") in twin.__getstate__().values()
+    twin = pickle.loads(pickle.dumps(KFCCallback(logging=Logging(pictures_every_n_steps=7, report_dir="here"))))
+    assert twin.logging == Logging(pictures_every_n_steps=7, report_dir="here")
 
 
 def _train_on_two_ranks(rank: int, port: int, folder: str) -> None:
@@ -396,7 +401,7 @@ def _train_on_two_ranks(rank: int, port: int, folder: str) -> None:
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
     os.environ.update(environment, WORLD_SIZE="2")
     warnings.filterwarnings("ignore")
-    shown = KFCCallback(pictures_every_n_steps=4, report_dir=f"{folder}/report")
+    shown = KFCCallback(logging=Logging(pictures_every_n_steps=4, report_dir=f"{folder}/report"))
     found = {}
     with watchers(shown) as attached:
         for name, callback in (("shown", shown), ("plain", KFCCallback())):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD
 
-from lightning_kfc import KFC, KFCCallback
+from lightning_kfc import KFC, KFCCallback, Precision
 from lightning_kfc.rules.adam import adam_step
 from tests.helpers.harness import QUIET, Classifier, dense_net, fit
 from tests.helpers.nets import classes, data, train_step
@@ -44,7 +44,7 @@ def test_a_model_that_is_attention_itself_is_told_without_a_name() -> None:
     ("settings", "expected"),
     [
         ({"inverse": "ekfac"}, "inverse='ekfac'"),
-        ({"inverse_precision": "bfloat16"}, "inverse_precision='bfloat16'"),
+        ({"precision": Precision(inverses="bfloat16")}, "precision.inverses='bfloat16'"),
         ({"placement": "mem-opt"}, "placement='mem-opt' needs"),
         ({"damping": 0.1}, "damping is not 'auto'"),
     ],

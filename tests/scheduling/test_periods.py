@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lightning_kfc.monitoring.timing as step_times
-from lightning_kfc import KFC, KFCCallback
+from lightning_kfc import KFC, KFCCallback, RefreshTiming
 from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.estimation.estimator import Estimator
 from lightning_kfc.rules.natural import NaturalRule
@@ -111,7 +111,7 @@ def periods(kfc: KFC) -> tuple[int, int]:
 
 @pytest.mark.parametrize("staggered", [True, False])
 def test_the_engine_measures_its_parts_and_chooses_once(clock: Clock, staggered: bool, informed: list[str]) -> None:
-    training = timed(clock, stagger_inverses=staggered)
+    training = timed(clock, timing=RefreshTiming(stagger_inverses=staggered))
     training.run(11)
     assert periods(training.kfc) == (10, 20)
     assert informed == []
@@ -120,7 +120,7 @@ def test_the_engine_measures_its_parts_and_chooses_once(clock: Clock, staggered:
     assert periods(training.kfc) == (expected.factors, expected.inverses) == (13, 26)
     assert informed == [
         "KFC chose factor_every_n_steps=13 and inverse_every_n_steps=26, at which a step takes 14% longer "
-        "(max_overhead=0.15)."
+        "(timing.max_overhead=0.15)."
     ]
     clock.costs["statistics"] = 50.0
     training.run(70)
@@ -144,16 +144,16 @@ def test_where_each_step_costs_more_than_the_budget_the_longest_periods_are_take
     clock: Clock, informed: list[str]
 ) -> None:
     clock.costs["preconditioning"] = 0.5
-    training = timed(clock, max_overhead=0.2)
+    training = timed(clock, timing=RefreshTiming(max_overhead=0.2))
     training.run(13)
     assert periods(training.kfc) == LONGEST
     assert len(informed) == 1
-    assert "more than max_overhead=0.2, though they are the longest that make sense" in informed[0]
+    assert "more than timing.max_overhead=0.2, though they are the longest that make sense" in informed[0]
     assert "alone, which no period changes, take 50%" in informed[0]
 
 
 def test_statistics_at_every_step_leave_no_other_step_to_measure_and_it_is_chosen_all_the_same(clock: Clock) -> None:
-    training = timed(clock, factor_every_n_steps=1, max_overhead=0.9)
+    training = timed(clock, factor_every_n_steps=1, timing=RefreshTiming(max_overhead=0.9))
     training.run(30)
     assert periods(training.kfc) == (1, choose_periods(Costs(1.0, 0.02, 0.6, 2.0), 0.9, factors=1).inverses)
 
@@ -217,7 +217,12 @@ def test_deterministic_algorithms_and_a_short_warm_up_are_errors() -> None:
 
 
 def test_the_callback_says_and_logs_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
-    callback = KFCCallback(factor_every_n_steps="auto", inverse_every_n_steps="auto", max_overhead=1e6, warmup_steps=4)
+    callback = KFCCallback(
+        factor_every_n_steps="auto",
+        inverse_every_n_steps="auto",
+        timing=RefreshTiming(max_overhead=1e6),
+        warmup_steps=4,
+    )
     torch.manual_seed(1)
     logged: list[dict[str, Any]] = []
 

@@ -1,0 +1,48 @@
+"""What is logged of a training and drawn of it: the options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_kfc.pictures import check_matplotlib
+from lightning_kfc.utilities.checks import check_flag, check_folder, check_integer
+
+
+@dataclass(frozen=True)
+class Logging:
+    """What loggers, the progress bar and a report get of a training.
+
+    Args:
+        layers: Whether loggers get numbers for each layer, besides the smallest, the median and the largest one.
+        progress_bar: Whether the progress bar shows the factor of the KL clip, and the damping.
+        pictures_every_n_steps: Every so many optimizer steps, pictures of the curvature go to each logger that takes
+            figures (TensorBoardLogger does), and into `report_dir`; null for none. Needs the extra "pictures".
+        report_dir: A folder for a report of the training, one HTML file written when it ends; null for none. Needs the
+            extra "pictures".
+
+    Raises:
+        ModuleNotFoundError: If pictures or a report are given and matplotlib is not installed.
+        TypeError: If a value is of the wrong type.
+        ValueError: If a value is out of range.
+    """
+
+    layers: bool = False
+    progress_bar: bool = False
+    pictures_every_n_steps: int | None = None
+    report_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        check_flag("logging.layers", self.layers)
+        check_flag("logging.progress_bar", self.progress_bar)
+        if self.pictures_every_n_steps is not None:
+            check_integer("logging.pictures_every_n_steps", self.pictures_every_n_steps, minimum=1)
+            check_matplotlib("Logging(pictures_every_n_steps=...)")
+        if self.report_dir is not None:
+            object.__setattr__(self, "report_dir", check_folder("logging.report_dir", self.report_dir))
+            check_matplotlib("Logging(report_dir=...)")
+
+    @property
+    def draws(self) -> bool:
+        """Whether there are pictures or a report."""
+        return self.pictures_every_n_steps is not None or self.report_dir is not None
