@@ -366,14 +366,14 @@ def test_two_callbacks_in_one_folder_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"pictures_every_n_steps": 0}, ValueError, r"logging\.pictures_every_n_steps must be at least 1, got 0"),
+        ({"pictures_every_n_steps": 0}, ValueError, "logging.pictures_every_n_steps must be at least 1, got 0"),
         (
             {"pictures_every_n_steps": 2.5},
             TypeError,
-            r"logging\.pictures_every_n_steps must be a whole number, got 2.5",
+            "logging.pictures_every_n_steps must be a whole number, got 2.5",
         ),
-        ({"report_dir": 3}, TypeError, r"logging\.report_dir must be the path of a folder, got 3 of type int"),
-        ({"report_dir": ""}, TypeError, r"logging\.report_dir must be the path of a folder, got ''"),
+        ({"report_dir": 3}, TypeError, "logging.report_dir must be the path of a folder, got 3 of type int"),
+        ({"report_dir": ""}, TypeError, "logging.report_dir must be the path of a folder, got ''"),
     ],
 )
 def test_wrong_options_are_errors_at_once(options: dict[str, Any], error: type[Exception], message: str) -> None:
