@@ -332,7 +332,7 @@ def train(recipe: Recipe, seed: int) -> tuple[float, float]:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[KFCCallback(**recipe.callback), *recipe.callbacks()],
+        callbacks=[KFCCallback(**{"average_weights": None, **recipe.callback}), *recipe.callbacks()],
         **recipe.trainer,
     )
     trainer.fit(module, DataLoader(data, batch_size=recipe.batch_size, shuffle=True, drop_last=True))

@@ -1,0 +1,193 @@
+"""What evaluation mode shows of a training with batch norm: ``python -m benchmarks.accuracy.evaluation_mode``.
+
+Two networks with batch norm train beside :class:`~lightning_kfc.KFCCallback` at its defaults. Every 20 steps the
+training loss of the same examples is taken in evaluation mode: with the weights that train, with the averaged weights
+that a validation sees, and with each of the two where the statistics of batch norm are taken afresh, by a pass over
+the training data with these weights. A fifth loss is that of averaged weights beside the running statistics as
+training has them. A run of one network with one seed is a piece: interrupted, the command goes on from there.
+
+Written to ``results/evaluation_mode.{json,md}``.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from benchmarks.away.tasks import AWAY
+from benchmarks.contest.pieces import parser_of_pieces
+from benchmarks.contest.tasks import TASKS, Task
+from lightning_kfc import KFCCallback
+
+NAME = "evaluation_mode"
+SEEDS = (0, 1, 2)
+#: Validation comes after each of these steps.
+EVERY = 20
+STEPS = 120
+REPORTED = (20, 40, 60, 80, 120)
+#: Examples that the loss is taken on, and those that fresh statistics are taken of.
+MEASURED, PASSED = 512, 2048
+NETWORKS: dict[str, Callable[[], Task]] = {
+    "depthwise-separable net": lambda: AWAY["separable"],
+    "ResNet-20, half as wide": lambda: TASKS["resnet"],
+}
+
+
+class _Batches(IterableDataset[tuple[Tensor, Tensor]]):
+    def __init__(self, task: Task, seed: int) -> None:
+        self._make = functools.partial(task.batches, seed)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._make()
+
+
+class Measured(pl.LightningModule):
+    """A network of a task, which measures losses where a validation begins.
+
+    Args:
+        task: What is trained, up to 2048 of its examples measured.
+
+    Attributes:
+        losses: By step, the losses by kind.
+    """
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.task = task
+        self.net = task.make_model()
+        self.losses: dict[int, dict[str, float]] = {}
+        # In a tuple, so that it is no part of this module.
+        self._of_training: tuple[nn.Module, ...] = ()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The loss of a batch."""
+        return self.task.loss(self.net(batch[0]), batch[1])
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Keep the network as training has it, where a validation follows."""
+        if self.global_step % EVERY == 0:
+            self._of_training = (copy.deepcopy(self.net),)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Nothing: what is measured is measured where the validation begins."""
+
+    def on_validation_epoch_start(self) -> None:
+        """Take all losses of what the module holds now, and of what training has."""
+        if self.trainer.sanity_checking:
+            return
+        split = self.task.data()
+        inputs, targets = split.train_inputs[:PASSED], split.train_targets[:PASSED]
+
+        def loss(net: nn.Module) -> float:
+            return float(self.task.loss(net.eval()(inputs[:MEASURED]), targets[:MEASURED]))
+
+        averaged, (training,) = copy.deepcopy(self.net), self._of_training
+        beside = copy.deepcopy(averaged)
+        for own, other in zip(beside.buffers(), training.buffers(), strict=True):
+            own.copy_(other)
+        self.losses[self.global_step] = {
+            "training": loss(training),
+            "training, fresh": loss(with_fresh_statistics(training, inputs)),
+            "averaged": loss(averaged),
+            "averaged, statistics of training": loss(beside),
+            "averaged, fresh": loss(with_fresh_statistics(averaged, inputs)),
+        }
+
+    def configure_optimizers(self) -> Any:
+        """The one that all defaults are made for."""
+        return torch.optim.SGD(self.parameters(), lr=0.5, momentum=0.5)
+
+
+def with_fresh_statistics(net: nn.Module, inputs: Tensor) -> nn.Module:
+    """A copy whose batch norm has the means over batches of 512 of a pass without dropout."""
+    net = copy.deepcopy(net).train()
+    for layer in net.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.reset_running_stats()
+            layer.momentum = None
+        elif isinstance(layer, nn.Dropout):
+            layer.eval()
+    for batch in inputs.split(512):
+        net(batch)
+    return net
+
+
+def measure(task: Task, seed: int, steps: int = STEPS) -> dict[int, dict[str, float]]:
+    """The losses of one run, by step and kind."""
+    torch.manual_seed(seed)
+    module = Measured(task)
+    trainer = pl.Trainer(
+        max_steps=steps,
+        val_check_interval=EVERY,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        inference_mode=False,
+        callbacks=[KFCCallback()],
+    )
+    nothing = DataLoader(TensorDataset(torch.zeros(1)))
+    trainer.fit(module, DataLoader(_Batches(task, seed), batch_size=None), nothing)
+    return module.losses
+
+
+def table(results: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]) -> str:
+    """The table of all runs that were made: medians of the losses, and the largest misses of the seeds."""
+    lines = [
+        "| network | step | weights that train | fresh | averaged weights, as validated | fresh "
+        "| validated beyond fresh, by seed | with the statistics of training |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for network, runs in results.items():
+        for step in map(str, REPORTED):
+            rows = [run[step] for _, run in sorted(runs.items())]
+            middle = {kind: _median([row[kind] for row in rows]) for kind in rows[0]}
+            misses = [_percent(row["averaged"], row["averaged, fresh"]) for row in rows]
+            lagging = [_percent(row["averaged, statistics of training"], row["averaged, fresh"]) for row in rows]
+            cells = [network, step, *(f"{middle[kind]:.3f}" for kind in ("training", "training, fresh", "averaged"))]
+            cells += [f"{middle['averaged, fresh']:.3f}", ", ".join(misses), ", ".join(lagging)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _median(values: Sequence[float]) -> float:
+    return float(torch.tensor(values).quantile(0.5))
+
+
+def _percent(value: float, base: float) -> str:
+    return f"{100 * (value / base - 1):+.0f} %"
+
+
+def main() -> int:
+    """Make the runs that were not made yet, and write the table."""
+    options = parser_of_pieces(__doc__, plots=False).parse_args()
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    path = options.results / f"{NAME}.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    missing = [(n, str(s)) for s in SEEDS for n in NETWORKS if str(s) not in results.get(n, {})]
+    for network, seed in missing[: options.pieces]:
+        losses = measure(NETWORKS[network](), int(seed))
+        results.setdefault(network, {})[seed] = {str(step): row for step, row in losses.items()}
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        (options.results / f"{NAME}.md").write_text(table(results))
+        print(table({network: {seed: results[network][seed]}}), flush=True)
+    return 3 if options.pieces is not None and len(missing) > options.pieces else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
