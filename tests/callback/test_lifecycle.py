@@ -17,6 +17,8 @@ from torch.nn import functional as F
 import lightning_kfc
 import lightning_kfc.pytorch_lightning
 from lightning_kfc import Categorical, KFCCallback
+from lightning_kfc.estimation.recording import Recorder
+from lightning_kfc.losses.recorder import LossRecorder
 from tests.helpers.lightning_nets import (
     QUIET,
     ConvNet,
@@ -28,6 +30,7 @@ from tests.helpers.lightning_nets import (
     trainer,
     vectors,
 )
+from tests.helpers.made import made
 
 pytestmark = QUIET
 
@@ -181,9 +184,8 @@ class Copying(Regression):
         self.copies = [copy.deepcopy(self.head), pickle.loads(pickle.dumps(self.head))]
         for head in self.copies:
             F.cross_entropy(head(batch[0]), batch[1]).backward()
-        kfc = self.trainer.callbacks[0].kfc
-        self.calls = len(kfc._estimator._recorder.calls)
-        self.named = sum(term.value_edge is None for term in kfc._estimator._losses.terms)
+        self.calls = len(self.recorders[-1].calls)
+        self.named = sum(term.value_edge is None for term in self.losses[-1].terms)
         return loss
 
 
@@ -191,7 +193,8 @@ class Copying(Regression):
 def test_copies_of_the_module_made_in_a_due_step_record_nothing(likelihood):
     module = Copying()
     callback = KFCCallback(fisher="exact", likelihood=likelihood, damping=0.01, kl_clip=0.03)
-    trainer(callback).fit(module, loader(vectors(), batch_size=8))
+    with made(Recorder) as module.recorders, made(LossRecorder) as module.losses:
+        trainer(callback).fit(module, loader(vectors(), batch_size=8))
     A, G = regression_factors(module.logits, vectors().tensors[0], torch.full((8,), 1 / 8, dtype=torch.float64))
     assert (module.calls, module.named) == (1, 0 if likelihood == "auto" else 1)
     # The copies' forwards would have trebled the terms, and their backwards are not ours.

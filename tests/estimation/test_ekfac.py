@@ -166,7 +166,8 @@ def test_second_moments_average_in_one_basis_and_move_with_it_to_the_next() -> N
         with kfc.capture():
             loss = loss_of(model(x))
         kfc.update(loss)
-        kfc._stepped = True
+        loss.backward()
+        kfc.precondition(lr=0.1)
         inverse = inverse_of(kfc, "2")
         Q = basis_matrix(inverse)
         fisher = oracles.dense_fisher(model, x, loss_of, "2")

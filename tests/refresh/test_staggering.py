@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_kfc import KFC, RefreshTiming
+from lightning_kfc.trust_region.region import Verdict
 from lightning_kfc.utilities.load_balancing import factorisation_cost
 from tests.helpers.nets import classes, data, double, engine, train_step
 
@@ -107,9 +108,10 @@ def test_ekfac_changes_its_bases_only_with_statistics() -> None:
     assert all(len(names) < len(training.kfc.layers) for names in training.inverted[3:])
 
 
-def test_a_bad_review_has_all_layers_inverted_at_once_and_their_slots_stay() -> None:
+def test_a_bad_review_has_all_layers_inverted_at_once_and_their_slots_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = Training().run(17), Training().run(17)
-    two.kfc._tracker.refresh_soon(two.kfc.layers, 17)
+    monkeypatch.setattr(two.kfc.reviewer, "review", lambda *args: Verdict(ratio=0.0, undo=False, refresh=True))
+    two.kfc.review()
     for training in (one, two):
         training.run(24)
     assert two.inverted[17] == list(two.kfc.layers)
