@@ -506,3 +506,23 @@ def test_a_decay_out_of_range_is_refused(value):
 def test_a_decay_of_the_wrong_type_is_refused():
     with pytest.raises(TypeError, match=r"average_weights must be a number, got '0.9' of type str"):
         KFCCallback(average_weights="0.9")
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError])
+def test_after_a_fit_and_at_the_next_entry_after_an_exception_the_strategy_is_as_it_was(error):
+    class Failing(Line):
+        def training_step(self, batch, batch_idx):
+            if error is not None and len(self.losses) == 4:
+                raise error("in training")
+            return super().training_step(batch, batch_idx)
+
+    torch.manual_seed(3)
+    module = Failing().note()
+    fitted = trainer(KFCCallback())
+    if error is None:
+        fitted.fit(module, loader(vectors(40)), loader(vectors()))
+    else:
+        with pytest.raises(error):
+            fitted.fit(module, loader(vectors(40)), loader(vectors()))
+        fitted.validate(module, loader(vectors()), verbose=False)
+    assert "lightning_module_state_dict" not in vars(fitted.strategy)
