@@ -1,4 +1,4 @@
-"""How much a Trainer's gradient clipping shortens preconditioned updates."""
+"""Measure by how much a Trainer's gradient clipping shortens preconditioned updates."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class ClippingWatch:
         self._count = 0
 
     def preconditioned(self, optimizer: Optimizer) -> None:
-        """An optimizer's gradients are its update now, and are clipped next."""
+        """Note the length of an optimizer's update before it is clipped."""
         if self._active and (length := _length(optimizer)) is not None:
             self._before[id(optimizer)] = length
 
     def stepped(self, optimizers: Iterable[Optimizer]) -> bool:
-        """The batch is over, and optimizers have stepped by what clipping has left.
+        """Compare the updates that optimizers have stepped by with those before clipping.
 
         Returns:
             Whether a whole window of steps was seen since the last one.
@@ -53,7 +53,7 @@ class ClippingWatch:
         return full
 
     def factors(self) -> tuple[float, ...]:
-        """What was left of the length of each of the last updates; those of no length are left out."""
+        """The shares of length that clipping left of the last updates, without updates of length zero."""
         ratios = torch.stack(list(self._ratios)).tolist() if self._ratios else []
         return tuple(ratio for ratio in ratios if ratio == ratio)
 

@@ -16,8 +16,8 @@ from lightning_kfc.reporting.diagnostics import Diagnostics
 from lightning_kfc.reporting.options import Logging
 from lightning_kfc.reporting.report import Report
 
-#: Rules of advice are asked at every so many logged steps, and when training ends.
-ASKED_EVERY = 10
+#: Rules of advice are evaluated at every so many logged steps, and when training ends.
+ADVISE_EVERY = 10
 
 
 class MetricsLogger:
@@ -42,7 +42,7 @@ class MetricsLogger:
         self._logged = 0
 
     def count_from_here(self) -> None:
-        """A checkpoint's state is in force now."""
+        """Count events from now: a checkpoint has counted those before."""
         self._diagnostics.count_from_here()
 
     def _step(self) -> int:
@@ -77,7 +77,7 @@ class MetricsLogger:
         for logger in self._trainer.loggers:
             logger.log_metrics({**numbers, **sent}, step=self._step())
         self._logged += 1
-        if self._logged % ASKED_EVERY == 0:
+        if self._logged % ADVISE_EVERY == 0:
             self.advise()
 
     def batch_ends(self) -> None:
@@ -86,7 +86,7 @@ class MetricsLogger:
             self.advise()
 
     def advise(self) -> None:
-        """Give the advice that the numbers ask for and that was not given before."""
+        """Log the advice that the numbers give rise to and that was not given before."""
         groups = [group for optimizer in self._trainer.optimizers for group in optimizer.param_groups]
         facts = self._diagnostics.facts(
             gradient_scaler=gradient_scaler(self._trainer) is not None,

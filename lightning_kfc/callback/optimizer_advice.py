@@ -180,7 +180,7 @@ def _of_rates(planned: Planned, rule: str, steps: float) -> Iterator[str]:
 
 
 def _longer(momentum: float) -> float:
-    """How many times as long momentum makes steps that keep their direction."""
+    """The factor by which momentum lengthens steps that keep their direction."""
     return 1 / max(1 - momentum, 1e-3)
 
 

@@ -65,7 +65,7 @@ class KFCOptions:
         save_factors: Whether checkpoints hold the factors and inverses. Without them checkpoints stay small, and a
             resumed run warms up again.
         logging: What loggers, the progress bar and a report get of the training.
-        **removed: Settings of earlier versions, which are errors that say what became of them.
+        **removed: Settings of earlier versions: errors that name the new place, or the reason of the removal.
 
     Raises:
         TypeError: If a setting is of the wrong type, or there is no such setting.

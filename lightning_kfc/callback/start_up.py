@@ -1,4 +1,4 @@
-"""What is refused, logged and advised when fitting starts."""
+"""Refuse, log and advise when fitting starts."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def show_information() -> None:
 
 
 def checkpoint_bytes(kfc: KFC, *, save_factors: bool) -> int:
-    """How many bytes of factors and inverses a checkpoint holds."""
+    """The bytes of factors and inverses in a checkpoint."""
     return sum(row.bytes for row in kfc.coverage()) if save_factors else 0
 
 
@@ -137,7 +137,7 @@ def _advise(kfc: KFC, trainer: Any, pl_module: Any) -> None:
 
 
 def _planned_steps(trainer: Any) -> float:
-    """How many optimizer steps a fit has; infinity where that is not known."""
+    """The number of optimizer steps of a fit; infinity where Lightning cannot foresee it."""
     try:
         steps = trainer.estimated_stepping_batches
     except MisconfigurationException:  # the number of accumulated batches changes with the epoch

@@ -64,20 +64,20 @@ class TrainingStepCapture:
         return self.training and any(callback is self._callback for callback in self._trainer.callbacks)
 
     def batch_begins(self) -> None:
-        """A batch begins: no optimizer is in the midst of a step, unless one has raised."""
+        """Forget steps of the previous batch that raised and did not end."""
         self._stepping.clear()
         self._announced.clear()
 
     def backward_begins(self) -> None:
-        """Lightning's backward begins: the gradients that arrive now are known."""
+        """Note that Lightning's backward begins: gradients that arrive now come from it."""
         self._in_backward = True
 
     def backward_ends(self) -> None:
-        """Lightning's backward has ended."""
+        """Note that Lightning's backward has ended."""
         self._in_backward = False
 
     def step_begins(self, optimizer: Optimizer) -> None:
-        """Lightning's hooks have announced an optimizer step."""
+        """Note an optimizer step that Lightning's hooks have announced."""
         self._announced.add(id(optimizer))
 
     def warn_of_unseen_backward(self) -> None:

@@ -28,7 +28,7 @@ OURS = PARTS[:-1]
 
 @dataclass
 class _Looked:
-    """What was found of the layers at the last step that was looked at."""
+    """Numbers of the layers at the last step that was inspected."""
 
     cosine: float = math.nan
     by_layer: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class Diagnostics:
     """Collects the numbers of a fit.
 
     Call :meth:`begin_step` before each :meth:`~lightning_kfc.KFC.precondition`, :meth:`end_step` after it, and
-    :meth:`numbers` where they are wanted. With parameters sharded over ranks, every rank must do the same.
+    :meth:`numbers` at logged steps. With parameters sharded over ranks, every rank must do the same.
 
     Args:
         kfc: The engine.
@@ -64,7 +64,7 @@ class Diagnostics:
         """Before the step is preconditioned.
 
         Args:
-            look: Whether :meth:`numbers` will be asked for after it.
+            look: Whether :meth:`numbers` will be called after it.
         """
         kfc = self._kfc
         kfc.inspect = self._inspect if look else None
@@ -172,7 +172,7 @@ class Diagnostics:
     def facts(
         self, *, gradient_scaler: bool = False, gradient_clip_factors: Sequence[float] = (), momentum: float = 0.0
     ) -> Facts:
-        """What rules of advice look at.
+        """The facts that rules of advice read.
 
         Args:
             gradient_scaler: Whether a gradient scaler is at work.

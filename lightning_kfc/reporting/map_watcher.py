@@ -69,9 +69,9 @@ class MapWatcher:
         self._handles.clear()
 
     def statistics(self) -> tuple[SpatialStatistics, ...]:
-        """What was seen, layer by layer in the model's order: activations, then derivatives; layers not seen are out.
+        """Statistics of the recorded maps, in the model's order: of activations, then of derivatives.
 
-        A layer that was called several times has the maps of all calls.
+        A layer that was not called is left out; one that was called several times has the maps of all calls.
         """
         found = []
         for name in self._modules:

@@ -1,4 +1,4 @@
-"""What is logged of a training and drawn of it: the options."""
+"""Options of what is logged and drawn of a training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_kfc.utilities.checks import check_flag, check_folder, check_integ
 
 @dataclass(frozen=True)
 class Logging:
-    """What loggers, the progress bar and a report get of a training.
+    """Contents of loggers, progress bar and report of a training.
 
     Args:
         layers: Whether loggers get numbers for each layer, besides the smallest, the median and the largest one.

@@ -1,4 +1,4 @@
-"""Pictures and the report of a training: when they are due, what they need, and where they go."""
+"""Draw pictures when they are due, and write the report of a training."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ REPORT = "report.html"
 
 
 class Report:
-    """What one fit shows of itself, on the rank that writes.
+    """Draws the pictures of one fit and writes its report, on the rank that writes.
 
     Between the steps of pictures only the clock runs.
 
@@ -88,7 +88,7 @@ class Report:
 
     @contextlib.contextmanager
     def seeds(self) -> Iterator[None]:
-        """While the engine sends its seeds back: their derivatives are those to look at."""
+        """Record derivatives while the engine back-propagates its seeds."""
         if self._watcher is None:
             yield
             return
@@ -111,8 +111,8 @@ class Report:
         """The batch is over; take the pictures, if they are due.
 
         Args:
-            step: The step that loggers know this batch's numbers by.
-            outputs: What the training step gave.
+            step: The number of this batch's step in loggers.
+            outputs: The training step's return value.
         """
         if not self._timed:
             return

@@ -1,4 +1,4 @@
-"""What a training's report says, section by section."""
+"""Sections of a training's report."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def sections(
         kfc: The engine at the end of the training.
         facts: From :func:`run_facts`.
         figures: The pictures, by name.
-        missing: What is said instead of a picture that has nothing to show, by name.
-        advice: What the numbers have given occasion to say.
+        missing: Sentences in the place of pictures that have nothing to show, by name.
+        advice: Sentences of advice that were given.
     """
     events = {name.replace("_", " "): count for name, count in kfc.events.state_dict().items() if count}
     drawn = [
@@ -75,7 +75,7 @@ def sections(
 
 
 def run_facts(kfc: KFC, trainer: Any, interrupted_by: BaseException | None) -> dict[str, object]:
-    """What a run was, and how it ended.
+    """Facts about a run and its end.
 
     Args:
         kfc: The engine.
