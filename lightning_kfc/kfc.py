@@ -584,12 +584,13 @@ class KFC:
         return verdict
 
     def fix_trust_region(self) -> None:
-        """Give ``damping="auto"`` and ``kl_clip="auto"`` their fixed values, where steps cannot be reviewed."""
+        """Give ``kl_clip="auto"`` its fixed share of the loss, where steps cannot be reviewed."""
         self.reviewer.end("fix_trust_region() was called")
 
     def _refresh(self, names: Iterable[str]) -> None:
         layers = [self._layers[name] for name in names]
         self._estimator.recount({layer.name for layer in layers if layer.pending is not None})
+        self._measure_units(layers)
         damping = self.damping
         try:
             with full_precision(self._model):
@@ -609,6 +610,16 @@ class KFC:
                 raise
             self._pending.leave_out({layer.name: error for layer in layers}, self.step)
 
+    def _measure_units(self, layers: Sequence[Layer]) -> None:
+        """Measure the units of automatic settings, where a refresh follows. Collective."""
+        if not self._refreshes([layer.name for layer in layers]):
+            return
+        parameters = [parameter for layer in layers for parameter in layer.trained_parameters().values()]
+        self.reviewer.measure_loss(parameters, never_negative=self._estimator.never_negative)
+        if self.reviewer.damping_is_automatic:
+            for layer in layers:
+                layer.measure_weights()
+
     def pause(self) -> None:
         """Record nothing until :meth:`resume`: a backward re-runs checkpointed forwards, which belong to no loss."""
         if self._estimator.active or self.reviewer.recording:
@@ -625,17 +636,18 @@ class KFC:
 
     # The parts of a step.
 
-    def _all_finite(self, optimizer: Optimizer | None, layers: Iterable[str]) -> bool:
+    def _all_finite(self, optimizer: Optimizer | None, layers: Sequence[str]) -> bool:
         # Also those of parameters that are not preconditioned.
         finite = distributed.all_finite([p.grad for p in self._layers.parameters(optimizer) if p.grad is not None])
         # Where messages follow, no rank may be the only one to wait for them, whatever its own gradients are.
-        if self._group.size > 1 and (
-            self.reviews
-            or self._refresh_factors.expects(layers)
-            or self._refresh_inverses.any_due(layers, self.step, self.damping)
-        ):
+        if self._group.size > 1 and (self.reviews or self._refreshes(layers)):
             return self._group.all_agree(finite, next(self._model.parameters()).device)
         return finite
+
+    def _refreshes(self, layers: Sequence[str]) -> bool:
+        """Whether a refresh of these layers at this step takes statistics or makes inverses, on any rank."""
+        due = self._refresh_inverses.any_due(layers, self.step, self.damping)
+        return due or self._refresh_factors.expects(layers)
 
     def _begin_step_if_over(self) -> None:
         if self._stepped:

@@ -91,6 +91,8 @@ def _state(layer: Layer) -> dict[str, Any]:
         state["moments"] = _saved(layer.moments.state_dict())
     if layer.rows is not None:
         state["rows"] = layer.rows
+    if layer.mean_square is not None:
+        state["mean_square"] = layer.mean_square
     return state
 
 
@@ -113,7 +115,7 @@ def _load(
         # Moments mean nothing without the basis that they are in.
         moments = Moments(**_on(device, state["moments"])) if with_moments and "moments" in state else None
     averages = averages_of(state["factors"], device) if ownership.has_factors(layer) else {}
-    layer.restore(averages, inverse, moments, state.get("rows"))
+    layer.restore(averages, inverse, moments, rows=state.get("rows"), mean_square=state.get("mean_square"))
     return None
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_kfc.distributed.process_group import is_sharded
 from lightning_kfc.distributed.remote import RemoteInverse
 from lightning_kfc.distributed.sharded_tensors import part_of, whole
+from lightning_kfc.factors.damping import mean_curvature
 from lightning_kfc.factors.eigenbasis import Eigenbasis
 from lightning_kfc.factors.inverses import CholeskyInverse, EighInverse, EkfacInverse, Inverse
 from lightning_kfc.factors.moments import Moments
@@ -21,6 +22,13 @@ from lightning_kfc.factors.running_average import (
 )
 from lightning_kfc.factors.statistics import Statistics, factor_dtype
 from lightning_kfc.layers import Adapter
+
+#: The smallest automatic damping, as a share of a layer's mean curvature.
+LEAST_DAMPING = 1e-8
+#: The least mean square of weights, as a share of that of PyTorch's initialisation, 1 / (3 d_in).
+LEAST_SQUARE = 1e-4
+#: The largest mean square of an embedding.
+LARGEST_EMBEDDING = 0.01
 
 
 class Layer:
@@ -51,6 +59,8 @@ class Layer:
         self._parts = {role: p for role, p in self.adapter.parameters().items() if is_sharded(p)}
         self.pending: Statistics | None = None
         self.factorised_at = -1
+        #: The mean square of the weights at the start of training, where the damping is automatic; None before.
+        self.mean_square: float | None = None
         #: The most rows that a step has had, which bounds the rank of its gradient; None where that is not known.
         self.rows: int | None = None
         #: The roles of the parameters that factors and inverse are for; others may be frozen or unfrozen since.
@@ -192,10 +202,17 @@ class Layer:
         self.forget_inverses()
 
     def restore(
-        self, averages: dict[str, StoredAverage], inverse: Inverse | None, moments: Moments | None, rows: int | None
+        self,
+        averages: dict[str, StoredAverage],
+        inverse: Inverse | None,
+        moments: Moments | None,
+        *,
+        rows: int | None,
+        mean_square: float | None,
     ) -> None:
         """Take the parts of a checkpoint, for the parameters that are trainable now."""
-        self.averages, self.moments, self.rows = averages, moments, rows
+        self.averages, self.moments = averages, moments
+        self.rows, self.mean_square = rows, mean_square
         self.roles = tuple(self.adapter.own_parameters())
         self.previous_inverse = None
         self.inverse = None if inverse is None else inverse.in_precision(self._inverse_dtype())
@@ -222,7 +239,35 @@ class Layer:
 
     def refreshed(self, inverse: type[Inverse], damping: float) -> Inverse:
         """A new inverse from the running factors, continuing the present one; raises as :meth:`Inverse.factorise`."""
-        return self.inverse_type(inverse).factorise(self.curvature(), damping).succeeding(self.inverse)
+        curvature = self.curvature()
+        own = self.damping(damping)
+        if self.mean_square is not None:
+            # A loss that is nearly 0 must not leave singular factors without damping.
+            own = max(own, LEAST_DAMPING * mean_curvature(curvature), torch.finfo(torch.float32).tiny)
+        return self.inverse_type(inverse).factorise(curvature, own).succeeding(self.inverse)
+
+    def measure_weights(self) -> None:
+        """Note the mean square of the weights, the unit of the automatic damping, once. Collective if sharded.
+
+        It is not far below that of PyTorch's own initialisation, so that weights which begin at 0 can move. Embeddings,
+        which PyTorch draws from N(0, 1), change by far less than their size.
+        """
+        own = self.adapter.own_parameters()
+        if self.mean_square is not None or not own:
+            return
+        with torch.no_grad():
+            weights = self.matrix({role: parameter.detach() for role, parameter in own.items()})
+            found = float(weights.square().mean(dtype=torch.float64))
+        found = max(found, LEAST_SQUARE / (3 * weights.shape[-1])) if math.isfinite(found) else 1.0
+        self.mean_square = min(found, LARGEST_EMBEDDING) if isinstance(self.module, nn.Embedding) else found
+
+    def damping(self, damping: float) -> float:
+        """The damping of this layer.
+
+        Args:
+            damping: The user's; or an automatic one, which is that of weights of mean square 1.
+        """
+        return damping if self.mean_square is None else damping / self.mean_square
 
     def tried(self, step: int) -> None:
         """Note the step of the last attempt to refresh the inverse."""

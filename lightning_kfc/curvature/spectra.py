@@ -63,7 +63,7 @@ def spectra_of(layers: Mapping[str, Layer], damping: float) -> dict[str, LayerSp
         own = layer.factors
         conditions = {}
         if set(own) == {"A", "G"}:
-            pi, root = balance(own["A"], own["G"]).cpu().double(), damping**0.5
+            pi, root = balance(own["A"], own["G"]).cpu().double(), layer.damping(damping) ** 0.5
             for key, share in (("A", pi * root), ("G", root / pi)):
                 smallest = _smallest_damped(layer, key, share, top_of_inverse.get((name, key)))
                 if smallest is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,16 @@ def mean_diagonal(factor: Tensor) -> Tensor:
     if factor.ndim == 2:
         return factor.mean(-1)
     return factor.diagonal(dim1=-2, dim2=-1).mean(-1)
+
+
+def mean_curvature(factors: Mapping[str, Tensor]) -> float:
+    """The mean diagonal entry of a layer's Fisher matrix, over all groups.
+
+    Args:
+        factors: ``A`` and ``G``, or ``F``; each dense ``(groups, d, d)`` or diagonal ``(groups, d)``.
+    """
+    values = [mean_diagonal(factor).double() for factor in factors.values()]
+    return float(torch.stack(values).prod(0).mean())
 
 
 def balance(A: Tensor, G: Tensor) -> Tensor:

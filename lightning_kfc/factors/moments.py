@@ -13,7 +13,8 @@ from lightning_kfc.factors.inverses import EighInverse, Inverse
 
 #: The decays of Adam's first and second moment.
 MOMENTUM_DECAY, SECOND_MOMENT_DECAY = 0.9, 0.95
-EPSILON = 1e-8
+#: Beside the mean root of the second moments, which has the loss's unit.
+EPSILON = 1e-5
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ class Moments:
         # Nesterov: the momentum as the next step would have it if this gradient came again.
         ahead = self.momentum * (MOMENTUM_DECAY / (1 - MOMENTUM_DECAY ** (self.count + 1)))
         ahead = ahead.add(gradient, alpha=(1 - MOMENTUM_DECAY) / (1 - MOMENTUM_DECAY**self.count))
-        size = (self.second_moment / (1 - SECOND_MOMENT_DECAY**self.count)).sqrt_().add_(EPSILON)
-        return ahead.div_(size)
+        size = (self.second_moment / (1 - SECOND_MOMENT_DECAY**self.count)).sqrt_()
+        tiny = torch.finfo(size.dtype).tiny
+        return ahead.div_(size.add_(EPSILON * size.mean((-1, -2), keepdim=True) + tiny))
 
     def in_basis(self, old: Inverse | None, new: Inverse | None) -> Self:
         """The same moments where the basis of one inverse has given way to that of another.

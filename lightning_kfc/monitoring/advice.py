@@ -36,8 +36,7 @@ class Facts:
         kl_clip: The bound in force; None for none.
         automatic_kl_clip: Whether it sets itself.
         damping: In force.
-        automatic_damping: Whether it sets itself.
-        grown_damping: Whether it has grown since it began to.
+        automatic_damping: Whether the damping is ``"auto"``, of which there is nothing to advise.
         damped: Whether the damping has a part in the updates; the rule "adam" does without.
         below_damping: Layers whose largest curvature was below the damping whenever it was looked at lately.
         layers: The number of layers that were looked at.
@@ -62,7 +61,6 @@ class Facts:
     automatic_kl_clip: bool = False
     damping: float = 0.01
     automatic_damping: bool = False
-    grown_damping: bool = False
     damped: bool = True
     below_damping: Sequence[str] = ()
     layers: int = 0
@@ -109,17 +107,15 @@ def gradient_clipping_sets_the_step(facts: Facts) -> str | None:
 
 def damping_above_curvature(facts: Facts) -> str | None:
     """Some layers have no direction whose curvature reaches the damping."""
-    # One that sets itself stays where steps do well; near the end of a training curvature vanishes below it.
-    if not facts.damped or not facts.below_damping or (facts.automatic_damping and not facts.grown_damping):
+    # An automatic one follows the loss; near the end of a training curvature vanishes below it.
+    if not facts.damped or not facts.below_damping or facts.automatic_damping:
         return None
     names = _listed(facts.below_damping)
-    found = (
+    return (
         f"damping ({facts.damping:.3g}) is above the largest curvature of {names}, {len(facts.below_damping)} of "
-        f"{facts.layers} layers: they get plain SGD, its learning rate divided by the damping"
+        f"{facts.layers} layers: they get plain SGD, its learning rate divided by the damping. Lower damping, unless the "
+        "training is nearly done and its curvature gone."
     )
-    if facts.automatic_damping:
-        return f"{found}. damping='auto' has grown to it, since steps did less than foretold: lower the learning rate."
-    return f"{found}. Lower damping, unless the training is nearly done and its curvature gone."
 
 
 def inverses_take_long(facts: Facts) -> str | None:

@@ -16,7 +16,6 @@ from lightning_kfc.kfc import KFC
 from lightning_kfc.monitoring.advice import CUT_STEPS, Facts
 from lightning_kfc.monitoring.timing import PARTS, REST
 from lightning_kfc.rules.base import ReadyLayer
-from lightning_kfc.trust_region.region import START_DAMPING
 
 #: A layer counts as below the damping where it was that at so many looks in a row.
 LOOKS = 3
@@ -109,7 +108,12 @@ class Diagnostics:
         for name, found in spectra_of(new, kfc.damping).items():
             self._spectra[name] = kfc.layers[name].factorised_at, found
         self._spectra = {name: entry for name, entry in self._spectra.items() if name in kfc.layers}
-        self._looks.append({n for n, (_, found) in self._spectra.items() if found.largest_curvature < kfc.damping})
+        below = {
+            name
+            for name, (_, found) in self._spectra.items()
+            if found.largest_curvature < kfc.layers[name].damping(kfc.damping)
+        }
+        self._looks.append(below)
 
     # What was found.
 
@@ -190,7 +194,6 @@ class Diagnostics:
             automatic_kl_clip=kfc.settings.kl_clip == "auto",
             damping=kfc.damping,
             automatic_damping=kfc.settings.damping == "auto",
-            grown_damping=kfc.damping > START_DAMPING,
             damped=kfc.settings.rule != "adam",
             below_damping=tuple(name for name in kfc.layers if full and all(name in look for look in self._looks)),
             layers=len(kfc.layers),

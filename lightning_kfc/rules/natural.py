@@ -49,12 +49,15 @@ class NaturalRule(Rule[NaturalUpdates]):
         """Apply the inverses; see :class:`Rule`."""
         chosen = [entry.received or entry.layer.inverse for entry in ready]
         inverses = [
-            inverse.at_damping(damping).for_rows(entry.layer.rows)
+            inverse.at_damping(entry.layer.damping(damping)).for_rows(entry.layer.rows)
             for entry, inverse in zip(ready, chosen, strict=True)
             if inverse is not None
         ]
         previous = [entry.fallback or entry.layer.previous_inverse for entry in ready]
-        fallbacks = [inverse and inverse.at_damping(damping) for inverse in previous]
+        fallbacks = [
+            inverse and inverse.at_damping(entry.layer.damping(damping))
+            for entry, inverse in zip(ready, previous, strict=True)
+        ]
         gradients, rates = [entry.gradient for entry in ready], [entry.learning_rate for entry in ready]
         return natural_step(gradients, inverses, rates, kl_clip, fallbacks, most_decrease)
 

@@ -1,39 +1,43 @@
-r"""A trust region that adapts radius and damping to how well steps are predicted.
+r"""A trust region that sets its own radius, from how well steps do what was expected of them.
 
 The radius r bounds :math:`\alpha^2\langle V, \nabla\bar W\rangle`, twice the KL of a step by the approximate Fisher
 matrix (:math:`\kappa` of E7). A step :math:`\delta` is *reviewed* by the reduction ratio
 :math:`\rho = (h(\theta+\delta) - h(\theta)) / M(\delta)`, both losses on the step's own batch, with
 :math:`M(\delta) = \langle\nabla h, \delta\rangle + \tfrac12\delta^\top F\delta + \tfrac\lambda2\|\delta\|^2`
 (Martens & Grosse 2015, arXiv:1503.05671, sec. 6.4 and 6.5).
+
+No constant has a unit. The radius begins at a share of the loss. The automatic damping of a layer is
+
+.. math:: \lambda = 3\cdot10^{-6}\; h(\theta) / \overline{w^2}
+
+with :math:`\overline{w^2}` the mean square of the layer's weights at the start of training: moving all of them by their
+own size adds three millionths of the loss for each. It follows the loss and is not adapted: a smaller damping lets a step
+fit the noise of its own batch, which the loss on that batch shows as progress.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from lightning_kfc.settings import Settings
 
-#: Start values of an automatic radius and damping.
-START_RADIUS = 0.1
-START_DAMPING = 0.003
-#: Used in the place of "auto" where steps cannot be reviewed.
-FIXED_RADIUS = 0.03
-FIXED_DAMPING = 0.01
+#: An automatic radius begins at this share of the loss. The second one is used where steps cannot be reviewed.
+START_RADIUS, FIXED_RADIUS = 0.04, 0.013
+#: The smallest and the largest automatic radius, as shares of the loss.
+SMALLEST_RADIUS, LARGEST_RADIUS = 1e-6, 10.0
+#: An automatic damping, as a share of the loss, for weights of mean square 1.
+DAMPING = 3e-6
+#: A loss that may be negative may come close to 0: its magnitude falls by no more than this factor between refreshes.
+SLOWEST_FALL = 0.5
 
 #: Every one of the first steps is reviewed, then one in so many.
 REVIEWED_AT_FIRST = 10
 REVIEW_EVERY_N_STEPS = 5
 
-# On a noisy batch a smaller damping always looks better, since a step then fits that batch alone. Without these floors
-# damping and radius would shrink towards 0.
-SMALLEST_RADIUS, LARGEST_RADIUS = 1e-3, 10.0
-SMALLEST_DAMPING, LARGEST_DAMPING = 1e-3, 10.0
-
-POOR, GOOD, DAMPING_GOOD = 0.25, 0.75, 0.45
-DAMPING_FACTOR = 0.8
-#: A step is undone if the loss has grown by more than this share of the decrease that its slope promised.
+POOR, GOOD = 0.25, 0.75
+#: A step is undone if the loss has grown by more than this share of the decrease that its slope foretold.
 TOLERATED_GROWTH = 0.1
 #: The slope of a step may promise at most so many times the loss, where the loss cannot fall below 0. At its minimum, a
 #: quadratic model has decreased by half of what its slope promised: a longer step promises more than the whole loss.
@@ -52,22 +56,24 @@ class Outcome:
         loss_after: :math:`h(\theta+\delta)` on the same batch.
         slope: :math:`\langle\nabla h, \delta\rangle`, momentum and weight decay included in :math:`\delta`.
         curvature: :math:`\tfrac12\delta^\top F\delta` by the factors.
-        squared_length: :math:`\|\delta\|^2` over the layers whose update was damped.
+        penalty: :math:`\tfrac\lambda2\|\delta\|^2`, summed over the layers whose update was damped.
     """
 
     loss_before: float
     loss_after: float
     slope: float
     curvature: float
-    squared_length: float
+    penalty: float
 
-    def expected(self, damping: float) -> float:
-        r""":math:`M(\delta)`, the expected change of the loss."""
-        return self.slope + self.curvature + 0.5 * damping * self.squared_length
+    @property
+    def expected(self) -> float:
+        r""":math:`M(\delta)`, the change of the loss that was expected."""
+        return self.slope + self.curvature + self.penalty
 
-    def ratio(self, damping: float) -> float:
-        r""":math:`\rho`, 1 for a step as expected; NaN where no change was expected."""
-        expected = self.expected(damping)
+    @property
+    def ratio(self) -> float:
+        r""":math:`\rho`, 1 for a step that did what was expected; NaN where there was nothing to expect."""
+        expected = self.expected
         return (self.loss_after - self.loss_before) / expected if expected else math.nan
 
     def best_share(self) -> float:
@@ -105,49 +111,60 @@ class Verdict:
 
 @dataclass
 class TrustRegion:
-    """Radius and damping, and when the next step is reviewed.
+    """The radius, the unit of radius and damping, and when the next step is reviewed.
 
     Attributes:
         adapts_radius: Whether the radius sets itself (``kl_clip="auto"``).
-        adapts_damping: Whether the damping sets itself (``damping="auto"``).
-        radius: The bound on a step's squared norm in the Fisher metric.
-        damping: Added to the curvature from the next refresh of inverses on.
+        automatic_radius: Whether the radius is not the user's. It is fixed where steps cannot be reviewed.
+        radius: The bound on a step's squared norm in the Fisher metric; NaN before the first loss.
+        loss: The magnitude of the loss at the last refresh; NaN before the first.
         review_next: Whether the next step is reviewed whatever its number.
         log_size: Running mean of the logarithm of a step's squared norm; NaN before there is one.
     """
 
     adapts_radius: bool
-    adapts_damping: bool
-    radius: float = START_RADIUS
-    damping: float = START_DAMPING
+    automatic_radius: bool = True
+    radius: float = math.nan
+    loss: float = math.nan
     review_next: bool = False
     log_size: float = math.nan
 
     @classmethod
     def of(cls, settings: Settings) -> TrustRegion:
         """The trust region at the start of training."""
-        # The rule "adam" does not use the damping.
-        adapts_damping = settings.damping == "auto" and settings.rule == "natural"
-        return cls(adapts_radius=settings.kl_clip == "auto", adapts_damping=adapts_damping)
+        automatic = settings.kl_clip == "auto"
+        return cls(adapts_radius=automatic, automatic_radius=automatic)
 
     @property
-    def active(self) -> bool:
-        """Whether radius or damping set themselves."""
-        return self.adapts_radius or self.adapts_damping
+    def damping(self) -> float:
+        r"""The automatic damping for weights of mean square 1; NaN before the first loss."""
+        return DAMPING * self.loss
 
-    def fix(self) -> dict[str, float]:
-        """Set nothing automatically from now on.
+    def note_loss(self, loss: float, *, never_negative: bool) -> None:
+        """Take over the present loss as the unit of radius and damping; one that is 0 or not finite leaves the last.
+
+        Args:
+            loss: The loss of a step.
+            never_negative: Whether it is known to be bounded below by 0.
+        """
+        size = abs(loss)
+        if not math.isfinite(size) or size == 0:
+            return
+        known = math.isfinite(self.loss)
+        self.loss = max(size, SLOWEST_FALL * self.loss) if known and not never_negative else size
+        if self.automatic_radius and math.isnan(self.radius):
+            self.radius = (START_RADIUS if self.adapts_radius else FIXED_RADIUS) * self.loss
+
+    def fix(self) -> bool:
+        """Fix the radius from now on, at a share of the loss.
 
         Returns:
-            The fixed value of each setting that was ``"auto"``, by the setting's name.
+            Whether it was adapted until now.
         """
-        fixed = {}
-        if self.adapts_damping:
-            self.damping = fixed["damping"] = FIXED_DAMPING
-        if self.adapts_radius:
-            self.radius = fixed["kl_clip"] = FIXED_RADIUS
-        self.adapts_radius = self.adapts_damping = False
-        return fixed
+        adapted, self.adapts_radius = self.adapts_radius, False
+        if adapted:
+            self.radius = FIXED_RADIUS * self.loss
+        return adapted
 
     def review_planned(self, step: int) -> bool:
         """Whether a step is to be reviewed, so that its forward must be recorded.
@@ -175,27 +192,22 @@ class TrustRegion:
             outcome: What it did.
             size: :math:`\alpha^2\langle V, \nabla\bar W\rangle` before clipping.
         """
-        expected, ratio = outcome.expected(self.damping), outcome.ratio(self.damping)
+        ratio = outcome.ratio
         growth = outcome.loss_after - outcome.loss_before
         undo = not growth <= TOLERATED_GROWTH * abs(outcome.slope)
         # Also where the ratio is NaN, or where both the loss and the model increased.
         poor = undo or not ratio >= POOR
-        if self.adapts_radius:
+        if self.adapts_radius and math.isfinite(self.radius):
             if poor:
-                self.radius = max(SMALLEST_RADIUS, 0.5 * min(self.radius, size))
+                self.radius = 0.5 * min(self.radius, size)
             elif ratio > GOOD:
-                self.radius = min(LARGEST_RADIUS, 2 * min(self.radius, 4 * size))
-                self.radius = max(SMALLEST_RADIUS, self.radius)
-        if self.adapts_damping:
-            if poor:
-                self.damping = min(LARGEST_DAMPING, self.damping / DAMPING_FACTOR)
-            elif ratio > DAMPING_GOOD:
-                self.damping = max(SMALLEST_DAMPING, self.damping * DAMPING_FACTOR)
+                self.radius = 2 * min(self.radius, 4 * size)
+            self.radius = min(max(self.radius, SMALLEST_RADIUS * self.loss), LARGEST_RADIUS * self.loss)
         self.review_next = self.review_next or poor
         # A step whose slope leads uphill, as with momentum, is kept unless the loss has grown.
         shorten = undo or (poor and outcome.slope < 0)
         kept_share = min(outcome.best_share(), 1.0) if shorten else 1.0
-        return Verdict(ratio, undo, poor, -expected, -growth, kept_share)
+        return Verdict(ratio, undo, poor, -outcome.expected, -growth, kept_share)
 
     def state_dict(self) -> dict[str, float]:
         """All that changes in training, as plain numbers, without fixed settings."""
@@ -208,24 +220,19 @@ class TrustRegion:
                 setattr(self, name, type(getattr(self, name))(state[name]))
 
     def _changing(self) -> list[str]:
-        adapts = {"radius": self.adapts_radius, "damping": self.adapts_damping}
-        names = [field.name for field in fields(self) if not field.name.startswith("adapts_")]
-        return [name for name in names if adapts.get(name, True)]
+        names = ["loss", "review_next", "log_size"]
+        return ["radius", *names] if self.automatic_radius else names
 
 
-def message_of_fixed(fixed: Mapping[str, float], reason: str) -> str:
-    """The message that steps are no longer reviewed; empty if nothing was "auto".
+def message_of_fixed(radius: float, reason: str) -> str:
+    """The message that steps are not reviewed any more.
 
     Args:
-        fixed: What :meth:`TrustRegion.fix` returned.
+        radius: The radius that is used instead; NaN where there was no loss yet.
         reason: Why steps cannot be reviewed.
     """
-    if not fixed:
-        return ""
-    chosen = " and ".join(f"{name}='auto'" for name in fixed)
-    values = " and ".join(f"{name}={value:.3g}" for name, value in fixed.items())
-    need = "need" if len(fixed) > 1 else "needs"
+    value = f"kl_clip={radius:.3g}" if math.isfinite(radius) else f"{FIXED_RADIUS:g} times the loss"
     return (
-        f"KFC can no longer review steps, which {chosen} {need}: {reason}. It goes on with {values}. "
-        "Set these to silence this."
+        f"KFC cannot review steps, which kl_clip='auto' needs: {reason}. It uses {value}. "
+        "Set kl_clip to silence this message."
     )

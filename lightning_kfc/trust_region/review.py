@@ -82,8 +82,18 @@ class StepReviewer:
 
     @property
     def active(self) -> bool:
-        """Whether damping or bound are set by reviews of steps."""
-        return self.region.active
+        """Whether the bound is set by reviews of steps."""
+        return self.region.adapts_radius
+
+    @property
+    def _follows_losses(self) -> bool:
+        """Whether the damping or the bound is in units of the loss."""
+        return self.damping_is_automatic or self.region.automatic_radius
+
+    @property
+    def damping_is_automatic(self) -> bool:
+        """Whether the damping is a share of the loss."""
+        return self._scheduled is None
 
     @property
     def due(self) -> bool:
@@ -112,7 +122,7 @@ class StepReviewer:
     def record(self, step: int) -> Iterator[None]:
         """Record the forward within, if the step is to be reviewed."""
         self._tape = None
-        planned = self.region.active and self.region.review_planned(step) and self._snapshot is None
+        planned = self.region.adapts_radius and self.region.review_planned(step) and self._snapshot is None
         # The first forward of a lazy module makes its parameters, of which there is nothing to replay yet.
         if not planned or any(map(is_lazy, self._model.parameters())):
             yield
@@ -148,7 +158,7 @@ class StepReviewer:
             loss_scale: The factor of a gradient scaler.
         """
         # An optimizer that calls its closure again has moved away from where the step begins.
-        if self.region.active and self._snapshot is None:
+        if self._follows_losses and self._snapshot is None:
             self._losses.note(loss, loss_scale, self._tape.locate(loss) if self._tape is not None else None)
 
     def forget_losses(self) -> None:
@@ -171,8 +181,22 @@ class StepReviewer:
             parameters: The parameters that were stepped.
             optimizer: The optimizer, or None where it is not known.
         """
-        if self.region.active:
+        if self._follows_losses:
             self._losses.stepped(parameters, optimizer)
+
+    def measure_loss(self, parameters: Iterable[Tensor], *, never_negative: bool) -> None:
+        """Take over the loss of the coming step as the unit of damping and bound. Collective: call on every rank.
+
+        Args:
+            parameters: Those that the coming step moves.
+            never_negative: Whether the loss is known to be bounded below by 0.
+        """
+        if self._follows_losses:
+            losses = self._losses.of(parameters)
+            own = sum(float(seen.value) for seen in losses)
+            loss, missing = distributed.mean([own, float(not losses)], self._device)
+            if not missing:
+                self.region.note_loss(loss, never_negative=never_negative)
 
     def most_decrease(self, parameters: Iterable[Tensor], *, never_negative: bool) -> float | None:
         """The most that the slope of the coming step may promise; None for no bound.
@@ -213,7 +237,7 @@ class StepReviewer:
             loss_scale: The factor by which the gradients are multiplied.
             loss_gradients: By the ``id`` of a parameter: the gradient of the loss, where it has been replaced already.
         """
-        if not self.region.active or size <= 0 or self._snapshot is not None:
+        if not self.region.adapts_radius or size <= 0 or self._snapshot is not None:
             return
         planned = self.region.review_planned(step)
         self.region.note_size(size)
@@ -227,10 +251,8 @@ class StepReviewer:
             self._miss(found.missed)
         elif self._checked or self._reproduces(losses, {}, with_collectives=found.with_collectives):
             self._checked = True
-            if not self.region.adapts_damping:
-                self.region.damping = damping
             self._snapshot = StepSnapshot.of(
-                optimizer, parameters, losses, loss_scale, loss_gradients, size, found.with_collectives
+                optimizer, parameters, losses, loss_scale, loss_gradients, size, damping, found.with_collectives
             )
 
     def _reproduces(self, losses: Sequence[SeenLoss], values: Mapping[int, Tensor], *, with_collectives: bool) -> bool:
@@ -274,7 +296,7 @@ class StepReviewer:
             self._miss(error or "another rank could not replay its loss")
             return None
         with torch.no_grad(), full_precision(self._model):
-            outcome = before.outcome(layers, loss_before, loss_after)
+            outcome = before.outcome(layers, before.damping, loss_before, loss_after)
         if outcome is None:
             return None
         self._misses = 0
@@ -311,11 +333,11 @@ class StepReviewer:
             reason: Why steps cannot be reviewed.
 
         Returns:
-            A message for the user, with the fixed values that are used; empty where nothing was ``"auto"``.
+            A message for the user, with the bound that is used; empty where it was not ``"auto"``.
         """
-        fixed = self.region.fix()
+        adapted = self.region.fix()
         self.forget_losses()
-        return message_of_fixed(fixed, reason)
+        return message_of_fixed(self.region.radius, reason) if adapted else ""
 
     # State.
 

@@ -29,6 +29,7 @@ class StepSnapshot:
         gradients: The gradients of the loss, by the parameter's identity, before they were preconditioned.
         losses: The losses of the step, one a micro-batch.
         size: The squared norm of the step in the Fisher metric, before clipping.
+        damping: In force at the step.
         with_collectives: Whether the losses of some rank depend on what other ranks send.
     """
 
@@ -38,6 +39,7 @@ class StepSnapshot:
     gradients: Mapping[int, Tensor]
     losses: Sequence[SeenLoss]
     size: float
+    damping: float
     with_collectives: bool
 
     @classmethod
@@ -49,6 +51,7 @@ class StepSnapshot:
         loss_scale: float,
         loss_gradients: Mapping[int, Tensor],
         size: float,
+        damping: float,
         with_collectives: bool,
     ) -> StepSnapshot:
         """Copy the present values and gradients of the parameters that have a gradient."""
@@ -57,7 +60,7 @@ class StepSnapshot:
         if loss_scale != 1:
             gradients = {key: gradient / loss_scale for key, gradient in gradients.items()}
         values = [p.detach().clone() for p in trained]
-        return cls(optimizer, trained, values, gradients, losses, size, with_collectives)
+        return cls(optimizer, trained, values, gradients, losses, size, damping, with_collectives)
 
     @property
     def loss(self) -> float:
@@ -74,11 +77,14 @@ class StepSnapshot:
         now = {id(p): p.detach() for p in self.parameters}
         return replayed(self.losses, now, with_collectives=self.with_collectives)
 
-    def outcome(self, layers: Iterable[Layer], loss_before: float, loss_after: float) -> Outcome | None:
-        """Compare parameters with those before the step; None if none has changed.
+    def outcome(
+        self, layers: Iterable[Layer], damping: float, loss_before: float, loss_after: float
+    ) -> Outcome | None:
+        """Compare the present parameters with those before the step; None where none has changed.
 
         Args:
             layers: The layers, whose factors give the curvature.
+            damping: In force at the step.
             loss_before: The loss before the step, a mean over ranks.
             loss_after: The loss after it, likewise.
         """
@@ -86,7 +92,7 @@ class StepSnapshot:
         if not any(bool(delta.any()) for delta in deltas.values()):
             return None
         slope = sum(_dot(self.gradients[key], delta) for key, delta in deltas.items())
-        curvature = squared_length = 0.0
+        curvature = penalty = 0.0
         for layer in layers:
             own = {role: deltas.get(id(p)) for role, p in layer.adapter.own_parameters().items()}
             known = {role: delta for role, delta in own.items() if delta is not None}
@@ -95,8 +101,9 @@ class StepSnapshot:
             matrix = layer.matrix(known)
             curvature += 0.5 * layer.quadratic(matrix)
             # Damping is a part of the model only where it made the step: Adam's is not damped.
-            squared_length += _dot(matrix, matrix) if layer.moments is None else 0.0
-        return Outcome(loss_before, loss_after, slope, curvature, squared_length)
+            if layer.moments is None:
+                penalty += 0.5 * layer.damping(damping) * _dot(matrix, matrix)
+        return Outcome(loss_before, loss_after, slope, curvature, penalty)
 
     @property
     def can_shorten(self) -> bool:
