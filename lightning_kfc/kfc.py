@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -636,7 +636,7 @@ class KFC:
 
     # The parts of a step.
 
-    def _all_finite(self, optimizer: Optimizer | None, layers: Sequence[str]) -> bool:
+    def _all_finite(self, optimizer: Optimizer | None, layers: Collection[str]) -> bool:
         # Also those of parameters that are not preconditioned.
         finite = distributed.all_finite([p.grad for p in self._layers.parameters(optimizer) if p.grad is not None])
         # Where messages follow, no rank may be the only one to wait for them, whatever its own gradients are.
@@ -644,7 +644,7 @@ class KFC:
             return self._group.all_agree(finite, next(self._model.parameters()).device)
         return finite
 
-    def _refreshes(self, layers: Sequence[str]) -> bool:
+    def _refreshes(self, layers: Collection[str]) -> bool:
         """Whether a refresh of these layers at this step takes statistics or makes inverses, on any rank."""
         due = self._refresh_inverses.any_due(layers, self.step, self.damping)
         return due or self._refresh_factors.expects(layers)

@@ -249,8 +249,8 @@ class Layer:
     def measure_weights(self) -> None:
         """Note the mean square of the weights, the unit of the automatic damping, once. Collective if sharded.
 
-        It is not far below that of PyTorch's own initialisation, so that weights which begin at 0 can move. Embeddings,
-        which PyTorch draws from N(0, 1), change by far less than their size.
+        Weights that begin at 0, or nearly, count as those of PyTorch's own initialisation, so that they can move.
+        Embeddings, which PyTorch draws from N(0, 1), change by far less than their size.
         """
         own = self.adapter.own_parameters()
         if self.mean_square is not None or not own:
@@ -258,7 +258,8 @@ class Layer:
         with torch.no_grad():
             weights = self.matrix({role: parameter.detach() for role, parameter in own.items()})
             found = float(weights.square().mean(dtype=torch.float64))
-        found = max(found, LEAST_SQUARE / (3 * weights.shape[-1])) if math.isfinite(found) else 1.0
+        usual = 1 / (3 * weights.shape[-1])
+        found = found if LEAST_SQUARE * usual < found < math.inf else usual
         self.mean_square = min(found, LARGEST_EMBEDDING) if isinstance(self.module, nn.Embedding) else found
 
     def damping(self, damping: float) -> float:

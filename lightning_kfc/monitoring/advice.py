@@ -113,8 +113,8 @@ def damping_above_curvature(facts: Facts) -> str | None:
     names = _listed(facts.below_damping)
     return (
         f"damping ({facts.damping:.3g}) is above the largest curvature of {names}, {len(facts.below_damping)} of "
-        f"{facts.layers} layers: they get plain SGD, its learning rate divided by the damping. Lower damping, unless the "
-        "training is nearly done and its curvature gone."
+        f"{facts.layers} layers: they get plain SGD, its learning rate divided by the damping. Lower damping, unless "
+        "the training is nearly done and its curvature gone."
     )
 
 

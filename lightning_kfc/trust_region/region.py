@@ -10,9 +10,9 @@ No constant has a unit. The radius begins at a share of the loss. The automatic 
 
 .. math:: \lambda = 3\cdot10^{-6}\; h(\theta) / \overline{w^2}
 
-with :math:`\overline{w^2}` the mean square of the layer's weights at the start of training: moving all of them by their
-own size adds three millionths of the loss for each. It follows the loss and is not adapted: a smaller damping lets a step
-fit the noise of its own batch, which the loss on that batch shows as progress.
+with :math:`\overline{w^2}` the mean square of the layer's weights at the start of training. It follows the loss, and is
+not adapted by reviews: on a noisy batch a smaller damping always looks better, since a step then fits that batch alone.
+Both are covariant: a loss times c, and inputs or outputs in other units, give the same steps.
 """
 
 from __future__ import annotations

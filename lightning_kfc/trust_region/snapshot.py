@@ -77,9 +77,7 @@ class StepSnapshot:
         now = {id(p): p.detach() for p in self.parameters}
         return replayed(self.losses, now, with_collectives=self.with_collectives)
 
-    def outcome(
-        self, layers: Iterable[Layer], damping: float, loss_before: float, loss_after: float
-    ) -> Outcome | None:
+    def outcome(self, layers: Iterable[Layer], damping: float, loss_before: float, loss_after: float) -> Outcome | None:
         """Compare the present parameters with those before the step; None where none has changed.
 
         Args:

@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_kfc import KFCCallback
-from lightning_kfc.trust_region.region import START_DAMPING
 from tests.helpers.lightning_nets import (
     QUIET,
     ConvNet,
@@ -70,7 +69,7 @@ def test_the_optimizer_gets_the_dense_solve_of_the_plain_gradient(damping, seed)
 @pytest.mark.parametrize(("batch_size", "accumulated"), [(2, 4), (4, 2), (1, 8)])
 def test_factors_and_update_of_accumulated_micro_batches_are_those_of_the_whole_batch(batch_size, accumulated):
     module, spy = Recording(), Spy()
-    callback = KFCCallback(fisher="exact", kl_clip=None)
+    callback = KFCCallback(damping=0.003, fisher="exact", kl_clip=None)
     fitted = trainer(callback, spy, accumulate_grad_batches=accumulated)
     fitted.fit(module, loader(vectors(), batch_size))
     inputs, targets = vectors().tensors
@@ -81,7 +80,7 @@ def test_factors_and_update_of_accumulated_micro_batches_are_those_of_the_whole_
     whole = spy.logits[0].requires_grad_()
     F.cross_entropy(whole, targets).backward()
     gradient = whole.grad.T @ torch.cat([inputs, torch.ones(8, 1, dtype=torch.float64)], 1)
-    assert relative_error(module.stepped[-1], damped_solve(A, G, gradient, START_DAMPING)) < 1e-9
+    assert relative_error(module.stepped[-1], damped_solve(A, G, gradient, 0.003)) < 1e-9
 
 
 def test_the_short_tail_of_an_epoch_has_the_factors_of_its_own_weights():
@@ -101,11 +100,11 @@ def test_the_short_tail_of_an_epoch_has_the_factors_of_its_own_weights():
 def test_clipping_acts_on_the_preconditioned_gradient(algorithm):
     module, spy = Recording(), Spy()
     bound = 0.05
-    callback = KFCCallback(fisher="exact", kl_clip=None)
+    callback = KFCCallback(damping=0.003, fisher="exact", kl_clip=None)
     options = {"gradient_clip_val": bound, "gradient_clip_algorithm": algorithm}
     trainer(callback, spy, **options).fit(module, loader(vectors(), 8))
     A, G = regression_factors(spy.logits[0], vectors().tensors[0], torch.full((8,), 1 / 8, dtype=torch.float64))
-    update = damped_solve(A, G, spy.plain[0], START_DAMPING)
+    update = damped_solve(A, G, spy.plain[0], 0.003)
     assert float(update.norm()) > 2 * bound
     expected = update.clamp(-bound, bound) if algorithm == "value" else update * bound / (update.norm() + 1e-6)
     assert relative_error(module.stepped[0], expected) < 1e-9
@@ -179,7 +178,7 @@ class Skipping(Regression):
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 def test_a_step_without_a_loss_changes_nothing_and_counts_no_step():
-    module, callback = Skipping(), KFCCallback(fisher="exact", kl_clip=None)
+    module, callback = Skipping(), KFCCallback(damping=0.003, fisher="exact", kl_clip=None)
     values = []
 
     class Values(Callback):
@@ -211,13 +210,13 @@ def test_a_gradient_is_preconditioned_once():
 @pytest.mark.filterwarnings("ignore:You requested to overfit")
 @pytest.mark.filterwarnings("ignore:.*overfit_batches")
 def test_short_runs_train_with_the_callback(options):
-    module, callback = Recording(), KFCCallback(fisher="exact", kl_clip=None)
+    module, callback = Recording(), KFCCallback(damping=0.003, fisher="exact", kl_clip=None)
     inputs = vectors(12).tensors[0][:4]
     spy = Spy(inputs)
     trainer(callback, spy, **options).fit(module, loader(vectors(12)))
     assert len(module.stepped) == 3
     A, G = regression_factors(spy.logits[0], inputs, torch.full((4,), 1 / 4, dtype=torch.float64))
-    assert relative_error(module.stepped[0], damped_solve(A, G, spy.plain[0], START_DAMPING)) < 1e-9
+    assert relative_error(module.stepped[0], damped_solve(A, G, spy.plain[0], 0.003)) < 1e-9
 
 
 class Partly(Regression):
@@ -233,7 +232,9 @@ class Partly(Regression):
 
 
 def test_a_layer_used_in_other_steps_than_the_dates_has_its_statistics_taken_when_it_is_used():
-    callback = KFCCallback(warmup_steps=0, factor_every_n_steps=4, inverse_every_n_steps=4, fisher="exact")
+    callback = KFCCallback(
+        damping=0.003, warmup_steps=0, factor_every_n_steps=4, inverse_every_n_steps=4, fisher="exact"
+    )
     seen = {}
 
     class Seen(Callback):

@@ -832,7 +832,7 @@ def test_the_ablation_gives_each_variant_s_ratios_to_the_defaults() -> None:
 def test_parts_of_the_engine_are_switched_off_in_the_ablation_alone() -> None:
     names = {variant.name: variant for variant in ablation.VARIANTS}
     model = nn.Sequential(nn.Linear(2, 2))
-    poor, grown = (Outcome(5.0, after, slope=-1.0, curvature=0.2, squared_length=0.0) for after in (4.9, 7.0))
+    poor, grown = (Outcome(5.0, after, slope=-1.0, curvature=0.2, penalty=0.0) for after in (4.9, 7.0))
     shares = {}
     for name in ("kfc", "kfc_unshortened", "kfc_promising"):
         stepper = (ablation.DEFAULT if name == "kfc" else names[name]).make(model, 0.5, 0)

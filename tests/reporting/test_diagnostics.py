@@ -183,8 +183,8 @@ def test_bytes_are_those_of_the_tensors_that_are_held(rule: str, numbers_a_param
 
 
 def test_decreases_are_those_of_the_last_review() -> None:
-    outcome = Outcome(loss_before=2.0, loss_after=1.5, slope=-1.0, curvature=0.25, squared_length=2.0)
-    region = TrustRegion(adapts_radius=True, adapts_damping=True, damping=0.1)
+    outcome = Outcome(loss_before=2.0, loss_after=1.5, slope=-1.0, curvature=0.25, penalty=0.1)
+    region = TrustRegion(adapts_radius=True, radius=1.0, loss=1.0)
     verdict = region.judge(outcome, 0.1)
     assert verdict.predicted_decrease == pytest.approx(1.0 - 0.25 - 0.1)
     assert verdict.actual_decrease == 0.5

@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from lightning_kfc import KFC
 from lightning_kfc.factors.inverses import DiagonalInverse, EighInverse
 from lightning_kfc.rules.adam import LEARNING_RATE, Moments, adam_step, curvature_weights
-from lightning_kfc.trust_region.region import START_DAMPING, TrustRegion, Verdict
+from lightning_kfc.trust_region.region import TrustRegion, Verdict
 from tests.curvature.test_state import Run
 from tests.helpers.nets import classes, data, double, engine, small_conv_net, train_step
 
-BETA1, BETA2, EPSILON = 0.9, 0.95, 1e-8
+BETA1, BETA2, EPSILON = 0.9, 0.95, 1e-5
 
 
 class SlowAdam:
@@ -32,15 +32,15 @@ class SlowAdam:
 
     def step(self, gradient: Tensor) -> Tensor:
         self.t += 1
-        result = torch.empty_like(gradient)
+        ahead, size = torch.empty_like(gradient), torch.empty_like(gradient)
         for i in range(gradient.shape[0]):
             for j in range(gradient.shape[1]):
                 g = float(gradient[i, j])
                 m = self.m[i, j] = BETA1 * self.m.get((i, j), 0.0) + (1 - BETA1) * g
                 s = self.s[i, j] = BETA2 * self.s.get((i, j), 0.0) + (1 - BETA2) * g * g
-                ahead = BETA1 * m / (1 - BETA1 ** (self.t + 1)) + (1 - BETA1) * g / (1 - BETA1**self.t)
-                result[i, j] = ahead / (math.sqrt(s / (1 - BETA2**self.t)) + EPSILON)
-        return result
+                ahead[i, j] = BETA1 * m / (1 - BETA1 ** (self.t + 1)) + (1 - BETA1) * g / (1 - BETA1**self.t)
+                size[i, j] = math.sqrt(s / (1 - BETA2**self.t))
+        return ahead / (size + EPSILON * float(size.mean()))
 
 
 def slow_weights(A: Tensor, G: Tensor) -> Tensor:
@@ -84,6 +84,12 @@ def test_updates_are_those_of_the_slow_adam_in_the_eigenbasis(d_out: int, d_in: 
         assert step.quadratic == pytest.approx(length, rel=1e-8)
 
 
+@pytest.fixture
+def without_epsilon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_kfc.factors.moments.EPSILON", 0.0)
+
+
+@pytest.mark.usefixtures("without_epsilon")
 def test_with_factors_that_are_multiples_of_the_identity_it_is_adam_up_to_the_width() -> None:
     d_out, d_in = 3, 4
     gradients = [data(d_out, d_in, seed=i) for i in range(5)]
@@ -96,7 +102,7 @@ def nadam(gradients: list[Tensor]) -> list[Tensor]:
     """The steps of torch's Adam with Nesterov's momentum, at a learning rate of 1."""
     weight = nn.Parameter(torch.zeros_like(gradients[0]))
     # A large momentum_decay switches NAdam's own schedule of the momentum off.
-    optimizer = torch.optim.NAdam([weight], lr=1.0, betas=(BETA1, BETA2), eps=EPSILON, momentum_decay=1e6)
+    optimizer = torch.optim.NAdam([weight], lr=1.0, betas=(BETA1, BETA2), eps=0.0, momentum_decay=1e6)
     moved = []
     # It keeps the product of its momenta in the default precision.
     torch.set_default_dtype(torch.float64)
@@ -108,6 +114,7 @@ def nadam(gradients: list[Tensor]) -> list[Tensor]:
     return moved
 
 
+@pytest.mark.usefixtures("without_epsilon")
 def test_a_layer_with_a_diagonal_curvature_takes_adams_own_step_and_its_curvature_counts() -> None:
     gradients = [data(1, 4, seed=i) for i in range(4)]
     F_diagonal = data(1, 4, seed=9).square()
@@ -259,6 +266,7 @@ def test_gradients_that_are_not_finite_leave_the_moments() -> None:
     assert all(layer.moments is moments[name] for name, layer in kfc.layers.items())
 
 
+@pytest.mark.usefixtures("without_epsilon")
 @pytest.mark.parametrize("sparse", [False, True])
 def test_an_embedding_takes_adams_own_step(sparse: bool) -> None:
     torch.manual_seed(0)
@@ -302,7 +310,6 @@ def test_it_descends_with_the_recommended_partner() -> None:
         losses.append(float(train_step(kfc, optimizer, lambda: F.cross_entropy(model(x), target))))
         kfc.review(optimizer=optimizer)
     assert losses[-1] < 0.05 * losses[0]
-    assert kfc.damping == START_DAMPING  # nothing adapts it
 
 
 def test_a_step_that_is_taken_back_takes_the_momentum_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,8 +340,8 @@ def test_the_model_that_a_review_holds_a_step_against_has_no_damping(monkeypatch
         kfc, optimizer = engine(model, rule=rule, kl_clip="auto"), torch.optim.SGD(model.parameters(), lr=0.02)
         train_step(kfc, optimizer, lambda model=model: loss_of(model))
         kfc.review(optimizer=optimizer)
-    assert seen[0].squared_length > 0
-    assert seen[1].squared_length == 0
+    assert seen[0].penalty > 0
+    assert seen[1].penalty == 0
     assert seen[1].curvature > 0
 
 

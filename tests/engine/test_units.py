@@ -1,0 +1,111 @@
+"""No constant has the user's units: a loss times c, or inputs and outputs in other units, give the same training."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_kfc import KFC
+
+STEPS = 25
+
+
+def net(bias: bool = True) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1, bias=bias),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4 * 36, 8),
+        nn.LayerNorm(8),
+        nn.Tanh(),
+        nn.Linear(8, 3),
+    )
+    return layers.double()
+
+
+def losses(
+    model: nn.Module,
+    loss_scale: float = 1.0,
+    input_scale: float = 1.0,
+    output_scale: float = 1.0,
+    loss_of: str = "cross_entropy",
+    **options: object,
+) -> list[float]:
+    """The losses of a training with everything automatic, divided by their scale."""
+    kfc = KFC(model, damping="auto", kl_clip="auto", **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.5)
+    generator, found = torch.Generator().manual_seed(1), []
+    for _ in range(STEPS):
+        x = torch.randn(32, 1, 6, 6, generator=generator, dtype=torch.float64)
+        y = (x.mean((1, 2, 3)) * 20).long().clamp(-1, 1) + 1
+        optimizer.zero_grad()
+        with kfc.capture():
+            outputs = model(x * input_scale) / output_scale
+            loss = loss_scale * _loss(outputs, y, loss_of)
+        kfc.back_propagate(loss)
+        loss.backward()
+        kfc.precondition(optimizer=optimizer)
+        optimizer.step()
+        kfc.review(optimizer=optimizer)
+        found.append(float(loss.detach()) / loss_scale)
+    assert found[-1] < found[0]
+    return found
+
+
+def _loss(outputs: Tensor, targets: Tensor, name: str) -> Tensor:
+    if name == "cross_entropy":
+        return F.cross_entropy(outputs, targets)
+    # It crosses zero, as a density above 1 does.
+    return F.gaussian_nll_loss(outputs[:, 0], targets.double(), F.softplus(outputs[:, 1]) + 0.01)
+
+
+@pytest.mark.parametrize("loss_of", ["cross_entropy", "gaussian_nll"])
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3, 1e6])
+def test_a_loss_times_c_gives_the_same_training(scale: float, loss_of: str) -> None:
+    plain, scaled = losses(net(), loss_of=loss_of), losses(net(), loss_scale=scale, loss_of=loss_of)
+    assert scaled == pytest.approx(plain, rel=1e-6)
+
+
+def test_a_loss_times_c_gives_the_same_training_with_exact_damping() -> None:
+    assert losses(net(), loss_scale=1e4, inverse="eigh") == pytest.approx(losses(net(), inverse="eigh"), rel=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"inverse": "ekfac"}, {"rule": "adam"}])
+@pytest.mark.parametrize("exponent", [-20, 20])
+def test_a_loss_times_c_gives_the_same_training_by_numbers_kept_in_an_eigenbasis(
+    exponent: int, options: dict[str, str]
+) -> None:
+    # A power of two, which rounds nothing. Eigenvectors of nearly equal eigenvalues turn with each rounding, and these
+    # rules divide by what they keep for each of them.
+    assert losses(net(), loss_scale=2.0**exponent, **options) == losses(net(), **options)
+
+
+@pytest.mark.parametrize("scale", [1e-2, 30.0])
+def test_inputs_in_other_units_give_the_same_training(scale: float) -> None:
+    model = net(bias=False)
+    with torch.no_grad():
+        model[0].weight /= scale
+    assert losses(model, input_scale=scale) == pytest.approx(losses(net(bias=False)), rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-2, 30.0])
+def test_outputs_in_other_units_give_the_same_training(scale: float) -> None:
+    model = net()
+    with torch.no_grad():
+        model[-1].weight *= scale
+        model[-1].bias *= scale
+    assert losses(model, output_scale=scale) == pytest.approx(losses(net()), rel=1e-6)
+
+
+@pytest.mark.parametrize("weights", ["zero", "tiny"])
+def test_weights_that_begin_at_or_near_zero_can_move(weights: str) -> None:
+    model = net()
+    with torch.no_grad():
+        model[-1].weight *= 0.0 if weights == "zero" else 1e-6
+        model[-1].bias.zero_()
+    assert losses(model)[-1] < 0.9 * math.log(3)
