@@ -54,14 +54,15 @@ class KFC:
         kfc.precondition(optimizer=optimizer)
         optimizer.step()
 
-    With ``damping="auto", kl_clip="auto"``, which the callback has by default, this follows the step::
+    With ``kl_clip="auto"``, which the callback has by default, this follows the step::
 
         kfc.review(optimizer=optimizer)
 
     Args:
         model: The model. Modules that are added or replaced later are found at the next step that takes statistics.
         damping: :math:`\lambda` of E4, in the units of the Fisher matrix of the loss; a number, or a function of
-            the step such as :class:`~lightning_kfc.ExponentialSchedule`; ``"auto"`` sets itself by :meth:`review`.
+            the step such as :class:`~lightning_kfc.ExponentialSchedule`; ``"auto"`` is a share of the
+            loss, in units of each layer's weights (:mod:`lightning_kfc.trust_region.region`).
         fisher: Whose targets the curvature is taken with: ``"mc"``: one sample a term from the model's own
             distribution; ``"exact"``: all its outcomes, one back-propagation each; ``"empirical"``: the data's.
         likelihood: What the loss is the negative logarithm of. ``"auto"`` recognises it from the loss
@@ -558,10 +559,10 @@ class KFC:
         self.reviewer.forget_losses()
 
     def review(self, *, optimizer: Optimizer | None = None) -> Verdict | None:
-        """After the optimizer's step: see whether it did what was expected, and adjust damping and KL clip.
+        """After the optimizer's step: see whether it did what was expected, and adjust the KL clip.
 
-        It is what ``damping="auto"`` and ``kl_clip="auto"`` learn from (:mod:`lightning_kfc.trust_region.region`). Only
-        a few steps are reviewed. There :meth:`capture` has recorded the forward as tensor operations, which are
+        It is what ``kl_clip="auto"`` adapts to (:mod:`lightning_kfc.trust_region.region`). Only a few steps are
+        reviewed. There :meth:`capture` has recorded the forward as tensor operations, which are
         replayed with the new weights (:mod:`lightning_kfc.trust_region.tape`); none of the user's code runs again. A
         step that did much less than expected is shortened to the best point on its way, with the momentum that it
         leaves, or taken back where there is none.
@@ -683,7 +684,7 @@ class KFC:
             "self_test_done": self._estimator.self_test_done,
             "never_negative": self._estimator.never_negative,
             "events": self.events.state_dict(),
-            "trust_region": self.reviewer.state_dict(),
+            "trust_region": self.reviewer.region.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
@@ -710,7 +711,7 @@ class KFC:
         self._tracker.reschedule(self.schedule)
         self._tracker.load_state_dict(state["due"])
         self.events.load_state_dict(state["events"])
-        self.reviewer.load_state_dict(state.get("trust_region", {}))
+        self.reviewer.region.load_state_dict(state.get("trust_region", {}))
         if state["layers"] is None:
             self._tracker.restart(self.step)
             return ["the state holds no factors: curvature is estimated anew, beginning with a warm-up"]

@@ -28,7 +28,7 @@ from benchmarks.contest.pieces import parser_of_pieces
 from benchmarks.contest.plots import STYLE
 from benchmarks.contest.report import lists_on_one_line, measured_with
 from benchmarks.contest.tasks import TASKS, Goal, Task
-from lightning_kfc.trust_region.region import LARGEST_RADIUS, SMALLEST_DAMPING, SMALLEST_RADIUS
+from lightning_kfc.trust_region.region import LARGEST_RADIUS, SMALLEST_RADIUS
 
 STEPS = 600
 #: Numbers are noted after every so many steps.
@@ -106,7 +106,7 @@ def markdown(found: Found) -> str:
     """What radius and damping did: lowest, median of the second half, highest; and the losses of the two halves."""
     lines = [
         f"Over {STEPS} steps; lowest, median of the second half, highest. The radius may be {SMALLEST_RADIUS:g} to "
-        f"{LARGEST_RADIUS:g}, the damping no less than {SMALLEST_DAMPING:g}.",
+        f"{LARGEST_RADIUS:g} times the loss.",
         "",
         "| training | radius | damping | training loss: median of the first half, of the second half |",
         "|---|---|---|---|",

@@ -28,8 +28,8 @@ class KFCOptions:
 
     Args:
         damping: Added to the curvature before it is inverted: larger is closer to plain SGD, smaller closer
-            to the full natural gradient. "auto": set by how well steps do what was expected of them. Else a number,
-            or a schedule over optimizer steps.
+            to the full natural gradient. "auto": a share of the loss, in units of each
+            layer's weights. Else a number, or a schedule over optimizer steps.
         fisher: Whose targets the curvature is taken with. "mc": sampled from the model; "exact": all
             possible ones, at one back-propagation each; "empirical": the data's.
         likelihood: What the loss is the negative logarithm of. "auto" recognises it by the loss functions
@@ -41,8 +41,8 @@ class KFCOptions:
         inverse_every_n_steps: Inverses are refreshed every so many optimizer steps, or "auto".
         warmup_steps: During the first so many optimizer steps, statistics are taken at every step.
         ema_decay: Decay of the running averages of the statistics, at least 0 and below 1.
-        kl_clip: Bound on the size of a step, measured in how much it changes the model's predictions. "auto": set as
-            damping is; null for none.
+        kl_clip: Bound on the size of a step, measured in how much it changes the model's predictions. "auto": set
+            by how well steps do what was expected of them; null for none.
         inverse: How the damped curvature is inverted. "cholesky": damping split over both factors, the cheapest;
             "eigh": damping applied exactly; "ekfac": also with the second moments of single examples' gradients.
         rule: How gradients and inverses make an update. "natural": the paper's. "adam": Adam in the eigenbasis of the

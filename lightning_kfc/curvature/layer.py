@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_kfc.curvature.weight_scale import mean_square
 from lightning_kfc.distributed.process_group import is_sharded
 from lightning_kfc.distributed.remote import RemoteInverse
 from lightning_kfc.distributed.sharded_tensors import part_of, whole
@@ -25,10 +26,6 @@ from lightning_kfc.layers import Adapter
 
 #: The smallest automatic damping, as a share of a layer's mean curvature.
 LEAST_DAMPING = 1e-8
-#: The least mean square of weights, as a share of that of PyTorch's initialisation, 1 / (3 d_in).
-LEAST_SQUARE = 1e-4
-#: The largest mean square of an embedding.
-LARGEST_EMBEDDING = 0.01
 
 
 class Layer:
@@ -247,20 +244,11 @@ class Layer:
         return self.inverse_type(inverse).factorise(curvature, own).succeeding(self.inverse)
 
     def measure_weights(self) -> None:
-        """Note the mean square of the weights, the unit of the automatic damping, once. Collective if sharded.
-
-        Weights that begin at 0, or nearly, count as those of PyTorch's own initialisation, so that they can move.
-        Embeddings, which PyTorch draws from N(0, 1), change by far less than their size.
-        """
+        """Note the mean square of the weights, the unit of the automatic damping, once. Collective if sharded."""
         own = self.adapter.own_parameters()
-        if self.mean_square is not None or not own:
-            return
-        with torch.no_grad():
+        if self.mean_square is None and own:
             weights = self.matrix({role: parameter.detach() for role, parameter in own.items()})
-            found = float(weights.square().mean(dtype=torch.float64))
-        usual = 1 / (3 * weights.shape[-1])
-        found = found if LEAST_SQUARE * usual < found < math.inf else usual
-        self.mean_square = min(found, LARGEST_EMBEDDING) if isinstance(self.module, nn.Embedding) else found
+            self.mean_square = mean_square(weights, embedding=isinstance(self.module, nn.Embedding))
 
     def damping(self, damping: float) -> float:
         """The damping of this layer.

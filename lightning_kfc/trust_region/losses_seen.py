@@ -62,6 +62,19 @@ class LossesSeen:
         own = {id(parameter) for parameter in parameters}
         return [seen for seen in self._losses if not own.isdisjoint(seen.parameters)]
 
+    def mean(self, parameters: Iterable[Tensor], device: torch.device, *, known: bool = True) -> tuple[float, bool]:
+        """The loss of the coming step, a mean over ranks, and whether any rank has none. Collective.
+
+        Args:
+            parameters: Those that the step moves.
+            device: A device that the process group can send from.
+            known: Whether what the caller has to know of this rank's loss is known; else it counts as none.
+        """
+        losses = self.of(parameters)
+        own = sum(float(seen.value) for seen in losses)
+        loss, missing = distributed.mean([own, float(not (known and losses))], device)
+        return loss, missing > 0
+
     def stepped(self, parameters: Iterable[Tensor], optimizer: Optimizer | None) -> None:
         """Drop the losses that a step has used, unless other optimizers need them.
 

@@ -155,6 +155,14 @@ class TrustRegion:
         if self.automatic_radius and math.isnan(self.radius):
             self.radius = (START_RADIUS if self.adapts_radius else FIXED_RADIUS) * self.loss
 
+    def most_decrease(self, loss: float) -> float | None:
+        """The most that the slope of a step may promise; None for no bound.
+
+        Args:
+            loss: The loss of the step, which cannot fall below 0.
+        """
+        return MOST_PROMISED * loss if self.adapts_radius and math.isfinite(loss) and loss > 0 else None
+
     def fix(self) -> bool:
         """Fix the radius from now on, at a share of the loss.
 

@@ -19,7 +19,7 @@ from lightning_kfc.curvature.ownership import LayerOwnership
 from lightning_kfc.distributed import process_group as distributed
 from lightning_kfc.monitoring.events import Events
 from lightning_kfc.trust_region.losses_seen import LossesSeen, SeenLoss
-from lightning_kfc.trust_region.region import MOST_PROMISED, TrustRegion, Verdict, message_of_fixed
+from lightning_kfc.trust_region.region import TrustRegion, Verdict, message_of_fixed
 from lightning_kfc.trust_region.replay_checks import replay_error, replayability
 from lightning_kfc.trust_region.scheduled_damping import ScheduledDamping
 from lightning_kfc.trust_region.snapshot import StepSnapshot
@@ -192,9 +192,7 @@ class StepReviewer:
             never_negative: Whether the loss is known to be bounded below by 0.
         """
         if self._follows_losses:
-            losses = self._losses.of(parameters)
-            own = sum(float(seen.value) for seen in losses)
-            loss, missing = distributed.mean([own, float(not losses)], self._device)
+            loss, missing = self._losses.mean(parameters, self._device)
             if not missing:
                 self.region.note_loss(loss, never_negative=never_negative)
 
@@ -209,10 +207,8 @@ class StepReviewer:
         """
         if not self.region.adapts_radius:
             return None
-        losses = self._losses.of(parameters)
-        own = sum(float(seen.value) for seen in losses)
-        loss, unknown = distributed.mean([own, float(not (never_negative and losses))], self._device)
-        return MOST_PROMISED * loss if not unknown and math.isfinite(loss) and loss > 0 else None
+        loss, missing = self._losses.mean(parameters, self._device, known=never_negative)
+        return None if missing else self.region.most_decrease(loss)
 
     def before_step(
         self,
@@ -338,13 +334,3 @@ class StepReviewer:
         adapted = self.region.fix()
         self.forget_losses()
         return message_of_fixed(self.region.radius, reason) if adapted else ""
-
-    # State.
-
-    def state_dict(self) -> dict[str, float]:
-        """The state of the region, as plain numbers."""
-        return self.region.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Take over a state of the region."""
-        self.region.load_state_dict(state)

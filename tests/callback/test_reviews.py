@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_kfc import KFCCallback
-from lightning_kfc.trust_region import review
+from lightning_kfc.trust_region import region
 from lightning_kfc.trust_region.region import TrustRegion, Verdict
 from tests.helpers.lightning_nets import CLASSES, QUIET, ConvNet, Manual, Regression, images, loader, trainer, vectors
 
@@ -65,7 +65,7 @@ def test_a_run_does_not_notice_its_reviews(tmp_path, monkeypatch, options):
 
     monkeypatch.setattr(TrustRegion, "judge", indifferent)
     # It is not by a review that a step is kept from promising more than the loss that there is.
-    monkeypatch.setattr(review, "MOST_PROMISED", math.inf)
+    monkeypatch.setattr(region, "MOST_PROMISED", math.inf)
     settings = {"ema_decay": 0.5}
     callback = KFCCallback(**settings)
     reviewed = run(callback, tmp_path / "reviewed", **options)

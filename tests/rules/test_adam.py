@@ -102,7 +102,7 @@ def nadam(gradients: list[Tensor]) -> list[Tensor]:
     """The steps of torch's Adam with Nesterov's momentum, at a learning rate of 1."""
     weight = nn.Parameter(torch.zeros_like(gradients[0]))
     # A large momentum_decay switches NAdam's own schedule of the momentum off.
-    optimizer = torch.optim.NAdam([weight], lr=1.0, betas=(BETA1, BETA2), eps=0.0, momentum_decay=1e6)
+    optimizer = torch.optim.NAdam([weight], lr=1.0, betas=(BETA1, BETA2), eps=1e-200, momentum_decay=1e6)
     moved = []
     # It keeps the product of its momenta in the default precision.
     torch.set_default_dtype(torch.float64)
