@@ -12,6 +12,7 @@ from math import prod
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lightning_kfc.curvature.bytes_held import layer_bytes
 from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.curvature.model_layers import ModelLayers
 from lightning_kfc.factors.inverses import Inverse
@@ -261,7 +262,7 @@ def coverage_of(
             row = CoverageRow(name, module, layers[0].adapter.kind, "plain", reason, {}, 0, numel)
         elif layers:
             adapter = layers[0].adapter
-            held = sum(layer.nbytes(inverse, moments) for layer in layers if layer.name not in counted)
+            held = sum(layer_bytes(layer, inverse, moments) for layer in layers if layer.name not in counted)
             counted |= {layer.name for layer in layers}
             why = layers[0].reason or adapter.approximation()
             shapes = _shapes(layers)
@@ -281,7 +282,7 @@ def _lines(layers: Iterable[Layer], inverse: type[Inverse], moments: int) -> Ite
         if adapter.own_parameters():
             factors = _sides(adapter.factor_shapes())
             numel = prod(adapter.matrix_shape())
-            held = layer.nbytes(inverse, moments)
+            held = layer_bytes(layer, inverse, moments)
             yield _Line(layer.name, adapter.kind, adapter.treatment, factors, numel, held)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -14,12 +13,11 @@ from lightning_kfc.distributed.remote import RemoteInverse
 from lightning_kfc.distributed.sharded_tensors import part_of, whole
 from lightning_kfc.factors.damping import mean_curvature
 from lightning_kfc.factors.eigenbasis import Eigenbasis
-from lightning_kfc.factors.inverses import CholeskyInverse, EighInverse, EkfacInverse, Inverse
+from lightning_kfc.factors.inverses import EighInverse, EkfacInverse, Inverse
 from lightning_kfc.factors.moments import Moments
 from lightning_kfc.factors.quadratic_form import estimated_quadratic_form
 from lightning_kfc.factors.running_average import (
     StoredAverage,
-    stored_nbytes,
 )
 from lightning_kfc.factors.statistics import Statistics, factor_dtype
 from lightning_kfc.layers import Adapter
@@ -146,7 +144,7 @@ class Layer:
 
     def spoil(self) -> None:
         """Have what the step brings dropped, by all ranks: statistics that are not finite enter no average."""
-        like = next(iter(self.adapter.parameters().values()))
+        like = self.parameters()[0]
         nan = torch.tensor(torch.nan, dtype=factor_dtype(like.dtype), device=like.device)
         spoilt = {name: nan.repeat(shape) for name, shape in self.adapter.factor_shapes().items()}
         means = {name: value for name, value in spoilt.items() if name in self.adapter.mean_factors}
@@ -198,21 +196,12 @@ class Layer:
         self.averages, self.moments = {}, None
         self.forget_inverses()
 
-    def restore(
-        self,
-        averages: dict[str, StoredAverage],
-        inverse: Inverse | None,
-        moments: Moments | None,
-        *,
-        rows: int | None,
-        mean_square: float | None,
-    ) -> None:
+    def restore(self, averages: dict[str, StoredAverage], inverse: Inverse | None, moments: Moments | None) -> None:
         """Take the parts of a checkpoint, for the parameters that are trainable now."""
         self.averages, self.moments = averages, moments
-        self.rows, self.mean_square = rows, mean_square
         self.roles = tuple(self.adapter.own_parameters())
         self.previous_inverse = None
-        self.inverse = None if inverse is None else inverse.in_precision(self._inverse_dtype())
+        self.inverse = None if inverse is None else inverse.in_precision(self.inverse_dtype)
 
     def inverse_type(self, chosen: type[Inverse]) -> type[Inverse]:
         """The kind of inverse of this layer, given the one that the user chose."""
@@ -236,26 +225,22 @@ class Layer:
 
     def refreshed(self, inverse: type[Inverse], damping: float) -> Inverse:
         """A new inverse from the running factors, continuing the present one; raises as :meth:`Inverse.factorise`."""
-        curvature = self.curvature()
-        own = self.damping(damping)
-        if self.mean_square is not None:
-            # A loss that is nearly 0 must not leave singular factors without damping.
-            own = max(own, LEAST_DAMPING * mean_curvature(curvature), torch.finfo(torch.float32).tiny)
+        curvature, own = self.curvature(), self.damping(damping)
+        own = own if self.mean_square is None else max(own, _least_damping(curvature))
         return self.inverse_type(inverse).factorise(curvature, own).succeeding(self.inverse)
+
+    def note_scale(self, rows: int | None, mean_square: float | None) -> None:
+        """Take over the number of rows and the mean square of the weights that a checkpoint holds."""
+        self.rows, self.mean_square = rows, mean_square
 
     def measure_weights(self) -> None:
         """Note the mean square of the weights, the unit of the automatic damping, once. Collective if sharded."""
-        own = self.adapter.own_parameters()
-        if self.mean_square is None and own:
+        if self.mean_square is None and (own := self.adapter.own_parameters()):
             weights = self.matrix({role: parameter.detach() for role, parameter in own.items()})
             self.mean_square = mean_square(weights, embedding=isinstance(self.module, nn.Embedding))
 
     def damping(self, damping: float) -> float:
-        """The damping of this layer.
-
-        Args:
-            damping: The user's; or an automatic one, which is that of weights of mean square 1.
-        """
+        """The damping of this layer, given the user's, or an automatic one for weights of mean square 1."""
         return damping if self.mean_square is None else damping / self.mean_square
 
     def tried(self, step: int) -> None:
@@ -267,7 +252,7 @@ class Layer:
         self.previous_inverse = self.previous_inverse or self.inverse
         if self.moments is not None:
             self.moments = self.moments.in_basis(self.inverse, fresh)
-        self.inverse = fresh.in_precision(self._inverse_dtype())
+        self.inverse = fresh.in_precision(self.inverse_dtype)
 
     def go_back(self) -> None:
         """Use the last inverse again, as the new one gave no usable update."""
@@ -285,7 +270,9 @@ class Layer:
         """Take the number of rows for unknown, until statistics are taken again."""
         self.rows = None
 
-    def _inverse_dtype(self) -> torch.dtype:
+    @property
+    def inverse_dtype(self) -> torch.dtype:
+        """The precision of a Cholesky inverse."""
         if self._inverse_precision == "bfloat16":
             return torch.bfloat16
         return factor_dtype(next(iter(self.adapter.parameters().values())).dtype)
@@ -317,9 +304,8 @@ class Layer:
     def gradients(self) -> dict[str, Tensor] | None:
         """The gradients of the layer's parameters, or None where one of them has none."""
         found = {name: parameter.grad for name, parameter in self.trained_parameters().items()}
-        if not found or any(gradient is None for gradient in found.values()):
-            return None
-        return {name: gradient for name, gradient in found.items() if gradient is not None}
+        known = {name: gradient for name, gradient in found.items() if gradient is not None}
+        return known if known and len(known) == len(found) else None
 
     def gradient_is_zero(self) -> bool:
         """Whether the layer's parameters have no gradient, or one that is zero in every element."""
@@ -341,22 +327,10 @@ class Layer:
         _write(self.adapter, matrix, gradients)
         return True
 
-    def nbytes(self, inverse: type[Inverse], moments: int = 0) -> int:
-        """Bytes that factors and inverse hold, or will hold once there are some, given the user's kind of inverse.
 
-        Args:
-            inverse: The user's kind of inverse.
-            moments: How many numbers the rule keeps for each parameter.
-        """
-        if not self.averages or self.inverse is None:
-            dtype = factor_dtype(next(iter(self.adapter.parameters().values())).dtype)
-            shapes = self.adapter.factor_shapes()
-            kept = sum(stored_nbytes(shape, dtype) for shape in shapes.values())
-            kind = self.inverse_type(inverse)
-            kept += kind.numel(shapes) * (self._inverse_dtype() if kind is CholeskyInverse else dtype).itemsize
-            return kept + moments * math.prod(self.adapter.matrix_shape()) * dtype.itemsize
-        kept = self.moments.nbytes() if self.moments is not None else 0
-        return sum(average.nbytes for average in self.averages.values()) + self.inverse.nbytes() + kept
+def _least_damping(curvature: Mapping[str, Tensor]) -> float:
+    # A loss that is nearly 0 must not leave singular factors without damping.
+    return max(LEAST_DAMPING * mean_curvature(curvature), torch.finfo(torch.float32).tiny)
 
 
 def _is_zero(gradient: Tensor) -> bool:

@@ -86,11 +86,6 @@ class StepReviewer:
         return self.region.adapts_radius
 
     @property
-    def _follows_losses(self) -> bool:
-        """Whether the damping or the bound is in units of the loss."""
-        return self.damping_is_automatic or self.region.automatic_radius
-
-    @property
     def damping_is_automatic(self) -> bool:
         """Whether the damping is a share of the loss."""
         return self._scheduled is None
@@ -108,10 +103,7 @@ class StepReviewer:
     # Before a step.
 
     def step_begins(self) -> None:
-        """Begin a new step.
-
-        If the last one was to be reviewed and was not, reviews end with a warning.
-        """
+        """Begin a new step. If the last one was to be reviewed and was not, reviews end with a warning."""
         if self.due:
             self._end_with_warning(
                 "they need a call of kfc.review(optimizer=optimizer) after each optimizer.step(), and there was none"
@@ -158,7 +150,7 @@ class StepReviewer:
             loss_scale: The factor of a gradient scaler.
         """
         # An optimizer that calls its closure again has moved away from where the step begins.
-        if self._follows_losses and self._snapshot is None:
+        if (self.damping_is_automatic or self.region.automatic_radius) and self._snapshot is None:
             self._losses.note(loss, loss_scale, self._tape.locate(loss) if self._tape is not None else None)
 
     def forget_losses(self) -> None:
@@ -181,7 +173,7 @@ class StepReviewer:
             parameters: The parameters that were stepped.
             optimizer: The optimizer, or None where it is not known.
         """
-        if self._follows_losses:
+        if self.damping_is_automatic or self.region.automatic_radius:
             self._losses.stepped(parameters, optimizer)
 
     def measure_loss(self, parameters: Iterable[Tensor], *, never_negative: bool) -> None:
@@ -191,7 +183,7 @@ class StepReviewer:
             parameters: Those that the coming step moves.
             never_negative: Whether the loss is known to be bounded below by 0.
         """
-        if self._follows_losses:
+        if self.damping_is_automatic or self.region.automatic_radius:
             loss, missing = self._losses.mean(parameters, self._device)
             if not missing:
                 self.region.note_loss(loss, never_negative=never_negative)

@@ -432,7 +432,7 @@ def test_a_lazy_module_that_is_made_in_a_training_step_ends_reviews_which_is_sai
                 new_optimizer(self)
             return super().training_step(batch, batch_idx)
 
-    with pytest.warns(UserWarning, match="not initialised yet, as lazy modules have it"):
+    with pytest.warns(UserWarning, match="not initialised yet, as those of lazy modules"):
         spy, _ = watched_fit(Lazily(dense_net()), epochs=2, damping="auto", kl_clip="auto")
     assert spy.replaced["net.1.weight"] == list(range(2 * EPOCH))
 
