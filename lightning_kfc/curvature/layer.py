@@ -237,7 +237,7 @@ class Layer:
         """Note the mean square of the weights, the unit of the automatic damping, once. Collective if sharded."""
         if self.mean_square is None and (own := self.adapter.own_parameters()):
             weights = self.matrix({role: parameter.detach() for role, parameter in own.items()})
-            self.mean_square = mean_square(weights, embedding=isinstance(self.module, nn.Embedding))
+            self.mean_square = mean_square(weights, self.module)
 
     def damping(self, damping: float) -> float:
         """The damping of this layer, given the user's, or an automatic one for weights of mean square 1."""

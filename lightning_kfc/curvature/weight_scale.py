@@ -5,26 +5,32 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 #: Weights of a mean square below this share of that of PyTorch's initialisation, 1 / (3 d_in), count as initialised so.
 LEAST_SQUARE = 1e-4
 #: The largest mean square of an embedding.
 LARGEST_EMBEDDING = 0.01
+#: The share of its mean square that a recurrent layer's weights count with.
+RECURRENT = 0.1
 
 
 @torch.no_grad()
-def mean_square(weights: Tensor, *, embedding: bool) -> float:
+def mean_square(weights: Tensor, module: nn.Module) -> float:
     """The mean square of a layer's weights, which is positive and finite.
 
     Weights that begin at 0, or nearly, count as those of PyTorch's own initialisation, so that they can move.
-    Embeddings, which PyTorch draws from N(0, 1), change by far less than their size, and count as smaller ones.
+    Embeddings, which PyTorch draws from N(0, 1), change by far less than their size, and count as smaller ones. So do
+    the weights of recurrent layers: their factors leave out the products between the times at which they are used, so
+    that curvature is underestimated.
 
     Args:
         weights: Shape ``(groups, d_out, d_in)``.
-        embedding: Whether these are the vectors of an embedding.
+        module: The layer's module.
     """
     found = float(weights.square().mean(dtype=torch.float64))
     usual = 1 / (3 * weights.shape[-1])
     found = found if LEAST_SQUARE * usual < found < math.inf else usual
-    return min(found, LARGEST_EMBEDDING) if embedding else found
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return RECURRENT * found
+    return min(found, LARGEST_EMBEDDING) if isinstance(module, nn.Embedding) else found
