@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-fast coverage lint types docs examples check clean help
+.PHONY: demo test test-fast coverage lint types docs examples dist oldest newest check clean help
 
 help:
 	@echo "make demo      install, and train on 5,000 real MNIST digits with SGD and with KFC"
@@ -17,7 +17,10 @@ help:
 	@echo "make types     mypy"
 	@echo "make docs      build the documentation into docs/_build/html"
 	@echo "make examples  run every example in small"
-	@echo "make check     all of the above but the demo"
+	@echo "make dist      build sdist and wheel into dist/, and try the wheel in an environment of its own"
+	@echo "make oldest    the tests on the oldest supported torch and lightning, in .venv-oldest"
+	@echo "make newest    the tests on the newest torch and lightning that were tried, in .venv-newest"
+	@echo "make check     tests, lint, types, docs, examples and dist"
 
 demo: $(VENV)/installed
 	@echo "==> Training on 5,000 MNIST digits, with SGD alone and with KFCCallback added"
@@ -53,7 +56,23 @@ examples: $(VENV)/installed
 	@echo "==> Running every example in small"
 	$(BIN)/python examples/run_all.py
 
-check: test lint types docs examples
+dist: $(VENV)/installed
+	@echo "==> Building sdist and wheel, and trying the wheel"
+	rm -rf dist build
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python .ci/try_wheel.py dist
+
+oldest newest: %: .venv-%/installed
+	@echo "==> Running the tests with constraints-$@.txt"
+	.venv-$@/bin/python -m pytest -n $(WORKERS)
+
+.venv-%/installed: pyproject.toml constraints-%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-$*.txt -e ".[dev]"
+	@touch $@
+
+check: test lint types docs examples dist
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "==> Creating $(VENV) with $(PYTHON)"
@@ -64,4 +83,4 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) docs/_build lightning_logs demo_logs
+	rm -rf $(VENV) .venv-oldest .venv-newest build dist docs/_build lightning_logs demo_logs

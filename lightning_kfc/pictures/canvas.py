@@ -41,7 +41,7 @@ def check_matplotlib(wanted_for: str) -> None:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ModuleNotFoundError(
-            f'{wanted_for} draws with matplotlib, which is not installed: pip install "lightning-kfc[pictures]".'
+            f"{wanted_for} draws with matplotlib, which is not installed: pip install matplotlib."
         )
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_row_of_the_page_names_a_test_that_exists() -> None:
-    page = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8").partition("## Precision")[2]
     rows = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| training |")]
     rows = [row for row in rows if not row.startswith("| input |")]
     defined = {

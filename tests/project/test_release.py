@@ -1,0 +1,63 @@
+"""What is released: one version, minimums that are tested, and a wheel that runs by itself."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import tomllib
+
+import lightning_kfc
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+#: Those whose versions are claimed.
+CLAIMED = ("torch", "lightning", "pytorch-lightning", "torchmetrics", "jsonargparse")
+
+
+def pins(name: str) -> dict[str, str]:
+    lines = (ROOT / name).read_text("utf-8").splitlines()
+    return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+
+
+def minimums() -> dict[str, str]:
+    wanted = PROJECT["dependencies"] + [w for extra in PROJECT["optional-dependencies"].values() for w in extra]
+    found = [re.fullmatch(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)", requirement) for requirement in wanted]
+    return {match[1]: match[2] for match in found if match}
+
+
+def numbers(version: str) -> list[int]:
+    parts = [int(part) for part in version.split(".")]
+    return parts + [0] * (3 - len(parts))
+
+
+def test_the_declared_minimums_are_the_versions_that_the_tests_run_on() -> None:
+    declared, oldest, everyday = minimums(), pins("constraints-oldest.txt"), pins("constraints.txt")
+    assert set(oldest) == set(CLAIMED)
+    for name in CLAIMED:
+        assert numbers(declared[name]) == numbers(oldest[name]) == numbers(everyday[name]), name
+
+
+def test_the_page_states_the_versions_of_both_constraints_files() -> None:
+    page = (ROOT / "docs" / "compatibility.md").read_text("utf-8")
+    oldest, newest = pins("constraints-oldest.txt"), pins("constraints-newest.txt")
+    for name in CLAIMED:
+        assert re.search(rf"^\| .*\b{name}\b.* \| {oldest[name]} \| {newest[name]} \|$", page, re.MULTILINE), name
+    assert f"| Python | {PROJECT['requires-python'].removeprefix('>=')} |" in page
+
+
+def test_the_version_is_written_in_one_place() -> None:
+    assert PROJECT["dynamic"] == ["version"]
+    assert "version" not in PROJECT
+    written = (ROOT / "lightning_kfc" / "version.py").read_text("utf-8")
+    assert f'__version__ = "{lightning_kfc.__version__}"' in written
+
+
+def test_nothing_switches_the_callback_on_by_itself() -> None:
+    assert "entry-points" not in PROJECT
+    assert "scripts" not in PROJECT
+
+
+def test_every_python_of_the_classifiers_is_one_that_is_admitted() -> None:
+    named = [c.rpartition(" ")[2] for c in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", c)]
+    assert named[0] == PROJECT["requires-python"].removeprefix(">=")
