@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import tomllib
+import yaml
 
 import lightning_kfc
 
@@ -61,3 +63,30 @@ def test_nothing_switches_the_callback_on_by_itself() -> None:
 def test_every_python_of_the_classifiers_is_one_that_is_admitted() -> None:
     named = [c.rpartition(" ")[2] for c in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", c)]
     assert named[0] == PROJECT["requires-python"].removeprefix(">=")
+
+
+def workflow(name: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text("utf-8"))
+    return loaded
+
+
+def test_a_release_goes_to_the_test_index_first_and_needs_no_token() -> None:
+    jobs = workflow("release")["jobs"]
+    assert jobs["test-index"]["needs"] == "build"
+    assert jobs["index"]["needs"] == "test-index"
+    for name in ("test-index", "index"):
+        assert jobs[name]["permissions"] == {"id-token": "write"}
+        assert "password" not in jobs[name]["steps"][-1].get("with", {})
+
+
+def test_workflows_call_targets_of_the_makefile_that_exist() -> None:
+    targets = set(re.findall(r"^([a-z][a-z -]*):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    targets = {name for group in targets for name in group.split()}
+    called: set[str] = set()
+    for name in ("tests", "docs", "release"):
+        for job in workflow(name)["jobs"].values():
+            for step in job["steps"]:
+                called |= set(re.findall(r"^make ([a-z]+)", step.get("run", "")))
+    called |= set(workflow("tests")["jobs"]["versions"]["strategy"]["matrix"]["versions"])
+    assert called == {"dist", "docs", "oldest", "newest"}
+    assert called <= targets
