@@ -30,6 +30,20 @@ def test_every_row_of_the_page_names_a_test_that_exists() -> None:
     assert {test for tests in named.values() for test in tests} - defined == set()
 
 
+def test_every_guarantee_names_tests_and_has_the_command_that_runs_them() -> None:
+    page = (ROOT / "docs" / "guarantees.md").read_text(encoding="utf-8")
+    named = [
+        re.findall(r"`(test_\w+)`", row) for row in page.splitlines() if row.startswith("| ") and "| test |" not in row
+    ]
+    commands = re.findall(r"^\S+ -m pytest (tests/\S+) -k \"(.*)\"$", page, flags=re.MULTILINE)
+    assert len(named) > 8
+    assert all(named)
+    assert [chosen.split(" or ") for _, chosen in commands] == named
+    for file, chosen in commands:
+        defined = re.findall(r"^def (test_\w+)", (ROOT / file).read_text(encoding="utf-8"), flags=re.MULTILINE)
+        assert set(chosen.split(" or ")) <= set(defined), file
+
+
 @pytest.mark.parametrize(
     ("strategy", "way_out"),
     [
