@@ -12,6 +12,9 @@ the learning rate and momentum of ``torch.optim.SGD``:
 Both keep an exponential average of their weights (Lightning's ``EMAWeightAveraging``), as the paper does: it is what
 is validated, and what the model holds at the end. The losses that are timed are those of the weights that train.
 
+The seed that is shown is one on which SGD is slow. Below the table stand the contest's medians of three seeds, with
+AdamW, Muon and others at the rates that suit them: judge by those.
+
 The table at the end says how many iterations and seconds each needed to reach a loss on the whole training set.
 Seconds are of training as a user meets it (data, steps, logging, progress bar), but for the evaluations that the
 table itself needs. Curves are in ``demo_logs/``: ``tensorboard --logdir demo_logs``.
@@ -25,6 +28,7 @@ import os
 import time
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import lightning as L
 import torch
@@ -224,6 +228,17 @@ def _cell(reach: tuple[int, float] | None) -> str:
     return "not reached" if reach is None else f"{reach[0]} it, {reach[1]:.1f} s"
 
 
+def contest_medians() -> str:
+    """What the contest measured on this net: all optimizers, each at the rate that suits it, medians of three seeds."""
+    contest = Path(__file__).parents[1] / "benchmarks" / "results" / "contest.md"
+    rows = [[cell.strip(" *") for cell in row.split("|")[1:-1]] for row in contest.read_text("utf-8").splitlines()]
+    (names,) = (row for row in rows if row[:1] == ["task"])
+    (cells,) = (row for row in rows if row[:2] == ["conv net, MNIST-5000", "512"])
+    lines = [f"  {name:<20}{cell:>12}" for name, cell in zip(names[3:], cells[3:], strict=True) if cell]
+    title = f"One run is one seed. Medians of three seeds in the contest, iterations / seconds to {cells[2]}:"
+    return "\n".join([title, *lines, "Which optimizer to take for other networks: docs/which_optimizer.md."])
+
+
 def main(arguments: list[str] | None = None) -> tuple[Outcome, Outcome]:
     """Train twice and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -252,6 +267,7 @@ def main(arguments: list[str] | None = None) -> tuple[Outcome, Outcome]:
     plain, preconditioned = outcomes
     print(f"\nBatches of {options.batch_size}; loss on the {options.train_size} training digits, evaluation not timed.")
     print(table(plain, preconditioned))
+    print(contest_medians())
     if not all(math.isfinite(outcome.history.losses[-1]) for outcome in outcomes):
         raise SystemExit("A run diverged.")
     return plain, preconditioned

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -101,6 +102,15 @@ def test_table_shows_what_each_run_needed_and_the_ratios(demo: ModuleType) -> No
     assert row["0.3"] == "60 it, 6.0 s 12 it, 5.0 s 5.0 x it, 1.20 x s"
     assert row["0.1"] == "90 it, 9.0 s 20 it, 6.0 s 4.5 x it, 1.50 x s"
     assert row["0.03"] == "not reached 20 it, 6.0 s -"
+
+
+def test_the_demo_prints_the_contests_medians_beside_its_one_seed(demo: ModuleType) -> None:
+    contest = json.loads((ROOT / "benchmarks" / "results" / "contest_conv_b512.json").read_text())
+    printed = demo.contest_medians()
+    rows = dict(re.findall(r"^  (\S.*?)  +(\d+) / ", printed, re.MULTILINE))
+    assert {"SGD, momentum 0.9", "AdamW", "Muon", "KFC, defaults"} <= set(rows)
+    assert all(int(needed) > int(rows["KFC, defaults"]) for name, needed in rows.items() if not name.startswith("KFC"))
+    assert f"seconds to {min(contest['targets']):g}:" in printed
 
 
 def test_demo_trains_the_benchmarks_conv_net_at_the_benchmarks_learning_rates(demo: ModuleType) -> None:
