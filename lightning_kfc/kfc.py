@@ -603,7 +603,7 @@ class KFC:
                     self._refresh_inverses(layers, self.step, damping)
                 with self.times.part("statistics"):
                     # In the basis that the refresh has left.
-                    moments = self._estimator.second_moments(layers)
+                    moments = self._estimator.examples.second_moments(layers)
                     self._refresh_factors.fold_second_moments(layers, self.step, moments)
         except Exception as error:
             # With several ranks the others wait for what this one has not sent, so that it cannot go on alone.
@@ -681,7 +681,7 @@ class KFC:
             "due": self._tracker.state_dict(),
             "periods": self._periods.state_dict(),
             "dropped": dict(self._layers.dropped),
-            "self_test_done": self._estimator.self_test_done,
+            "self_test_done": self._estimator.self_test.done,
             "never_negative": self._estimator.never_negative,
             "events": self.events.state_dict(),
             "trust_region": self.reviewer.region.state_dict(),
@@ -705,7 +705,7 @@ class KFC:
         for name, reason in state["dropped"].items():
             if name in self._layers:
                 self._layers.drop(name, reason)
-        self._estimator.restart_self_test(done=bool(state["self_test_done"]))
+        self._estimator.self_test.restart(done=bool(state["self_test_done"]))
         self._estimator.never_negative = bool(state.get("never_negative", False))
         self._periods.load_state_dict(state.get("periods", {}))
         self._tracker.reschedule(self.schedule)

@@ -16,12 +16,12 @@ from lightning_kfc.estimation.back_propagation import (
     added,
     back_propagate,
     empirical_statistics,
-    gradient_norm,
     reaches,
 )
 from lightning_kfc.estimation.custom_functions import CustomFunctions
-from lightning_kfc.estimation.example_gradients import ExampleGradients
+from lightning_kfc.estimation.example_gradients import ExampleGradients, StepExamples
 from lightning_kfc.estimation.graph import refuse_reentrant_checkpointing
+from lightning_kfc.estimation.random_streams import RandomStreams
 from lightning_kfc.estimation.recording import Call, Recorder, parameter_call
 from lightning_kfc.estimation.rest import Rest
 from lightning_kfc.estimation.seeds import (
@@ -33,23 +33,21 @@ from lightning_kfc.estimation.seeds import (
     unusable_seeds,
     weighted_terms,
 )
-from lightning_kfc.estimation.self_test import SelfTest
-from lightning_kfc.factors.inverses import EkfacInverse, Inverse
+from lightning_kfc.estimation.self_test_progress import SelfTestProgress, layers_with_rows
+from lightning_kfc.estimation.sources import Sources
+from lightning_kfc.factors.inverses import Inverse
 from lightning_kfc.factors.statistics import Statistics
 from lightning_kfc.losses.likelihoods import Likelihood
 from lightning_kfc.losses.recorder import LossRecorder
 from lightning_kfc.losses.selection import (
     THE_LOSS_ITSELF,
-    THE_REST,
     LossNotRecognisedError,
     attach_named_output,
-    curvature_line,
     unrecognised,
     wanted_terms,
 )
 from lightning_kfc.losses.terms import LossTerm
-from lightning_kfc.monitoring.events import Events, listed
-from lightning_kfc.monitoring.messages import inform
+from lightning_kfc.monitoring.events import Events
 from lightning_kfc.monitoring.timing import StepTimes
 from lightning_kfc.scheduling.tracker import RefreshTracker
 from lightning_kfc.utilities.isolation import eager_compiled_code, full_precision, leaving_no_trace, sinks_at_rest
@@ -91,7 +89,8 @@ class Estimator:
     Attributes:
         forgiving: Whether an optimizer step has been made: from then on no loss is an error, and none of its layers.
         recorded: The layers whose statistics are taken at this step.
-        sources: What the last statistics came from: loss functions, the gradient of the rest, or of the whole loss.
+        examples: The gradients of single examples of this step.
+        self_test: The test of every layer's rows.
         never_negative: Whether no loss of the last step that was looked at has less than 0 in it, as far as is seen.
     """
 
@@ -112,27 +111,28 @@ class Estimator:
         self._model = model
         self._layers = layers
         self._tracker = tracker
-        self._group = group
         self._times = times
         self._events = events
         self._fisher = fisher
         self._likelihood = likelihood
         self._kind = kind
-        self._seed = seed
+        self._streams = RandomStreams(seed, group.rank)
         self._recorder: Recorder | None = None
-        self._examples: dict[str, ExampleGradients] = {}
         self._losses: LossRecorder | None = None
-        self._self_test: SelfTest | None = None
-        self._self_test_done = False
+        self.examples = StepExamples(layers, tracker)
+        self.self_test = SelfTestProgress(layers, self._streams)
         self._graph_checked = False
         self._failed: dict[str, Exception] = {}
         self._unexplained: dict[str, str] = {}
         self.never_negative = False
-        self.sources: list[str] = []
-        self._said_sources: set[tuple[str, ...]] = set()
-        self._said_functions: set[str] = set()
+        self._sources = Sources()
         self.forgiving = False
         self.recorded: list[str] = []
+
+    @property
+    def sources(self) -> Sequence[str]:
+        """What the last statistics came from: loss functions, the gradient of the rest, or of the whole loss."""
+        return self._sources.last
 
     @property
     def active(self) -> bool:
@@ -148,11 +148,11 @@ class Estimator:
             yield
             return
         self._recorder, self._losses = Recorder(times=self._times), LossRecorder()
-        test = self._prepare_self_test(step)
+        test = self.self_test.prepare(step, self.recorded)
         waiting = set(test.waiting) if test is not None else set()
         handles = []
         try:
-            for name, layer in self._layers_with_rows(self.recorded).items():
+            for name, layer in layers_with_rows(self._layers, self.recorded).items():
                 wanted = functools.partial(test.direction, name) if test is not None and name in waiting else None
                 keep_inputs = layer.inverse_type(self._kind).wants_examples
                 self._recorder.attach(name, layer.adapters, wanted, keep_inputs=keep_inputs)
@@ -194,20 +194,6 @@ class Estimator:
             calls, counted = self._recorder.calls, self._recorder.counted
             counted.difference_update([i for i in counted if calls[i].layer in layers])
 
-    def restart_self_test(self, *, done: bool) -> None:
-        """Test no more, or anew from the next forward on."""
-        self._self_test, self._self_test_done = None, done
-
-    @property
-    def self_test_done(self) -> bool:
-        """Whether every layer has passed, or was dropped."""
-        return self._self_test_done or (self._self_test is not None and self._running_test() is None)
-
-    def _running_test(self) -> SelfTest | None:
-        """The self-test while one of the present layers waits for it."""
-        test = self._self_test
-        return test if test is not None and any(name in self._layers for name in test.waiting) else None
-
     def follow(self, kept: Mapping[str, str], new: Iterable[str], step: int) -> None:
         """Follow a model whose layers have changed: test those that are new beside those that still wait for it.
 
@@ -216,14 +202,8 @@ class Estimator:
             new: The names of the new ones.
             step: The optimizer step.
         """
-        self._examples = {kept[name]: examples for name, examples in self._examples.items() if name in kept}
-        if self._self_test is None and not self._self_test_done:
-            return
-        waiting = {kept[name] for name in (self._self_test.waiting if self._self_test else ()) if name in kept}
-        layers = self._layers_with_rows([name for name in self._layers if name in waiting.union(new)])
-        self.restart_self_test(done=not layers)
-        if layers:
-            self._self_test = SelfTest(layers, self.generator(step, 0, stream=1)(torch.device("cpu")))
+        self.examples.follow(kept)
+        self.self_test.follow(kept, new, step)
 
     def differentiated(self, loss: Tensor) -> dict[str, str]:
         """Why layers whose weights are used in derivatives of the network are to be given up, before their statistics.
@@ -235,8 +215,7 @@ class Estimator:
             return {}
         names = Rest(loss, [], self._recorder.calls, 1.0, differentiated=True).uses_weights_of()
         reasons = {name: DIFFERENTIATED for name in self._layers if name in names}
-        if self._self_test is not None:
-            self._self_test.waiting[:] = [name for name in self._self_test.waiting if name not in reasons]
+        self.self_test.give_up(reasons)
         return reasons
 
     def record_replacements(self, before: Set[str]) -> None:
@@ -298,17 +277,9 @@ class Estimator:
             failure = RuntimeError(f"{what}: {type(error).__name__}: {error}")
             return StepStatistics(failed=dict.fromkeys(self.recorded, failure))
         finally:
-            self._say_used_up(custom.used_up, step)
+            self._sources.report_used_up(custom.used_up, step)
 
     # Parts of a due step.
-
-    def _say_used_up(self, functions: Set[str], step: int) -> None:
-        if new := sorted(functions - self._said_functions):
-            self._said_functions.update(new)
-            inform(
-                f"KFC at step {step}: the backward of the custom autograd functions {listed(new)} uses up what their "
-                "forward saved; it is put back after KFC's own back-propagations."
-            )
 
     def _statistics(
         self, loss: Tensor, step: int, micro_batch: int, loss_scale: float, loss_fraction: float, unseen: Set[str]
@@ -317,9 +288,9 @@ class Estimator:
         recorded = list(self._recorder.calls)
         calls = recorded + self._parameter_calls()
         names = {call.layer for call in recorded if call.inputs is not None}
-        examples = self._example_gradients(names - unseen, step)
+        examples = self.examples.of(names - unseen, step)
         found = self._back_propagate(
-            loss, calls, self.generator(step, micro_batch), loss_scale, loss_fraction, examples, step
+            loss, calls, self._streams.generator(step, micro_batch), loss_scale, loss_fraction, examples, step
         )
         statistics = self._by_layer(found, calls, len(recorded))
         return StepStatistics(statistics, self._unexplained, self._failed)
@@ -346,7 +317,7 @@ class Estimator:
         kept = weighted_terms(
             loss, wanted_terms(terms, self._likelihood), loss_scale=loss_scale, loss_fraction=loss_fraction
         )
-        test, fisher = self._running_test(), self._fisher
+        test, fisher = self.self_test.running, self._fisher
         if test is not None:
             test.strict = not self.forgiving
             test.recorded.difference_update(self._failed)
@@ -369,9 +340,8 @@ class Estimator:
             self.never_negative &= never_negative(loss, kept, loss_scale)
             passes = seed_passes(kept, fisher, source)
             found = back_propagate(passes, calls, scale, test, examples, on_failure=self._fail)
-            self._note_sources(
-                [weighted.term.function for weighted in kept], terms, rest if mixed else None, calls, step
-            )
+            functions = [weighted.term.function for weighted in kept]
+            self._sources.note(functions, terms, rest if mixed else None, calls, step)
         else:
             self.never_negative = mixed = False
             found = self._of_whole_loss(loss, rest.seeds, calls, terms, loss_fraction, examples, step)
@@ -380,7 +350,7 @@ class Estimator:
         # A term that this loss does not hold may belong to a later loss of the same training step.
         self._losses.terms[:] = [term for term in terms if all(term is not w.term for w in kept)]
         if test is not None:
-            self._conclude_self_test(test)
+            self._unexplained = self.self_test.concluded(test)
         return found
 
     def _of_whole_loss(
@@ -410,10 +380,10 @@ class Estimator:
             self._report_no_gradient(step)
             for name in examples:
                 if self._layers[name].pending is None:
-                    self.forget_examples(name)
+                    self.examples.forget(name)
             return {}
         if found:
-            self._note_sources([THE_LOSS_ITSELF], terms, None, calls, step)
+            self._sources.note([THE_LOSS_ITSELF], terms, None, calls, step)
         if found and not chosen:
             self._events.count("unrecognised_losses")
         return found
@@ -422,35 +392,13 @@ class Estimator:
         self, seeds: Seeds, calls: Sequence[Call], loss_fraction: float, examples: dict[str, ExampleGradients]
     ) -> dict[int, Statistics]:
         """Statistics of a loss, or of the rest of one, by its own gradient."""
-        test = self._running_test()
+        test = self.self_test.running
         if test is not None and self._fisher != "empirical":
             # A penalty by hand that is no plain sum, for one, is a part of this gradient that no rows explain.
             test.strict = False
         return empirical_statistics(
             seeds, calls, loss_fraction=loss_fraction, test=test, examples=examples, on_failure=self._fail
         )
-
-    def _note_sources(
-        self,
-        functions: Sequence[str],
-        terms: Sequence[LossTerm],
-        rest: Rest | None,
-        calls: Sequence[Call],
-        step: int,
-    ) -> None:
-        """Note what statistics come from; log a line of it, with the shares of the gradient, for each new mixture."""
-        names = list(dict.fromkeys(functions))
-        self.sources = names + [THE_REST] * (rest is not None)
-        if tuple(self.sources) in self._said_sources:
-            return
-        self._said_sources.add(tuple(self.sources))
-        norms = dict.fromkeys(self.sources, 1.0)
-        if rest is not None:
-            norms = dict.fromkeys(self.sources, 0.0)
-            norms[THE_REST] = gradient_norm(rest.seeds(), calls)
-            for name, seeds in rest.of_functions():
-                norms[name] += gradient_norm(seeds, calls)
-        inform(f"KFC at step {step}: {curvature_line(norms, terms)}")
 
     def _report_no_gradient(self, step: int) -> None:
         what = "the gradient of this loss is zero, or there is none; no statistics are taken of it"
@@ -475,62 +423,3 @@ class Estimator:
                 counted.add(index)
             statistics[name] = statistics[name] + entry if name in statistics else entry
         return {n: entry for n, entry in statistics.items() if n in self._layers and n not in self._failed}
-
-    def _layers_with_rows(self, names: Iterable[str]) -> dict[str, Layer]:
-        layers = {name: self._layers[name] for name in names}
-        return {name: layer for name, layer in layers.items() if layer.adapter.has_rows}
-
-    def _example_gradients(self, layers: Iterable[str], step: int) -> dict[str, ExampleGradients]:
-        for name in layers:
-            if name in self._layers and name not in self._examples:
-                layer = self._layers[name]
-                # Where the step ends with a new basis, the gradients themselves are kept for it.
-                basis = None if self._tracker.new_inverse(name, step) else layer.basis_of_examples()
-                self._examples[name] = ExampleGradients(basis, layer.adapter.matrix_shape())
-        return {name: self._examples[name] for name in layers if name in self._examples}
-
-    def forget_examples(self, layer: str) -> None:
-        """Forget the gradients of a layer's single examples."""
-        self._examples.pop(layer, None)
-
-    def spoil_examples(self, layer: str) -> None:
-        """Have a layer's second moment of this step dropped: it is made NaN."""
-        if layer in self._examples:
-            self._examples[layer].spoil()
-
-    def second_moments(self, layers: Iterable[Layer]) -> dict[str, Tensor]:
-        """The second moments of the step's examples, by layer, in the layers' present bases; each is given once.
-
-        One holds NaN where it could not be formed.
-        """
-        found = {}
-        for layer in layers:
-            examples, inverse = self._examples.pop(layer.name, None), layer.inverse
-            if examples is not None and examples.reached and isinstance(inverse, EkfacInverse):
-                found[layer.name] = examples.second_moment(inverse.basis)
-        return found
-
-    def generator(self, step: int, micro_batch: int, stream: int = 0) -> Callable[[torch.device], torch.Generator]:
-        """A generator that depends on seed, rank, step and micro-batch alone, so that a resumed run draws the same."""
-        mixed = 0
-        for part in (self._seed, self._group.rank, step, micro_batch, stream):
-            # The multiplier of Knuth's MMIX generator: neighbouring steps get unrelated seeds.
-            mixed = (mixed * 6364136223846793005 + part + 1442695040888963407) % 2**63
-        return lambda device: torch.Generator(device).manual_seed(mixed)
-
-    def _prepare_self_test(self, step: int) -> SelfTest | None:
-        if self.self_test_done:
-            self.restart_self_test(done=True)
-            return None
-        if self._self_test is None:
-            layers = self._layers_with_rows(self._layers)
-            self._self_test = SelfTest(layers, self.generator(step, 0, stream=1)(torch.device("cpu")))
-        self._self_test.recorded = set(self.recorded)
-        return self._self_test
-
-    def _conclude_self_test(self, test: SelfTest) -> None:
-        unseen = {n: self._layers[n].adapter.unseen for n in test.never_called if n in self._layers}
-        self._unexplained = unseen | {n: why for n, why in test.unexplained.items() if n in self._layers}
-        test.waiting[:] = [n for n in test.waiting if n in self._layers and n not in test.unexplained]
-        test.never_called.clear()
-        test.unexplained.clear()

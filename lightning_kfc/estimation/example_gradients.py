@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.estimation.recording import Call, KeptInputs
 from lightning_kfc.factors.eigenbasis import Eigenbasis, moments_of_gradients, moments_of_rows
+from lightning_kfc.factors.inverses import EkfacInverse
 from lightning_kfc.factors.statistics import factor_dtype, per_example_gradients
 from lightning_kfc.layers import Adapter
+from lightning_kfc.scheduling.tracker import RefreshTracker
 
 #: At most this many bytes of rows and of examples' gradients are materialised at once.
 CHUNK_BYTES = 64 * 2**20
@@ -140,3 +143,52 @@ class ExampleGradients:
 
     def _zeros(self, basis: Eigenbasis) -> Tensor:
         return basis.A_vectors.new_zeros(self._shape)
+
+
+class StepExamples:
+    """The gradients of a step's single examples, by layer.
+
+    Args:
+        layers: The model's layers, which may change.
+        tracker: The dates of each layer.
+    """
+
+    def __init__(self, layers: Mapping[str, Layer], tracker: RefreshTracker) -> None:
+        self._layers = layers
+        self._tracker = tracker
+        self._by_layer: dict[str, ExampleGradients] = {}
+
+    def of(self, names: Iterable[str], step: int) -> dict[str, ExampleGradients]:
+        """Those of layers, which begin here where they are the step's first; dropped layers have none."""
+        for name in names:
+            if name in self._layers and name not in self._by_layer:
+                layer = self._layers[name]
+                # Where the step ends with a new basis, the gradients themselves are kept for it.
+                basis = None if self._tracker.new_inverse(name, step) else layer.basis_of_examples()
+                self._by_layer[name] = ExampleGradients(basis, layer.adapter.matrix_shape())
+        return {name: self._by_layer[name] for name in names if name in self._by_layer}
+
+    def follow(self, kept: Mapping[str, str]) -> None:
+        """Follow a model whose layers have changed; ``kept`` has their present names by the former ones."""
+        self._by_layer = {kept[name]: examples for name, examples in self._by_layer.items() if name in kept}
+
+    def forget(self, layer: str) -> None:
+        """Forget the gradients of a layer's examples."""
+        self._by_layer.pop(layer, None)
+
+    def spoil(self, layer: str) -> None:
+        """Have a layer's second moment of this step dropped: it is made NaN."""
+        if layer in self._by_layer:
+            self._by_layer[layer].spoil()
+
+    def second_moments(self, layers: Iterable[Layer]) -> dict[str, Tensor]:
+        """The second moments, by layer, in the layers' present bases; each is given once.
+
+        One holds NaN where it could not be formed.
+        """
+        found = {}
+        for layer in layers:
+            examples, inverse = self._by_layer.pop(layer.name, None), layer.inverse
+            if examples is not None and examples.reached and isinstance(inverse, EkfacInverse):
+                found[layer.name] = examples.second_moment(inverse.basis)
+        return found

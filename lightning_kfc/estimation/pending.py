@@ -58,7 +58,7 @@ class PendingStatistics:
         for name in names:
             if name in self._layers:
                 self._layers[name].drop_pending()
-            self._estimator.forget_examples(name)
+            self._estimator.examples.forget(name)
             self._estimator.recount({name})
 
     def forget(self, names: Iterable[str]) -> None:
@@ -89,7 +89,7 @@ class PendingStatistics:
                 # The other ranks wait for them: what is not finite is dropped by all.
                 self._layers[name].drop_pending()
                 self._layers[name].spoil()
-                self._estimator.spoil_examples(name)
+                self._estimator.examples.spoil(name)
         for error in dict.fromkeys(failed.values()):
             names = listed(name for name, own in failed.items() if own is error)
             what = f"the statistics of {names} are left out of this step: {type(error).__name__}: {error}"

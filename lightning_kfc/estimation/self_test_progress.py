@@ -1,0 +1,89 @@
+"""Which layers still wait for the self-test, while layers come and go."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+
+from lightning_kfc.curvature.layer import Layer
+from lightning_kfc.estimation.random_streams import RandomStreams
+from lightning_kfc.estimation.self_test import SelfTest
+
+
+class SelfTestProgress:
+    """Holds the self-test of a model's layers until every one has passed, or was given up.
+
+    Args:
+        layers: The model's layers, which may change.
+        streams: The source of the test's directions.
+    """
+
+    def __init__(self, layers: Mapping[str, Layer], streams: RandomStreams) -> None:
+        self._layers = layers
+        self._streams = streams
+        self._test: SelfTest | None = None
+        self._done = False
+
+    @property
+    def done(self) -> bool:
+        """Whether every layer has passed, or was dropped."""
+        return self._done or (self._test is not None and self.running is None)
+
+    @property
+    def running(self) -> SelfTest | None:
+        """The self-test while one of the present layers waits for it."""
+        test = self._test
+        return test if test is not None and any(name in self._layers for name in test.waiting) else None
+
+    def restart(self, *, done: bool) -> None:
+        """Test no more, or anew from the next forward on."""
+        self._test, self._done = None, done
+
+    def prepare(self, step: int, recorded: Iterable[str]) -> SelfTest | None:
+        """The test of a forward that follows; None where nothing is left to test.
+
+        Args:
+            step: The optimizer step.
+            recorded: The names of the layers that are recorded in it.
+        """
+        if self.done:
+            self.restart(done=True)
+            return None
+        if self._test is None:
+            self._test = self._test_of(self._layers, step)
+        self._test.recorded = set(recorded)
+        return self._test
+
+    def follow(self, kept: Mapping[str, str], new: Iterable[str], step: int) -> None:
+        """Test new layers beside those that still wait; the arguments are those of :meth:`.Estimator.follow`."""
+        if self._test is None and not self._done:
+            return
+        waiting = {kept[name] for name in (self._test.waiting if self._test else ()) if name in kept}.union(new)
+        names = [name for name in self._layers if name in waiting]
+        self.restart(done=not layers_with_rows(self._layers, names))
+        if not self._done:
+            self._test = self._test_of(names, step)
+
+    def give_up(self, names: Collection[str]) -> None:
+        """Test some layers no more."""
+        if self._test is not None:
+            self._test.waiting[:] = [name for name in self._test.waiting if name not in names]
+
+    def concluded(self, test: SelfTest) -> dict[str, str]:
+        """Take the outcome of a loss's test; return why the rows of layers do not explain their gradient."""
+        unseen = {n: self._layers[n].adapter.unseen for n in test.never_called if n in self._layers}
+        unexplained = unseen | {n: why for n, why in test.unexplained.items() if n in self._layers}
+        test.waiting[:] = [n for n in test.waiting if n in self._layers and n not in test.unexplained]
+        test.never_called.clear()
+        test.unexplained.clear()
+        return unexplained
+
+    def _test_of(self, names: Iterable[str], step: int) -> SelfTest:
+        generator = self._streams.generator(step, 0, stream=1)(torch.device("cpu"))
+        return SelfTest(layers_with_rows(self._layers, names), generator)
+
+
+def layers_with_rows(layers: Mapping[str, Layer], names: Iterable[str]) -> dict[str, Layer]:
+    """Those of the named layers that have rows."""
+    return {name: layers[name] for name in names if layers[name].adapter.has_rows}
