@@ -20,7 +20,8 @@ from lightning_kfc.curvature.model_layers import ModelLayers
 from lightning_kfc.curvature.ownership import LayerOwnership
 from lightning_kfc.distributed import process_group as distributed
 from lightning_kfc.distributed.agreement import check_agreement, facts_of
-from lightning_kfc.estimation.estimator import Estimator, StepStatistics
+from lightning_kfc.estimation.estimator import Estimator
+from lightning_kfc.estimation.loss_statistics import StepStatistics
 from lightning_kfc.estimation.pending import PendingStatistics
 from lightning_kfc.factors.inverses import INVERSES
 from lightning_kfc.monitoring.events import Events, StepNumbers
@@ -705,8 +706,9 @@ class KFC:
         for name, reason in state["dropped"].items():
             if name in self._layers:
                 self._layers.drop(name, reason)
-        self._estimator.self_test.restart(done=bool(state["self_test_done"]))
-        self._estimator.never_negative = bool(state.get("never_negative", False))
+        self._estimator.restore(
+            self_test_done=bool(state["self_test_done"]), never_negative=bool(state.get("never_negative", False))
+        )
         self._periods.load_state_dict(state.get("periods", {}))
         self._tracker.reschedule(self.schedule)
         self._tracker.load_state_dict(state["due"])

@@ -4,35 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
-import torch
 from torch import Tensor, nn
 
 from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.distributed.process_group import ProcessGroup
-from lightning_kfc.estimation.back_propagation import (
-    added,
-    back_propagate,
-    empirical_statistics,
-    reaches,
-)
 from lightning_kfc.estimation.custom_functions import CustomFunctions
-from lightning_kfc.estimation.example_gradients import ExampleGradients, StepExamples
+from lightning_kfc.estimation.example_gradients import StepExamples
 from lightning_kfc.estimation.graph import refuse_reentrant_checkpointing
+from lightning_kfc.estimation.loss_statistics import DueLoss, Failures, LossStatistics, StepStatistics
 from lightning_kfc.estimation.random_streams import RandomStreams
 from lightning_kfc.estimation.recording import Call, Recorder, parameter_call
 from lightning_kfc.estimation.rest import Rest
-from lightning_kfc.estimation.seeds import (
-    Seeds,
-    all_zero,
-    never_negative,
-    seed_passes,
-    seed_scale,
-    unusable_seeds,
-    weighted_terms,
-)
 from lightning_kfc.estimation.self_test_progress import SelfTestProgress, layers_with_rows
 from lightning_kfc.estimation.sources import Sources
 from lightning_kfc.factors.inverses import Inverse
@@ -40,13 +24,8 @@ from lightning_kfc.factors.statistics import Statistics
 from lightning_kfc.losses.likelihoods import Likelihood
 from lightning_kfc.losses.recorder import LossRecorder
 from lightning_kfc.losses.selection import (
-    THE_LOSS_ITSELF,
-    LossNotRecognisedError,
     attach_named_output,
-    unrecognised,
-    wanted_terms,
 )
-from lightning_kfc.losses.terms import LossTerm
 from lightning_kfc.monitoring.events import Events
 from lightning_kfc.monitoring.timing import StepTimes
 from lightning_kfc.scheduling.tracker import RefreshTracker
@@ -54,21 +33,6 @@ from lightning_kfc.utilities.isolation import eager_compiled_code, full_precisio
 
 #: Why layers have no Kronecker factors whose weights are used in derivatives of the network.
 DIFFERENTIATED = "the loss holds derivatives of the network, in which weights are used outside their layers"
-
-
-@dataclass(frozen=True)
-class StepStatistics:
-    """The statistics of one loss.
-
-    Attributes:
-        by_layer: The statistics, by layer.
-        unexplained: Why the rows of layers do not explain their gradient; these layers are to be given up.
-        failed: The error that was raised while a layer's statistics were taken.
-    """
-
-    by_layer: Mapping[str, Statistics] = field(default_factory=dict)
-    unexplained: Mapping[str, str] = field(default_factory=dict)
-    failed: Mapping[str, Exception] = field(default_factory=dict)
 
 
 class Estimator:
@@ -91,7 +55,6 @@ class Estimator:
         recorded: The layers whose statistics are taken at this step.
         examples: The gradients of single examples of this step.
         self_test: The test of every layer's rows.
-        never_negative: Whether no loss of the last step that was looked at has less than 0 in it, as far as is seen.
     """
 
     def __init__(
@@ -113,7 +76,6 @@ class Estimator:
         self._tracker = tracker
         self._times = times
         self._events = events
-        self._fisher = fisher
         self._likelihood = likelihood
         self._kind = kind
         self._streams = RandomStreams(seed, group.rank)
@@ -122,10 +84,10 @@ class Estimator:
         self.examples = StepExamples(layers, tracker)
         self.self_test = SelfTestProgress(layers, self._streams)
         self._graph_checked = False
-        self._failed: dict[str, Exception] = {}
-        self._unexplained: dict[str, str] = {}
-        self.never_negative = False
         self._sources = Sources()
+        self._of_losses = LossStatistics(
+            layers, self.examples, self.self_test, self._sources, events, fisher, likelihood
+        )
         self.forgiving = False
         self.recorded: list[str] = []
 
@@ -133,6 +95,16 @@ class Estimator:
     def sources(self) -> Sequence[str]:
         """What the last statistics came from: loss functions, the gradient of the rest, or of the whole loss."""
         return self._sources.last
+
+    @property
+    def never_negative(self) -> bool:
+        """Whether no loss of the last step that was looked at has less than 0 in it, as far as is seen."""
+        return self._of_losses.never_negative
+
+    def restore(self, *, self_test_done: bool, never_negative: bool) -> None:
+        """Take over what a saved state holds of the estimation."""
+        self.self_test.restart(done=self_test_done)
+        self._of_losses.never_negative = never_negative
 
     @property
     def active(self) -> bool:
@@ -247,19 +219,19 @@ class Estimator:
                 step was made.
             SelfTestError: If the rows of a layer do not explain its gradient, likewise.
         """
-        self._failed, self._unexplained = {}, {}
         if self._recorder is None or self._losses is None:
             return StepStatistics()
         if self.forgiving and not loss.requires_grad:
-            self._report_no_gradient(step)
+            self._of_losses.report_no_gradient(step)
             return StepStatistics()
+        failures = Failures(forgiving=self.forgiving)
         for name, error in self._recorder.failures.items():
-            self._fail(name, error)
+            failures.note(name, error)
         if (failure := self._losses.failure) is not None:
             what = f"a loss function is not read, and counts as not recognised: {type(failure).__name__}: {failure}"
             self._events.report("failed_statistics", step, what)
         if micro_batch == 0:
-            self.never_negative = True
+            self._of_losses.never_negative = True
         custom = CustomFunctions()
         try:
             with (
@@ -269,7 +241,7 @@ class Estimator:
                 sinks_at_rest(loss),
                 custom.kept(loss) if loss.requires_grad else contextlib.nullcontext(),
             ):
-                return self._statistics(loss, step, micro_batch, loss_scale, loss_fraction, unseen)
+                return self._statistics(loss, step, micro_batch, loss_scale, loss_fraction, unseen, failures)
         except Exception as error:
             if custom.failed is None:
                 raise
@@ -282,18 +254,32 @@ class Estimator:
     # Parts of a due step.
 
     def _statistics(
-        self, loss: Tensor, step: int, micro_batch: int, loss_scale: float, loss_fraction: float, unseen: Set[str]
+        self,
+        loss: Tensor,
+        step: int,
+        micro_batch: int,
+        loss_scale: float,
+        loss_fraction: float,
+        unseen: Set[str],
+        failures: Failures,
     ) -> StepStatistics:
         assert self._recorder is not None
+        assert self._losses is not None
         recorded = list(self._recorder.calls)
         calls = recorded + self._parameter_calls()
         names = {call.layer for call in recorded if call.inputs is not None}
         examples = self.examples.of(names - unseen, step)
-        found = self._back_propagate(
-            loss, calls, self._streams.generator(step, micro_batch), loss_scale, loss_fraction, examples, step
-        )
+        if not self._graph_checked:
+            refuse_reentrant_checkpointing(loss)
+            self._graph_checked = True
+        generator = self._streams.generator(step, micro_batch)
+        due = DueLoss(loss, step, loss_scale, loss_fraction, self._losses, calls, examples, generator)
+        test = self.self_test.running
+        found = self._of_losses(due, failures)
+        unexplained = {} if test is None else self.self_test.concluded(test)
         statistics = self._by_layer(found, calls, len(recorded))
-        return StepStatistics(statistics, self._unexplained, self._failed)
+        kept = {n: own for n, own in statistics.items() if n in self._layers and n not in failures.by_layer}
+        return StepStatistics(kept, unexplained, failures.by_layer)
 
     def _parameter_calls(self) -> list[Call]:
         return [
@@ -302,116 +288,8 @@ class Estimator:
             if name in self.recorded and not layer.adapter.has_rows and layer.adapter.own_parameters()
         ]
 
-    def _back_propagate(
-        self,
-        loss: Tensor,
-        calls: Sequence[Call],
-        generator: Callable[[torch.device], torch.Generator],
-        loss_scale: float,
-        loss_fraction: float,
-        examples: dict[str, ExampleGradients],
-        step: int,
-    ) -> dict[int, Statistics]:
-        assert self._losses is not None
-        terms = list(self._losses.terms)
-        kept = weighted_terms(
-            loss, wanted_terms(terms, self._likelihood), loss_scale=loss_scale, loss_fraction=loss_fraction
-        )
-        test, fisher = self.self_test.running, self._fisher
-        if test is not None:
-            test.strict = not self.forgiving
-            test.recorded.difference_update(self._failed)
-        if not self._graph_checked:
-            refuse_reentrant_checkpointing(loss)
-            self._graph_checked = True
-        rest = Rest(loss, kept, calls, loss_scale, differentiated=self._losses.differentiated)
-        mixed = bool(kept) and self._likelihood == "auto" and rest.reaches()
-        source = generator(kept[0].term.logits.device) if kept else None
-        if source is not None and not all(w.is_finite() for w in kept):
-            # Every rank must bring statistics of the same layers, so that all of them drop the step together.
-            seeds = unusable_seeds(kept, fisher, source)
-            found = back_propagate(seeds, calls, 1.0, None, examples, on_failure=self._fail)
-        elif all_zero(kept) and not mixed:
-            # What is multiplied by 0, to skip a batch, is no reason to forget the curvature that there was.
-            self._report_no_gradient(step)
-            found = {}
-        elif source is not None and not all_zero(kept):
-            scale = 1.0 if fisher == "empirical" else seed_scale(kept)
-            self.never_negative &= never_negative(loss, kept, loss_scale)
-            passes = seed_passes(kept, fisher, source)
-            found = back_propagate(passes, calls, scale, test, examples, on_failure=self._fail)
-            functions = [weighted.term.function for weighted in kept]
-            self._sources.note(functions, terms, rest if mixed else None, calls, step)
-        else:
-            self.never_negative = mixed = False
-            found = self._of_whole_loss(loss, rest.seeds, calls, terms, loss_fraction, examples, step)
-        if mixed:
-            found = added(found, self._empirical(rest.seeds(), calls, loss_fraction, examples))
-        # A term that this loss does not hold may belong to a later loss of the same training step.
-        self._losses.terms[:] = [term for term in terms if all(term is not w.term for w in kept)]
-        if test is not None:
-            self._unexplained = self.self_test.concluded(test)
-        return found
-
-    def _of_whole_loss(
-        self,
-        loss: Tensor,
-        seeds: Callable[[], Seeds],
-        calls: Sequence[Call],
-        terms: Sequence[LossTerm],
-        loss_fraction: float,
-        examples: dict[str, ExampleGradients],
-        step: int,
-    ) -> dict[int, Statistics]:
-        """Statistics of a loss none of whose terms count: its empirical Fisher, unless a likelihood was named."""
-        chosen = self._fisher == "empirical"
-        if not chosen and self._likelihood != "auto":
-            # A loss that trains other parameters than ours need not be recognised.
-            if reaches(loss, calls):
-                said = unrecognised(terms, self._likelihood)
-                if not self.forgiving:
-                    raise LossNotRecognisedError(said)
-                self._events.report(
-                    "unrecognised_losses", step, f"no statistics are taken of this loss: {said.rstrip('.')}"
-                )
-            return {}
-        found = self._empirical(seeds(), calls, loss_fraction, examples)
-        if found and not any(bool(total.any()) for entry in found.values() for total in entry.sums.values()):
-            self._report_no_gradient(step)
-            for name in examples:
-                if self._layers[name].pending is None:
-                    self.examples.forget(name)
-            return {}
-        if found:
-            self._sources.note([THE_LOSS_ITSELF], terms, None, calls, step)
-        if found and not chosen:
-            self._events.count("unrecognised_losses")
-        return found
-
-    def _empirical(
-        self, seeds: Seeds, calls: Sequence[Call], loss_fraction: float, examples: dict[str, ExampleGradients]
-    ) -> dict[int, Statistics]:
-        """Statistics of a loss, or of the rest of one, by its own gradient."""
-        test = self.self_test.running
-        if test is not None and self._fisher != "empirical":
-            # A penalty by hand that is no plain sum, for one, is a part of this gradient that no rows explain.
-            test.strict = False
-        return empirical_statistics(
-            seeds, calls, loss_fraction=loss_fraction, test=test, examples=examples, on_failure=self._fail
-        )
-
-    def _report_no_gradient(self, step: int) -> None:
-        what = "the gradient of this loss is zero, or there is none; no statistics are taken of it"
-        self._events.report("losses_without_gradient", step, what)
-
-    def _fail(self, layer: str, error: Exception) -> None:
-        """Note that a layer's statistics could not be taken; before the first optimizer step, that is an error."""
-        if not self.forgiving:
-            raise error
-        self._failed.setdefault(layer, error)
-
     def _by_layer(self, found: dict[int, Statistics], calls: Sequence[Call], recorded: int) -> dict[str, Statistics]:
-        """The statistics of every layer that is still there, from those of its calls."""
+        """The statistics of every layer, from those of its calls."""
         assert self._recorder is not None
         counted = self._recorder.counted
         statistics: dict[str, Statistics] = {}
@@ -422,4 +300,4 @@ class Estimator:
                 entry = entry.without_means() if index in counted else entry
                 counted.add(index)
             statistics[name] = statistics[name] + entry if name in statistics else entry
-        return {n: entry for n, entry in statistics.items() if n in self._layers and n not in self._failed}
+        return statistics

@@ -60,8 +60,8 @@ PARTS = [
     "estimation.recording.Recorder.attach",
     "estimation.recording.Recorder._record",
     "kfc.KFC.back_propagate",
-    "estimation.estimator.weighted_terms",
-    "estimation.estimator.seed_passes",
+    "estimation.loss_statistics.weighted_terms",
+    "estimation.loss_statistics.seed_passes",
     "estimation.back_propagation._laid_out",
     "kfc.KFC.precondition",
     "kfc.KFC._refresh",
@@ -73,8 +73,8 @@ PARTS = [
 
 #: The calls from which training goes on: of statistics after the first step, and of inverses at any time.
 SURVIVED = [
-    ("estimation.estimator.weighted_terms", 2),
-    ("estimation.estimator.seed_passes", 2),
+    ("estimation.loss_statistics.weighted_terms", 2),
+    ("estimation.loss_statistics.seed_passes", 2),
     ("estimation.back_propagation._laid_out", 2),
     ("curvature.layer.Layer.refreshed", 1),
     ("curvature.layer.Layer.refreshed", 2),

@@ -1,0 +1,217 @@
+"""The statistics of one loss: of its terms, of the rest of it, or of all of it by its own gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_kfc.curvature.layer import Layer
+from lightning_kfc.estimation.back_propagation import added, back_propagate, empirical_statistics, reaches
+from lightning_kfc.estimation.example_gradients import ExampleGradients, StepExamples
+from lightning_kfc.estimation.recording import Call
+from lightning_kfc.estimation.rest import Rest
+from lightning_kfc.estimation.seeds import (
+    Seeds,
+    all_zero,
+    never_negative,
+    seed_passes,
+    seed_scale,
+    unusable_seeds,
+    weighted_terms,
+)
+from lightning_kfc.estimation.self_test_progress import SelfTestProgress
+from lightning_kfc.estimation.sources import Sources
+from lightning_kfc.factors.statistics import Statistics
+from lightning_kfc.losses.likelihoods import Likelihood
+from lightning_kfc.losses.recorder import LossRecorder
+from lightning_kfc.losses.selection import THE_LOSS_ITSELF, LossNotRecognisedError, unrecognised, wanted_terms
+from lightning_kfc.losses.terms import LossTerm
+from lightning_kfc.monitoring.events import Events
+
+
+@dataclass(frozen=True)
+class DueLoss:
+    """A loss whose statistics are due.
+
+    Attributes:
+        loss: The scalar whose backward follows.
+        step: The optimizer step.
+        scale: The factor that a gradient scaler has multiplied ``loss`` by.
+        fraction: The share of ``loss`` in the optimizer step, where its terms do not tell.
+        losses: The loss functions that were called in the forward.
+        calls: The calls of layers in the forward.
+        examples: Collect the gradients of single examples, by layer.
+        generator: The source of sampled targets, by device.
+    """
+
+    loss: Tensor
+    step: int
+    scale: float
+    fraction: float
+    losses: LossRecorder
+    calls: Sequence[Call]
+    examples: dict[str, ExampleGradients]
+    generator: Callable[[torch.device], torch.Generator]
+
+
+@dataclass
+class Failures:
+    """The errors that were raised while the statistics of layers were taken.
+
+    Attributes:
+        forgiving: Whether an optimizer step has been made: from then on no loss is an error, and none of its layers.
+        by_layer: The first error of each layer.
+    """
+
+    forgiving: bool
+    by_layer: dict[str, Exception] = field(default_factory=dict)
+
+    def note(self, layer: str, error: Exception) -> None:
+        """Note that a layer's statistics could not be taken; before the first optimizer step, that is an error."""
+        if not self.forgiving:
+            raise error
+        self.by_layer.setdefault(layer, error)
+
+
+@dataclass(frozen=True)
+class StepStatistics:
+    """The statistics of one loss.
+
+    Attributes:
+        by_layer: The statistics, by layer.
+        unexplained: Why the rows of layers do not explain their gradient; these layers are to be given up.
+        failed: The error that was raised while a layer's statistics were taken.
+    """
+
+    by_layer: Mapping[str, Statistics] = field(default_factory=dict)
+    unexplained: Mapping[str, str] = field(default_factory=dict)
+    failed: Mapping[str, Exception] = field(default_factory=dict)
+
+
+class LossStatistics:
+    """Chooses what of a loss counts, and sends its seeds to the layers.
+
+    Args:
+        layers: The model's layers, which may change.
+        examples: The gradients of single examples of this step.
+        self_test: The test of every layer's rows.
+        sources: Notes what statistics came from.
+        events: Counts losses that cannot be used as they are.
+        fisher: Whose targets the curvature is taken with.
+        likelihood: What the loss is the negative logarithm of, or ``"auto"``.
+
+    Attributes:
+        never_negative: Whether no loss of the last step that was looked at has less than 0 in it, as far as is seen.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, Layer],
+        examples: StepExamples,
+        self_test: SelfTestProgress,
+        sources: Sources,
+        events: Events,
+        fisher: str,
+        likelihood: str | Likelihood,
+    ) -> None:
+        self._layers = layers
+        self._examples = examples
+        self._self_test = self_test
+        self._sources = sources
+        self._events = events
+        self._fisher = fisher
+        self._likelihood = likelihood
+        self.never_negative = False
+
+    def __call__(self, due: DueLoss, failures: Failures) -> dict[int, Statistics]:
+        """The statistics of a loss, by the number of the call; its terms that count are taken from ``due.losses``.
+
+        Args:
+            due: The loss.
+            failures: Takes the errors of layers.
+
+        Raises:
+            LossNotRecognisedError: If the loss holds no term of the likelihood that was named, unless failures are
+                forgiven.
+        """
+        calls, examples, fisher = due.calls, due.examples, self._fisher
+        terms = list(due.losses.terms)
+        kept = weighted_terms(
+            due.loss, wanted_terms(terms, self._likelihood), loss_scale=due.scale, loss_fraction=due.fraction
+        )
+        test = self._self_test.running
+        if test is not None:
+            test.strict = not failures.forgiving
+            test.recorded.difference_update(failures.by_layer)
+        rest = Rest(due.loss, kept, calls, due.scale, differentiated=due.losses.differentiated)
+        mixed = bool(kept) and self._likelihood == "auto" and rest.reaches()
+        source = due.generator(kept[0].term.logits.device) if kept else None
+        if source is not None and not all(w.is_finite() for w in kept):
+            # Every rank must bring statistics of the same layers, so that all of them drop the step together.
+            seeds = unusable_seeds(kept, fisher, source)
+            found = back_propagate(seeds, calls, 1.0, None, examples, on_failure=failures.note)
+        elif all_zero(kept) and not mixed:
+            # What is multiplied by 0, to skip a batch, is no reason to forget the curvature that there was.
+            self.report_no_gradient(due.step)
+            found = {}
+        elif source is not None and not all_zero(kept):
+            scale = 1.0 if fisher == "empirical" else seed_scale(kept)
+            self.never_negative &= never_negative(due.loss, kept, due.scale)
+            passes = seed_passes(kept, fisher, source)
+            found = back_propagate(passes, calls, scale, test, examples, on_failure=failures.note)
+            functions = [weighted.term.function for weighted in kept]
+            self._sources.note(functions, terms, rest if mixed else None, calls, due.step)
+        else:
+            self.never_negative = mixed = False
+            found = self._of_whole_loss(due, rest, terms, failures)
+        if mixed:
+            found = added(found, self._empirical(due, rest.seeds(), failures))
+        # A term that this loss does not hold may belong to a later loss of the same training step.
+        due.losses.terms[:] = [term for term in terms if all(term is not w.term for w in kept)]
+        return found
+
+    def _of_whole_loss(
+        self, due: DueLoss, rest: Rest, terms: Sequence[LossTerm], failures: Failures
+    ) -> dict[int, Statistics]:
+        """Statistics of a loss none of whose terms count: its empirical Fisher, unless a likelihood was named."""
+        chosen = self._fisher == "empirical"
+        if not chosen and self._likelihood != "auto":
+            # A loss that trains other parameters than ours need not be recognised.
+            if reaches(due.loss, due.calls):
+                said = unrecognised(terms, self._likelihood)
+                if not failures.forgiving:
+                    raise LossNotRecognisedError(said)
+                self._events.report(
+                    "unrecognised_losses", due.step, f"no statistics are taken of this loss: {said.rstrip('.')}"
+                )
+            return {}
+        found = self._empirical(due, rest.seeds(), failures)
+        if found and not any(bool(total.any()) for entry in found.values() for total in entry.sums.values()):
+            self.report_no_gradient(due.step)
+            for name in due.examples:
+                if self._layers[name].pending is None:
+                    self._examples.forget(name)
+            return {}
+        if found:
+            self._sources.note([THE_LOSS_ITSELF], terms, None, due.calls, due.step)
+        if found and not chosen:
+            self._events.count("unrecognised_losses")
+        return found
+
+    def _empirical(self, due: DueLoss, seeds: Seeds, failures: Failures) -> dict[int, Statistics]:
+        """Statistics of a loss, or of the rest of one, by its own gradient."""
+        test = self._self_test.running
+        if test is not None and self._fisher != "empirical":
+            # A penalty by hand that is no plain sum, for one, is a part of this gradient that no rows explain.
+            test.strict = False
+        return empirical_statistics(
+            seeds, due.calls, loss_fraction=due.fraction, test=test, examples=due.examples, on_failure=failures.note
+        )
+
+    def report_no_gradient(self, step: int) -> None:
+        """Report a loss that nothing can be learned from."""
+        what = "the gradient of this loss is zero, or there is none; no statistics are taken of it"
+        self._events.report("losses_without_gradient", step, what)
