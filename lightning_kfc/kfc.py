@@ -43,7 +43,7 @@ from lightning_kfc.utilities.isolation import eager_compiled_code, full_precisio
 
 
 class KFC:
-    r"""Kronecker-factored preconditioning of a model's gradients (Grosse & Martens 2016, arXiv:1602.01407).
+    """Kronecker-factored preconditioning of a model's gradients (Grosse & Martens 2016, arXiv:1602.01407).
 
     In a plain loop::
 
@@ -61,51 +61,11 @@ class KFC:
 
     Args:
         model: The model. Modules that are added or replaced later are found at the next step that takes statistics.
-        damping: :math:`\lambda` of E4, in the units of the Fisher matrix of the loss; a number, or a function of
-            the step such as :class:`~lightning_kfc.ExponentialSchedule`; ``"auto"`` is a share of the
-            loss, in units of each layer's weights (:mod:`lightning_kfc.trust_region.region`).
-        fisher: Whose targets the curvature is taken with: ``"mc"``: one sample a term from the model's own
-            distribution; ``"exact"``: all its outcomes, one back-propagation each; ``"empirical"``: the data's.
-        likelihood: What the loss is the negative logarithm of. ``"auto"`` recognises it from the loss
-            functions that are called, and takes the empirical Fisher of a loss of which it recognises nothing;
-            ``"categorical"``, ``"bernoulli"`` and ``"gaussian"`` keep only terms of that kind; a
-            :class:`~lightning_kfc.losses.likelihoods.Likelihood` with ``output_of`` names the module whose output is
-            the logits, for losses computed otherwise.
-        factor_every_n_steps: Statistics are taken every so many optimizer steps (the paper's T_cov). ``"auto"``: chosen
-            soon after the warm-up, by the time that the parts of a step have taken, to keep to ``timing.max_overhead``.
-        inverse_every_n_steps: Inverses are refreshed every so many optimizer steps (the paper's T_inv), or ``"auto"``.
-        warmup_steps: During the first so many optimizer steps statistics are taken at every step.
-        ema_decay: :math:`\rho`, the decay of the factors' zero-debiased running averages, at least 0, below 1.
-        kl_clip: :math:`\kappa` of E7, the bound on the squared norm of a step in the Fisher metric; ``"auto"`` sets
-            itself by :meth:`review`; None for none.
-        inverse: How damped factors are inverted: ``"cholesky"`` (E4, E5: damping split over both factors);
-            ``"eigh"`` (E6: exact damping, that of the present step); ``"ekfac"``: E6 with the running second moments of
-            the examples' gradients as eigenvalues (George et al. 2018). That one keeps what the layers read, and the
-            derivatives at their outputs, through the backward of the steps that refresh inverses.
-        rule: How gradients and inverses make an update: ``"natural"``, the paper's KFC-pre; ``"adam"``: Adam in the
-            eigenbasis of the factors (:mod:`lightning_kfc.rules.adam`), which takes the momentum of SGD out of its
-            steps, implies ``inverse="eigh"``, and in which ``damping`` has no part; ``"auto"``, with
-            ``damping="auto"``: ``"adam"`` for models with attention and no wide factors
-            (:mod:`lightning_kfc.rules.choice`), else ``"natural"``.
-        weight_sharing: ``"expand"``: each use of a weight is a row; ``"reduce"``: each example is one.
-        max_factor_dim: A factor of more dimensions is held as its diagonal, which :meth:`coverage` shows; None for no
-            bound. The default admits every layer of the usual convolutional nets and transformers (d_in 4,609 in a
-            ResNet-50, 9,217 in the widest ResNets), and no vocabulary; a factor with its inverse takes 0.8 GB there.
-        rows_per_dim: A is estimated from a part of a batch's rows, at least so many times its dimensions, where there
-            are more: every k-th example gives every k-th of its positions, k at most 16. None for all rows.
-        include: Glob patterns over module names; only these are preconditioned. None for all.
-        exclude: Glob patterns over module names that are not preconditioned.
-        seed: Seed of the sampling of targets; the global random stream is never touched.
-        placement: Which of several ranks hold a layer's factors and inverse: ``"comm-opt"``: all do, so that only
-            refreshes communicate; ``"mem-opt"``: one rank does, and sends the preconditioned gradient at every step; a
-            fraction of the ranks between both (KAISA, Pauloski et al. 2021); ``"auto"``: ``"mem-opt"`` where
-            parameters are sharded, else ``"comm-opt"``.
-        timing: When inverses are refreshed within their period, and how much longer steps may take.
-        precision: The precision of inverses, and of what ranks send to each other.
         process_group: The ranks between which a batch is split, where these are not all: the data-parallel group
             of a mesh that also has tensor-parallel ranks. It must be the same ranks' group on all of them.
         settings: Settings that were checked before; options that are given as well replace theirs. None for the
             defaults.
+        options: Those of :class:`~lightning_kfc.settings.Settings`, by name.
 
     Raises:
         TypeError: If a setting is of the wrong type, or there is no such setting; for a setting of an earlier version
@@ -529,35 +489,12 @@ class KFC:
         """The bound on the squared norm of a step in force at this step; None for none."""
         return self.reviewer.kl_clip
 
-    @property
-    def reviews(self) -> bool:
-        """Whether damping or KL clip are set by reviews of steps."""
-        return self.reviewer.active
-
-    def cancel_review(self) -> None:
-        """Do without the review of this step."""
-        self.reviewer.cancel()
-
-    @property
-    def review_due(self) -> bool:
-        """Whether the step that was just made is to be reviewed."""
-        return self.reviewer.due
-
-    @property
-    def recording(self) -> bool:
-        """Whether the last forward was recorded, so that the step can be reviewed."""
-        return self.reviewer.recording
-
     def reopen_step(self) -> None:
         """Take the coming forward for one more of the step that was preconditioned last.
 
         An optimizer that calls its closure again (SAM) has made no step yet.
         """
         self._stepped, self._again = False, True
-
-    def forget_losses(self) -> None:
-        """Do without the losses that were seen: the gradient of the coming step holds others."""
-        self.reviewer.forget_losses()
 
     def review(self, *, optimizer: Optimizer | None = None) -> Verdict | None:
         """After the optimizer's step: see whether it did what was expected, and adjust the KL clip.
@@ -584,10 +521,6 @@ class KFC:
         if verdict is not None and verdict.refresh:
             self._tracker.refresh_soon(self.layers, self.step + 1)
         return verdict
-
-    def fix_trust_region(self) -> None:
-        """Give ``kl_clip="auto"`` its fixed share of the loss, where steps cannot be reviewed."""
-        self.reviewer.end("fix_trust_region() was called")
 
     def _refresh(self, names: Iterable[str]) -> None:
         layers = [self._layers[name] for name in names]
@@ -642,7 +575,7 @@ class KFC:
         # Also those of parameters that are not preconditioned.
         finite = distributed.all_finite([p.grad for p in self._layers.parameters(optimizer) if p.grad is not None])
         # Where messages follow, no rank may be the only one to wait for them, whatever its own gradients are.
-        if self._group.size > 1 and (self.reviews or self._refreshes(layers)):
+        if self._group.size > 1 and (self.reviewer.active or self._refreshes(layers)):
             return self._group.all_agree(finite, next(self._model.parameters()).device)
         return finite
 
@@ -679,13 +612,19 @@ class KFC:
             "version": STATE_VERSION,
             "step": self.step + int(self._stepped),
             "layers": layers_state(self._layers, self._ownership) if factors else None,
-            "due": self._tracker.state_dict(),
             "periods": self._periods.state_dict(),
             "dropped": dict(self._layers.dropped),
             "self_test_done": self._estimator.self_test.done,
             "never_negative": self._estimator.never_negative,
-            "events": self.events.state_dict(),
-            "trust_region": self.reviewer.region.state_dict(),
+        } | {name: part.state_dict() for name, part in self._parts_with_state.items()}
+
+    @property
+    def _parts_with_state(self) -> dict[str, Any]:
+        """The parts whose state is loaded once the periods are known, by their name in a state."""
+        return {
+            "due": self._tracker,
+            "events": self.events,
+            "trust_region": self.reviewer.region,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
@@ -711,9 +650,8 @@ class KFC:
         )
         self._periods.load_state_dict(state.get("periods", {}))
         self._tracker.reschedule(self.schedule)
-        self._tracker.load_state_dict(state["due"])
-        self.events.load_state_dict(state["events"])
-        self.reviewer.region.load_state_dict(state.get("trust_region", {}))
+        for name, part in self._parts_with_state.items():
+            part.load_state_dict(state.get(name, {}))
         if state["layers"] is None:
             self._tracker.restart(self.step)
             return ["the state holds no factors: curvature is estimated anew, beginning with a warm-up"]

@@ -137,7 +137,55 @@ CALLBACK_DEFAULTS: Mapping[str, Any] = {"damping": "auto", "kl_clip": "auto", "r
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings; see :class:`~lightning_kfc.KFC` for what each one does."""
+    r"""All options of :class:`~lightning_kfc.KFC`; E4 to E7 are equations of Grosse & Martens 2016, arXiv:1602.01407.
+
+    Args:
+        damping: :math:`\lambda` of E4, in the units of the Fisher matrix of the loss; a number, or a function of
+            the step such as :class:`~lightning_kfc.ExponentialSchedule`; ``"auto"`` is a share of the
+            loss, in units of each layer's weights (:mod:`lightning_kfc.trust_region.region`).
+        fisher: Whose targets the curvature is taken with: ``"mc"``: one sample a term from the model's own
+            distribution; ``"exact"``: all its outcomes, one back-propagation each; ``"empirical"``: the data's.
+        likelihood: What the loss is the negative logarithm of. ``"auto"`` recognises it from the loss
+            functions that are called, and takes the empirical Fisher of a loss of which it recognises nothing;
+            ``"categorical"``, ``"bernoulli"`` and ``"gaussian"`` keep only terms of that kind; a
+            :class:`~lightning_kfc.losses.likelihoods.Likelihood` with ``output_of`` names the module whose output is
+            the logits, for losses computed otherwise.
+        factor_every_n_steps: Statistics are taken every so many optimizer steps (the paper's T_cov). ``"auto"``: chosen
+            soon after the warm-up, by the time that the parts of a step have taken, to keep to ``timing.max_overhead``.
+        inverse_every_n_steps: Inverses are refreshed every so many optimizer steps (the paper's T_inv), or ``"auto"``.
+        warmup_steps: During the first so many optimizer steps statistics are taken at every step.
+        ema_decay: :math:`\rho`, the decay of the factors' zero-debiased running averages, at least 0, below 1.
+        kl_clip: :math:`\kappa` of E7, the bound on the squared norm of a step in the Fisher metric; ``"auto"`` sets
+            itself by :meth:`~lightning_kfc.KFC.review`; None for none.
+        inverse: How damped factors are inverted: ``"cholesky"`` (E4, E5: damping split over both factors);
+            ``"eigh"`` (E6: exact damping, that of the present step); ``"ekfac"``: E6 with the running second moments of
+            the examples' gradients as eigenvalues (George et al. 2018). That one keeps what the layers read, and the
+            derivatives at their outputs, through the backward of the steps that refresh inverses.
+        rule: How gradients and inverses make an update: ``"natural"``, the paper's KFC-pre; ``"adam"``: Adam in the
+            eigenbasis of the factors (:mod:`lightning_kfc.rules.adam`), which takes the momentum of SGD out of its
+            steps, implies ``inverse="eigh"``, and in which ``damping`` has no part; ``"auto"``, with
+            ``damping="auto"``: ``"adam"`` for models with attention and no wide factors
+            (:mod:`lightning_kfc.rules.choice`), else ``"natural"``.
+        weight_sharing: ``"expand"``: each use of a weight is a row; ``"reduce"``: each example is one.
+        max_factor_dim: A factor of more dimensions is held as its diagonal, which
+            :meth:`~lightning_kfc.KFC.coverage` shows; None for no bound. The default admits every layer of the usual convolutional nets and transformers (d_in 4,609 in a
+            ResNet-50, 9,217 in the widest ResNets), and no vocabulary; a factor with its inverse takes 0.8 GB there.
+        rows_per_dim: A is estimated from a part of a batch's rows, at least so many times its dimensions, where there
+            are more: every k-th example gives every k-th of its positions, k at most 16. None for all rows.
+        include: Glob patterns over module names; only these are preconditioned. None for all.
+        exclude: Glob patterns over module names that are not preconditioned.
+        seed: Seed of the sampling of targets; the global random stream is never touched.
+        placement: Which of several ranks hold a layer's factors and inverse: ``"comm-opt"``: all do, so that only
+            refreshes communicate; ``"mem-opt"``: one rank does, and sends the preconditioned gradient at every step; a
+            fraction of the ranks between both (KAISA, Pauloski et al. 2021); ``"auto"``: ``"mem-opt"`` where
+            parameters are sharded, else ``"comm-opt"``.
+        timing: When inverses are refreshed within their period, and how much longer steps may take.
+        precision: The precision of inverses, and of what ranks send to each other.
+
+    Raises:
+        TypeError: If an option is of the wrong type.
+        ValueError: If an option is out of range, or two of them exclude each other.
+    """
 
     damping: float | Callable[[int], float] | Literal["auto"] = 0.01
     fisher: str = "mc"

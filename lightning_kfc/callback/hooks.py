@@ -215,7 +215,9 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
     def _share_gradients(self, trainer: Any, optimizer: Optimizer) -> None:
         """Let the reviews of several callbacks see the gradient of the loss, which the first of them replaces."""
         together = [callback for callback in trainer.callbacks if isinstance(callback, KFCHooks)]
-        if len(together) < 2 or together[0] is not self or not any(callback.kfc.recording for callback in together):
+        if len(together) < 2 or together[0] is not self:
+            return
+        if not any(callback.kfc.reviewer.recording for callback in together):
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = {id(p): p.grad.clone() for p in parameters if p.grad is not None}

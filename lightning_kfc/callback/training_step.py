@@ -108,7 +108,7 @@ class TrainingStepCapture:
         """See the gradients that a bare ``loss.backward()`` in a recorded training step brings."""
         kfc = self._kfc
         with contextlib.ExitStack() as handles:
-            for name in kfc.layers if kfc.recording else kfc.recorded:
+            for name in kfc.layers if kfc.reviewer.recording else kfc.recorded:
                 parameter = next(iter(kfc.layers[name].adapter.own_parameters().values()), None)
                 if parameter is not None and parameter.is_leaf:
                     seen = partial(self._after_gradient, name)
@@ -119,7 +119,7 @@ class TrainingStepCapture:
     def _after_gradient(self, layer: str, parameter: Tensor) -> None:
         if not self._in_backward:
             self._kfc.forget([layer])
-            self._kfc.forget_losses()
+            self._kfc.reviewer.forget_losses()
             self.warn_of_unseen_backward()
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

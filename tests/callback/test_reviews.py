@@ -145,7 +145,7 @@ class NeedsGradients(Regression):
 def test_manual_steps_and_steps_that_need_gradients_are_reviewed(module_class):
     callback = KFCCallback()
     trainer(callback, max_epochs=4).fit(module_class(), loader(vectors()))
-    assert callback.kfc.reviews
+    assert callback.kfc.reviewer.active
     assert callback.kfc.events.missed_reviews == 0
     assert callback.kfc.last_step.reduction_ratio is not None
 
@@ -162,7 +162,7 @@ def test_what_cannot_be_replayed_is_named_once_with_the_values_that_are_used():
     callback = KFCCallback()
     with pytest.warns(UserWarning, match=r"cannot review steps.*aten\.resize_.*It uses kl_clip="):
         trainer(callback, max_epochs=4).fit(Unrepeatable(), loader(vectors()))
-    assert not callback.kfc.reviews
+    assert not callback.kfc.reviewer.active
     assert callback.kfc.kl_clip > 0
     assert callback.kfc.events.undone_steps == 0
 
@@ -181,7 +181,7 @@ def test_a_replay_that_does_not_give_the_loss_again_ends_the_reviews_before_anyt
     callback = KFCCallback()
     with pytest.warns(UserWarning, match=r"replayed without any change, its loss is"):
         trainer(callback, max_epochs=4).fit(Deceptive(), loader(vectors()))
-    assert not callback.kfc.reviews
+    assert not callback.kfc.reviewer.active
     assert callback.kfc.kl_clip > 0
     assert (callback.kfc.events.undone_steps, callback.kfc.events.shortened_steps) == (0, 0)
 

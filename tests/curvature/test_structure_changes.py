@@ -420,7 +420,7 @@ def test_lazy_modules_are_covered_after_the_first_forward(automatic: bool, said:
         "'net.4' (Linear)."
     ]
     assert {row.treatment for row in kfc.kfc.coverage()} == {"kfc", "block"}
-    assert kfc.kfc.reviews == automatic
+    assert kfc.kfc.reviewer.active == automatic
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")

@@ -167,7 +167,7 @@ def train_reluctant() -> tuple[dict[str, Tensor], bool]:
         trainer(callback, strategy=DDPStrategy(process_group_backend="gloo"), devices=2).fit(
             module, loader(images(32), 4)
         )
-    return {name: value.detach() for name, value in module.named_parameters()}, callback.kfc.reviews
+    return {name: value.detach() for name, value in module.named_parameters()}, callback.kfc.reviewer.active
 
 
 def test_where_one_rank_cannot_review_its_steps_none_does(two_ranks: Ranks) -> None:

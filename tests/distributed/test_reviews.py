@@ -67,7 +67,7 @@ def review_contrastive() -> tuple[list[float], list[float], int, bool]:
         trainer(callback, strategy=strategy, devices=2).fit(module, loader(images(32), 4))
     finally:
         TrustRegion.judge, StepSnapshot.outcome = judge, outcome_of  # type: ignore[method-assign]  # put back
-    return reviewed, fresh, callback.kfc.events.missed_reviews, callback.kfc.reviews
+    return reviewed, fresh, callback.kfc.events.missed_reviews, callback.kfc.reviewer.active
 
 
 def test_a_loss_of_what_all_ranks_have_gathered_is_replayed_by_all_of_them(two_ranks: Ranks) -> None:

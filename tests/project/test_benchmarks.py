@@ -135,7 +135,7 @@ def test_kfc_competes_with_the_callback_s_defaults_and_its_steps_are_reviewed() 
             assert getattr(settings, name) == option.default, name
     # A run whose steps nobody reviews warns, and goes on with fixed values.
     run.advance(3)
-    assert run._stepper.kfc.reviews
+    assert run._stepper.kfc.reviewer.active
 
 
 def test_an_epoch_of_batches_holds_no_example_twice() -> None:

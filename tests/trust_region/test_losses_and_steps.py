@@ -338,4 +338,4 @@ def test_two_callbacks_hold_steps_against_the_gradient_of_the_loss(monkeypatch: 
     assert len(slopes) == 2 * 10
     for used, true in slopes:
         assert used == pytest.approx(true, rel=1e-9)
-    assert all(callback.kfc.reviews for callback in callbacks)
+    assert all(callback.kfc.reviewer.active for callback in callbacks)

@@ -163,7 +163,7 @@ def test_every_loss_of_a_step_counts(bonus_first: bool) -> None:
             kfc.update(value, accumulate=True)
             value.backward()
         kfc.precondition(lr=0.1)
-        kfc.cancel_review()
+        kfc.reviewer.cancel()
         assert kfc.state_dict()["never_negative"] is False
     with kfc.capture():
         value = F.cross_entropy(model(inputs), targets)

@@ -349,10 +349,10 @@ def test_a_review_leaves_random_streams_and_batch_norm_as_they_were_and_repeats_
     loss.backward()
     stream, buffers = torch.get_rng_state(), {name: buffer.clone() for name, buffer in model.named_buffers()}
     kfc.precondition(lr=0.1)
-    assert kfc.review_due
+    assert kfc.reviewer.due
     # The first review replays the loss, which would not be had again with other masks or statistics.
     assert kfc.review(optimizer=optimizer) is None  # nothing has changed
-    assert kfc.reviews
+    assert kfc.reviewer.active
     assert torch.equal(torch.get_rng_state(), stream)
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
 
@@ -377,7 +377,7 @@ def test_a_loop_without_reviews_is_told_once_and_goes_on_with_the_fixed_values()
     with pytest.warns(UserWarning, match=r"need a call of kfc\.review\(.*It uses kl_clip="):
         unreviewed()
     unreviewed()
-    assert not kfc.reviews
+    assert not kfc.reviewer.active
     assert kfc.kl_clip > 0
 
 
