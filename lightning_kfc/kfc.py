@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from lightning_kfc.refresh.factors import FactorRefresh
 from lightning_kfc.refresh.inverses import InverseRefresh
 from lightning_kfc.rules.base import Inspection, ReadyLayer, Rule
 from lightning_kfc.rules.choice import RULE_TYPES, choose_rule, with_rule
+from lightning_kfc.rules.ready import ready_layers
 from lightning_kfc.rules.update_exchange import received_updates
 from lightning_kfc.scheduling.automatic_periods import PeriodChoice
 from lightning_kfc.scheduling.refresh_schedule import RefreshSchedule
@@ -452,28 +452,14 @@ class KFC:
             self.inspect(ready, updates.tensors)
         self._rule.write(ready, updates, optimizer, loss_scale, self.step, self.events)
         numbers = StepNumbers(self.step, damping, updates.clip, updates.quadratic / 2, kl_clip)
-        self.last_step = numbers if self.reviewer.last is None else _reviewed(numbers, self.reviewer.last)
+        self.last_step = numbers if self.reviewer.last is None else self.reviewer.last.added_to(numbers)
 
     def _ready(self, rates: Mapping[str, float], optimizer: Optimizer | None, loss_scale: float) -> list[ReadyLayer]:
         """The layers that have an inverse and a gradient, with the gradient as a matrix."""
-        gradients: dict[Layer, dict[str, Tensor]] = {}
-        unexplained: list[str] = []
-        for name in rates:
-            layer = self.layers[name]
-            own = layer.gradients()
-            if own is None:
-                continue
-            if self._pending.without_curvature(layer, self.step):
-                unexplained.append(name)
-            if layer.inverse is not None and tuple(own) == layer.roles:
-                gradients[layer] = own
-        self._pending.warn(unexplained)
-        adjusted = self._rule.learning_rates({layer: rates[layer.name] for layer in gradients}, optimizer)
-        ready = []
-        for layer, own in gradients.items():
-            matrix = layer.matrix(own)
-            ready.append(ReadyLayer(layer, matrix if loss_scale == 1 else matrix / loss_scale, adjusted[layer]))
-        return ready
+        layers = [self._layers[name] for name in rates]
+        gradients = {layer: own for layer in layers if (own := layer.gradients()) is not None}
+        self._pending.warn([layer.name for layer in gradients if self._pending.without_curvature(layer, self.step)])
+        return ready_layers(self._rule, gradients, rates, optimizer, loss_scale)
 
     def _step_over(self, optimizer: Optimizer | None) -> None:
         self._stepped = True
@@ -667,13 +653,3 @@ class KFC:
         if not any(self._tracker.has_statistics(name) for name in self._layers):
             self._tracker.restart(self.step)
         return list(loaded.problems)
-
-
-def _reviewed(numbers: StepNumbers, verdict: Verdict) -> StepNumbers:
-    """The numbers of a step with those of the last review."""
-    return replace(
-        numbers,
-        reduction_ratio=verdict.ratio,
-        predicted_decrease=verdict.predicted_decrease,
-        actual_decrease=verdict.actual_decrease,
-    )

@@ -168,8 +168,9 @@ class Settings:
             (:mod:`lightning_kfc.rules.choice`), else ``"natural"``.
         weight_sharing: ``"expand"``: each use of a weight is a row; ``"reduce"``: each example is one.
         max_factor_dim: A factor of more dimensions is held as its diagonal, which
-            :meth:`~lightning_kfc.KFC.coverage` shows; None for no bound. The default admits every layer of the usual convolutional nets and transformers (d_in 4,609 in a
-            ResNet-50, 9,217 in the widest ResNets), and no vocabulary; a factor with its inverse takes 0.8 GB there.
+            :meth:`~lightning_kfc.KFC.coverage` shows; None for no bound. The default admits every layer of the
+            usual convolutional nets and transformers (d_in 4,609 in a ResNet-50, 9,217 in the widest ResNets), and no
+            vocabulary; a factor with its inverse takes 0.8 GB there.
         rows_per_dim: A is estimated from a part of a batch's rows, at least so many times its dimensions, where there
             are more: every k-th example gives every k-th of its positions, k at most 16. None for all rows.
         include: Glob patterns over module names; only these are preconditioned. None for all.

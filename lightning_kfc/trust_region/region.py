@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from lightning_kfc.monitoring.events import StepNumbers
 from lightning_kfc.settings import Settings
 
 #: An automatic radius begins at this share of the loss. The second one is used where steps cannot be reviewed.
@@ -107,6 +108,15 @@ class Verdict:
     predicted_decrease: float = math.nan
     actual_decrease: float = math.nan
     kept_share: float = 1.0
+
+    def added_to(self, numbers: StepNumbers) -> StepNumbers:
+        """The numbers of a step, with those of this review."""
+        return replace(
+            numbers,
+            reduction_ratio=self.ratio,
+            predicted_decrease=self.predicted_decrease,
+            actual_decrease=self.actual_decrease,
+        )
 
 
 @dataclass

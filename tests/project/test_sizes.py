@@ -12,7 +12,7 @@ PACKAGE = Path(lightning_kfc.__file__).parent
 MANY_ARGUMENTS = {"KFCOptions", "Settings"}
 
 #: Classes that are longer than others may be, each with the lines that it must not exceed.
-LONG = {"KFC": 745}
+LONG = {"KFC": 611}
 
 
 def tree(path: Path) -> ast.Module:
