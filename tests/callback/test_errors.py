@@ -21,7 +21,7 @@ from lightning_kfc import (
     LossNotRecognisedError,
     register_adapter,
 )
-from lightning_kfc.estimation import estimator as observation
+from lightning_kfc.estimation import loss_statistics
 from lightning_kfc.layers.linear import LinearAdapter
 from lightning_kfc.refresh.factors import FactorRefresh
 from tests.helpers.lightning_nets import FEATURES, QUIET, ConvNet, Regression, images, loader, trainer, vectors
@@ -352,7 +352,7 @@ def test_what_else_goes_wrong_is_counted_and_gradients_are_preconditioned_by_wha
             raise ZeroDivisionError("of ours")
         return original(*args, **kwargs)
 
-    owner, name = {"statistics": (observation, "back_propagate"), "refresh": (FactorRefresh, "__call__")}[part]
+    owner, name = {"statistics": (loss_statistics, "back_propagate"), "refresh": (FactorRefresh, "__call__")}[part]
     original = getattr(owner, name)
     monkeypatch.setattr(owner, name, broken)
     callback, seen = KFCCallback(**EACH), []

@@ -105,12 +105,12 @@ def test_every_layer_has_the_sum_of_what_reaches_it(case: str, penalty: float, s
 
 
 def test_a_loss_without_a_rest_makes_no_further_back_propagation(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_kfc.estimation import estimator
+    from lightning_kfc.estimation import loss_statistics
 
     def unexpected(*args: object, **kwargs: object) -> None:
         raise AssertionError("the rest was asked for")
 
-    monkeypatch.setattr(estimator, "empirical_statistics", unexpected)
+    monkeypatch.setattr(loss_statistics, "empirical_statistics", unexpected)
     model, x = TwoHeads().double(), data(N, 4)
 
     def loss() -> Tensor:
