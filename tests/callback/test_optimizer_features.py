@@ -83,6 +83,7 @@ def accuracy(schedule: str, kfc: KFCCallback | None) -> float:
 @pytest.mark.slow
 # A momentum of 0.9 in so short a run is warned of; here it is the user's.
 @pytest.mark.filterwarnings("ignore:KFCCallback. a momentum of")
+@pytest.mark.filterwarnings("ignore:.*OneCycleLR cycles the momentum")
 @pytest.mark.parametrize("schedule", list(SCHEDULES))
 def test_a_schedule_tuned_for_sgd_still_works(schedule: str) -> None:
     alone, preconditioned = accuracy(schedule, None), accuracy(schedule, KFCCallback())

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lightning_kfc import KFC, KFCCallback
 from lightning_kfc.distributed.agreement import RanksDisagreeError
-from lightning_kfc.estimation import estimator as observation
+from lightning_kfc.estimation import loss_statistics
 from tests.distributed.nets import EXACT, Net, difference, images, loader, outcome, trainer
 from tests.distributed.pool import Ranks
 from tests.helpers.harness import QUIET
@@ -70,7 +70,7 @@ def plain_steps(broken: str, bad_rank: int) -> tuple[list[dict[str, Tensor]], di
     net = Net().net
     x, y = images(16, seed=rank).tensors
     kfc, factors = KFC(net, **EXACT), []
-    original = observation.back_propagate
+    original = loss_statistics.back_propagate
 
     def raising(*args: Any, **kwargs: Any) -> Any:
         raise ZeroDivisionError("on one rank")
@@ -90,11 +90,11 @@ def plain_steps(broken: str, bad_rank: int) -> tuple[list[dict[str, Tensor]], di
                 else:
                     loss = F.cross_entropy(net(x), y)
             if bad and broken == "error":
-                observation.back_propagate = raising
+                loss_statistics.back_propagate = raising
             try:
                 kfc.update(loss)
             finally:
-                observation.back_propagate = original
+                loss_statistics.back_propagate = original
             if loss.requires_grad:
                 loss.backward()
             for parameter in net.parameters():

@@ -210,6 +210,11 @@ def test_a_layer_that_first_takes_part_at_a_later_step_is_tested_then_and_gets_a
         kfc.update(loss)
     assert len(said) == 1
     assert kronecker_layers(kfc) == ["main"]
+    # The diagonal has statistics from the next step on.
+    kfc.precondition(lr=0.1)
+    with kfc.capture():
+        loss = F.cross_entropy(model["other"](x), TARGET)
+    kfc.update(loss)
     assert {row.parameter: row.treatment for row in kfc.coverage()}["other.weight"] == "diagonal"
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import lightning_kfc.monitoring.timing as step_times
 from lightning_kfc import KFC, KFCCallback, RefreshTiming
 from lightning_kfc.curvature.layer import Layer
-from lightning_kfc.estimation.estimator import Estimator
+from lightning_kfc.estimation.loss_statistics import LossStatistics
 from lightning_kfc.rules.natural import NaturalRule
 from lightning_kfc.scheduling.period_costs import LONGEST, SHORTEST, Costs, candidates, choose_periods
 from tests.helpers.harness import QUIET, Classifier, fit, images, loader
@@ -76,7 +76,7 @@ class Clock:
         monkeypatch.setattr(step_times.time, "perf_counter", lambda: self.now)
         for owner, name, part in (
             (Layer, "refreshed", "inverse"),
-            (Estimator, "_back_propagate", "statistics"),
+            (LossStatistics, "__call__", "statistics"),
             (NaturalRule, "updates", "preconditioning"),
         ):
             monkeypatch.setattr(owner, name, self._slow(getattr(owner, name), part))
