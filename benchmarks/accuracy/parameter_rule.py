@@ -165,22 +165,20 @@ class Identity(DiagonalInverse):
     """No curvature; marks the layers whose step is matched to that of the others."""
 
 
-def factorise_by(rule: Rule | None, decay: float) -> Callable[[Layer, type[Inverse], float, int], None]:
-    """A rule in the place of :meth:`Layer.factorise`."""
-    original = Layer.factorise
+def refreshed_by(rule: Rule | None, decay: float) -> Callable[[Layer, type[Inverse], float], Inverse]:
+    """A rule in the place of :meth:`Layer.refreshed`."""
+    original = Layer.refreshed
 
-    def factorise(layer: Layer, inverse: type[Inverse], damping: float, step: int) -> None:
-        original(layer, inverse, damping, step)
+    def refreshed(layer: Layer, inverse: type[Inverse], damping: float) -> Inverse:
         if layer.adapter.treatment != "diagonal":
-            return
+            return original(layer, inverse, damping)
         average = layer.averages["F"]
         updates = round(math.log(max(1 - average.weight, 1e-300)) / math.log(decay))
         if rule is None:
-            layer.inverse = Identity(torch.ones_like(average.value))
-        else:
-            layer.inverse = DiagonalInverse(1 / (rule(average.value, draws(updates, decay)) + damping))
+            return Identity(torch.ones_like(average.value))
+        return DiagonalInverse(1 / (rule(average.value, draws(updates, decay)) + damping))
 
-    return factorise
+    return refreshed
 
 
 def matched_step(
@@ -215,10 +213,10 @@ def iterations(net: str, rule: str, seed: int, steps: int, lr: float, damping: f
     if rule == "plain":
         for layer in kfc.layers.values():
             if layer.adapter.treatment == "diagonal":
-                layer.factorise = lambda *_: None  # type: ignore[method-assign]  # the layer is left plain
+                layer.take = lambda fresh: None  # type: ignore[method-assign]  # the layer is left plain
     step_rule = matched_step if rule == "matched" else natural_step
     with (
-        mock.patch.object(Layer, "factorise", factorise_by(RULES[rule], kfc.settings.ema_decay)),
+        mock.patch.object(Layer, "refreshed", refreshed_by(RULES[rule], kfc.settings.ema_decay)),
         mock.patch.object(natural, "natural_step", step_rule),
     ):
         for step in range(steps):

@@ -106,7 +106,7 @@ def pieces(title: str, *, cost_rule: bool) -> Pieces:
 
     def inverse() -> None:
         with torch.no_grad():
-            layer.factorise(CholeskyInverse, 0.01, 0)
+            layer.take(layer.refreshed(CholeskyInverse, 0.01))
 
     inverse()
 
