@@ -567,8 +567,8 @@ class KFC:
 
     def _refreshes(self, layers: Collection[str]) -> bool:
         """Whether a refresh of these layers at this step takes statistics or makes inverses, on any rank."""
-        due = self._refresh_inverses.any_due(layers, self.step, self.damping)
-        return due or self._refresh_factors.expects(layers)
+        expected = self._refresh_factors.expects(layers)
+        return expected or self._refresh_inverses.any_due(layers, self.step, self.damping)
 
     def _begin_step_if_over(self) -> None:
         if self._stepped:

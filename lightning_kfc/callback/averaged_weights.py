@@ -125,7 +125,7 @@ class AveragedWeights:
 
         def averaged_state_dict() -> dict[str, Any]:
             if self._set_aside is not None or not self._averages or not active():
-                return original()  # type: ignore[no-any-return]
+                return original()  # type: ignore[no-any-return]  # the strategy is Any
             self.put_in()
             try:
                 written = self._written()

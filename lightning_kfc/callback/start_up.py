@@ -85,7 +85,7 @@ def show_information() -> None:
 
 def checkpoint_bytes(kfc: KFC, *, save_factors: bool) -> int:
     """The bytes of factors and inverses in a checkpoint."""
-    return sum(row.bytes for row in kfc.coverage()) if save_factors else 0
+    return kfc.coverage().bytes if save_factors else 0
 
 
 def _do_without_reviews(kfc: KFC, pl_module: Any) -> None:
@@ -114,7 +114,7 @@ def _summary(kfc: KFC, *, save_factors: bool) -> str:
     if choice.reason:
         lines += wrapped(f"rule='auto' is {choice.rule!r}: {choice.reason}.")
     if save_factors:
-        size = f"{checkpoint_bytes(kfc, save_factors=True) / 1e6:.3f} MB"
+        size = f"{coverage.bytes / 1e6:.3f} MB"
         lines += wrapped(f"Each checkpoint holds the factors and inverses, {size} (save_factors=False: none).")
     else:
         lines += wrapped("Checkpoints hold no factors (save_factors=False): a resumed run warms up again.")

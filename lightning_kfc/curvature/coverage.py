@@ -90,6 +90,11 @@ class Coverage:
         """The same table in a notebook."""
         return f"<pre>{html.escape(str(self))}</pre>"
 
+    @property
+    def bytes(self) -> int:
+        """The memory of all factors and inverses."""
+        return sum(row.bytes for row in self.rows)
+
     def __str__(self) -> str:
         """A table of layers, then what has another form of curvature or none, with the reasons."""
         trainable = [row for row in self.rows if row.treatment != "frozen"]
@@ -100,7 +105,7 @@ class Coverage:
             lines += _table(header, [line.cells() for line in _merged(self._lines)])
         done, total = (sum(row.numel for row in part) for part in (covered, trainable))
         share = f" ({100 * done / total:.1f}%)" if total else ""
-        held = _size(sum(row.bytes for row in covered))
+        held = _size(self.bytes)
         lines += _WRAP.wrap(
             f"Preconditioned: {done:,} of {total:,} trainable parameters{share}, {held} of factors and inverses."
         )

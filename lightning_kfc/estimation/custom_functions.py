@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import _unsafe_preserve_version_counter  # type: ignore[attr-defined]
+from torch.autograd import _unsafe_preserve_version_counter  # type: ignore[attr-defined]  # private
 
 from lightning_kfc.estimation.graph import loss_edge
 

@@ -55,15 +55,15 @@ class LossRecorder(TorchFunctionMode):
         for kind, read in DISTRIBUTIONS.items():
             original = kind.__dict__["log_prob"]
             self._originals.append((kind, original))
-            kind.log_prob = self._watched(original, read)  # type: ignore[attr-defined]
+            kind.log_prob = self._watched(original, read)  # type: ignore[attr-defined]  # some torch distribution
         return self
 
     def __exit__(self, *error: Any) -> None:
         """Watch no longer."""
         while self._originals:
             kind, original = self._originals.pop()
-            kind.log_prob = original  # type: ignore[attr-defined]
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
+            kind.log_prob = original  # type: ignore[attr-defined]  # some torch distribution
+        super().__exit__(*error)  # type: ignore[no-untyped-call]  # torch's own
 
     def _watched(self, original: Callable[..., Any], read: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)

@@ -31,7 +31,7 @@ MISSES_ALLOWED = 5
 
 
 class StepReviewer:
-    """Holds the damping and the bound in force, and adjusts them by reviews of steps.
+    """Holds the damping and the bound in force, and adjusts the bound by reviews of steps.
 
     Args:
         model: The model.
@@ -91,6 +91,11 @@ class StepReviewer:
         return self._scheduled is None
 
     @property
+    def _measures_losses(self) -> bool:
+        """Whether the damping or the bound is a share of the loss."""
+        return self.damping_is_automatic or self.region.automatic_radius
+
+    @property
     def due(self) -> bool:
         """Whether the step that was just made is to be reviewed."""
         return self._snapshot is not None
@@ -130,10 +135,7 @@ class StepReviewer:
             tape.finish()
 
     def pause(self) -> None:
-        """Record nothing until :meth:`resume`.
-
-        Neither backwards nor optimizer steps are parts of a loss.
-        """
+        """Record nothing until :meth:`resume`: neither backwards nor optimizer steps are parts of a loss."""
         if self._tape is not None:
             self._tape.paused = True
 
@@ -150,7 +152,7 @@ class StepReviewer:
             loss_scale: The factor of a gradient scaler.
         """
         # An optimizer that calls its closure again has moved away from where the step begins.
-        if (self.damping_is_automatic or self.region.automatic_radius) and self._snapshot is None:
+        if self._measures_losses and self._snapshot is None:
             self._losses.note(loss, loss_scale, self._tape.locate(loss) if self._tape is not None else None)
 
     def forget_losses(self) -> None:
@@ -173,7 +175,7 @@ class StepReviewer:
             parameters: The parameters that were stepped.
             optimizer: The optimizer, or None where it is not known.
         """
-        if self.damping_is_automatic or self.region.automatic_radius:
+        if self._measures_losses:
             self._losses.stepped(parameters, optimizer)
 
     def measure_loss(self, parameters: Iterable[Tensor], *, never_negative: bool) -> None:
@@ -183,7 +185,7 @@ class StepReviewer:
             parameters: Those that the coming step moves.
             never_negative: Whether the loss is known to be bounded below by 0.
         """
-        if self.damping_is_automatic or self.region.automatic_radius:
+        if self._measures_losses:
             loss, missing = self._losses.mean(parameters, self._device)
             if not missing:
                 self.region.note_loss(loss, never_negative=never_negative)
