@@ -118,6 +118,8 @@ def seed_scale(terms: Sequence[WeightedTerm]) -> float:
 
 def edges_with_seed(term: LossTerm, seed: Tensor) -> Seeds:
     """A seed shaped as the logits, where it enters the graph."""
+    if term.layouts:
+        return [(edge, layout(seed)) for (edge, _), layout in zip(term.edges, term.layouts, strict=True)]
     laid_out = term.layout(seed)
     return [(edge, laid_out if sign > 0 else -laid_out) for edge, sign in term.edges]
 

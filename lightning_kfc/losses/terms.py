@@ -43,6 +43,7 @@ class LossTerm:
     weigh: Callable[[Tensor], Tensor]
     weigh_in_loss: Callable[[Tensor], Tensor] | None = None
     layout_of_weights: Callable[[Tensor], Tensor] | None = None
+    layouts: tuple[Callable[[Tensor], Tensor], ...] = ()
 
     def term_weights(self, derivative: Tensor) -> Tensor:
         """The weights c, shape ``(examples, *positions)`` (categorical) or as ``logits``.

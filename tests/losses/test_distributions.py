@@ -65,6 +65,19 @@ def gauss_hermite(distribution: distributions.Distribution) -> tuple[Tensor, Ten
     return distribution.mean + grid @ distribution.scale_tril.mT, weights
 
 
+def between_0_and_1(distribution: distributions.Distribution) -> tuple[Tensor, Tensor]:
+    """Midpoints of (0, 1)."""
+    values = (torch.arange(40_000).double() + 0.5) / 40_000
+    return values, distribution.log_prob(values).exp() / 40_000
+
+
+def shares(distribution: distributions.Distribution) -> tuple[Tensor, Tensor]:
+    """Midpoints of one share, and the other; the density is that of the first share."""
+    values = (torch.arange(40_000).double() + 0.5) / 40_000
+    both = torch.stack([values, 1 - values], -1)
+    return both, distribution.log_prob(both).exp() / 40_000
+
+
 def lower(z: Tensor) -> Tensor:
     """A lower triangle with a positive diagonal, from three numbers."""
     zero = torch.zeros_like(z[..., 0])
@@ -101,6 +114,12 @@ CASES: dict[str, tuple[Make, int, Callable[[distributions.Distribution], tuple[T
         gauss_hermite,
         1e-8,
     ),
+    "Gamma": (lambda z: D.Gamma(z[..., 0].exp() + 2, z[..., 1].exp()), 2, numbers(400_000), 1e-5),
+    "Gamma of a given rate": (lambda z: D.Gamma(z[..., 0].exp() + 2, 0.5), 1, numbers(400_000), 1e-5),
+    "Gamma of a given concentration": (lambda z: D.Gamma(3.0, z[..., 0].exp()), 1, numbers(400_000), 1e-5),
+    "Chi2": (lambda z: D.Chi2(z[..., 0].exp() + 4), 1, numbers(400_000), 1e-5),
+    "Beta": (lambda z: D.Beta(z[..., 0].exp() + 1, z[..., 1].exp() + 1), 2, between_0_and_1, 1e-5),
+    "Dirichlet": (lambda z: D.Dirichlet(z.exp() + 1), 2, shares, 1e-5),
     "MultivariateNormal of a given covariance": (
         lambda z: D.MultivariateNormal(z, scale_tril=lower(data(3, seed=9))),
         2,
@@ -293,3 +312,34 @@ def test_densities_have_no_bound() -> None:
 def test_what_has_degrees_of_freedom_to_learn_is_not_recognised() -> None:
     _, _, terms = recorded(lambda z: -D.StudentT(z.exp(), 0.0, 1.0).log_prob(torch.ones(())).mean(), data(4))
     assert terms == []
+
+
+def test_shares_of_many_kinds_have_the_information_of_their_concentrations() -> None:
+    at, y = data(2, 5).exp() + 0.3, D.Dirichlet(torch.ones(2, 5).double()).sample()
+    trigamma = torch.polygamma(1, at)
+    joint = torch.polygamma(1, at.sum(1))
+    blocks = [torch.diag(own) - s for own, s in zip(trigamma, joint, strict=True)]
+    assert_matrix(lambda z: -D.Dirichlet(z).log_prob(y).sum(), at, torch.block_diag(*blocks))
+
+
+def test_a_sample_with_a_gradient_is_not_the_data_of_gamma_beta_or_dirichlet() -> None:
+    for make in (lambda z: D.Gamma(z, z), lambda z: D.Beta(z, z), lambda z: D.Dirichlet(z)):
+        _, _, terms = recorded(lambda z, make=make: make(z).log_prob(make(z).rsample()).mean(), data(4).exp())
+        assert terms == []
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda z: D.NegativeBinomial(3.0, logits=z),
+        lambda z: D.VonMises(z, 2.0),
+    ],
+)
+def test_a_distribution_that_is_not_recognised_trains_by_the_losss_own_gradient(make: Make) -> None:
+    model, x = nn.Linear(3, 2).double(), data(8, 3)
+    y = make(data(8, 2, seed=7)).sample()
+    kfc = engine(model, kl_clip=0.01, damping=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    losses = [float(train_step(kfc, optimizer, lambda: -make(model(x)).log_prob(y).mean())) for _ in range(12)]
+    assert losses[-1] < losses[0]
+    assert kfc.statistics_source == "the gradient of the loss itself"

@@ -1,12 +1,14 @@
 r"""Readers of ``log_prob`` of torch's distributions.
 
 The curvature of a term is the Fisher information of the distribution's parameters, whatever value the data have. Where
-location and scale have no information in common, each is a term of its own.
+location and scale have no information in common, each is a term of its own. Where parameters have, one term has
+independent seeds, from which those of the parameters are made: products with a root of the information.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -108,7 +110,7 @@ def multivariate_normal(result: Tensor, distribution: Any, value: Tensor) -> lis
     Seeds are made for the whitened mean :math:`L^{-1}\mu`, whose information is 1, and for :math:`L^{-1}\,dL`, whose
     elements have the information 2 on the diagonal and 1 below.
     """
-    factor = distribution._unbroadcasted_scale_tril
+    name, factor = "MultivariateNormal", distribution._unbroadcasted_scale_tril
     sides = sides_of(value, distribution.loc)
     if not sides and (value.requires_grad or distribution.loc.requires_grad):
         return []
@@ -123,12 +125,71 @@ def multivariate_normal(result: Tensor, distribution: Any, value: Tensor) -> lis
         edges = tuple((get_gradient_edge(side), sign) for side, sign in sides)
         information = identity.diagonal()
         terms.append(
-            _whitened(result, sides[0][0], edges, information, lambda seed: colored(seed.unsqueeze(-1)).squeeze(-1))
+            _whitened(name, result, sides[0][0], edges, information, lambda v: colored(v.unsqueeze(-1)).squeeze(-1))
         )
     if factor.requires_grad:
         edges, information = ((get_gradient_edge(factor), 1.0),), torch.ones_like(identity).tril() + identity
-        terms.append(_whitened(result, factor, edges, information, lambda seed: colored(seed).tril()))
+        terms.append(_whitened(name, result, factor, edges, information, lambda seed: colored(seed).tril()))
     return terms
+
+
+def gamma(result: Tensor, distribution: Any, value: Tensor) -> list[LossTerm]:
+    r"""Read log-densities of Gamma distributions with concentration :math:`\alpha` and rate :math:`\beta`.
+
+    The concentration and the mean :math:`\alpha/\beta` have no information in common: :math:`\psi'(\alpha) - 1/\alpha`
+    and :math:`\beta^2/\alpha`. From their seeds come those of concentration and rate.
+    """
+    concentration, rate = distribution.concentration, distribution.rate
+    if value.requires_grad or not (concentration.requires_grad or rate.requires_grad):
+        return []
+    shape, alpha, beta = concentration.shape, values_of(concentration), values_of(rate)
+    own = (torch.polygamma(1, alpha) - 1 / alpha).clamp_min(0).sqrt()
+    layouts = {
+        concentration: lambda seed: _pair(seed, shape)[0] * own + _pair(seed, shape)[1] / alpha.sqrt(),
+        rate: lambda seed: -_pair(seed, shape)[1] * alpha.sqrt() / beta,
+    }
+    learnt = {parameter: layout for parameter, layout in layouts.items() if parameter.requires_grad}
+    edges = tuple((get_gradient_edge(parameter), 1.0) for parameter in learnt)
+    stacked, information = torch.stack([alpha, beta], -1), alpha.new_ones(2)
+    term = _whitened("Gamma", result, stacked, edges, information, lambda seed: seed)
+    return [replace(term, layouts=tuple(learnt.values()), layout_of_weights=lambda weights: _pair(weights, shape)[0])]
+
+
+def _pair(seed: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    first, second = seed.reshape(*shape, 2).unbind(-1)
+    return first, second
+
+
+def dirichlet(result: Tensor, distribution: Any, value: Tensor) -> list[LossTerm]:
+    """Read log-densities of shares."""
+    return _of_shares("Dirichlet", result, distribution.concentration, value)
+
+
+def beta(result: Tensor, distribution: Any, value: Tensor) -> list[LossTerm]:
+    """Read log-densities of one share, whose two concentrations torch stacks."""
+    return _of_shares("Beta", result, distribution._dirichlet.concentration, value)
+
+
+def _of_shares(name: str, result: Tensor, concentration: Tensor, value: Tensor) -> list[LossTerm]:
+    r"""The term of concentrations :math:`\alpha`, of information :math:`D - s\,11^\top`.
+
+    Here :math:`D = \mathrm{diag}(\psi'(\alpha))` and :math:`s = \psi'(\sum\alpha)`. A root of it is
+    :math:`D^{1/2}(I - \gamma uu^\top)` with :math:`u = D^{-1/2}1` and
+    :math:`\gamma = (1 - \sqrt{1 - s\lVert u\rVert^2}) / \lVert u\rVert^2`.
+    """
+    if value.requires_grad or not concentration.requires_grad:
+        return []
+    alpha = values_of(concentration)
+    own, joint = torch.polygamma(1, alpha), torch.polygamma(1, alpha.sum(-1, keepdim=True))
+    u = own.rsqrt()
+    length = u.square().sum(-1, keepdim=True)
+    share = (1 - (1 - joint * length).clamp_min(0).sqrt()) / length
+
+    def layout(seed: Tensor) -> Tensor:
+        return own.sqrt() * (seed - share * u * (u * seed).sum(-1, keepdim=True))
+
+    edges, information = ((get_gradient_edge(concentration), 1.0),), alpha.new_ones(alpha.shape[-1])
+    return [_whitened(name, result, concentration, edges, information, layout)]
 
 
 def _of(
@@ -166,11 +227,12 @@ def _of(
 
 
 def _whitened(
-    result: Tensor, parameter: Tensor, edges: Edges, information: Tensor, layout: Callable[[Tensor], Tensor]
+    name: str, result: Tensor, parameter: Tensor, edges: Edges, information: Tensor, layout: Callable[[Tensor], Tensor]
 ) -> LossTerm:
     """The term of a parameter that is a vector or a matrix for each log-density.
 
     Args:
+        name: The distribution's name.
         result: The log-densities.
         parameter: The parameter.
         edges: Where seeds enter the graph.
@@ -189,7 +251,7 @@ def _whitened(
 
     return LossTerm(
         Gaussian(),
-        "MultivariateNormal.log_prob",
+        f"{name}.log_prob",
         values.reshape(*examples, len(own)),
         edges,
         lambda seed: layout(seed.reshape(shape)),
@@ -213,4 +275,7 @@ DISTRIBUTIONS: dict[type, Callable[[Tensor, Any, Tensor], list[LossTerm]]] = {
     distributions.Cauchy: location_scale("Cauchy", 0.5, 0.5),
     distributions.StudentT: student_t,
     distributions.MultivariateNormal: multivariate_normal,
+    distributions.Gamma: gamma,
+    distributions.Dirichlet: dirichlet,
+    distributions.Beta: beta,
 }
