@@ -12,7 +12,7 @@ help:
 	@echo "make demo      install, and train on 5,000 real MNIST digits with SGD and with KFC"
 	@echo "make test      install, and run the tests"
 	@echo "make test-fast install, and run the tests that are not marked slow (a minute and a half)"
-	@echo "make coverage  install, and run the tests with the coverage of lines and branches"
+	@echo "make coverage  install, run all tests once, and require 97 % of lines and branches"
 	@echo "make lint      ruff and the import contract"
 	@echo "make types     mypy"
 	@echo "make docs      build the documentation into docs/_build/html"
@@ -20,7 +20,7 @@ help:
 	@echo "make dist      build sdist and wheel into dist/, and try the wheel in an environment of its own"
 	@echo "make oldest    the tests on the oldest supported torch and lightning, in .venv-oldest"
 	@echo "make newest    the tests on the newest torch and lightning that were tried, in .venv-newest"
-	@echo "make check     tests, lint, types, docs, examples and dist"
+	@echo "make check     coverage, lint, types, docs, examples and dist"
 
 demo: $(VENV)/installed
 	@echo "==> Training on 5,000 MNIST digits, with SGD alone and with KFCCallback added"
@@ -72,7 +72,7 @@ oldest newest: %: .venv-%/installed
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-$*.txt -e ".[dev]"
 	@touch $@
 
-check: test lint types docs examples dist
+check: coverage lint types docs examples dist
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "==> Creating $(VENV) with $(PYTHON)"
