@@ -564,6 +564,8 @@ def test_overview_has_a_row_a_task_and_marks_the_fastest() -> None:
     rows = overview([made_up_results()], ["kfc", "soap", "sgd"]).splitlines()
     assert "| task | batch | training loss | KFC | SGD |" in rows
     assert "| made up | 8 | 0.001 | **12 / 3.6** | - |" in rows
+    # Without scrolling, a narrow screen shows KFC.
+    assert overview([made_up_results()], ["sgd", "soap", "kfc"]).splitlines() == rows
 
 
 def test_results_survive_their_file_and_count_only_seeds_that_all_ran(tmp_path: Path) -> None:

@@ -248,3 +248,12 @@ def test_make_targets_and_files_that_a_page_names_exist(page: Path) -> None:
     assert [module for module in modules if not (ROOT / module.replace(".", "/")).with_suffix(".py").exists()] == []
     links = re.findall(r"\]\((?!https?:)([^)#\s]+)", FENCE.sub("", text))
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_readme_and_first_page_show_the_same_ten_lines() -> None:
+    first, second = (
+        next(block.code for block in blocks(ROOT / name) if block.language == "python")
+        for name in ("README.md", "docs/index.md")
+    )
+    assert first == second
+    assert len([line for line in first.splitlines() if line]) <= 10

@@ -1,0 +1,141 @@
+"""The README's table of claims, at home and away, from what the contests measured.
+
+``python -m benchmarks.claims`` writes it into ``results/claims.md``, which the documentation includes, and into the
+README.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+
+from benchmarks.away.records import Record
+from benchmarks.contest.report import Results
+from benchmarks.contest.tasks import TASKS
+from benchmarks.paths import RESULTS, ROOT
+
+README = ROOT / "README.md"
+BEGIN, END = "<!-- claims: python -m benchmarks.claims -->\n", "<!-- end of claims -->\n"
+#: Columns, by contestant.
+SHOWN = {"adam": "Adam", "muon": "Muon", "soap": "SOAP", "kfc": "KFC"}
+#: The average that is the callback's own default; the others' was searched.
+OWN_AVERAGE = "0.9"
+#: Rows, by task; a task of the contest stands in it once for each of its batch sizes.
+HOME = {
+    "conv": "conv net",
+    "autoencoder": "deep autoencoder",
+    "conv_autoencoder": "conv autoencoder",
+    "resnet": "ResNet-20",
+    "vit": "vision transformer",
+    "language_model": "language model",
+}
+ELSEWHERE = {
+    "signals": "1-D convolutions",
+    "separable": "depthwise-separable net",
+    "table_classification": "table, classes",
+    "picture": "picture from coordinates",
+    "forecast": "forecasting transformer",
+    "vae": "variational autoencoder",
+    "table_regression": "table, regression",
+    "gru": "GRU",
+    "diffusion": "diffusion U-Net",
+    "segmentation": "segmentation",
+    "sharpening": "sharpening",
+    "contrastive": "contrastive",
+}
+
+#: Iterations and CPU seconds to the target, infinite where never; None where not measured.
+Reached = Mapping[str, tuple[float, float] | None]
+
+
+def at_home(results: Results) -> Reached:
+    """Medians of the shown contestants to a task's hardest loss."""
+    reached: dict[str, tuple[float, float] | None] = {}
+    for name in SHOWN:
+        ends = [curve.reach(results.targets[-1]) for curve in results.of(name)] if name in results.curves else []
+        reached[name] = (median(e.iterations for e in ends), median(e.seconds for e in ends)) if ends else None
+    return reached
+
+
+def away(record: Record) -> Reached:
+    """Medians of the shown contestants, each with its average of weights."""
+    seeds = sorted(set.intersection(*({int(seed) for seed in e.runs} for e in record.entries.values())))
+    reached: dict[str, tuple[float, float] | None] = {}
+    for name in SHOWN:
+        entry = record.entries.get(name)
+        average = OWN_AVERAGE if name == "kfc" else entry.average if entry is not None else None
+        reached[name] = entry.medians(average, seeds) if entry is not None and average is not None and seeds else None
+    return reached
+
+
+def row(title: str, batch_size: int, reached: Reached) -> str:
+    """A line of the table; the least time is bold."""
+    cells = [f"{title}, batch {batch_size:,}"]
+    least = min((value[1] for value in reached.values() if value is not None), default=math.inf)
+    for value in reached.values():
+        if value is None:
+            cells.append("")
+        elif math.isinf(value[0]):
+            cells.append("never")
+        else:
+            text = f"{value[0]:.0f} / {value[1]:.1f}"
+            cells.append(f"**{text}**" if value[1] == least else text)
+    return "| " + " | ".join(cells) + " |"
+
+
+def rows_at_home(folder: Path) -> Iterator[str]:
+    """The tasks of the contest that were measured."""
+    for name, title in HOME.items():
+        for batch_size in sorted(TASKS[name].goals, reverse=True):
+            path = folder / f"contest_{name}_b{batch_size}.json"
+            if path.exists():
+                yield row(title, batch_size, at_home(Results.load(path)))
+
+
+def rows_away(folder: Path) -> Iterator[str]:
+    """The tasks away from home that were measured."""
+    for name, title in ELSEWHERE.items():
+        path = folder / f"away_{name}.json"
+        if path.exists():
+            record = Record.load(path)
+            yield row(title, record.batch_size, away(record))
+
+
+def claims(folder: Path = RESULTS) -> str:
+    """The table, from the records of a folder."""
+    heads = ["", *SHOWN.values()]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    lines += [_section("**At home** (some of these tasks chose the defaults)"), *rows_at_home(folder)]
+    lines += [_section("**Away from home**"), *rows_away(folder)]
+    return "\n".join(lines) + "\n"
+
+
+def _section(title: str) -> str:
+    return f"| {title} |" + " |" * len(SHOWN)
+
+
+def with_claims(text: str, table: str) -> str:
+    """A page with the table between its marks.
+
+    Raises:
+        ValueError: If the page lacks a mark.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"The page lacks {BEGIN.strip()!r} or {END.strip()!r}: put both where the table belongs.")
+    return before + begin + "\n" + table + "\n" + end + after
+
+
+def main(folder: Path = RESULTS, pages: Sequence[Path] = (README,)) -> None:
+    """Write the table."""
+    table = claims(folder)
+    (folder / "claims.md").write_text(table, "utf-8")
+    for page in pages:
+        page.write_text(with_claims(page.read_text("utf-8"), table), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
