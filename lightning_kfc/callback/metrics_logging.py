@@ -12,7 +12,7 @@ from lightning_kfc.callback.loss_scale import gradient_scaler
 from lightning_kfc.kfc import KFC
 from lightning_kfc.monitoring.advice import Adviser
 from lightning_kfc.monitoring.messages import inform
-from lightning_kfc.reporting.diagnostics import Diagnostics
+from lightning_kfc.reporting.diagnostics import LOGGED, Diagnostics
 from lightning_kfc.reporting.options import Logging
 from lightning_kfc.reporting.report import Report
 
@@ -73,12 +73,17 @@ class MetricsLogger:
             return
         numbers = self._diagnostics.numbers()
         self._reports.numbers(self._step(), numbers)
-        sent = self._kfc.communication.as_metrics() if self._trainer.world_size > 1 else {}
         for logger in self._trainer.loggers:
-            logger.log_metrics({**numbers, **sent}, step=self._step())
+            logger.log_metrics(self._to_log(numbers), step=self._step())
         self._logged += 1
         if self._logged % ADVISE_EVERY == 0:
             self.advise()
+
+    def _to_log(self, numbers: dict[str, float]) -> dict[str, float]:
+        if not self._options.layers:
+            return {name: numbers[name] for name in LOGGED if name in numbers}
+        sent = self._kfc.communication.as_metrics() if self._trainer.world_size > 1 else {}
+        return {**numbers, **sent}
 
     def batch_ends(self) -> None:
         """After a batch: look at what clipping has left of its update."""

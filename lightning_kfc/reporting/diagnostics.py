@@ -19,6 +19,19 @@ from lightning_kfc.rules.base import ReadyLayer
 
 #: A layer counts as below the damping where it was that at so many looks in a row.
 LOOKS = 3
+#: What loggers get without ``logging.layers``.
+LOGGED = (
+    "kfc/kl_clip_factor",
+    "kfc/clipped_share",
+    "kfc/kl_clip",
+    "kfc/damping",
+    "kfc/reduction_ratio",
+    "kfc/cosine",
+    "kfc/update_to_weight_max",
+    "kfc/overhead",
+    "kfc/nonfinite_events",
+    "kfc/undone_steps",
+)
 #: The events that `kfc/nonfinite_events` adds up.
 NONFINITE = ("nonfinite_gradients", "nonfinite_statistics", "nonfinite_updates", "restored_inverses")
 #: The parts of a step as keys have them.

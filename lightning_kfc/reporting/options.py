@@ -13,7 +13,7 @@ class Logging:
     """Contents of loggers, progress bar and report of a training.
 
     Args:
-        layers: Whether loggers get numbers for each layer, besides the smallest, the median and the largest one.
+        layers: Whether loggers get all numbers, those of each layer included, instead of ten of the whole training.
         progress_bar: Whether the progress bar shows the factor of the KL clip, and the damping.
         pictures_every_n_steps: Every so many optimizer steps, pictures of the curvature go to each logger that takes
             figures (TensorBoardLogger does), and into `report_dir`; null for none. Needs the extra "pictures".

@@ -18,7 +18,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_kfc import KFC, KFCCallback, Precision
+from lightning_kfc import KFC, KFCCallback, Logging, Precision
 from lightning_kfc.distributed import factor_reduction as reduction
 from lightning_kfc.factors.packing import packed_numel
 from lightning_kfc.layers import registry
@@ -360,7 +360,7 @@ class Kept(Logger):
 
 
 def logged() -> tuple[list[dict[str, float]], dict[str, float]]:
-    callback, logger = KFCCallback(**EXACT), Kept()
+    callback, logger = KFCCallback(**EXACT, logging=Logging(layers=True)), Kept()
     options = {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": 2, "log_every_n_steps": 1}
     trainer(callback, **options, logger=logger).fit(Net(), loader(images(24), 4))
     return logger.rows, callback.kfc.communication.as_metrics()

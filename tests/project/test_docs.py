@@ -36,6 +36,7 @@ from lightning_kfc.losses.readers import LOSS_FUNCTIONS
 from lightning_kfc.losses.readers.distributions import DISTRIBUTIONS
 from lightning_kfc.monitoring.advice import RULES
 from lightning_kfc.monitoring.events import Events, StepNumbers
+from lightning_kfc.reporting.diagnostics import LOGGED
 from lightning_kfc.settings import FORMER
 from tests.reporting.test_diagnostics import OF_ALL, PER_LAYER
 
@@ -223,6 +224,12 @@ def test_the_logged_keys_and_counted_events_are_documented() -> None:
     names = [*StepNumbers(0, 1.0, 1.0, 0.0).as_metrics(), *Events().state_dict(), *OF_ALL]
     names += [f"kfc/{key}" for key in PER_LAYER]
     assert [name for name in names if f"`{name}`" not in text] == []
+
+
+def test_the_table_of_what_is_logged_by_default_has_these_keys_and_no_others() -> None:
+    _, _, text = (ROOT / "docs/settings.md").read_text("utf-8").partition("## Numbers in the log")
+    table, _, _ = text.partition("With [`logging.layers`]")
+    assert re.findall(r"^\| `([^`]+)`", table, re.MULTILINE) == list(LOGGED)
 
 
 def test_the_diagnostics_page_has_all_rules_of_advice_and_all_numbers() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_kfc import KFC, KFCCallback, Logging, RefreshTiming
-from lightning_kfc.reporting.diagnostics import Diagnostics, bytes_held, summary
+from lightning_kfc.reporting.diagnostics import LOGGED, Diagnostics, bytes_held, summary
 from lightning_kfc.trust_region.region import Outcome, TrustRegion
 from tests.helpers.harness import QUIET, Classifier, conv_net, dense_net, fit, images, loader, weights
 
@@ -65,18 +65,23 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("each_layer", [False, True])
-def test_loggers_get_all_numbers_at_each_logged_step(each_layer: bool, tmp_path: Path) -> None:
+def test_by_default_loggers_get_ten_numbers_at_each_logged_step(tmp_path: Path) -> None:
+    train(KFCCallback(damping=0.01), logger=CSVLogger(tmp_path))
+    found = rows(tmp_path)
+    assert [int(row["step"]) for row in found] == [0, 5, 10, 15, 20]
+    assert set(found[0]) - {"step", "epoch"} == set(LOGGED)
+    assert len(LOGGED) <= 10
+    assert all(row[name] for row in found[1:] for name in LOGGED)
+
+
+def test_with_layers_loggers_get_all_numbers_at_each_logged_step(tmp_path: Path) -> None:
     # A damping with which no layer of so small a network dies: a gradient of 0 has no cosine.
-    callback = KFCCallback(
-        damping=0.01, logging=Logging(layers=each_layer), timing=RefreshTiming(stagger_inverses=False)
-    )
+    callback = KFCCallback(damping=0.01, logging=Logging(layers=True), timing=RefreshTiming(stagger_inverses=False))
     train(callback, logger=CSVLogger(tmp_path))
     found = rows(tmp_path)
     assert [int(row["step"]) for row in found] == [0, 5, 10, 15, 20]
     expected = OF_ALL | {f"kfc/{key}_{kind}" for key in PER_LAYER for kind in ("min", "median", "max")}
-    if each_layer:
-        expected |= {f"kfc/{layer}/{key}" for layer in ("net.0", "net.3") for key in PER_LAYER}
+    expected |= {f"kfc/{layer}/{key}" for layer in ("net.0", "net.3") for key in PER_LAYER}
     assert set(found[0]) - {"step", "epoch"} == expected
     # Nothing has been reviewed, nor timed to its end, before the first step.
     assert {key for key in expected if not found[0][key]} == {

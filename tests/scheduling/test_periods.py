@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lightning_kfc.monitoring.timing as step_times
-from lightning_kfc import KFC, KFCCallback, RefreshTiming
+from lightning_kfc import KFC, KFCCallback, Logging, RefreshTiming
 from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.estimation.loss_statistics import LossStatistics
 from lightning_kfc.rules.natural import NaturalRule
@@ -222,6 +222,7 @@ def test_the_callback_says_and_logs_what_it_chose(caplog: pytest.LogCaptureFixtu
         inverse_every_n_steps="auto",
         timing=RefreshTiming(max_overhead=1e6),
         warmup_steps=4,
+        logging=Logging(layers=True),
     )
     torch.manual_seed(1)
     logged: list[dict[str, Any]] = []
