@@ -171,23 +171,23 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         """Take the statistics of this loss, while its graph lives."""
         fraction = 1.0 / trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1.0
-        self.kfc.follow_gradients()
+        self.kfc.batches.follow_gradients()
         with self._fit.report.seeds():
             self.kfc.back_propagate(loss, loss_scale=loss_scale(trainer), loss_fraction=fraction)
         if pl_module.automatic_optimization and not accumulates(trainer):
             for optimizer in trainer.optimizers:
-                self.kfc.begin_refresh(optimizer)
-        self.kfc.pause()
+                self.kfc.refreshes.begin(optimizer)
+        self.kfc.batches.pause()
         self._fit.capture.backward_begins()
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         """Fold a complete step's statistics into the factors and refresh inverses, the graph's memory being free."""
         self._fit.backward_ends()
-        self.kfc.resume()
+        self.kfc.batches.resume()
         # In manual optimization the statistics of an optimizer's layers are complete at its step.
         if pl_module.automatic_optimization and not accumulates(trainer):
             for optimizer in trainer.optimizers:
-                self.kfc.refresh_if_finite(optimizer)
+                self.kfc.refreshes.if_finite(optimizer)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
         """Replace this optimizer's gradients; in manual optimization, first fold what its step completes."""
@@ -226,7 +226,7 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Let go of the graph of what was recorded and not used."""
-        self.kfc.release()
+        self.kfc.batches.release()
         self._fit.metrics.batch_ends()
         self._fit.report.step_ends(logged_step(trainer), outputs)
 

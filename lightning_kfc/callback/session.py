@@ -68,5 +68,5 @@ class FitSession:
     def close(self) -> None:
         """Leave trainer and engine as they are between fits."""
         self.capture.detach()
-        self._kfc.resume()
-        self._kfc.release()
+        self._kfc.batches.resume()
+        self._kfc.batches.release()

@@ -97,7 +97,7 @@ def _do_without_reviews(kfc: KFC, pl_module: Any) -> None:
 
 
 def _warn_of_split_layers(kfc: KFC, optimizers: Sequence[Any]) -> None:
-    owned = [kfc.learning_rates(optimizer) for optimizer in optimizers]
+    owned = [kfc.layers.learning_rates(optimizer) for optimizer in optimizers]
     known = [{id(p) for group in o.param_groups for p in group["params"]} for o in optimizers]
     for name, layer in kfc.layers.items():
         own = {id(p) for p in layer.adapter.own_parameters().values()}
@@ -125,7 +125,7 @@ def _advise(kfc: KFC, trainer: Any, pl_module: Any) -> None:
     found: dict[OptimizerWarning, None] = {}
     steps = _planned_steps(trainer) - trainer.global_step
     for optimizer in trainer.optimizers:
-        covered = {id(p) for name in kfc.learning_rates(optimizer) for p in kfc.layers[name].parameters()}
+        covered = {id(p) for name in kfc.layers.learning_rates(optimizer) for p in kfc.layers[name].parameters()}
         groups = [group for group in optimizer.param_groups if covered & set(map(id, group["params"]))]
         schedules = schedules_of(trainer, pl_module, optimizer)
         found |= dict.fromkeys(warnings_for(optimizer, kfc.settings, groups=groups, schedules=schedules, steps=steps))

@@ -108,7 +108,7 @@ class TrainingStepCapture:
         """See the gradients that a bare ``loss.backward()`` in a recorded training step brings."""
         kfc = self._kfc
         with contextlib.ExitStack() as handles:
-            for name in kfc.layers if kfc.reviewer.recording else kfc.recorded:
+            for name in kfc.layers if kfc.reviewer.recording else kfc.batches.recorded:
                 parameter = next(iter(kfc.layers[name].adapter.own_parameters().values()), None)
                 if parameter is not None and parameter.is_leaf:
                     seen = partial(self._after_gradient, name)
@@ -118,7 +118,7 @@ class TrainingStepCapture:
 
     def _after_gradient(self, layer: str, parameter: Tensor) -> None:
         if not self._in_backward:
-            self._kfc.forget([layer])
+            self._kfc.batches.forget([layer])
             self._kfc.reviewer.forget_losses()
             self.warn_of_unseen_backward()
 
@@ -137,7 +137,7 @@ class TrainingStepCapture:
             verdict = self._kfc.review(optimizer=optimizer)
             if verdict is not None and verdict.kept_share == 0:
                 return
-        elif self._kfc.learning_rates(optimizer):
+        elif self._kfc.layers.learning_rates(optimizer):
             self._notices.warn(
                 f"KFCCallback could not precondition a step of {type(optimizer).__name__}: it was made around "
                 "Lightning's wrapped optimizer (by optimizers(use_pl_optimizer=False), optimizer.optimizer.step(), the "

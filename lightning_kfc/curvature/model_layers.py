@@ -114,6 +114,10 @@ class ModelLayers(Mapping[str, Layer]):
                 rates[name] = float(own[0]["lr"])
         return rates
 
+    def stepped_by(self, optimizer: Optimizer | None) -> list[str]:
+        """The layers all of whose trainable parameters belong to an optimizer; all present ones where it is None."""
+        return list(self.present() if optimizer is None else self.learning_rates(optimizer))
+
     def parameters(self, optimizer: Optimizer | None) -> list[nn.Parameter]:
         """The parameters that an optimizer steps; all of the model's where it is not known."""
         if optimizer is None:

@@ -119,21 +119,15 @@ class PendingStatistics:
 
     # Gradients without curvature.
 
-    def without_curvature(self, layer: Layer, step: int) -> bool:
-        """Note a layer that is about to step; whether it was recorded and yet never had statistics of its gradient."""
-        unseen = layer.name in self.unseen
-        self.unseen.discard(layer.name)
-        known = self._tracker.has_statistics(layer.name)
-        if layer.name not in self._estimator.recorded:
-            if known or layer.name not in self._warned:
-                self._tracker.missed_its_date(layer.name, step)
-            return False
-        self._tracker.stop_waiting(layer.name)
-        return not (unseen or known or layer.gradient_is_zero())
+    def before_step(self, layers: Iterable[Layer], step: int) -> None:
+        """Note layers that are about to step; warn once of each that has no curvature although it was recorded.
 
-    def warn(self, names: Iterable[str]) -> None:
-        """Warn once of each layer that has a gradient, but no curvature although a step was due."""
-        new = [name for name in names if name not in self._warned]
+        Args:
+            layers: The layers, each of which has a gradient.
+            step: The optimizer step.
+        """
+        idle = [layer.name for layer in layers if self._without_curvature(layer, step)]
+        new = [name for name in idle if name not in self._warned]
         if not new:
             return
         self._warned.update(new)
@@ -145,3 +139,15 @@ class PendingStatistics:
                 "`exclude` to silence this.",
                 stacklevel=3,
             )
+
+    def _without_curvature(self, layer: Layer, step: int) -> bool:
+        """Whether a layer was recorded and yet never had statistics of its gradient."""
+        unseen = layer.name in self.unseen
+        self.unseen.discard(layer.name)
+        known = self._tracker.has_statistics(layer.name)
+        if layer.name not in self._estimator.recorded:
+            if known or layer.name not in self._warned:
+                self._tracker.missed_its_date(layer.name, step)
+            return False
+        self._tracker.stop_waiting(layer.name)
+        return not (unseen or known or layer.gradient_is_zero())

@@ -75,7 +75,7 @@ class Report:
         """Watch the maps of convolutions in this forward, if pictures are due and the engine takes statistics."""
         kfc = self._kfc
         # At the first step only, where micro-batches are accumulated: one of them is enough.
-        if not self._active or kfc.step < self._due_at or not kfc.recorded or kfc.step == self._watched_step:
+        if not self._active or kfc.step < self._due_at or not kfc.batches.recorded or kfc.step == self._watched_step:
             yield
             return
         modules = spatial_modules({name: layer.module for name, layer in kfc.layers.items()})

@@ -90,7 +90,7 @@ def run_facts(kfc: KFC, trainer: Any, interrupted_by: BaseException | None) -> d
         "Ended": ended,
         "Optimizer at the end": ", ".join(f"{type(o).__name__}(lr={lr})" for o, lr in rates.items()),
         "Rule": kfc.settings.rule,
-        "Statistics from": kfc.statistics_source,
+        "Statistics from": kfc.batches.sources,
         "Ranks": trainer.world_size,
         "Versions": f"lightning-kfc {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
     }

@@ -6,32 +6,28 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_kfc.curvature.layer import Layer
+from lightning_kfc.curvature.optimizer_step import OptimizerStep
 from lightning_kfc.rules.base import ReadyLayer, Rule
 
 
 def ready_layers(
     rule: Rule[Any],
     gradients: Mapping[Layer, Mapping[str, Tensor]],
-    rates: Mapping[str, float],
-    optimizer: Optimizer | None,
-    loss_scale: float,
+    coming: OptimizerStep,
 ) -> list[ReadyLayer]:
     """The layers that have an inverse and the gradient that it is for.
 
     Args:
         rule: The rule, which sets their learning rates.
         gradients: By layer: the gradients of its parameters.
-        rates: By the layer's name: the optimizer's learning rate.
-        optimizer: The optimizer that is about to step; None where it is not known.
-        loss_scale: The factor by which the gradients are multiplied; the matrices are not.
+        coming: The step that is about to be made. Gradients are multiplied by its loss scale; the matrices are not.
     """
     usable = {layer: own for layer, own in gradients.items() if layer.inverse is not None and tuple(own) == layer.roles}
-    adjusted = rule.learning_rates({layer: rates[layer.name] for layer in usable}, optimizer)
-    ready = []
+    adjusted = rule.learning_rates({layer: coming.rates[layer.name] for layer in usable}, coming.optimizer)
+    ready, scale = [], coming.loss_scale
     for layer, own in usable.items():
         matrix = layer.matrix(own)
-        ready.append(ReadyLayer(layer, matrix if loss_scale == 1 else matrix / loss_scale, adjusted[layer]))
+        ready.append(ReadyLayer(layer, matrix if scale == 1 else matrix / scale, adjusted[layer]))
     return ready

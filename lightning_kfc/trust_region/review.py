@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_kfc.curvature.layer import Layer
+from lightning_kfc.curvature.optimizer_step import OptimizerStep
 from lightning_kfc.curvature.ownership import LayerOwnership
 from lightning_kfc.distributed import process_group as distributed
 from lightning_kfc.monitoring.events import Events
@@ -204,28 +205,14 @@ class StepReviewer:
         loss, missing = self._losses.mean(parameters, self._device, known=never_negative)
         return None if missing else self.region.most_decrease(loss)
 
-    def before_step(
-        self,
-        step: int,
-        size: float,
-        damping: float,
-        optimizer: Optimizer | None,
-        parameters: Sequence[nn.Parameter],
-        loss_scale: float,
-        loss_gradients: Mapping[int, Tensor],
-    ) -> None:
-        """Take a snapshot for the review of the coming step, if one is due.
-
-        Collective: call on every rank, while the gradients are still those of the loss.
+    def before_step(self, step: int, size: float, damping: float, coming: OptimizerStep) -> None:
+        """Take a snapshot for the review of the coming step, if one is due. Collective: call on every rank.
 
         Args:
-            step: The optimizer step.
+            step: The number of the step.
             size: The squared norm of the step in the Fisher metric, before clipping; 0 where there is none.
             damping: In force at this step.
-            optimizer: The optimizer that is about to step.
-            parameters: The parameters that it steps.
-            loss_scale: The factor by which the gradients are multiplied.
-            loss_gradients: By the ``id`` of a parameter: the gradient of the loss, where it has been replaced already.
+            coming: The step that is about to be made.
         """
         if not self.region.adapts_radius or size <= 0 or self._snapshot is not None:
             return
@@ -233,7 +220,7 @@ class StepReviewer:
         self.region.note_size(size)
         if not planned:
             return
-        losses = self._losses.of(parameters)
+        losses = self._losses.of(coming.parameters)
         found = replayability(self._tape, losses, self._device)
         if found.refused:
             self._end_with_warning(found.refused)
@@ -241,9 +228,7 @@ class StepReviewer:
             self._miss(found.missed)
         elif self._checked or self._reproduces(losses, {}, with_collectives=found.with_collectives):
             self._checked = True
-            self._snapshot = StepSnapshot.of(
-                optimizer, parameters, losses, loss_scale, loss_gradients, size, damping, found.with_collectives
-            )
+            self._snapshot = StepSnapshot.of(coming, losses, size, damping, found.with_collectives)
 
     def _reproduces(self, losses: Sequence[SeenLoss], values: Mapping[int, Tensor], *, with_collectives: bool) -> bool:
         """Whether a replay with unmoved weights gives the losses; where it does not, reviews end. Collective."""

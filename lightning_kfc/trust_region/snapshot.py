@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_kfc.curvature.layer import Layer
+from lightning_kfc.curvature.optimizer_step import OptimizerStep
 from lightning_kfc.layers.adapter import dense
 from lightning_kfc.trust_region.losses_seen import SeenLoss
 from lightning_kfc.trust_region.region import Outcome
@@ -44,23 +45,16 @@ class StepSnapshot:
 
     @classmethod
     def of(
-        cls,
-        optimizer: Optimizer | None,
-        parameters: Iterable[nn.Parameter],
-        losses: Sequence[SeenLoss],
-        loss_scale: float,
-        loss_gradients: Mapping[int, Tensor],
-        size: float,
-        damping: float,
-        with_collectives: bool,
+        cls, coming: OptimizerStep, losses: Sequence[SeenLoss], size: float, damping: float, with_collectives: bool
     ) -> StepSnapshot:
         """Copy the present values and gradients of the parameters that have a gradient."""
-        trained = [parameter for parameter in parameters if parameter.grad is not None]
-        gradients = {id(p): dense(loss_gradients.get(id(p), p.grad)).clone() for p in trained if p.grad is not None}
-        if loss_scale != 1:
-            gradients = {key: gradient / loss_scale for key, gradient in gradients.items()}
+        trained = [parameter for parameter in coming.parameters if parameter.grad is not None]
+        known, scale = coming.loss_gradients, coming.loss_scale
+        gradients = {id(p): dense(known.get(id(p), p.grad)).clone() for p in trained if p.grad is not None}
+        if scale != 1:
+            gradients = {key: gradient / scale for key, gradient in gradients.items()}
         values = [p.detach().clone() for p in trained]
-        return cls(optimizer, trained, values, gradients, losses, size, damping, with_collectives)
+        return cls(coming.optimizer, trained, values, gradients, losses, size, damping, with_collectives)
 
     @property
     def loss(self) -> float:

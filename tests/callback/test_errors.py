@@ -381,7 +381,7 @@ def warned_fit_with(look, callback, match):
 def test_what_the_statistics_came_from_is_known_at_any_time() -> None:
     model = nn.Linear(3, 2)
     kfc, x, y = KFC(model), torch.randn(4, 3), torch.zeros(4, dtype=torch.long)
-    assert kfc.statistics_source == "nothing so far"
+    assert kfc.batches.sources == "nothing so far"
     losses = [
         (lambda: F.mse_loss(model(x), x[:, :2]), "mse_loss"),
         (lambda: F.mse_loss(model(x), x[:, :2]) + F.cross_entropy(model(x), y), "mse_loss, cross_entropy"),
@@ -396,4 +396,4 @@ def test_what_the_statistics_came_from_is_known_at_any_time() -> None:
         model.zero_grad()
         loss.backward()
         kfc.precondition(lr=0.1)
-        assert kfc.statistics_source == source
+        assert kfc.batches.sources == source

@@ -130,7 +130,7 @@ def test_a_backbone_that_is_unfrozen_gets_its_own_factors_and_learning_rate():
     class Seen(Callback):
         def on_train_epoch_end(self, trainer, pl_module):
             layer = callback.kfc.layers["backbone"]
-            rates = callback.kfc.learning_rates(trainer.optimizers[0])
+            rates = callback.kfc.layers.learning_rates(trainer.optimizers[0])
             seen.append((dict(layer.averages), layer.inverse, pl_module.backbone.weight.detach().clone(), rates))
 
     finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_lr=0.03, verbose=False)

@@ -70,7 +70,7 @@ def trained(steps: int, **settings: Any) -> tuple[KFC, nn.Sequential, list[Tenso
         train_step(kfc, optimizer, lambda: F.cross_entropy(model(x), y))
         if step == steps - 1:
             updates = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
-    kfc.release()
+    kfc.batches.release()
     return kfc, model, updates
 
 
@@ -136,7 +136,7 @@ def test_between_forward_and_backward_only_the_inputs_of_norms_are_kept_and_noth
     kfc.update(loss)
     loss.backward()
     kfc.precondition(lr=0.1)
-    kfc.release()
+    kfc.batches.release()
     assert kept()[0] == set()
 
 

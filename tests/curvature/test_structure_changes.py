@@ -130,7 +130,7 @@ def test_a_new_layer_has_a_warm_up_of_its_own_and_the_others_keep_their_dates(
             model[2] = nn.Linear(5, 3).double()
         caplog.clear()
         train_step(kfc, torch.optim.SGD(model.parameters(), lr=0.1), lambda: F.cross_entropy(model(x), y))
-        recorded[step] = kfc.recorded
+        recorded[step] = kfc.batches.recorded
         inverted[step] = [name for name in kfc.layers if kfc.ages(name)[1] == 0]
         changes = [record for record in caplog.records if "have changed" in record.message]
         assert len(changes) == (step == 10), caplog.text

@@ -323,9 +323,9 @@ def test_activation_checkpointing_records_the_forward_once_and_keeps_batch_norm_
             for _ in range(2):
                 loss = F.nll_loss(net(x), target)
                 kfc.update(loss, accumulate=True)
-                kfc.pause()
+                kfc.batches.pause()
                 loss.backward()
-                kfc.resume()
+                kfc.batches.resume()
         kfc.refresh()
         return kfc
 

@@ -140,10 +140,10 @@ def test_shares_of_the_gradient_are_said_once(caplog: pytest.LogCaptureFixture) 
     percent = [float(100 * norm / sum(norms)) for norm in norms]
     assert f"cross_entropy ({percent[0]:.2g} % of the gradient)" in line
     assert f"the gradient of the rest ({percent[1]:.2g} %; its empirical Fisher)" in line
-    assert kfc.statistics_source == "cross_entropy, the gradient of the rest"
+    assert kfc.batches.sources == "cross_entropy, the gradient of the rest"
     assert kfc.events.unrecognised_losses == 0
     train_step(kfc, optimizer, lambda: F.cross_entropy(model(x)[1], TARGET))
-    assert kfc.statistics_source == "cross_entropy"
+    assert kfc.batches.sources == "cross_entropy"
 
 
 def test_a_named_likelihood_has_no_rest() -> None:
@@ -167,7 +167,7 @@ def test_a_recognised_term_inside_another_one_counts_once() -> None:
         return F.mse_loss(F.cross_entropy(model(x)[1], TARGET, reduction="none"), RETURNS)
 
     kfc = observe(model, nested)
-    assert kfc.statistics_source == "mse_loss"
+    assert kfc.batches.sources == "mse_loss"
     z = model(x)[1].detach().requires_grad_()
     J = torch.autograd.grad(F.cross_entropy(z, TARGET, reduction="sum"), z)[0]
     oracles.assert_equal(kfc.layers["policy"].G, 2 / N * J.T @ J, what="G of the policy")

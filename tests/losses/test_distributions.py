@@ -184,7 +184,7 @@ def test_a_model_trains_with_it_without_a_word(case: str, fisher: str) -> None:
     losses = [float(train_step(kfc, optimizer, lambda: -make(model(x)).log_prob(y).mean())) for _ in range(12)]
     assert losses[-1] < losses[0]
     assert not any(kfc.events.state_dict().values())
-    assert kfc.statistics_source.endswith(".log_prob")
+    assert kfc.batches.sources.endswith(".log_prob")
 
 
 def test_independent_dimensions_and_unbatched_ones_are_terms_of_their_own() -> None:
@@ -273,7 +273,7 @@ def test_policy_and_value_heads_both_have_curvature() -> None:
         return actor_critic - exploring * d.entropy().mean() if exploring else actor_critic
 
     kfc = observe(model, lambda: loss(0.0))
-    assert kfc.statistics_source == "Categorical.log_prob, mse_loss"
+    assert kfc.batches.sources == "Categorical.log_prob, mse_loss"
     assert all(layer.averages for layer in kfc.layers.values())
     assert observe(model, lambda: loss(0.01)).statistics_source.endswith("mse_loss, the gradient of the rest")
 

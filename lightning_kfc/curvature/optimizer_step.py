@@ -1,0 +1,54 @@
+"""An optimizer step that is about to be made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_kfc.curvature.model_layers import ModelLayers
+
+
+@dataclass(frozen=True)
+class OptimizerStep:
+    """A step that is about to be made, while the gradients are still those of the loss.
+
+    Attributes:
+        optimizer: The optimizer; None where it is not known, and has no momentum.
+        parameters: The parameters that it steps.
+        rates: The learning rate of each layer that it steps, by name.
+        loss_scale: The factor by which the gradients are multiplied.
+        loss_gradients: By the ``id`` of a parameter: the gradient of the loss, where it has been replaced already.
+    """
+
+    optimizer: Optimizer | None
+    parameters: Sequence[nn.Parameter]
+    rates: Mapping[str, float]
+    loss_scale: float
+    loss_gradients: Mapping[int, Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        layers: ModelLayers,
+        lr: float | None,
+        optimizer: Optimizer | None,
+        loss_scale: float,
+        loss_gradients: Mapping[int, Tensor] | None,
+    ) -> OptimizerStep:
+        """The step of an optimizer, or one with the same learning rate for all layers.
+
+        Raises:
+            ValueError: If neither ``lr`` nor ``optimizer`` is given, or both are.
+        """
+        if optimizer is not None and lr is None:
+            rates = layers.learning_rates(optimizer)
+        elif lr is not None and optimizer is None:
+            rates = dict.fromkeys(layers.present(), float(lr))
+        else:
+            raise ValueError(
+                "precondition() takes either lr=... or optimizer=..., to know the step that the KL clip bounds."
+            )
+        return cls(optimizer, layers.parameters(optimizer), rates, loss_scale, loss_gradients or {})

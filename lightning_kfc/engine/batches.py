@@ -1,0 +1,167 @@
+"""A batch: its forward is recorded, and the statistics of its loss wait for the refresh."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterable, Iterator, Mapping
+
+from torch import Tensor
+
+from lightning_kfc.engine.stages import Stages
+from lightning_kfc.estimation.loss_statistics import StepStatistics
+from lightning_kfc.utilities.isolation import eager_compiled_code
+
+
+class Batches:
+    """Records the batches of each step: their layers for the curvature, their losses for the review.
+
+    A step that accumulates gradients has several batches, and a batch may have several losses.
+
+    Args:
+        stages: The stages.
+
+    Attributes:
+        losses: The number of losses of this step whose statistics were taken.
+    """
+
+    def __init__(self, stages: Stages) -> None:
+        self._stages = stages
+        self._estimator, self._pending, self._reviewer = stages.estimator, stages.pending, stages.reviewer
+        self._backward = contextlib.ExitStack()
+        self.losses = 0
+
+    @property
+    def recorded(self) -> tuple[str, ...]:
+        """The layers whose statistics are taken at this step."""
+        return tuple(self._estimator.recorded)
+
+    @property
+    def sources(self) -> str:
+        """What the last statistics came from: the loss functions, or the gradient of the loss itself."""
+        return ", ".join(self._estimator.sources) or "nothing so far"
+
+    def step_begins(self) -> None:
+        """Begin to count the losses of a new step."""
+        self.losses = 0
+
+    def require_capture(self) -> None:
+        """Require a forward that was recorded, if the step is due.
+
+        Raises:
+            RuntimeError: If the step is due and there is none.
+        """
+        stages, step = self._stages, self._stages.steps.number
+        if stages.layers and not self._estimator.active and stages.tracker.statistics_due(step):
+            raise RuntimeError(
+                f"KFC has recorded nothing at step {step}: compute the loss inside `with kfc.capture():`."
+            )
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[None]:
+        """Record the forward and the loss of one batch, where they are due."""
+        steps = self._stages.steps
+        self._estimator.forgiving = steps.any_made
+        if steps.again:
+            self._estimator.record_nothing()
+            self._reviewer.release()
+            yield
+            return
+        with self._reviewer.record(steps.number), self._estimator.capture(steps.number):
+            try:
+                yield
+            finally:
+                self.resume()
+
+    def back_propagate(self, loss: Tensor, *, loss_scale: float, loss_fraction: float) -> None:
+        """Send the seeds of a loss to the layers while its graph lives.
+
+        Args:
+            loss: The scalar whose backward follows.
+            loss_scale: The factor that a gradient scaler has multiplied ``loss`` by.
+            loss_fraction: The share of ``loss`` in the optimizer step, where its terms do not tell.
+        """
+        self._reviewer.note_loss(loss, loss_scale)
+        if not self._estimator.active:
+            return
+        # In manual optimization the forward is still being recorded.
+        self.pause()
+        steps, expected = self._stages.steps, set(self.recorded)
+        self._estimator.forgiving = steps.any_made
+        try:
+            before = set(self._stages.layers)
+            self._give_up(self._estimator.differentiated(loss))
+            self._estimator.record_replacements(before)
+            # A layer that was given up has others in its place.
+            expected.update(self.recorded)
+            found = self._estimator.statistics(
+                loss,
+                steps.number,
+                self.losses,
+                loss_scale=loss_scale,
+                loss_fraction=loss_fraction,
+                unseen=self._pending.unseen,
+            )
+        except Exception as error:
+            if not steps.any_made:
+                raise
+            found = StepStatistics(failed=dict.fromkeys(expected, error))
+        finally:
+            self.resume()
+        self._give_up(found.unexplained)
+        self._pending.leave_out(found.failed, steps.number)
+        self._stages.factors.expect(expected)
+        # Finite or not is for all ranks to decide together: the refresh checks the sum over ranks.
+        self._pending.add(found.by_layer)
+        self.losses += 1
+
+    def _give_up(self, reasons: Mapping[str, str]) -> None:
+        if self._stages.group.size == 1:
+            self._stages.layers.drop_all(reasons)
+        else:
+            # The next refresh of factors returns them, when all ranks know.
+            self._stages.factors.give_up_together(reasons)
+
+    def pause(self) -> None:
+        """Record nothing until :meth:`resume`: a backward re-runs checkpointed forwards, which belong to no loss."""
+        if self._estimator.active or self._reviewer.recording:
+            # What ran eagerly in the forward, a checkpoint must run eagerly again in the backward.
+            self._backward.enter_context(eager_compiled_code())
+        self._estimator.pause()
+        self._reviewer.pause()
+
+    def resume(self) -> None:
+        """Record again, if the capture is still open; also to be called where a backward has raised."""
+        self._estimator.resume()
+        self._backward.close()
+        self._reviewer.resume()
+
+    def release(self) -> None:
+        """Let go of what was recorded of the last forward and its graph."""
+        self._estimator.release()
+        self._reviewer.release()
+        self._stages.factors.abandon()
+
+    def forget(self, layers: Iterable[str]) -> None:
+        """Take no statistics of layers until their next step: their gradient gets a part that was not seen here."""
+        self._pending.forget(layers)
+
+    def skip(self, layers: Collection[str]) -> None:
+        """Forget the statistics of layers that were stepped without them; their next gradient begins anew."""
+        self._pending.skip(layers)
+        self._stages.factors.discard(layers)
+        self._reviewer.cancel()
+
+    def abandon(self, layers: Collection[str]) -> None:
+        """Forget the statistics and losses of a step whose gradients are not finite: it is made anew, of others."""
+        self._pending.drop(layers)
+        self._stages.factors.discard(layers)
+        self._reviewer.forget_losses()
+        self._reviewer.resume()
+
+    def follow_gradients(self) -> None:
+        """Let statistics live and die with the gradient they belong to; call it just before each backward.
+
+        Where a loss passes through a network that another optimizer trains (a generator's loss through the
+        discriminator), that gradient is zeroed before it is ever used, and its statistics must not stay either.
+        """
+        self._pending.follow_gradients()

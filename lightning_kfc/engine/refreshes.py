@@ -1,0 +1,108 @@
+"""A refresh: the statistics of a step become factors and inverses."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_kfc.curvature.layer import Layer
+from lightning_kfc.distributed.process_group import all_finite
+from lightning_kfc.engine.stages import Stages
+from lightning_kfc.utilities.isolation import full_precision
+
+
+class Refreshes:
+    """Refreshes factors and inverses, where they are due.
+
+    Args:
+        stages: The stages.
+    """
+
+    def __init__(self, stages: Stages) -> None:
+        self._stages = stages
+        self._factors, self._inverses, self._reviewer = stages.factors, stages.inverses, stages.reviewer
+
+    def begin(self, optimizer: Optimizer) -> None:
+        """Begin to add up over ranks what a step's losses have brought; the next refresh waits for it.
+
+        Args:
+            optimizer: Of the layers that this optimizer steps.
+        """
+        layers = self._stages.layers
+        if self._factors.expects(layers):
+            with full_precision(self._stages.model):
+                self._factors.begin([layers[name] for name in layers.stepped_by(optimizer)])
+
+    def if_finite(self, optimizer: Optimizer) -> None:
+        """Refresh, unless a gradient says that the step will be skipped; between due steps nothing happens.
+
+        Args:
+            optimizer: Of the layers that this optimizer steps.
+        """
+        layers = self._stages.layers
+        # Asked first: this comes after every backward, and between due steps nothing waits.
+        if not self._factors.expects(layers):
+            return
+        names = layers.stepped_by(optimizer)
+        if self._factors.expects(names) and self.gradients_finite(layers.parameters(optimizer), names):
+            self(names)
+
+    def gradients_finite(self, parameters: Iterable[nn.Parameter], names: Collection[str]) -> bool:
+        """Whether all gradients are finite; with several ranks, those of all wherever messages follow.
+
+        Args:
+            parameters: All that are stepped, preconditioned or not.
+            names: The layers among them.
+        """
+        stages = self._stages
+        finite = all_finite([p.grad for p in parameters if p.grad is not None])
+        # Where messages follow, no rank may be the only one to wait for them, whatever its own gradients are.
+        if stages.group.size > 1 and (self._reviewer.active or self._due(names)):
+            return stages.group.all_agree(finite, next(stages.model.parameters()).device)
+        return finite
+
+    def __call__(self, names: Iterable[str]) -> None:
+        """Fold what the losses of a step have brought into the factors of layers, and refresh their inverses.
+
+        Args:
+            names: The layers.
+        """
+        stages, step = self._stages, self._stages.steps.number
+        layers = [stages.layers[name] for name in names]
+        stages.estimator.recount({layer.name for layer in layers if layer.pending is not None})
+        self._measure_units(layers)
+        damping = self._reviewer.damping_at(step)
+        try:
+            with full_precision(stages.model):
+                with stages.times.part("statistics"):
+                    folded = self._factors(layers, step)
+                stages.layers.drop_all(folded.given_up)
+                stages.pending.unseen.update(folded.unusable)
+                with stages.times.part("inverses"):
+                    self._inverses(layers, step, damping)
+                with stages.times.part("statistics"):
+                    # In the basis that the refresh has left.
+                    moments = stages.estimator.examples.second_moments(layers)
+                    self._factors.fold_second_moments(layers, step, moments)
+        except Exception as error:
+            # With several ranks the others wait for what this one has not sent, so that it cannot go on alone.
+            if not stages.steps.any_made or stages.group.size > 1:
+                raise
+            stages.pending.leave_out({layer.name: error for layer in layers}, step)
+
+    def _due(self, names: Collection[str]) -> bool:
+        """Whether a refresh of these layers at this step takes statistics or makes inverses, on any rank."""
+        step = self._stages.steps.number
+        return self._factors.expects(names) or self._inverses.any_due(names, step, self._reviewer.damping_at(step))
+
+    def _measure_units(self, layers: Sequence[Layer]) -> None:
+        """Measure the units of automatic settings, where a refresh follows. Collective."""
+        if not self._due([layer.name for layer in layers]):
+            return
+        parameters = [parameter for layer in layers for parameter in layer.trained_parameters().values()]
+        self._reviewer.measure_loss(parameters, never_negative=self._stages.estimator.never_negative)
+        if self._reviewer.damping_is_automatic:
+            for layer in layers:
+                layer.measure_weights()
