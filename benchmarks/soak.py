@@ -1,16 +1,18 @@
-"""A long training under the callback: ``python -m benchmarks.soak --steps 10000``.
+"""Long trainings under the callback: ``python -m benchmarks.soak --steps 10000``.
 
 Memory must stay flat and nothing may be left attached. Resident memory (Linux only), live tensors and hooks are
-sampled while training runs, after a warm-up of a tenth of the steps; the exit status tells whether they grew.
+sampled while each net trains, after a warm-up of a tenth of the steps. The exit status is 1 where they grew. A net is a
+piece: interrupted, the command goes on from there.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
+import json
 import logging
-import sys
+import time
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +22,73 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.contest.pieces import parser_of_pieces
+from benchmarks.contest.report import lists_on_one_line, measured_with
 from lightning_kfc import KFCCallback
 
 #: Growth of the resident memory that is taken for the allocator's own, in MiB.
 SLACK_MIB = 16.0
+STEPS = 10_000
+
+#: A sample: the step, resident MiB, live tensors, attached hooks, CPU seconds of the training so far.
+Sample = tuple[int, float, int, int, float]
 
 
-class ConvNet(pl.LightningModule):
-    """A small net with convolutions, batch norm, dropout and a linear head."""
+def mlp() -> nn.Module:
+    """Three linear layers with layer norm."""
+    return nn.Sequential(
+        *(nn.Flatten(), nn.Linear(100, 64), nn.LayerNorm(64), nn.Tanh()),
+        *(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)),
+    )
+
+
+def conv() -> nn.Module:
+    """Two convolutions with batch norm and dropout, and a linear head."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Dropout(0.1)),
+        *(nn.Conv2d(8, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(72, 10)),
+    )
+
+
+class Transformer(nn.Module):
+    """An encoder of one layer over the ten rows of an image, with a position embedding and dropout."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Dropout(0.1), nn.Conv2d(8, 8, 3, stride=2)
-        )
-        self.head = nn.Sequential(nn.ReLU(), nn.Flatten(), nn.Linear(72, 10))
+        self.rows = nn.Linear(10, 32)
+        self.position = nn.Parameter(torch.zeros(10, 32))
+        self.encoder = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.1, batch_first=True, norm_first=True)
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits, shape ``(N, 10)``."""
+        logits: Tensor = self.head(self.encoder(self.rows(x[:, 0]) + self.position).mean(1))
+        return logits
+
+
+NETS: Mapping[str, Any] = {"mlp": mlp, "conv": conv, "transformer": Transformer}
+TITLES = {
+    "mlp": "linear layers, layer norm",
+    "conv": "convolutions, batch norm, dropout",
+    "transformer": "attention, layer norm, dropout, position embedding",
+}
+
+
+class Trained(pl.LightningModule):
+    """A net that is trained on random labels, at a rate that they stand for long."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The cross entropy of a batch."""
         x, y = batch
-        return F.cross_entropy(self.head(self.net(x)), y)
+        return F.cross_entropy(self.net(x), y)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The paper's optimizer, at a rate that random labels stand for long."""
+        """The paper's optimizer."""
         return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.5)
 
 
@@ -66,33 +112,49 @@ def attached_hooks(module: nn.Module) -> int:
 
 
 class Sampler(pl.Callback):
-    """Samples and prints the three numbers some twenty times, the first time after the warm-up."""
+    """Samples and prints the numbers some twenty times, the first time after the warm-up."""
 
     def __init__(self, steps: int) -> None:
         self.every = max(1, steps // 20)
         self.start = steps // 10
-        self.samples: list[tuple[int, float, int, int]] = []
+        self.samples: list[Sample] = []
+        self._started = time.process_time()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: Any) -> None:
         """Sample, where due."""
         step = trainer.global_step
         if step >= self.start and step % self.every == 0:
-            self.samples.append((step, resident_mib(), live_tensors(), attached_hooks(pl_module)))
-            print("step {:7d}   resident {:8.1f} MiB   tensors {:5d}   hooks {}".format(*self.samples[-1]), flush=True)
+            reached = time.process_time()
+            memory, seconds = round(resident_mib(), 1), round(reached - self._started, 1)
+            self.samples.append((step, memory, live_tensors(), attached_hooks(pl_module), seconds))
+            line = "step {:7d}   resident {:8.1f} MiB   tensors {:5d}   hooks {}   {:7.1f} CPU seconds"
+            print(line.format(*self.samples[-1]), flush=True)
+            # To count tensors takes longer than many steps.
+            self._started += time.process_time() - reached
 
 
-def soak(steps: int, **options: Any) -> list[str]:
-    """Train for so many steps, print the samples, and return what is wrong."""
+def soak(net: str, steps: int, *more: pl.Callback, **options: Any) -> tuple[list[Sample], list[str]]:
+    """Train a net for so many steps.
+
+    Args:
+        net: A name of :data:`NETS`.
+        steps: Optimizer steps.
+        more: Callbacks beside KFC's.
+        options: Those of ``KFCCallback``.
+
+    Returns:
+        The samples, and what is wrong.
+    """
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(64, 1, 10, 10), torch.randint(0, 10, (64,)))
-    module, kfc, sampler = ConvNet(), KFCCallback(**options), Sampler(steps)
+    module, kfc, sampler = Trained(NETS[net]()), KFCCallback(**options), Sampler(steps)
     trainer = pl.Trainer(
         max_steps=steps,
         max_epochs=-1,
         accelerator="cpu",
         devices=1,
         logger=False,
-        callbacks=[kfc, sampler],
+        callbacks=[kfc, *more, sampler],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -104,7 +166,7 @@ def soak(steps: int, **options: Any) -> list[str]:
     wrong = []
     if last[1] - first[1] > SLACK_MIB:
         wrong.append(f"resident memory grew by {last[1] - first[1]:.1f} MiB")
-    if len({sample[2] for sample in sampler.samples}) > 1 and last[2] > first[2]:
+    if last[2] > first[2]:
         wrong.append(f"the number of live tensors grew from {first[2]} to {last[2]}")
     if any(sample[3] for sample in sampler.samples) or attached_hooks(module):
         wrong.append("hooks were left attached between steps")
@@ -112,25 +174,64 @@ def soak(steps: int, **options: Any) -> list[str]:
         wrong.append("the precision plugin was left patched")
     if not all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters()):
         wrong.append("a weight is not finite")
-    return wrong
+    return sampler.samples, wrong
 
 
-def main() -> None:
-    """Read the options and soak."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=10_000, help="optimizer steps (default: 10,000)")
+def markdown(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """A row for each net: its memory after a tenth of the steps and at the end, and its time."""
+    lines = [
+        "*Tensors* are those that Python can reach, *hooks* those on the model's modules between steps. CPU seconds are "
+        "those of the whole training on one thread, from its first step.",
+        "",
+        "| net | steps | resident MiB after a tenth of them | at the end | most | tensors after a tenth | at the end | hooks "
+        "| CPU seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, entry in found.items():
+        samples = entry["samples"]
+        first, last = samples[0], samples[-1]
+        most, hooks = max(sample[1] for sample in samples), max(sample[3] for sample in samples)
+        cells = [f"{first[1]:.1f}", f"{last[1]:.1f}", f"{most:.1f}", first[2], last[2], hooks, f"{last[4]:.0f}"]
+        lines.append(f"| {name}: {TITLES[name]} | {last[0]} | {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train the nets that are missing, and write the table.
+
+    Returns:
+        The exit status: 0 when all is well, 1 where something grew, 3 when pieces are left.
+    """
+    parser = parser_of_pieces(__doc__, plots=False)
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps (default: {STEPS})")
     parser.add_argument("--inverse", default="cholesky", help="the callback's option (default: cholesky)")
     parser.add_argument("--every-step", action="store_true", help="make every step a due step")
-    options = parser.parse_args()
+    parser.add_argument("--again", nargs="+", choices=NETS, default=(), help="forget these nets")
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*treespec.*", FutureWarning)
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     every: dict[str, Any] = {"factor_every_n_steps": 1, "inverse_every_n_steps": 1} if options.every_step else {}
-    wrong = soak(options.steps, inverse=options.inverse, **every)
-    print("\n".join(f"FAILED: {what}" for what in wrong) or "memory flat, no hook left")
-    sys.exit(bool(wrong))
+    given = {"steps": options.steps, "inverse": options.inverse, **every}
+    saved = options.results / "soak.json"
+    found: dict[str, Any] = json.loads(saved.read_text("utf-8"))["found"] if saved.exists() else {}
+    kept = {n: entry for n, entry in found.items() if n not in options.again and entry["options"] == given}
+    missing = [name for name in NETS if name not in kept]
+    now = missing[: options.pieces]
+    for name in now:
+        print(f"==> {name}", flush=True)
+        samples, wrong = soak(name, options.steps, inverse=options.inverse, **every)
+        print("\n".join(f"FAILED: {what}" for what in wrong) or "memory flat, no hook left", flush=True)
+        kept[name] = {"options": given, "samples": samples, "wrong": wrong}
+        ordered = {name: kept[name] for name in NETS if name in kept}
+        text = json.dumps({"measured_with": measured_with(), "found": ordered}, indent=1)
+        saved.write_text(lists_on_one_line(text) + "\n")
+        (options.results / "soak.md").write_text(markdown(ordered) + "\n")
+    if any(entry["wrong"] for entry in kept.values()):
+        return 1
+    return 0 if len(now) == len(missing) else 3
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
