@@ -180,11 +180,10 @@ def soak(net: str, steps: int, *more: pl.Callback, **options: Any) -> tuple[list
 def markdown(found: Mapping[str, Mapping[str, Any]]) -> str:
     """A row for each net: its memory after a tenth of the steps and at the end, and its time."""
     lines = [
-        "*Tensors* are those that Python can reach, *hooks* those on the model's modules between steps. CPU seconds are "
-        "those of the whole training on one thread, from its first step.",
+        "*Tensors* are those that Python can reach, *hooks* those on the model's modules between steps. The first "
+        "numbers follow a tenth of the steps. CPU seconds are those of the whole training on one thread.",
         "",
-        "| net | steps | resident MiB after a tenth of them | at the end | most | tensors after a tenth | at the end | hooks "
-        "| CPU seconds |",
+        "| net | steps | resident MiB, first | last | most | tensors, first | last | hooks | CPU seconds |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, entry in found.items():

@@ -90,7 +90,7 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
         if previous is not None:
             self._take_over(previous)
         self._session = FitSession(self, self._kfc, trainer, pl_module, self.logging)
-        self._history = self._session.report.history
+        self._history = self._session.report.measured.history
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Take over the checkpoint's state (under FSDP2 it is loaded after on_fit_start), and report."""
@@ -109,25 +109,34 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
             )
         start_up.show_information()
         self._fit.metrics.count_from_here()
+        self._fit.report.measured.ignore()
         start_up.announce(self.kfc, trainer, pl_module, save_factors=self._save_factors, average=self._average)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Let the averaged weights follow what has been added to the module or removed."""
+        self._fit.report.measured.epoch_ends(logged_step(trainer) - 1)
         if self._average is not None:
             self._average.follow_structure()
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """During fit, validate the averaged weights."""
-        if self._average is not None and self._trains:
+        if not self._trains:
+            return
+        self._fit.report.measured.ignore()
+        if self._average is not None:
             self._average.put_in(trainer.strategy.broadcast)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """During fit, go on with the weights that train."""
-        if self._average is not None and self._trains:
+        if not self._trains:
+            return
+        self._fit.report.measured.validation_ends(logged_step(trainer))
+        if self._average is not None:
             self._average.take_out()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Leave the averaged weights in the module."""
+        self._fit.report.measured.epoch_ends(logged_step(trainer) - 1)
         if self._average is not None:
             self._average.put_in(trainer.strategy.broadcast)
 

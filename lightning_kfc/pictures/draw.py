@@ -21,6 +21,39 @@ if TYPE_CHECKING:
 HEAT_MAP_PIXELS = 128
 #: Eigenvalues below this share of the largest one are rounding in float32, and are not drawn.
 SMALLEST_SHARE = 1e-7
+#: The units of the engine's numbers, by key.
+UNITS: Mapping[str, str] = {
+    "kfc/kl_clip_factor": "ratio",
+    "kfc/kl": "loss",
+    "kfc/damping": "loss",
+    "kfc/kl_clip": "loss",
+    "kfc/reduction_ratio": "ratio",
+    "kfc/predicted_decrease": "loss",
+    "kfc/actual_decrease": "loss",
+    "kfc/clipped_share": "share of steps",
+    "kfc/cosine": "cosine",
+    "kfc/factor_age": "steps",
+    "kfc/inverse_age": "steps",
+    "kfc/overhead": "% of the time",
+    "kfc/time_statistics": "% of the time",
+    "kfc/time_inverses": "% of the time",
+    "kfc/time_preconditioning": "% of the time",
+    "kfc/time_reviews": "% of the time",
+    "kfc/nonfinite_events": "count",
+    "kfc/undone_steps": "count",
+    "kfc/shortened_steps": "count",
+    "kfc/factor_every_n_steps": "steps",
+    "kfc/inverse_every_n_steps": "steps",
+    "kfc/bytes_held": "bytes",
+    "kfc/update_to_weight": "ratio",
+    "kfc/largest_curvature": "loss",
+    "kfc/condition_A": "ratio",
+    "kfc/condition_G": "ratio",
+    "kfc/effective_rank_A": "directions",
+    "kfc/effective_rank_G": "directions",
+}
+#: What the module logs has units that only its author knows.
+UNITS_OF_OTHERS = "as logged"
 #: A line has so many points at most: a panel has not many more pixels.
 MOST_POINTS = 80
 
@@ -124,7 +157,9 @@ def draw_numbers(history: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
             if finite and min(finite) > 0 and max(finite) > 30 * min(finite):
                 _logarithmic(axis)
             axis.set_title(key)
-            axis.set_xlabel("step")
+            axis.set_xlabel("optimizer step")
+            axis.xaxis.set_major_locator(_whole_numbers())
+            axis.set_ylabel(UNITS.get(key.removesuffix("_median"), UNITS_OF_OTHERS))
         for axis in panels[len(history) :]:
             axis.set_axis_off()
         return figure

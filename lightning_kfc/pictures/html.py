@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _STYLE = """
+:root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 2rem auto; max-width: 62rem;
   padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ccc; }
@@ -21,6 +22,9 @@ pre { overflow-x: auto; background: #f6f6f6; padding: .8rem; font-size: .85rem; 
 table { border-collapse: collapse; } td, th { text-align: left; padding: .15rem 1.2rem .15rem 0; vertical-align: top; }
 th { font-weight: 600; } figure { margin: 1rem 0; overflow-x: auto; } img { max-width: 100%; height: auto; }
 p { max-width: 46rem; } code { font-size: .9em; }
+img { background: #fff; border-radius: 4px; }
+@media (prefers-color-scheme: dark) { body { color: #e4e4e4; background: #181818; } pre { background: #262626; }
+  h2 { border-color: #555; } a { color: #8ab4f8; } }
 @media (max-width: 40rem) { .wide img { max-width: none; width: 44rem; } pre { font-size: .7rem; } }
 """
 

@@ -8,10 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_kfc.kfc import KFC
-from lightning_kfc.monitoring.events import History
 from lightning_kfc.pictures import (
     draw_autocorrelation,
     draw_coverage,
@@ -24,6 +23,7 @@ from lightning_kfc.pictures import (
 from lightning_kfc.pictures.html import render
 from lightning_kfc.pictures.snapshots import SpectraOverTime, shown, shown_factors
 from lightning_kfc.reporting.map_watcher import MapWatcher, spatial_modules
+from lightning_kfc.reporting.measured import MeasuredNumbers
 from lightning_kfc.reporting.options import Logging
 from lightning_kfc.reporting.sections import run_facts, sections
 
@@ -57,9 +57,9 @@ class Report:
         self._watcher: MapWatcher | None = None
         self._watched_step = -1
         self._spectra = SpectraOverTime()
-        self._logged = False
         self._coverage = ""
-        self.history = History()
+        #: The numbers over time.
+        self.measured = MeasuredNumbers(trainer, keeps=self._active)
         #: The advice that was given, for the report.
         self.advice: tuple[str, ...] = ()
 
@@ -100,12 +100,9 @@ class Report:
 
     def numbers(self, step: int, numbers: Mapping[str, float]) -> None:
         """Keep numbers that are logged at a step, for the report."""
-        if self._active:
-            # Of what there is a number of for each layer, a picture has room for the median.
-            self.history.add(
-                step, {k: v for k, v in numbers.items() if not k.endswith(("_min", "_max")) and _of_all(k)}
-            )
-            self._logged = True
+        # Of what there is a number of for each layer, a picture has room for the median.
+        drawn = {k: v for k, v in numbers.items() if not k.endswith(("_min", "_max")) and _of_all(k)}
+        self.measured.numbers(step, drawn)
 
     def step_ends(self, step: int, outputs: object) -> None:
         """The batch is over; take the pictures, if they are due.
@@ -120,12 +117,7 @@ class Report:
         kfc.times.end_step()
         if not self._active:
             return
-        if self._logged:
-            self._logged = False
-            logged = dict(self._trainer.callback_metrics)
-            if isinstance(outputs, Mapping) and not any("loss" in key for key in logged):
-                logged["loss"] = outputs.get("loss")
-            self.history.add(step, {key: float(value) for key, value in logged.items() if _is_number(value)})
+        self.measured.step_ends(step, outputs)
         done = kfc.last_step.step if kfc.last_step is not None else -1
         if done == self._watched_step and done >= self._due_at:
             self._take(done, step)
@@ -144,7 +136,7 @@ class Report:
         """All pictures as of now, by name."""
         kfc = self._kfc
         return {
-            "numbers": draw_numbers(self.history.series()),
+            "numbers": draw_numbers(self.measured.moving()),
             "step_time": draw_step_time(kfc.times.mean_step()),
             "coverage": draw_coverage(str(kfc.coverage())),
             "spectra": draw_spectra(self._spectra.by_layer()),
@@ -186,15 +178,17 @@ class Report:
             self._spectra.take(kfc.last_step.step, kfc.layers)
         path = Path(self._options.report_dir) / REPORT
         facts = run_facts(kfc, self._trainer, interrupted_by)
-        shown = sections(kfc, facts, self.figures(), self._missing(), self.advice)
+        shown = sections(kfc, facts, self.figures(), self._missing(), self.measured.flat(), self.advice)
         title = f"KFC: training of {type(self._module).__name__}"
         return path if _write(path, render(title, shown).encode()) else None
 
     def _missing(self) -> dict[str, str]:
         """Why some pictures have nothing to show."""
         missing = {}
-        if not self.history.series():
+        if not self.measured.history.series():
             missing["numbers"] = "No numbers were logged: see log_every_n_steps."
+        elif not self.measured.moving():
+            missing["numbers"] = "No number that was logged has changed."
         if self._watcher is None or not self._watcher.statistics():
             missing["autocorrelation"] = "No convolution over two dimensions was seen while statistics were taken."
         return missing
@@ -203,10 +197,6 @@ class Report:
 def _of_all(key: str) -> bool:
     """Whether a key has no layer in it."""
     return key.count("/") == 1
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
 def _write(path: Path, content: bytes) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +27,8 @@ TITLES = {
 
 #: How to read each picture, by its name in logs and files.
 CAPTIONS = {
-    "numbers": "What was logged, over the optimizer steps.",
+    "numbers": "What was logged, at the optimizer steps where it was measured; the callback's begin with kfc/. "
+    "Those that never changed are in the table below the charts.",
     "step_time": "The mean time of a step by part, warm-up included. Statistics and inverses get less of it with "
     "longer periods; the pictures themselves are not counted.",
     "coverage": "The layers with their factors, and which parameters have another form of curvature or none.",
@@ -45,6 +46,7 @@ def sections(
     facts: Mapping[str, object],
     figures: Mapping[str, Figure],
     missing: Mapping[str, str],
+    flat: Mapping[str, float],
     advice: Sequence[str] = (),
 ) -> list[Section]:
     """The whole report.
@@ -54,22 +56,28 @@ def sections(
         facts: From :func:`run_facts`.
         figures: The pictures, by name.
         missing: Sentences in the place of pictures that have nothing to show, by name.
+        flat: Logged numbers that never changed, by key.
         advice: Sentences of advice that were given.
     """
     events = {name.replace("_", " "): count for name, count in kfc.events.state_dict().items() if count}
-    drawn = [
-        Section(title, missing[name])
+    drawn = {
+        name: Section(title, missing[name])
         if name in missing
         else Section(title, CAPTIONS[name], as_image(figures[name], title))
         for name, title in TITLES.items()
-    ]
+    }
+    numbers = drawn.pop("numbers")
+    if flat:
+        table = as_table({key: f"{value:.4g}" for key, value in flat.items()})
+        numbers = replace(numbers, body=f"{numbers.body}{table}")
     planned = "" if events else "All went as planned."
     return [
         Section("Run", "", as_table(facts)),
-        Section("Coverage", CAPTIONS["coverage"], as_text(str(kfc.coverage()))),
+        numbers,
         Section("Events", planned, as_table(events) if events else ""),
         Section("Advice", "" if advice else "None.", as_list(advice) if advice else ""),
-        *drawn,
+        Section("Coverage", CAPTIONS["coverage"], as_text(str(kfc.coverage()))),
+        *drawn.values(),
         Section("Settings", "Those that differ from their default are marked.", as_table(_settings(kfc))),
     ]
 
