@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 
 from torch import nn
@@ -59,11 +60,11 @@ class Refreshes:
         stages = self._stages
         finite = all_finite([p.grad for p in parameters if p.grad is not None])
         # Where messages follow, no rank may be the only one to wait for them, whatever its own gradients are.
-        if stages.group.size > 1 and (self._reviewer.active or self._due(names)):
+        if stages.group.size > 1 and (self._reviewer.active or self._sends(names)):
             return stages.group.all_agree(finite, next(stages.model.parameters()).device)
         return finite
 
-    def __call__(self, names: Iterable[str]) -> None:
+    def __call__(self, names: Collection[str]) -> None:
         """Fold what the losses of a step have brought into the factors of layers, and refresh their inverses.
 
         Args:
@@ -72,16 +73,14 @@ class Refreshes:
         stages, step = self._stages, self._stages.steps.number
         layers = [stages.layers[name] for name in names]
         stages.estimator.recount({layer.name for layer in layers if layer.pending is not None})
-        self._measure_units(layers)
-        damping = self._reviewer.damping_at(step)
+        expected = self._factors.expects(names)
         try:
             with full_precision(stages.model):
                 with stages.times.part("statistics"):
                     folded = self._factors(layers, step)
                 stages.layers.drop_all(folded.given_up)
                 stages.pending.unseen.update(folded.unusable)
-                with stages.times.part("inverses"):
-                    self._inverses(layers, step, damping)
+                self._refresh_inverses(layers, expected)
                 with stages.times.part("statistics"):
                     # In the basis that the refresh has left.
                     moments = stages.estimator.examples.second_moments(layers)
@@ -92,15 +91,26 @@ class Refreshes:
                 raise
             stages.pending.leave_out({layer.name: error for layer in layers}, step)
 
-    def _due(self, names: Collection[str]) -> bool:
+    def _sends(self, names: Collection[str]) -> bool:
         """Whether a refresh of these layers at this step takes statistics or makes inverses, on any rank."""
         step = self._stages.steps.number
-        return self._factors.expects(names) or self._inverses.any_due(names, step, self._reviewer.damping_at(step))
+        dated = self._inverses.dated(names, step)
+        return self._factors.expects(names) or bool(self._inverses.outdated(dated, self._reviewer.damping_at(step)))
+
+    def _refresh_inverses(self, layers: Sequence[Layer], expected: bool) -> None:
+        step = self._stages.steps.number
+        dated = self._inverses.dated([layer.name for layer in layers], step)
+        if expected or self._inverses.outdated(dated, self._reviewer.damping_at(step)):
+            self._measure_units(layers)
+        damping = self._reviewer.damping_at(step)
+        # An automatic damping has no unit before the first loss that is not 0: the inverses stay due.
+        if not math.isnan(damping):
+            due = set(self._inverses.outdated(dated, damping))
+            with self._stages.times.part("inverses"):
+                self._inverses([layer for layer in layers if layer.name in due], step, damping)
 
     def _measure_units(self, layers: Sequence[Layer]) -> None:
-        """Measure the units of automatic settings, where a refresh follows. Collective."""
-        if not self._due([layer.name for layer in layers]):
-            return
+        """Measure the units of automatic settings. Collective: call on every rank."""
         parameters = [parameter for layer in layers for parameter in layer.trained_parameters().values()]
         self._reviewer.measure_loss(parameters, never_negative=self._stages.estimator.never_negative)
         if self._reviewer.damping_is_automatic:

@@ -31,19 +31,23 @@ class InverseRefresh:
         self._ownership = ownership
         self._exchange = InverseExchange(ownership, kind)
 
-    def any_due(self, layers: Iterable[str], step: int, damping: float) -> bool:
-        """Whether a refresh of these layers at this step sends inverses between ranks."""
-        return any(
-            self._tracker.has_statistics(name) and self._tracker.inverse_due(name, step, damping) for name in layers
-        )
+    def dated(self, layers: Iterable[str], step: int) -> list[str]:
+        """The layers with statistics for whose inverse this step is a date, or follows one that was missed."""
+        return [name for name in layers if self._tracker.has_statistics(name) and self._tracker.new_inverse(name, step)]
+
+    def outdated(self, dated: Iterable[str], damping: float) -> list[str]:
+        """Those of such layers whose inverses would not come out as they are."""
+        return [name for name in dated if self._tracker.inverse_outdated(name, damping)]
 
     def __call__(self, layers: Sequence[Layer], step: int, damping: float) -> None:
-        """Refresh the inverses of these layers that are due at this step."""
-        due = [
-            layer
-            for layer in layers
-            if (layer.averages or not self._ownership.has_factors(layer)) and self.any_due([layer.name], step, damping)
-        ]
+        """Refresh the inverses of layers, those that have factors. Collective: call on every rank.
+
+        Args:
+            layers: The layers that are due.
+            step: The optimizer step.
+            damping: In force at this step.
+        """
+        due = [layer for layer in layers if layer.averages or not self._ownership.has_factors(layer)]
         if not due:
             return
         self._ownership.communication.begin("inverses")

@@ -92,10 +92,8 @@ class RefreshTracker:
         # layers that have passed theirs over would be inverted at that step.
         return at < date and (self._slot(layer, step) is None or at < self._last_factors_before(date))
 
-    def inverse_due(self, layer: str, step: int, damping: float) -> bool:
-        """Whether a layer's inverse is due, and would not come out as it is."""
-        if not self.new_inverse(layer, step):
-            return False
+    def inverse_outdated(self, layer: str, damping: float) -> bool:
+        """Whether a layer's inverse would not come out as it is: it has new statistics, or another damping."""
         at, used = self._factorised.get(layer, (-1, None))
         return self._folded.get(layer, -1) > at or damping != used
 

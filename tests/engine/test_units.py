@@ -109,3 +109,28 @@ def test_weights_that_begin_at_or_near_zero_can_move(weights: str) -> None:
         model[-1].weight *= 0.0 if weights == "zero" else 1e-6
         model[-1].bias.zero_()
     assert losses(model)[-1] < 0.9 * math.log(3)
+
+
+def test_inverses_wait_for_the_first_loss_that_is_not_0() -> None:
+    model = nn.Linear(4, 3)
+    with torch.no_grad():
+        model.weight.zero_()
+        model.bias.zero_()
+    kfc = KFC(model, damping="auto", kl_clip="auto", factor_every_n_steps=1, inverse_every_n_steps=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
+    found = []
+    for target in (torch.zeros(16, 3), torch.zeros(16, 3), torch.ones(16, 3), torch.ones(16, 3)):
+        optimizer.zero_grad()
+        with kfc.capture():
+            loss = F.mse_loss(model(x), target)
+        kfc.update(loss)
+        loss.backward()
+        assert kfc.precondition(optimizer=optimizer)
+        optimizer.step()
+        kfc.review(optimizer=optimizer)
+        found.append((loss.item(), kfc.layers[""].inverse is not None))
+    assert [inverse for _, inverse in found] == [False, False, True, True]
+    assert [loss for loss, _ in found][:2] == [0.0, 0.0]
+    assert found[3][0] < found[2][0]
+    assert kfc.events.failed_factorisations == 0
