@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from lightning_kfc.curvature.layer import Layer
+from lightning_kfc.curvature.refusals import (
+    COMPLEX,
+    UNINITIALISED,
+    check_patterns_match,
+    complex_parameters,
+    left_out,
+    raise_no_layer,
+    refusal,
+    uninitialised,
+    why_not,
+)
 from lightning_kfc.layers import Adapter, ParameterAdapter, adapter_for
+from lightning_kfc.layers.options import AdapterOptions
 from lightning_kfc.settings import Settings
-
-#: Why the parameters of a lazy module have no curvature before it has seen an input.
-UNINITIALISED = "not initialised before the first forward"
-
-#: Why a complex parameter has no curvature. All factors are real.
-COMPLEX = "complex: there is no curvature for complex values"
 
 
 @dataclass(frozen=True)
@@ -87,39 +91,34 @@ def find_layers(model: nn.Module, options: LayerOptions | None = None, *, strict
     # A norm layer without scale and shift has the names of both, and None for each.
     owners = {n: m for n, m in model.named_modules() if any(p is not None for p in m._parameters.values())}
     if strict:
-        _check_patterns_match("include", include, owners)
-        _check_patterns_match("exclude", exclude, owners)
-    left_out = {name: _left_out(name, include, exclude) for name in owners}
+        check_patterns_match("include", include, owners)
+        check_patterns_match("exclude", exclude, owners)
+    reasons = {name: left_out(name, include, exclude) for name in owners}
     held = _held_by_parents(owners)
     found, uses = FoundLayers(), _Uses()
     for name, module in owners.items():
-        reason = left_out[name] or (UNINITIALISED if _uninitialised(module) else None)
+        reason = reasons[name] or (UNINITIALISED if uninitialised(module) else None)
         if reason is not None:
             found.plain.update(dict.fromkeys(_identities(module._parameters), (type(module).__name__, reason)))
         if reason is None:
-            found.plain.update({id(p): (type(module).__name__, COMPLEX) for p in _complex_parameters(module)})
+            found.plain.update({id(p): (type(module).__name__, COMPLEX) for p in complex_parameters(module)})
         if name not in held:
-            parts = _parts(name, module, options.weight_sharing)
             parts = {
-                part: adapter for part, adapter in parts.items() if left_out[part if part in held else name] is None
+                part: adapter
+                for part, adapter in _parts(name, module, model, options).items()
+                if reasons[part if part in held else name] is None
             }
-            for adapter in parts.values():
-                adapter.batch_axis = _batch_axis(name, model)
             uses.add(parts)
             served = {identity for adapter in parts.values() for identity in _identities(adapter.parameters())}
             for holder in (name, *(child for child, parent in held.items() if parent == name)):
                 others = [i for i in _identities(owners[holder]._parameters) if i not in served]
-                uses.add_other(holder, others, left_out[holder] or _why_not(module, owners[holder]))
+                uses.add_other(holder, others, reasons[holder] or why_not(module, owners[holder]))
     for use in uses.explained():
         for name, adapters in use.items():
-            for adapter in adapters:
-                adapter.max_factor_dim = options.max_factor_dim
-                adapter.rows_per_dim = options.rows_per_dim
-                adapter.layer_name = name
             found.layers[name] = Layer(name, adapters, inverse_precision=options.inverse_precision)
-    to_come = any(_uninitialised(module) for name, module in owners.items() if left_out[name] is None)
+    to_come = any(uninitialised(module) for name, module in owners.items() if reasons[name] is None)
     if strict and not to_come and not any(layer.adapter.own_parameters() for layer in found.layers.values()):
-        _raise_no_layer(owners, include, exclude, held)
+        raise_no_layer(owners, include, exclude, held)
     unexplained = {i: why for i, why in uses.unexplained().items() if i not in found.plain}
     found.layers.update(parameter_layers(model, unexplained, options))
     return found
@@ -187,21 +186,16 @@ class _Uses:
         return reasons
 
 
-def _parts(name: str, module: nn.Module, weight_sharing: str) -> dict[str, Adapter]:
+def _parts(name: str, module: nn.Module, model: nn.Module, options: LayerOptions) -> dict[str, Adapter]:
     """The adapters of a module, by layer name."""
     kind = adapter_for(module)
-    if kind is None or _refusal(module) is not None:
+    if kind is None or refusal(module) is not None:
         return {}
-    parts = {f"{name}.{suffix}".strip("."): part for suffix, part in kind.sublayers(module, weight_sharing).items()}
+    own = AdapterOptions(
+        name, options.weight_sharing, _batch_axis(name, model), options.max_factor_dim, options.rows_per_dim
+    )
+    parts = {f"{name}.{suffix}".strip("."): part for suffix, part in kind.sublayers(module, own).items()}
     return {part: adapter for part, adapter in parts.items() if adapter.parameters()}
-
-
-def _uninitialised(module: nn.Module) -> bool:
-    return any(parameter is not None and is_lazy(parameter) for parameter in module._parameters.values())
-
-
-def _complex_parameters(module: nn.Module) -> list[nn.Parameter]:
-    return [p for p in module._parameters.values() if p is not None and p.is_complex()]
 
 
 def _connected(parts: Mapping[str, Adapter]) -> list[dict[str, Adapter]]:
@@ -238,40 +232,6 @@ def _identities(parameters: Mapping[str, nn.Parameter | None]) -> tuple[int, ...
     return tuple(id(parameter) for parameter in parameters.values() if parameter is not None)
 
 
-def _left_out(name: str, include: Sequence[str] | None, exclude: Sequence[str] | None) -> str | None:
-    if include is not None and not _matches(name, include):
-        return "not in include"
-    if exclude is not None and _matches(name, exclude):
-        return "in exclude"
-    return None
-
-
-def _refusal(module: nn.Module) -> str | None:
-    kind = adapter_for(module)
-    if _uninitialised(module):
-        return UNINITIALISED
-    if isinstance(module, nn.utils.parametrize.ParametrizationList):
-        return "a weight that is re-parametrised is computed from it"
-    if kind is None:
-        return f"no adapter for {type(module).__name__}"
-    if _complex_parameters(module):
-        return "its module has complex parameters"
-    if _computes_its_weight(module):
-        return "its weight is re-parametrised"
-    return kind.refusal(module)
-
-
-def _computes_its_weight(module: nn.Module) -> bool:
-    # Without reading it: a spectral norm goes on with its power iteration whenever it is read.
-    held = module.__dict__.get("weight", module._buffers.get("weight"))
-    return held is not None or nn.utils.parametrize.is_parametrized(module, "weight")
-
-
-def _why_not(module: nn.Module, holder: nn.Module) -> str:
-    """Why no part of a module serves a parameter that it, or a module it holds, owns."""
-    return _refusal(module) or _refusal(holder) or f"not a weight of {type(module).__name__}'s layers"
-
-
 def _held_by_parents(owners: Mapping[str, nn.Module]) -> dict[str, str]:
     """Modules that only hold parameters for another one, which never calls them; with that one's name."""
     held = {}
@@ -281,34 +241,3 @@ def _held_by_parents(owners: Mapping[str, nn.Module]) -> dict[str, str]:
             if f"{name}.{child}".lstrip(".") in owners:
                 held[f"{name}.{child}".lstrip(".")] = name
     return held
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _check_patterns_match(option: str, patterns: Sequence[str] | None, owners: Mapping[str, nn.Module]) -> None:
-    for pattern in patterns or ():
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in owners):
-            raise ValueError(
-                f"{option} pattern {pattern!r} matches no module that has parameters. "
-                f"The modules are: {', '.join(owners) or 'none'}."
-            )
-
-
-def _raise_no_layer(
-    owners: Mapping[str, nn.Module],
-    include: Sequence[str] | None,
-    exclude: Sequence[str] | None,
-    held: Mapping[str, str],
-) -> None:
-    lines = [
-        f"  {name} ({type(module).__name__}): "
-        f"{_left_out(name, include, exclude) or _refusal(owners[held.get(name, name)]) or 'frozen, or shared'}"
-        for name, module in owners.items()
-    ]
-    raise ValueError(
-        "KFC found no layer to precondition. There must be at least one module with an adapter (such as Linear or "
-        "Conv2d) that is trainable and not left out. The modules with parameters are:\n"
-        + ("\n".join(lines) or "  none")
-    )

@@ -15,8 +15,8 @@ from lightning_kfc.estimation.graph import Arrivals, explained, loss_edge
 from lightning_kfc.estimation.recording import Call
 from lightning_kfc.estimation.seeds import Seeds
 from lightning_kfc.estimation.self_test import SelfTest
+from lightning_kfc.factors.sparse import dense
 from lightning_kfc.factors.statistics import Statistics
-from lightning_kfc.layers.adapter import dense
 
 
 def derivatives(seeds: Seeds, inputs: Sequence[GradientEdge], scale: float = 1.0) -> list[Tensor | None]:

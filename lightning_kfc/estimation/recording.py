@@ -13,8 +13,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_kfc.distributed.process_group import is_sharded
 from lightning_kfc.distributed.sharded_tensors import whole
+from lightning_kfc.factors.sparse import dense
 from lightning_kfc.layers import Adapter, Forward
-from lightning_kfc.layers.adapter import Probe, dense
+from lightning_kfc.layers.forward import Probe
 from lightning_kfc.monitoring.timing import StepTimes
 from lightning_kfc.utilities.isolation import unseen_by_dispatch_modes
 

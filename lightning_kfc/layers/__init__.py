@@ -3,7 +3,8 @@
 import importlib
 import pkgutil
 
-from lightning_kfc.layers.adapter import Adapter, Forward
+from lightning_kfc.layers.adapter import Adapter
+from lightning_kfc.layers.forward import Forward
 from lightning_kfc.layers.parameter import ParameterAdapter
 from lightning_kfc.layers.registry import adapter_for, register_adapter
 from lightning_kfc.layers.scale_shift import ScaleShiftAdapter

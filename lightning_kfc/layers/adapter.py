@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -19,59 +18,13 @@ from lightning_kfc.factors.statistics import (
     Statistics,
     append_ones,
     factor_dtype,
-    rows_cancel,
     second_moment_diagonal,
     second_moment_total,
     share_by_reduction,
 )
-from lightning_kfc.monitoring.messages import inform
-
-#: Called as ``hook(module, args, kwargs, output)``.
-ForwardHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
-
-#: Gives input rows times one direction, ``(examples, positions, groups)``.
-Probe = Callable[[], Tensor]
-
-
-def dense(tensor: Tensor) -> Tensor:
-    """The tensor, a sparse gradient as a dense one."""
-    return tensor.to_dense() if tensor.is_sparse else tensor
-
-
-def overwrite(target: Tensor, values: Tensor) -> None:
-    """Fill a tensor; a sparse one keeps its sparsity: values elsewhere are left out."""
-    if target.is_sparse:
-        indices = target.coalesce().indices()
-        kept = values[tuple(indices)].to(target.dtype)
-        values = torch.sparse_coo_tensor(indices, kept, target.shape, is_coalesced=True, check_invariants=False)
-    target.copy_(values)
-
-
-@dataclass(frozen=True)
-class Forward:
-    """The inputs of one call of a module's forward, and its output."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    output: Any = None
-
-    def first(self, name: str = "input") -> Tensor:
-        """The first input, given by position or by ``name``."""
-        value = self.args[0] if self.args else self.kwargs[name]
-        assert isinstance(value, Tensor)
-        return value
-
-
-@dataclass(frozen=True)
-class _BothForms:
-    """The statistic of A from reduced and from expanded rows, until it is known which of both serves."""
-
-    reduced: InputStatistic
-    expanded: InputStatistic
-
-
-#: With fewer examples, rows may cancel by chance.
-ENOUGH_EXAMPLES = 4
+from lightning_kfc.layers.forward import Forward, ForwardHook, Probe
+from lightning_kfc.layers.options import AdapterOptions
+from lightning_kfc.layers.weight_sharing import BothForms, WeightSharing
 
 
 class Adapter(ABC):
@@ -88,7 +41,7 @@ class Adapter(ABC):
 
     Args:
         module: The module.
-        weight_sharing: ``"expand"``: one row per use of the weight; ``"reduce"``: one row per example.
+        options: How its statistics are taken.
     """
 
     #: What the coverage report calls this kind of layer.
@@ -97,28 +50,18 @@ class Adapter(ABC):
     treatment: ClassVar[str] = "kfc"
     #: Whether there are rows at all, which a forward must be watched for.
     has_rows: ClassVar[bool] = True
-    #: The axis of the examples in inputs with several leading dimensions, set by what the model says of itself.
-    batch_axis: int = 0
     #: Whether :meth:`input_rows` and :meth:`output_rows` of one example belong together, at a bearable cost.
     pairs_rows: ClassVar[bool] = True
     #: The factors that are means over rows (E1); the others are sums.
     mean_factors: ClassVar[frozenset[str]] = frozenset({"A"})
-    #: The layer's name in the model, for messages.
-    layer_name: str = ""
-    #: Above this many dimensions a factor is held as its diagonal; None for no bound, by cost neither.
-    max_factor_dim: int | None = None
-    #: Statistics are taken from a part of a batch's rows that has so many times a factor's dimensions; None for all.
-    rows_per_dim: int | None = None
-
     #: The likely reason why the parameters get a derivative although no forward of the module was seen.
     unseen: ClassVar[str] = "its weight is used without calling the module"
 
-    def __init__(self, module: nn.Module, weight_sharing: str = "expand") -> None:
+    def __init__(self, module: nn.Module, options: AdapterOptions | None = None) -> None:
         self.module = module
-        self.weight_sharing = weight_sharing
-        #: Why the sharing is another one than the setting; empty where it is the setting's.
-        self.sharing_reason = ""
-        self._reduction_tested = False
+        self.options = options or AdapterOptions()
+        #: How the weight is shared now.
+        self.sharing = WeightSharing(self.options.weight_sharing, self.options.name)
 
     # Which parameters, and the shape of their joint gradient.
 
@@ -128,9 +71,9 @@ class Adapter(ABC):
         return None
 
     @classmethod
-    def sublayers(cls, module: nn.Module, weight_sharing: str) -> dict[str, Adapter]:
+    def sublayers(cls, module: nn.Module, options: AdapterOptions) -> dict[str, Adapter]:
         """The adapters of a module, by a suffix of its name: more than one where its weights serve several ends."""
-        return {"": cls(module, weight_sharing)}
+        return {"": cls(module, options)}
 
     @classmethod
     def held(cls, module: nn.Module) -> tuple[str, ...]:
@@ -219,15 +162,15 @@ class Adapter(ABC):
     def diagonal_sides(self) -> dict[str, str]:
         """The factors, by name, that are held as diagonals instead of dense, with the reason.
 
-        A factor is, where it has more dimensions than :attr:`max_factor_dim`; and the larger one of a layer with
+        A factor is, where it has more dimensions than ``max_factor_dim``; and the larger one of a layer with
         several groups, where their pairs would cost more than :data:`~lightning_kfc.factors.cost.MOST_IN_A_STEP` times
-        the layer's own forward and backward. A layer with one pair is bounded by :attr:`max_factor_dim` alone.
+        the layer's own forward and backward. A layer with one pair is bounded by ``max_factor_dim`` alone.
         """
-        if self.max_factor_dim is None:
+        if self.options.max_factor_dim is None:
             return {}
         groups, d_out, d_in = self.matrix_shape()
         sides = {"A": d_in, "G": d_out}
-        found = {name: f"{d:,} > max_factor_dim" for name, d in sides.items() if d > self.max_factor_dim}
+        found = {name: f"{d:,} > max_factor_dim" for name, d in sides.items() if d > self.options.max_factor_dim}
         cost = cost_in_a_step(d_in, d_out)
         if groups > 1 and not found and cost > MOST_IN_A_STEP:
             larger = "A" if d_in >= d_out else "G"
@@ -244,7 +187,7 @@ class Adapter(ABC):
         sides = [f"{name} diagonal: {reason}" for name, reason in reasons.items()]
         size = f"{saved / 1e9:,.2f} GB" if saved >= 1e8 else f"{saved / 1e6:.1f} MB"
         cheaper = f"{', '.join(sides)} (saves {size})" if reasons else ""
-        return "; ".join(text for text in (self.sharing_reason, cheaper) if text)
+        return "; ".join(text for text in (self.sharing.reason, cheaper) if text)
 
     def estimate(self, factors: Mapping[str, Tensor], draws: float) -> Mapping[str, Tensor]:
         """What is inverted, given the running factors; by default they themselves.
@@ -322,7 +265,7 @@ class Adapter(ABC):
     def _second_moment_of_part(self, rows: Tensor) -> Tensor:
         """The second-moment total of rows, from a part of them where they are many, scaled to stand for all."""
         examples, positions, _, d = rows.shape
-        parts = number_of_parts(examples, positions, d, self.rows_per_dim)
+        parts = number_of_parts(examples, positions, d, self.options.rows_per_dim)
         if parts == 1:
             return self.second_moment(rows, "A")
         part = one_part(rows, parts)
@@ -334,44 +277,11 @@ class Adapter(ABC):
         By default the statistic of A, so that no activation is kept for it. With ``"reduce"``, also that of expanded
         rows, until :meth:`statistics` has compared both.
         """
-        reduce = self.weight_sharing == "reduce"
-        reduced = self.input_statistic(forward, reduce=reduce)
-        if not reduce or self._reduction_tested:
-            return reduced
-        return _BothForms(reduced, self.input_statistic(forward, reduce=False))
+        shared = self.input_statistic(forward, reduce=self.sharing.reduces)
+        return BothForms(shared, self.input_statistic(forward, reduce=False)) if self.sharing.untested else shared
 
     def statistics(self, record: Any, output_gradient: Tensor) -> Statistics:
         """The statistics of one call, from what was recorded in the forward and the derivative at the output."""
         rows = self.output_rows(output_gradient.to(factor_dtype(output_gradient.dtype)))
-        reduced = share_by_reduction(rows, average=False) if self.weight_sharing == "reduce" else rows
-        if isinstance(record, _BothForms):
-            if self.weight_sharing == "reduce":
-                self._test_reduction(record, rows, reduced)
-            expands = self.weight_sharing == "expand"
-            record, reduced = (record.expanded, rows) if expands else (record.reduced, reduced)
-        assert isinstance(record, InputStatistic)
-        return Statistics({"A": record.total}, {"G": self.second_moment(reduced, "G")}, record.rows)
-
-    def _test_reduction(self, record: _BothForms, rows: Tensor, reduced: Tensor) -> None:
-        """Share by ``"expand"`` from now on where an example's rows cancel in their sum; once there are enough."""
-        squares = second_moment_diagonal(rows)
-        examples, positions = rows.shape[:2]
-        if examples < ENOUGH_EXAMPLES or positions < 2 or not bool(squares.any()):
-            return
-        self._reduction_tested = True
-        means = record.expanded.rows / max(1, record.reduced.rows)
-        sides = {
-            "inputs": rows_cancel(_diagonal(record.reduced.total) * means**2, _diagonal(record.expanded.total)),
-            "derivatives": rows_cancel(second_moment_diagonal(reduced), squares),
-        }
-        cancelling = [side for side, cancels in sides.items() if cancels]
-        if cancelling:
-            self.weight_sharing = "expand"
-            self.sharing_reason = (
-                f"shared by 'expand': its {' and '.join(cancelling)} cancel over an example's positions"
-            )
-            inform(f"KFC: layer {self.layer_name!r} is {self.sharing_reason}.")
-
-
-def _diagonal(total: Tensor) -> Tensor:
-    return total.diagonal(dim1=-2, dim2=-1) if total.ndim == 3 else total
+        inputs, rows = self.sharing.shared(record, rows)
+        return Statistics({"A": inputs.total}, {"G": self.second_moment(rows, "G")}, inputs.rows)

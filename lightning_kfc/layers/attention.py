@@ -9,6 +9,7 @@ numbers and the results are the same to the last bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
@@ -17,9 +18,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from lightning_kfc.layers.adapter import Adapter, Forward, ForwardHook
+from lightning_kfc.layers.adapter import Adapter
+from lightning_kfc.layers.forward import Forward, ForwardHook
 from lightning_kfc.layers.fused_modules import Watch
 from lightning_kfc.layers.linear import LinearAdapter, leading_rows
+from lightning_kfc.layers.options import AdapterOptions
 from lightning_kfc.layers.registry import register_adapter
 
 PROJECTIONS = ("q", "k", "v")
@@ -34,7 +37,7 @@ class ProjectionAdapter(LinearAdapter):
 
     Args:
         module: The attention module.
-        weight_sharing: See :class:`Adapter`.
+        options: See :class:`Adapter`.
         watch: Shows the module's projections.
         part: ``"q"``, ``"k"``, ``"v"`` or ``"out_proj"``.
     """
@@ -42,8 +45,10 @@ class ProjectionAdapter(LinearAdapter):
     kind = "MultiheadAttention"
     module: nn.MultiheadAttention
 
-    def __init__(self, module: nn.MultiheadAttention, weight_sharing: str, watch: Watch, part: str) -> None:
-        super().__init__(module, weight_sharing)
+    def __init__(self, module: nn.MultiheadAttention, options: AdapterOptions, watch: Watch, part: str) -> None:
+        super().__init__(module, replace(options, weight_sharing="expand"))
+        if options.weight_sharing == "reduce":
+            self.sharing.reason = SHARING
         self._watch, self._part = watch, part
 
     @classmethod
@@ -59,16 +64,12 @@ class ProjectionAdapter(LinearAdapter):
         return ("out_proj",)
 
     @classmethod
-    def sublayers(cls, module: nn.Module, weight_sharing: str) -> dict[str, Adapter]:
+    def sublayers(cls, module: nn.Module, options: AdapterOptions) -> dict[str, Adapter]:
         """The four projections."""
         assert isinstance(module, nn.MultiheadAttention)
         watch = Watch(module, _run)
         names = [*PROJECTIONS, *(["out_proj"] if "weight" in module.out_proj._parameters else [])]
-        found: dict[str, Adapter] = {name: cls(module, "expand", watch, name) for name in names}
-        if weight_sharing == "reduce":
-            for adapter in found.values():
-                adapter.sharing_reason = SHARING
-        return found
+        return {name: cls(module, options, watch, name) for name in names}
 
     def attach(self, hook: ForwardHook) -> RemovableHandle:
         """See :class:`Adapter`."""

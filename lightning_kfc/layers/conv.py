@@ -19,7 +19,8 @@ from lightning_kfc.factors.convolution.patches import (
 )
 from lightning_kfc.factors.row_sampling import number_of_parts
 from lightning_kfc.factors.statistics import InputStatistic, factor_dtype
-from lightning_kfc.layers.adapter import Adapter, Forward
+from lightning_kfc.layers.adapter import Adapter
+from lightning_kfc.layers.forward import Forward
 from lightning_kfc.layers.registry import register_adapter
 
 #: Images that are projected on a direction at a time, in the forward, where larger pieces leave holes in memory.
@@ -107,5 +108,5 @@ class ConvAdapter(Adapter):
         if "A" in self.diagonal_sides():
             return 1
         positions = geometry.positions(images.shape[2:])
-        parts = number_of_parts(len(images), positions, self.matrix_shape()[2], self.rows_per_dim)
+        parts = number_of_parts(len(images), positions, self.matrix_shape()[2], self.options.rows_per_dim)
         return parts if part_is_cheaper(geometry, parts, images) else 1

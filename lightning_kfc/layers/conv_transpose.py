@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_kfc.factors.convolution.geometry import Geometry
-from lightning_kfc.layers.adapter import Forward
 from lightning_kfc.layers.conv import ConvAdapter
+from lightning_kfc.layers.forward import Forward
 from lightning_kfc.layers.registry import register_adapter
 
 

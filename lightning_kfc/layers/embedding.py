@@ -9,8 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_kfc.factors.sparse import dense, overwrite
 from lightning_kfc.factors.statistics import InputStatistic, Statistics, factor_dtype
-from lightning_kfc.layers.adapter import Adapter, Forward, dense, overwrite
+from lightning_kfc.layers.adapter import Adapter
+from lightning_kfc.layers.forward import Forward
 from lightning_kfc.layers.registry import register_adapter
 
 

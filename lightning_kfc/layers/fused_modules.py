@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from lightning_kfc.layers.adapter import ForwardHook
+from lightning_kfc.layers.forward import ForwardHook
 
 #: Computes what the module's forward computes; called as ``run(watch, forward, args, kwargs)``.
 Run = Callable[["Watch", Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]

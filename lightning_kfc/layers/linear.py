@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_kfc.layers.adapter import Adapter, Forward
+from lightning_kfc.layers.adapter import Adapter
+from lightning_kfc.layers.forward import Forward
 from lightning_kfc.layers.registry import register_adapter, register_adapter_by_name
 
 #: Bilinear layers whose A would have more columns than this are left to a diagonal curvature.
@@ -39,11 +40,11 @@ class LinearAdapter(Adapter):
 
     def weight_input_rows(self, forward: Forward) -> Tensor:
         """Each input vector is a row."""
-        return leading_rows(forward.first(), self.batch_axis)
+        return leading_rows(forward.first(), self.options.batch_axis)
 
     def output_rows(self, output_gradient: Tensor) -> Tensor:
         """Each output vector is a row."""
-        return leading_rows(output_gradient, self.batch_axis)
+        return leading_rows(output_gradient, self.options.batch_axis)
 
 
 @register_adapter_by_name("transformers.pytorch_utils.Conv1D")
@@ -62,7 +63,7 @@ class TransposedLinearAdapter(LinearAdapter):
 
     def weight_input_rows(self, forward: Forward) -> Tensor:
         """Each input vector is a row."""
-        return leading_rows(forward.first("x"), self.batch_axis)
+        return leading_rows(forward.first("x"), self.options.batch_axis)
 
 
 @register_adapter(nn.Bilinear)
@@ -82,5 +83,5 @@ class BilinearAdapter(LinearAdapter):
         """The outer product of each pair of input vectors, flattened."""
         values = dict(zip(("input1", "input2"), forward.args, strict=False)) | dict(forward.kwargs)
         return leading_rows(
-            (values["input1"].unsqueeze(-1) * values["input2"].unsqueeze(-2)).flatten(-2), self.batch_axis
+            (values["input1"].unsqueeze(-1) * values["input2"].unsqueeze(-2)).flatten(-2), self.options.batch_axis
         )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_kfc.layers.adapter import Forward
+from lightning_kfc.layers.forward import Forward
 from lightning_kfc.layers.registry import register_adapter, register_adapter_by_name
 from lightning_kfc.layers.scale_shift import ScaleShiftAdapter
 

@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from lightning_kfc.factors.inverses import DiagonalInverse, Inverse
+from lightning_kfc.factors.sparse import dense, overwrite
 from lightning_kfc.factors.statistics import Statistics, factor_dtype
-from lightning_kfc.layers.adapter import Adapter, Forward, dense, overwrite
+from lightning_kfc.layers.adapter import Adapter
+from lightning_kfc.layers.forward import Forward
 
 
 class ParameterAdapter(Adapter):

@@ -10,6 +10,7 @@ due step's own, would have to save the same tensors as the first.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from lightning_kfc.layers.adapter import Adapter, Forward, ForwardHook
+from lightning_kfc.layers.adapter import Adapter
+from lightning_kfc.layers.forward import Forward, ForwardHook
 from lightning_kfc.layers.fused_modules import Watch
 from lightning_kfc.layers.linear import LinearAdapter, leading_rows
+from lightning_kfc.layers.options import AdapterOptions
 from lightning_kfc.layers.recurrent_cells import CELLS, SEQUENCES, one_step, packed, padded, suffix
 from lightning_kfc.layers.registry import register_adapter
 
@@ -32,6 +35,7 @@ class GateAdapter(LinearAdapter):
 
     Args:
         module: The recurrent module.
+        options: See :class:`Adapter`.
         watch: Shows its products.
         part: ``"ih"`` (input), ``"hh"`` (state) or ``"hr"`` (an LSTM's projection), with layer and direction.
     """
@@ -42,8 +46,8 @@ class GateAdapter(LinearAdapter):
     unseen: ClassVar[str] = "its products are not seen inside an activation checkpoint, or it is never called"
     module: nn.RNNBase | nn.RNNCellBase
 
-    def __init__(self, module: nn.RNNBase | nn.RNNCellBase, watch: Watch, part: str) -> None:
-        super().__init__(module, "expand")
+    def __init__(self, module: nn.RNNBase | nn.RNNCellBase, options: AdapterOptions, watch: Watch, part: str) -> None:
+        super().__init__(module, replace(options, weight_sharing="expand"))
         self._watch, self._part = watch, part
 
     @classmethod
@@ -53,11 +57,11 @@ class GateAdapter(LinearAdapter):
         return None if all(name in module._parameters for name in names) else "its weight is re-parametrised"
 
     @classmethod
-    def sublayers(cls, module: nn.Module, weight_sharing: str) -> dict[str, Adapter]:
+    def sublayers(cls, module: nn.Module, options: AdapterOptions) -> dict[str, Adapter]:
         """One for each product."""
         assert isinstance(module, nn.RNNBase | nn.RNNCellBase)
         watch = Watch(module, _run)
-        return {part: cls(module, watch, part) for part in _part_names(module)}
+        return {part: cls(module, options, watch, part) for part in _part_names(module)}
 
     def attach(self, hook: ForwardHook) -> RemovableHandle:
         """See :class:`Adapter`."""

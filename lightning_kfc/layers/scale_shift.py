@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lightning_kfc.factors.inverses import BlockInverse, Inverse
 from lightning_kfc.factors.statistics import Statistics, factor_dtype, second_moment_total
-from lightning_kfc.layers.adapter import Adapter, Forward, Probe
+from lightning_kfc.layers.adapter import Adapter
+from lightning_kfc.layers.forward import Forward, Probe
 from lightning_kfc.layers.registry import register_adapter
 
 #: At most so many bytes of normalised inputs are formed at a time.
@@ -104,7 +105,7 @@ class ScaleShiftAdapter(Adapter):
         if tensor.ndim == own_axes:
             return tensor.reshape(1, 1, self.groups, 1)
         if tensor.ndim > own_axes + 1:
-            tensor = tensor.movedim(self.batch_axis, 0)
+            tensor = tensor.movedim(self.options.batch_axis, 0)
         return tensor.reshape(len(tensor), -1, self.groups, 1)
 
     def _scaled_rows(self, input: Tensor, context: Any) -> Tensor:
@@ -167,7 +168,9 @@ class ScaleShiftAdapter(Adapter):
 
         What is formed for a moment then stays in a core's cache, and leaves no holes in memory.
         """
-        alone = self._rows(input).shape[0] != len(input) or self.batch_axis != 0 or self.couples_examples(context)
+        alone = (
+            self._rows(input).shape[0] != len(input) or self.options.batch_axis != 0 or self.couples_examples(context)
+        )
         size = CHUNK_BYTES * len(input) // max(1, input.nbytes)
         for part in [input] if alone else torch.split(input, max(1, size)):
             yield self._scaled_rows(part, context)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_kfc.layers.adapter import dense
+from lightning_kfc.factors.sparse import dense
 
 
 def is_sgd(optimizer: Optimizer) -> bool:

@@ -11,7 +11,7 @@ from torch.autograd.graph import Node
 from torch.optim import Optimizer
 
 from lightning_kfc.distributed import process_group as distributed
-from lightning_kfc.layers.adapter import dense
+from lightning_kfc.factors.sparse import dense
 from lightning_kfc.trust_region.replay import RecordedLoss
 
 

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.curvature.optimizer_step import OptimizerStep
-from lightning_kfc.layers.adapter import dense
+from lightning_kfc.factors.sparse import dense
 from lightning_kfc.trust_region.losses_seen import SeenLoss
 from lightning_kfc.trust_region.region import Outcome
 

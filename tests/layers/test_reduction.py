@@ -127,7 +127,7 @@ def test_few_examples_decide_nothing() -> None:
         with kfc.capture():
             loss = loss_of(model, examples)()
         kfc.update(loss)
-        assert kfc.layers["score"].adapter.weight_sharing == expected
+        assert kfc.layers["score"].adapter.sharing.mode == expected
 
 
 def test_updates_of_keys_are_of_the_size_of_those_of_expand() -> None:
