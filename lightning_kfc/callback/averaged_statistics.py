@@ -12,16 +12,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class AveragedStatistics:
-    """Averages the batch statistics of every batch norm as an exponential average of weights averages the weights.
+    """Exponential averages of every batch norm's batch statistics, with the decay of the averaged weights.
 
-    The batches of a step are recovered from how far they have moved the running statistics. Means and standard
-    deviations are averaged, since both follow the scale of the weights before them. So they depend neither on the
-    momentum of the layer nor on the statistics that it began with. Instance norm and statistics of half precision stay
-    as they are.
+    The statistics of a step's batches are computed from the change of the running statistics. Means and standard
+    deviations are averaged, since both scale with the weights before the layer. The averages depend neither on the
+    layer's momentum nor on its initial statistics. Instance norm and statistics of half precision are left alone.
 
     Args:
-        module: Holds the layers; those that are added later are not followed.
-        decay: The share of the average that stays at each optimizer step, at least 0 and below 1.
+        module: The module; layers that are added later are left out.
+        decay: The share of the average that each optimizer step keeps, at least 0 and below 1.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -33,19 +32,19 @@ class AveragedStatistics:
         self._groups = [_Group(layers, decay) for layers in groups.values()]
 
     def update(self) -> None:
-        """Mix in the batches since the last optimizer step, of which every layer may have seen any number."""
+        """Mix in the batches since the last optimizer step; their number may differ between layers."""
         for group in self._groups:
             group.update()
 
     def broadcast(self, send: Callable[[Tensor], Tensor]) -> None:
-        """Take over the averages of another rank. Collective: call on every rank."""
+        """Replace the averages by those of another rank. Collective: call on every rank."""
         for group in self._groups:
             for name in ("mean", "deviation", "updates"):
                 own = getattr(group, name)
                 setattr(group, name, send(own).to(own.device))
 
     def values(self) -> list[tuple[Tensor, Tensor]]:
-        """Each running statistic, with what belongs there beside averaged weights."""
+        """Each running statistic, with its average."""
         return [pair for group in self._groups for pair in group.values()]
 
     def state_dict(self) -> dict[str, Any]:
@@ -53,13 +52,13 @@ class AveragedStatistics:
         return {name: state for group in self._groups for name, state in group.state().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state; layers that it lacks, or of another size, start anew."""
+        """Restore a state; layers that are not in it, or have another size, start again."""
         for group in self._groups:
             group.load(state)
 
 
 class _Group:
-    """The layers of one device and one precision, their channels in one row: an update is a few operations."""
+    """The layers of one device and one precision, their channels concatenated for few operations."""
 
     def __init__(self, layers: dict[str, _BatchNorm], decay: float) -> None:
         self._layers, self._decay = layers, decay
@@ -73,7 +72,7 @@ class _Group:
         self._momentum = first
 
     def running(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Means and variances of all channels, and the batches that each layer has seen."""
+        """Means and variances of all channels, and each layer's number of batches."""
         layers: Any = self._layers.values()
         means, variances = [layer.running_mean for layer in layers], [layer.running_var for layer in layers]
         return torch.cat(means), torch.cat(variances), torch.stack([layer.num_batches_tracked for layer in layers])
@@ -85,7 +84,7 @@ class _Group:
         batches, total = (seen - seen_before).to(mean.dtype), seen.clamp(min=1).to(mean.dtype)
         momenta = [layer.momentum for layer in self._layers.values()]
         if momenta != self._momenta:
-            # NaN stands for none: the mean over all batches.
+            # NaN stands for momentum None: the mean over all batches.
             self._momenta = momenta
             self._momentum = mean.new_tensor([float("nan") if m is None else m for m in momenta])
         kept = torch.where(self._momentum.isnan(), 1 - batches / total, (1 - self._momentum) ** batches)
@@ -130,7 +129,7 @@ class _Group:
 
 
 def _has_statistics(layer: nn.Module) -> bool:
-    """Whether a layer is batch norm with running statistics, made and precise enough to be told apart by step."""
+    """Whether a layer is an initialised batch norm with running statistics of single precision or better."""
     if not isinstance(layer, _BatchNorm) or not layer.track_running_stats:
         return False
     mean, seen = layer.running_mean, layer.num_batches_tracked

@@ -34,32 +34,32 @@ class _Average:
 
 
 class AveragedWeights:
-    r"""Averages the weights that optimizers move, and puts the averages in their place where they are wanted.
+    r"""Averages the weights that optimizers update, and swaps them with the weights that train.
 
-    After an optimizer's k-th step, its parameters enter their averages with weight :math:`\max(1/k, 1 - \text{decay})`:
-    the first ones count alike, and the start is forgotten. A parameter that comes later starts at its own value. What
-    no optimizer moves, such as a teacher, is not averaged; batch norm gets the statistics of the averaged steps
-    (:class:`~lightning_kfc.callback.averaged_statistics.AveragedStatistics`).
+    After an optimizer's k-th step, its parameters enter their averages with weight :math:`\max(1/k, 1 - \text{decay})`,
+    so that the initial weights do not count. A parameter that is added later starts at its own value. Parameters
+    without an optimizer, such as those of a teacher, are not averaged. Batch norm gets the statistics of the averaged
+    steps (:class:`~lightning_kfc.callback.averaged_statistics.AveragedStatistics`).
 
     Args:
         module: The module that trains.
-        decay: The share of the average that stays at each optimizer step, at least 0 and below 1.
+        decay: The share of the average that each optimizer step keeps, at least 0 and below 1.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self._module, self._decay = module, decay
         self._averages: dict[int, _Average] = {}
         self._statistics = AveragedStatistics(module, decay)
-        # While the module holds averages: the tensors that they were put into, and what these held.
+        # While the module holds averages: its tensors, each with the value that trains.
         self._set_aside: list[tuple[Tensor, Tensor]] | None = None
         self._detach: Callable[[], None] | None = None
 
     @torch.no_grad()
     def update(self, optimizer: Optimizer) -> None:
-        """Mix in the weights that a step of an optimizer has left, if it has moved any.
+        """Mix the weights after an optimizer's step into the averages, unless the step was skipped.
 
         Args:
-            optimizer: It has just made its step, and holds the gradients still.
+            optimizer: The optimizer, after its step and before its gradients are cleared.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if all(p.grad is None for p in parameters) or _was_skipped(optimizer):
@@ -81,7 +81,7 @@ class AveragedWeights:
         self._statistics.update()
 
     def follow_structure(self) -> None:
-        """Follow batch norm layers that were added, and forget what is no longer in the module."""
+        """Include added batch norm layers, and forget removed parameters."""
         state = self._statistics.state_dict()
         self._statistics = AveragedStatistics(self._module, self._decay)
         self._statistics.load_state_dict(state)
@@ -89,37 +89,37 @@ class AveragedWeights:
         self._averages = {key: average for key, average in self._averages.items() if key in present}
 
     def put_in(self, broadcast: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Put the averages into the module, if there are any; the weights that train are set aside.
+        """Put the averages into the module, if there are any, and set aside the weights that train.
 
         Args:
-            broadcast: Sends a tensor of rank zero, whose running statistics ranks that share gradients use; collective.
+            broadcast: Sends a tensor of rank zero to all ranks, for equal running statistics. Collective.
         """
         if self._set_aside is not None or not self._averages:
             return
-        # Validation may run in inference mode, whose tensors training could not use later.
+        # Validation may run in inference mode, and training cannot use inference tensors.
         with torch.inference_mode(False), torch.no_grad():
             if broadcast is not None:
                 self._statistics.broadcast(broadcast)
             present = set(map(id, self._module.parameters()))
             pairs = [(a.parameter, a.value) for key, a in self._averages.items() if key in present and a.fits()]
             pairs += self._statistics.values()
-            # Whole before anything is overwritten: an interrupt may come at any point.
+            # Complete before the first write: an interrupt may come at any point.
             self._set_aside = [(tensor, tensor.detach().clone()) for tensor, _ in pairs]
             _write(pairs)
 
     def take_out(self) -> None:
-        """Give the module back the weights that train, bit for bit."""
+        """Restore the weights that train, bit for bit."""
         if self._set_aside is not None:
             with torch.inference_mode(False), torch.no_grad():
                 _write(self._set_aside)
             self._set_aside = None
 
     def attach(self, strategy: Any, active: Callable[[], bool]) -> None:
-        """Have a strategy's state of the module, which every kind of checkpoint holds, made of the averages.
+        """Replace the strategy's module state, which every checkpoint holds, by that of the averages.
 
         Args:
-            strategy: The trainer's.
-            active: Whether the callback takes part now.
+            strategy: The trainer's strategy.
+            active: Returns whether the callback is among the trainer's callbacks.
         """
         original = strategy.lightning_module_state_dict
 
@@ -152,19 +152,19 @@ class AveragedWeights:
             self._detach = None
 
     def checkpoint_bytes(self) -> int:
-        """Bytes of the tensors in :meth:`state_dict`, once every trained parameter has been moved."""
+        """Bytes of the tensors in :meth:`state_dict`, once every trainable parameter has an average."""
         parameters = sum(p.nbytes for p in self._module.parameters() if p.requires_grad and not nn.parameter.is_lazy(p))
         return parameters + 2 * sum(buffer.nbytes for buffer, _ in self._statistics.values())
 
     def description(self) -> str:
-        """A sentence for the report that opens a training."""
+        """A sentence for the start-up report."""
         return (
             f"Validation and checkpoints use weights averaged over the last ~{round(1 / (1 - self._decay))} steps "
             f"(average_weights=None: off); {self.checkpoint_bytes() / 1e6:.3f} MB more in memory and checkpoints."
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The weights that train, and how many steps each average is over; the averages are the module's own state."""
+        """The weights that train, and the steps of each average; a checkpoint's module state holds the averages."""
         if not self._averages:
             return {}
         set_aside = {id(tensor): value for tensor, value in self._set_aside or ()}
@@ -179,13 +179,13 @@ class AveragedWeights:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> list[str]:
-        """Go on from a checkpoint, whose averages the module holds; then it holds the weights that train.
+        """Take the averages from the module, loaded from a checkpoint, and restore the weights that train.
 
         Args:
-            state: What :meth:`state_dict` returned.
+            state: The result of :meth:`state_dict`.
 
         Returns:
-            The names of weights that the module lacks, or has in another shape.
+            The names of weights that the module does not have, or has in another shape.
         """
         own = {plain_name(name): tensor for name, tensor in self._module.named_parameters()}
         updates, problems, pairs = state["updates"], [], []
@@ -204,9 +204,9 @@ class AveragedWeights:
 
 
 def averaged_weights(callback: KFCOptions, trainer: Any, module: nn.Module) -> AveragedWeights | None:
-    """The average that a callback keeps during a fit, attached to the trainer; None where it keeps none.
+    """A callback's average of the weights, attached to the trainer; None for no average.
 
-    Of several callbacks the last one averages: it comes after all reviews of a step.
+    Of several callbacks only the last one averages: it runs after all reviews of a step.
 
     Args:
         callback: One of the trainer's callbacks.
@@ -226,33 +226,33 @@ def averaged_weights(callback: KFCOptions, trainer: Any, module: nn.Module) -> A
 
 
 def _reason_against(trainer: Any, module: nn.Module) -> str | None:
-    """Why a trainer's weights are not averaged here; None where nothing stands against it."""
+    """The reason not to average a trainer's weights; None without one."""
     for callback in trainer.callbacks:
         if OTHER_AVERAGES & {cls.__name__ for cls in type(callback).__mro__}:
-            return f"{type(callback).__name__} does"
+            return f"{type(callback).__name__} averages them"
     if any(map(is_sharded, module.parameters())):
         return "they are sharded over ranks"
     return None
 
 
 def _was_skipped(optimizer: Optimizer) -> bool:
-    """Whether an optimizer that unscales gradients itself has found some that are not finite."""
+    """Whether an optimizer that unscales its gradients itself found a value that is not finite."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)
 
 
 def _write(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Copy each second tensor into the first one, unseen by autograd's count of versions."""
+    """Copy each second tensor into the first one, without a new version for autograd."""
     for tensor, value in pairs:
         tensor.data.copy_(value)
 
 
 def _storage_of(tensor: Tensor) -> int:
-    """The address of the memory that a tensor is a view of."""
+    """The address of a tensor's storage."""
     return int(tensor.untyped_storage().data_ptr())
 
 
 def _own_copy(leaf: Any, written: set[int]) -> Any:
-    """A tensor of its own where a leaf shares its memory with weights that are about to be overwritten."""
+    """A copy of a leaf that shares memory with overwritten weights; other leaves unchanged."""
     shares = isinstance(leaf, Tensor) and _storage_of(leaf) in written
     return leaf.clone() if shares else leaf

@@ -1,4 +1,4 @@
-"""Measure by how much a Trainer's gradient clipping shortens preconditioned updates."""
+"""Measure how much a Trainer's gradient clipping shortens preconditioned updates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_kfc.monitoring.advice import CLIPPED_STEPS
 
 
 class ClippingWatch:
-    """Compares the length of each update before and after clipping, where there is any, on the gradients' device.
+    """Compares the length of each update before and after clipping, on the gradients' device.
 
     Args:
         trainer: The trainer.
@@ -25,22 +25,22 @@ class ClippingWatch:
 
     def __init__(self, trainer: Any, pl_module: Any) -> None:
         clips = bool(trainer.gradient_clip_val) or not is_lightnings_own(pl_module, "configure_gradient_clipping")
-        # Manual optimization clips the gradients of the loss, before they are preconditioned.
+        # Manual optimization clips plain gradients, before they are preconditioned.
         self._active = clips and pl_module.automatic_optimization
         self._before: dict[int, Tensor] = {}
         self._ratios: deque[Tensor] = deque(maxlen=CLIPPED_STEPS)
         self._count = 0
 
     def preconditioned(self, optimizer: Optimizer) -> None:
-        """Note the length of an optimizer's update before it is clipped."""
+        """Measure the length of an optimizer's update before clipping."""
         if self._active and (length := _length(optimizer)) is not None:
             self._before[id(optimizer)] = length
 
     def stepped(self, optimizers: Iterable[Optimizer]) -> bool:
-        """Compare the updates that optimizers have stepped by with those before clipping.
+        """Compare the optimizers' updates after clipping with those before.
 
         Returns:
-            Whether a whole window of steps was seen since the last one.
+            Whether a full window of steps has passed since the last one.
         """
         for optimizer in optimizers:
             before = self._before.pop(id(optimizer), None)
@@ -53,13 +53,13 @@ class ClippingWatch:
         return full
 
     def factors(self) -> tuple[float, ...]:
-        """The shares of length that clipping left of the last updates, without updates of length zero."""
+        """Length after clipping over length before, for the last updates of nonzero length."""
         ratios = torch.stack(list(self._ratios)).tolist() if self._ratios else []
         return tuple(ratio for ratio in ratios if ratio == ratio)
 
 
 def _length(optimizer: Optimizer) -> Tensor | None:
-    """The norm of all gradients together, on their device; None where it would need other ranks."""
+    """The norm of all gradients together, on their device; None if they are sharded or sparse."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not gradients or any(map(is_sharded, gradients)) or any(g.is_sparse for g in gradients):
         return None

@@ -24,7 +24,7 @@ AVERAGED = "averaged_weights"
 class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
     __doc__ = KFCOptions.__doc__
 
-    # A copy has the options alone, and these.
+    # Class attributes, since a copy restores the options alone.
     _kfc: KFC | None = None
     _module: Any = None
     _history: History | None = None
@@ -40,24 +40,24 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
             RuntimeError: Before fitting has started.
         """
         if self._kfc is None:
-            raise RuntimeError("KFCCallback has no preconditioner before trainer.fit() starts.")
+            raise RuntimeError("KFCCallback.kfc exists only after trainer.fit() has started.")
         return self._kfc
 
     @property
     def report_history(self) -> History:
-        """The numbers over time that the report draws; numbers added to it, under any key, are drawn too.
+        """The numbers over time that the report draws; it also draws numbers that you add.
 
         Raises:
             RuntimeError: Before fitting has started.
         """
         if self._history is None:
-            raise RuntimeError("KFCCallback has no history before trainer.fit() starts.")
+            raise RuntimeError("KFCCallback.report_history exists only after trainer.fit() has started.")
         return self._history
 
     def checkpoint_bytes(self) -> int:
-        """How many bytes of tensors this callback adds to a checkpoint; known once training has started.
+        """The bytes that this callback adds to a checkpoint, once training has started.
 
-        They are those of the factors and inverses, and of the weights that train where averages are in their place.
+        They hold the factors and inverses, and with averaged weights also the weights that train.
         """
         averaged = self._average.checkpoint_bytes() if self._average is not None else 0
         return start_up.checkpoint_bytes(self.kfc, save_factors=self._save_factors) + averaged
@@ -70,7 +70,7 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
     # From the start of fit to its end.
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuse what cannot work; forget a state that another entry point than fit has loaded."""
+        """Refuse strategies that cannot work; forget a state that was loaded before this fit."""
         if self._average is not None:
             self._average.detach()
         if stage == "fit":
@@ -79,7 +79,7 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
             start_up.refuse_strategy(trainer.strategy)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Find the layers and prepare them; a second fit of the same module goes on where the first one ended."""
+        """Find and prepare the layers; a second fit of the same module continues the first one."""
         self._end()
         start_up.refuse_optimizers(trainer.optimizers)
         others = [callback for callback in trainer.callbacks if isinstance(callback, KFCOptions)]
@@ -93,9 +93,9 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
         self._history = self._session.report.measured.history
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Take over the checkpoint's state (under FSDP2 it is loaded after on_fit_start), and report."""
+        """Restore the checkpoint's state, which FSDP2 loads after on_fit_start, and log the start-up report."""
         self._fit.capture.training = True
-        # The module's own on_fit_start comes after ours.
+        # The module's own on_fit_start runs after ours, and may change layers.
         self.kfc.follow_structure()
         self._average = self._fit.capture.average = averaged_weights(self, trainer, pl_module)
         if self._loaded is not None:
@@ -104,8 +104,8 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
         elif (checkpoint := resumed_from(trainer)) is not None:
             self.kfc.restart()
             rank_zero_info(
-                f"KFCCallback: the checkpoint {checkpoint} holds no state of this callback; "
-                "curvature is estimated anew, beginning with a warm-up."
+                f"KFCCallback: the checkpoint {checkpoint} holds no state of this callback. "
+                "The estimate of the curvature starts again with a warm-up."
             )
         start_up.show_information()
         self._fit.metrics.count_from_here()
@@ -113,7 +113,7 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
         start_up.announce(self.kfc, trainer, pl_module, save_factors=self._save_factors, average=self._average)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Let the averaged weights follow what has been added to the module or removed."""
+        """Update the averages for parameters that were added or removed."""
         self._fit.report.measured.epoch_ends(logged_step(trainer) - 1)
         if self._average is not None:
             self._average.follow_structure()
@@ -127,7 +127,7 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
             self._average.put_in(trainer.strategy.broadcast)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """During fit, go on with the weights that train."""
+        """During fit, restore the weights that train."""
         if not self._trains:
             return
         self._fit.report.measured.validation_ends(logged_step(trainer))
@@ -141,7 +141,7 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
             self._average.put_in(trainer.strategy.broadcast)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Detach, and log what went other than planned."""
+        """Detach, and log the counted events, advice and the report's path."""
         session = self._fit
         self._end()
         if self._average is not None:
@@ -157,7 +157,7 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
         self._end()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Detach: after an exception there is no teardown. A report holds what came before it."""
+        """Detach, since Lightning calls no teardown after an exception, and write the report."""
         session = self._session
         if self._average is not None and self._trains:
             self._average.take_out()
@@ -173,7 +173,7 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
     # A training step.
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Start the clock, where steps are timed."""
+        """Start the clock if steps are timed."""
         self._fit.report.step_begins()
         self._fit.capture.batch_begins()
 
@@ -190,16 +190,16 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
         self._fit.capture.backward_begins()
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
-        """Fold a complete step's statistics into the factors and refresh inverses, the graph's memory being free."""
+        """Fold a complete step's statistics into the factors and refresh inverses, after the graph's memory is free."""
         self._fit.backward_ends()
         self.kfc.batches.resume()
-        # In manual optimization the statistics of an optimizer's layers are complete at its step.
+        # In manual optimization statistics are complete at the optimizer's step.
         if pl_module.automatic_optimization and not accumulates(trainer):
             for optimizer in trainer.optimizers:
                 self.kfc.refreshes.if_finite(optimizer)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
-        """Replace this optimizer's gradients; in manual optimization, first fold what its step completes."""
+        """Replace this optimizer's gradients; in manual optimization, fold its layers' statistics first."""
         session = self._fit
         if not session.step_begins(optimizer):
             if not pl_module.automatic_optimization:
@@ -212,17 +212,17 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
         if self.kfc.precondition(optimizer=optimizer, loss_scale=scale, loss_gradients=gradients):
             session.metrics.after_step(pl_module, optimizer)
         elif gradient_scaler(trainer) is None:
-            # A gradient scaler skips such a step by itself; no optimizer steps a parameter without a gradient.
+            # A gradient scaler skips such a step by itself; optimizers skip parameters without a gradient.
             session.notices.warn(
-                "KFCCallback: the gradients of this optimizer step are not finite; the step is skipped, since it would "
-                "spoil the weights. Further skipped steps are only counted, in `callback.kfc.events`."
+                "KFCCallback skips this optimizer step: its gradients are not finite. Later skipped steps are only "
+                "counted, in `callback.kfc.events`."
             )
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = None
 
     def _share_gradients(self, trainer: Any, optimizer: Optimizer) -> None:
-        """Let the reviews of several callbacks see the gradient of the loss, which the first of them replaces."""
+        """Give all callbacks a copy of the loss's gradient, since the first of them replaces it."""
         together = [callback for callback in trainer.callbacks if isinstance(callback, KFCHooks)]
         if len(together) < 2 or together[0] is not self:
             return
@@ -234,7 +234,7 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
             callback._fit.loss_gradients = gradients
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Let go of the graph of what was recorded and not used."""
+        """Release the graph of recorded calls that were not used."""
         self.kfc.batches.release()
         self._fit.metrics.batch_ends()
         self._fit.report.step_ends(logged_step(trainer), outputs)
@@ -250,12 +250,12 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
         for problem in self.kfc.load_state_dict({key: value for key, value in state.items() if key != AVERAGED}):
             rank_zero_warn(f"KFCCallback: {problem}.")
         if averaged:
-            # Where nothing is averaged any more, training goes on from its own weights all the same.
+            # Also without averaging, since the module holds averages, and training continues from its own weights.
             average = self._average or AveragedWeights(self._module, 0.0)
             if unknown := average.load_state_dict(averaged):
                 rank_zero_info(
-                    f"KFCCallback: {listed(unknown)} of the checkpoint are not in the model or have another shape: "
-                    "what the model holds there is trained."
+                    f"KFCCallback: {listed(unknown)} of the checkpoint are not in the model or have another shape. "
+                    "The model's own values are trained."
                 )
 
     def state_dict(self) -> dict[str, Any]:
@@ -269,7 +269,7 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
         return {**state, AVERAGED: averaged} if averaged else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep a state until training starts; one that is loaded while it runs is taken over at once."""
+        """Keep a state until training starts; while training runs, restore it at once."""
         if self._trains:
             self._take_over(state_dict)
         else:

@@ -1,4 +1,4 @@
-"""Every private name of Lightning, and of torch's gradient scaler, that the callback relies on."""
+"""All private names of Lightning, and of torch's gradient scaler, that the callback uses."""
 
 from __future__ import annotations
 
@@ -7,38 +7,38 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-#: Beginnings of the checkpoints that Lightning's finders write, return to and remove.
+#: Prefixes of the checkpoints that Lightning's finders write, restore and remove.
 FINDERS_CHECKPOINTS = (".lr_find_", ".scale_batch_size_")
 
 
 def accumulates(trainer: Any) -> bool:
-    """Whether the present batch only adds to the gradient, and no optimizer step follows it."""
+    """Whether the present batch only accumulates its gradient, with no optimizer step after it."""
     return bool(trainer.fit_loop._should_accumulate())
 
 
 def logged_step(trainer: Any) -> int:
-    """The number by which loggers name the present optimizer step."""
+    """The step number that loggers use for the present optimizer step."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 def data_parallel_group(strategy: Any) -> Any:
-    """The ranks between which the batch is split; None where these are all.
+    """The ranks that split the batch; None for all ranks.
 
-    Only strategies with a device mesh, such as ``ModelParallelStrategy``, split a layer among the other ranks.
+    They are fewer than all under strategies with a device mesh, such as ``ModelParallelStrategy``.
     """
     mesh = getattr(strategy, "_device_mesh", None)
     return mesh["data_parallel"].get_group() if mesh is not None else None
 
 
 def unscales_in_step(optimizer: Optimizer) -> bool:
-    """Whether an optimizer, such as a fused one, divides its gradients by the loss scale in its own step."""
+    """Whether an optimizer divides its gradients by the loss scale in its step, as fused ones do."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def resumed_from(trainer: Any) -> str | None:
-    """The user's checkpoint that a fit goes on from, or None.
+    """The path of the checkpoint that the user resumes from, or None.
 
-    The learning-rate finder and the batch-size scaler leave the name of their own checkpoint behind.
+    The trainer may also hold the path of a finder's own checkpoint, which does not count.
     """
     path = trainer.ckpt_path
     if path is None or os.path.basename(str(path)).startswith(FINDERS_CHECKPOINTS):

@@ -1,4 +1,4 @@
-"""Factors by which a gradient scaler has multiplied the loss and its gradients."""
+"""Factors of a gradient scaler on the loss and its gradients."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from lightning_kfc.callback.lightning_internals import unscales_in_step
 
 
 def gradient_scaler(trainer: Any) -> Any:
-    """The gradient scaler at work; None where there is none."""
+    """The enabled gradient scaler; None without one."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return scaler if scaler is not None and scaler.is_enabled() else None
 
 
 def loss_scale(trainer: Any) -> float:
-    """The factor of the loss; 1 without a gradient scaler."""
+    """The scaler's factor on the loss; 1 without a scaler."""
     scaler = gradient_scaler(trainer)
     return float(scaler.get_scale()) if scaler is not None else 1.0
 
 
 def gradient_scale(trainer: Any, optimizer: Optimizer) -> float:
-    """The factor of the gradients in ``on_before_optimizer_step``, where most optimizers have theirs unscaled."""
+    """The scaler's factor on the gradients in ``on_before_optimizer_step``; 1 for most optimizers."""
     return loss_scale(trainer) if unscales_in_step(optimizer) else 1.0

@@ -16,7 +16,7 @@ from lightning_kfc.reporting.diagnostics import LOGGED, Diagnostics
 from lightning_kfc.reporting.options import Logging
 from lightning_kfc.reporting.report import Report
 
-#: Rules of advice are evaluated at every so many logged steps, and when training ends.
+#: Logged steps between two evaluations of the rules of advice, which also run when training ends.
 ADVISE_EVERY = 10
 
 
@@ -42,7 +42,7 @@ class MetricsLogger:
         self._logged = 0
 
     def count_from_here(self) -> None:
-        """Count events from now: a checkpoint has counted those before."""
+        """Count events from now on, without those before the checkpoint."""
         self._diagnostics.count_from_here()
 
     def _step(self) -> int:
@@ -53,11 +53,11 @@ class MetricsLogger:
         return bool(every) and self._step() % every == 0
 
     def before_step(self) -> None:
-        """Before a step is preconditioned: at one that is logged, it is looked at closely."""
+        """Before a step is preconditioned: compute further diagnostics if the step is logged."""
         self._diagnostics.begin_step(look=self._due())
 
     def after_step(self, pl_module: Any, optimizer: Optimizer) -> None:
-        """After a step was preconditioned: log its numbers, if they are due.
+        """After a step is preconditioned: log its numbers, if due.
 
         Args:
             pl_module: The module that is trained.
@@ -86,12 +86,12 @@ class MetricsLogger:
         return {**numbers, **sent}
 
     def batch_ends(self) -> None:
-        """After a batch: look at what clipping has left of its update."""
+        """After a batch: compare updates before and after clipping."""
         if self._clipping.stepped(self._trainer.optimizers):
             self.advise()
 
     def advise(self) -> None:
-        """Log the advice that the numbers give rise to and that was not given before."""
+        """Log the advice of rules that have given none before."""
         groups = [group for optimizer in self._trainer.optimizers for group in optimizer.param_groups]
         facts = self._diagnostics.facts(
             gradient_scaler=gradient_scaler(self._trainer) is not None,

@@ -1,4 +1,4 @@
-"""Messages on rank zero that are given once in a fit."""
+"""Messages on rank zero, each once in a fit."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 
 class Notices:
-    """Logs or warns on rank zero, and leaves out what was given before."""
+    """Logs or warns on rank zero, each message once."""
 
     def __init__(self) -> None:
         self._given: set[str] = set()
 
     def inform(self, message: str) -> None:
-        """Log a message, unless it was given before."""
+        """Log a message once."""
         if self._is_new(message):
             rank_zero_info(message)
 
     def warn(self, message: str) -> None:
-        """Warn, unless the message was given before."""
+        """Warn once."""
         if self._is_new(message):
             rank_zero_warn(message)
 

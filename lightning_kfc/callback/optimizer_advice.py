@@ -1,6 +1,6 @@
-"""Warnings about optimizers, and about their schedules, that work poorly together with KFC.
+"""Warnings about optimizers and schedules that work poorly together with KFC.
 
-Each was measured on small trainings, beside what it recommends: ``python -m benchmarks.accuracy.recipes``.
+``python -m benchmarks.accuracy.recipes`` measures each one and its replacement on small trainings.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from lightning_kfc.monitoring.advice import LONG_MOMENTUM
 from lightning_kfc.rules.momentum import is_sgd
 from lightning_kfc.settings import Settings
 
-#: What to put into ``configure_optimizers``, beside either rule.
+#: The optimizer to return from ``configure_optimizers``, with either rule.
 RATE, MOMENTUM = 0.5, 0.5
 RECOMMENDED = f"SGD(lr={RATE:g}, momentum={MOMENTUM:g})"
-#: By rule: training is slower where no rate comes up to this.
+#: By rule: training is slower with lower learning rates.
 LOW_RATE = {"natural": 0.002, "adam": 0.05}
-#: And above this. The KL clip bounds the steps of the natural gradient, whatever the rate.
+#: By rule: training is slower with higher ones. The KL clip bounds steps of the rule "natural" at any rate.
 HIGH_RATE = {"natural": math.inf, "adam": 1.0}
 #: Optimizers that scale each coordinate by its own recent gradients, by the names of their classes.
 RESCALING = frozenset(
     ("Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop", "Rprop", "SparseAdam")
 )
-#: A momentum of :data:`LONG_MOMENTUM` reaches so far back that a run of fewer steps is clearly worse by it.
+#: A momentum of :data:`LONG_MOMENTUM` makes a run of fewer steps clearly worse.
 SHORT_RUN = 500
-#: A rate below this share of its own peak moves nothing any more; a run should not spend half of its steps there.
+#: A rate below the first share of its peak hardly moves the weights; warn above the second share of such steps.
 VANISHED, VANISHED_FOR = 0.01, 0.5
 
 
 @dataclass(frozen=True)
 class OptimizerWarning:
-    """A sentence or two on an optimizer.
+    """A warning about an optimizer.
 
     Attributes:
-        text: What works against the method, and what to put in its place.
-        severe: Whether training would be clearly worse, so that it deserves a warning.
+        text: The problem, and the replacement.
+        severe: Whether training would be clearly worse; then it is a warning, else information.
     """
 
     text: str
@@ -55,14 +55,14 @@ def warnings_for(
     schedules: Iterable[Schedule] = (),
     steps: float = math.inf,
 ) -> list[OptimizerWarning]:
-    """The parts of an optimizer and its schedules that work against KFC; none for the recommended one and its like.
+    """Warnings about an optimizer and its schedules; none for the recommended optimizer.
 
     Args:
         optimizer: The optimizer.
-        settings: Those of the preconditioner beside it.
+        settings: The engine's settings.
         groups: The parameter groups that have preconditioned parameters; None for all.
         schedules: The learning-rate schedulers of this optimizer.
-        steps: How many optimizer steps are to come, as far as is known.
+        steps: The remaining optimizer steps; infinity if unknown.
     """
     groups = optimizer.param_groups if groups is None else groups
     if not groups:
@@ -74,25 +74,25 @@ def warnings_for(
     elif is_sgd(optimizer):
         planned = preview(optimizer, groups, schedules, steps) or _as_known(groups)
         found += _of_momentum(optimizer, planned, schedules, settings.rule, steps)
-        # A momentum that is too high is named once.
+        # A warning about momentum is enough: the rates are replaced with it.
         found += [] if found else map(OptimizerWarning, _of_rates(planned, settings.rule, steps))
     if settings.rule == "adam" and settings.damping != "auto":
-        found.append(OptimizerWarning("damping has no part in rule='adam'; leave it out."))
+        found.append(OptimizerWarning("rule='adam' does not use `damping`; leave it out."))
     return found
 
 
 def warning_for_run(settings: Settings, steps: float) -> OptimizerWarning | None:
-    """A sentence on a run that is over soon after its warm-up; None for others.
+    """A warning about a run that ends soon after its warm-up; None for others.
 
     Args:
-        settings: Those of the preconditioner.
-        steps: How many optimizer steps the run has, as far as is known.
+        settings: The engine's settings.
+        steps: The optimizer steps of the run; infinity if unknown.
     """
     if not settings.warmup_steps < steps < settings.warmup_steps + settings.schedule.inverse_every_n_steps:
         return None
     return OptimizerWarning(
-        f"the run of {steps:.0f} steps ends within the first period of inverses after the warm-up: use "
-        f"`KFCCallback(warmup_steps={steps:.0f})`, so that curvature follows every step."
+        f"the run of {steps:.0f} steps ends before the first refresh of inverses after the warm-up. Use "
+        f"`KFCCallback(warmup_steps={steps:.0f})` to refresh them throughout the run."
     )
 
 
@@ -105,24 +105,24 @@ def rescales(optimizer: Optimizer) -> bool:
 def _of_rescaling(optimizer: Optimizer, rule: str, schedules: Sequence[Schedule]) -> str:
     name = type(optimizer).__name__
     if rule == "adam":
-        reason = f"rule='adam' makes Adam's step itself, and {name} takes it for a gradient and rescales it once more"
+        reason = f"rule='adam' computes Adam's step, and {name} rescales that step once more"
     else:
         reason = (
-            f"{name} rescales each coordinate of the preconditioned gradient by its own recent size, so that gradients "
+            f"{name} rescales each coordinate of the preconditioned gradient by its recent size, so that gradients "
             "are preconditioned twice"
         )
     decay = ""
     if any(group.get("weight_decay") for group in optimizer.param_groups):
-        decay = " It shrinks the weights as before."
+        decay = " The weight decay per step stays the same."
     peaks = [type(each).__name__ for each in _flat(s.scheduler for s in schedules) if hasattr(each, "cycle_momentum")]
-    schedule = f" The max_lr of {peaks[0]} becomes {RATE:g}, with cycle_momentum=False." if peaks else ""
+    schedule = f" Set max_lr={RATE:g} and cycle_momentum=False in {peaks[0]}." if peaks else ""
     return f"{reason}. Replace it by `{replacement(optimizer)}`.{decay}{schedule}"
 
 
 def replacement(optimizer: Optimizer) -> str:
-    """The line of code that makes the recommended optimizer with the weight decay of another one.
+    """The code of the recommended optimizer with the weight decay of another one.
 
-    A step of AdamW shrinks weights by the share ``lr * weight_decay``, one of SGD by
+    A step of AdamW shrinks weights by the share ``lr * weight_decay``; a step of SGD by
     ``lr * weight_decay / (1 - momentum)``.
     """
     shares = [_peak(group) * float(group.get("weight_decay") or 0) for group in optimizer.param_groups]
@@ -144,37 +144,37 @@ def _of_momentum(
     if cycling and highest > own:
         name, low = cycling[0], min(planned.momenta)
         yield OptimizerWarning(
-            f"{name} cycles the momentum between {low:g} and {highest:g}, and makes steps up to {_longer(highest):.0f} "
-            f"times as long as the KL bound allows. Use `{name}(..., cycle_momentum=False)`: the momentum stays at "
+            f"{name} cycles the momentum between {low:g} and {highest:g}. Steps become up to {_longer(highest):.0f} "
+            f"times as long as the KL bound allows. Use `{name}(..., cycle_momentum=False)` to keep the momentum at "
             f"{own:g}.",
             severe=rule == "natural",
         )
-    # The rule "adam" takes the optimizer's momentum out: it has its own.
+    # The rule "adam" removes the optimizer's momentum.
     elif rule == "natural" and highest >= LONG_MOMENTUM and steps < SHORT_RUN:
         yield OptimizerWarning(
-            f"a momentum of {highest:g} averages over {_longer(highest):.0f} steps, much of a run of {steps:.0f}, and "
-            f"makes steps as many times as long as the KL bound allows. Use {RECOMMENDED}.",
+            f"a momentum of {highest:g} averages over {_longer(highest):.0f} steps, too many for a run of {steps:.0f}. "
+            f"It makes steps {_longer(highest):.0f} times as long as the KL bound allows. Use {RECOMMENDED}.",
             severe=True,
         )
 
 
 def _of_rates(planned: Planned, rule: str, steps: float) -> Iterator[str]:
     peak = max(planned.rates)
-    # The rule "adam" goes by what the momentum makes of it: compared is the rate that is as long with the usual 0.5.
+    # The rule "adam" divides by 1 - momentum: compare the rate that gives the same step with the recommended momentum.
     momentum = planned.momenta[planned.rates.index(peak)] if rule == "adam" else MOMENTUM
     compared = peak * MOMENTUM / max(1 - momentum, 1e-3)
     beside = f", with a momentum of {momentum:g}," if rule == "adam" and momentum > MOMENTUM else ""
     if not LOW_RATE[rule] <= compared <= HIGH_RATE[rule]:
         yield (
-            f"the learning rate, {peak:.2g} at its highest,{beside} is far from that of KFC, whose steps have other "
-            f"units than those of plain SGD. Use {RECOMMENDED}, and scale its schedule with it."
+            f"the highest learning rate, {peak:.2g}{beside} is far from the rates that suit KFC: preconditioned "
+            f"gradients have other units than plain ones. Use {RECOMMENDED}, and scale its schedule with it."
         )
     elif planned.whole:
         moving = max(i for i, rate in enumerate(planned.rates, 1) if rate >= VANISHED * peak)
         if len(planned.rates) - moving > VANISHED_FOR * len(planned.rates):
             yield (
                 f"the learning rate falls from {peak:.2g} to less than {VANISHED * peak:.1g} after {moving} of "
-                f"{steps:.0f} steps, and the rest of the run hardly moves. Use "
+                f"{steps:.0f} steps, and the weights hardly move afterwards. Use "
                 f'`CosineAnnealingLR(optimizer, {steps:.0f})` with `"interval": "step"`.'
             )
 
@@ -185,18 +185,18 @@ def _longer(momentum: float) -> float:
 
 
 def _peak(group: Mapping[str, Any]) -> float:
-    """The highest learning rate that a group is known to reach: a schedule that warms up starts far below it."""
+    """The highest known learning rate of a group: a schedule with a warm-up starts far below it."""
     return max(float(group[key]) for key in ("lr", "initial_lr", "max_lr") if key in group)
 
 
 def _as_known(groups: Sequence[Mapping[str, Any]]) -> Planned:
-    """The numbers of groups whose schedules cannot be looked at ahead of time."""
+    """The present rates and momenta, for groups whose schedules cannot be previewed."""
     momentum = max(float(group.get("momentum") or 0) for group in groups)
     return Planned([max(map(_peak, groups))], [momentum], False)
 
 
 def _flat(schedulers: Iterable[Any]) -> Iterator[Any]:
-    """Schedulers with those that they hold."""
+    """Schedulers, each followed by its inner ones."""
     for scheduler in schedulers:
         yield scheduler
         yield from _flat(getattr(scheduler, "_schedulers", ()))

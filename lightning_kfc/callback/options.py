@@ -17,55 +17,54 @@ DEFAULT_LOGGING = Logging()
 class KFCOptions:
     r"""Preconditions gradients with KFC (Grosse & Martens 2016), whatever the module and its optimizer.
 
-    Add it to ``Trainer(callbacks=[KFCCallback()])``. The optimizer stays the module's own; SGD with momentum is
-    the paper's, and ``SGD(lr=0.5, momentum=0.5)`` is a good start. With several optimizers, each step
+    Add it to ``Trainer(callbacks=[KFCCallback()])``. The module keeps its own optimizer;
+    ``SGD(lr=0.5, momentum=0.5)`` is a good start. With several optimizers, each step
     preconditions the parameters of its own optimizer; their losses go through ``self.manual_backward(loss)``.
 
-    Lightning's learning-rate finder and batch-size scaler run without other callbacks: what they find is the
+    Lightning's learning-rate finder and batch-size scaler run without other callbacks: they find the
     learning rate of the optimizer alone, and the largest batch that fits without the memory of the factors.
 
-    A copied or unpickled callback has the settings, and starts anew.
+    A copied or unpickled callback has the settings, and no state of a training.
 
     Args:
         damping: Added to the curvature before it is inverted: larger is closer to plain SGD, smaller closer
             to the full natural gradient. "auto": a share of the loss, in units of each
             layer's weights. Else a number, or a schedule over optimizer steps.
-        fisher: Whose targets the curvature is taken with. "mc": sampled from the model; "exact": all
-            possible ones, at one back-propagation each; "empirical": the data's.
-        likelihood: What the loss is the negative logarithm of. "auto" recognises it by the loss functions
-            called in `training_step`; where it recognises none, the curvature comes from the loss's own gradient. A
-            likelihood object with `output_of` names the module whose output is the logits, for losses that are
-            computed otherwise.
-        factor_every_n_steps: Curvature statistics are taken every so many optimizer steps. "auto": chosen soon after
-            the warm-up, by the time that the parts of a step have taken, to keep to `timing.max_overhead`.
-        inverse_every_n_steps: Inverses are refreshed every so many optimizer steps, or "auto".
-        warmup_steps: During the first so many optimizer steps, statistics are taken at every step.
+        fisher: The targets of the curvature. "mc": sampled from the model; "exact": all
+            possible targets, with one back-propagation each; "empirical": the targets of the data.
+        likelihood: The likelihood whose negative logarithm is the loss. "auto" recognises it by the loss functions
+            called in `training_step`; without a recognised one, the curvature comes from the loss's own gradient. A
+            likelihood object with `output_of` names the module whose output is the logits, for other losses.
+        factor_every_n_steps: Optimizer steps between curvature statistics. "auto": chosen soon after
+            the warm-up from measured times, to keep to `timing.max_overhead`.
+        inverse_every_n_steps: Optimizer steps between refreshes of inverses, or "auto".
+        warmup_steps: The number of first optimizer steps that all take statistics.
         ema_decay: Decay of the running averages of the statistics, at least 0 and below 1.
-        kl_clip: Bound on the size of a step, measured in how much it changes the model's predictions. "auto": set
-            by how well steps do what was expected of them; null for none.
-        inverse: How the damped curvature is inverted. "cholesky": damping split over both factors, the cheapest;
+        kl_clip: Bound on the size of a step, measured as the change of the model's predictions. "auto": set
+            from the ratio of actual to expected decrease of the loss; null for none.
+        inverse: The inverse of the damped curvature. "cholesky": damping split over both factors, the cheapest;
             "eigh": damping applied exactly; "ekfac": also with the second moments of single examples' gradients.
-        rule: How gradients and inverses make an update. "natural": the paper's. "adam": Adam in the eigenbasis of the
-            curvature, beside the same optimizer. "auto": "adam" for models with attention, unless they are wide, else
+        rule: The update from gradients and inverses. "natural": the paper's. "adam": Adam in the eigenbasis of the
+            curvature, with the same optimizer. "auto": "adam" for models with attention, unless they are wide, else
             "natural".
-        weight_sharing: "expand": each use of a weight counts by itself; "reduce": the uses by an example count as one.
+        weight_sharing: "expand": each use of a weight is one row; "reduce": all uses by an example are one row.
         max_factor_dim: A layer's factor with more dimensions than this is kept as its diagonal; null for no bound.
-        rows_per_dim: Where a batch has more rows (locations of images, positions of sequences) for each dimension of a
-            layer's input factor than this, the factor comes from a part of them; null for all rows.
+        rows_per_dim: The largest number of rows (locations of images, positions of sequences) for each dimension of
+            a layer's input factor; beyond it a sample of the rows is used. Null for all rows.
         include: Glob patterns over module names, such as "encoder.*": only these modules are preconditioned.
         exclude: Glob patterns over module names that are not preconditioned.
         seed: Seed of the sampled targets. The global random stream is never touched.
-        placement: Which of several ranks hold a layer's factors and inverse. "comm-opt": all; "mem-opt": one, which
+        placement: The ranks that hold a layer's factors and inverse. "comm-opt": all; "mem-opt": one, which
             sends the preconditioned gradient at every step; a number: that fraction of the ranks; "auto": "mem-opt"
-            where parameters are sharded, else "comm-opt".
-        timing: When inverses are refreshed within their period, and how much longer steps may take.
-        precision: The precision of inverses, and of what ranks send to each other.
+            for sharded parameters, else "comm-opt".
+        timing: The dates of inverses within their period, and the bound on the overhead.
+        precision: The precision of inverses, and of statistics sent between ranks.
         average_weights: Decay of an exponential average of the weights over optimizer steps, at least 0 and below 1;
             null for none. Validation and checkpoints use the averaged weights, and so does the module after fitting.
-        save_factors: Whether checkpoints hold the factors and inverses. Without them checkpoints stay small, and a
-            resumed run warms up again.
-        logging: What loggers, the progress bar and a report get of the training.
-        **removed: Settings of earlier versions: errors that name the new place, or the reason of the removal.
+        save_factors: Whether checkpoints hold the factors and inverses. Without them checkpoints are small, and a
+            resumed run repeats the warm-up.
+        logging: The numbers and pictures for loggers, the progress bar and the report.
+        **removed: Settings of earlier versions; each raises an error that names its replacement.
 
     Raises:
         TypeError: If a setting is of the wrong type, or there is no such setting.
@@ -115,7 +114,7 @@ class KFCOptions:
         self.logging = logging
 
     def __getstate__(self) -> dict[str, Any]:
-        """The options alone: a copy must hold neither the model nor anything that is attached to it."""
+        """The options alone, without the model and the objects attached to it."""
         return {
             "settings": self._settings,
             "average_weights": self._average_weights,

@@ -1,4 +1,4 @@
-"""Learning rates and momenta that schedulers will set, found on copies that step a stand-in for the optimizer."""
+"""Preview the learning rates and momenta of schedulers, on copies that step a stand-in for the optimizer."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-#: So many steps of a schedule are looked at, at most: some 0.1 seconds.
+#: The longest preview, in steps; it takes some 0.1 seconds.
 MOST_STEPS = 5_000
-#: Modules whose schedulers are copied and stepped. The code of others is not ours to run.
+#: Modules whose schedulers are copied and stepped; other code may have side effects.
 KNOWN = ("torch.optim.lr_scheduler", "torch.optim.swa_utils")
-#: Operations of a function that may change something outside of it.
+#: Bytecode operations with possible side effects.
 _LEAVE_TRACES = frozenset(("STORE_GLOBAL", "STORE_DEREF", "STORE_ATTR", "STORE_SUBSCR", "IMPORT_NAME"))
-#: Builtin functions that give the same whenever they are called with the same.
+#: Builtin functions that are deterministic and without side effects.
 _REPEATABLE = frozenset((abs, float, int, len, max, min, pow, round))
 
 
@@ -30,8 +30,8 @@ class Schedule:
     """A scheduler of an optimizer.
 
     Attributes:
-        scheduler: It is copied, and not stepped.
-        every: So many optimizer steps lie between two of its own; NaN or infinity where that is not known.
+        scheduler: The scheduler; a preview steps a copy of it.
+        every: Optimizer steps for one step of the scheduler; NaN or infinity if unknown.
     """
 
     scheduler: Any
@@ -43,8 +43,8 @@ class Planned:
     """The highest learning rate and momentum of some parameter groups, over the optimizer steps.
 
     Attributes:
-        rates: A number for each step.
-        momenta: Likewise; 0 for optimizers without.
+        rates: The rate at each step.
+        momenta: The momentum at each step; 0 for optimizers without momentum.
         whole: Whether the run ends with the last of these steps.
     """
 
@@ -55,10 +55,10 @@ class Planned:
 
 def schedules_of(trainer: Any, pl_module: Any, optimizer: Optimizer) -> list[Schedule]:
     """The schedules of one of a trainer's optimizers."""
-    # Where the module's own code steps them, when is not known.
+    # The module's own code may step them at any time.
     by_lightning = pl_module.automatic_optimization and is_lightnings_own(pl_module, "lr_scheduler_step")
     epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
-    # The last batch of an epoch steps, however few were accumulated.
+    # The last batch of an epoch always steps.
     epoch = math.ceil(epoch) if epoch < math.inf else epoch
     found = []
     for config in trainer.lr_scheduler_configs:
@@ -69,13 +69,13 @@ def schedules_of(trainer: Any, pl_module: Any, optimizer: Optimizer) -> list[Sch
 
 
 def is_lightnings_own(pl_module: Any, method: str) -> bool:
-    """Whether a module has a method as its package defines it."""
+    """Whether a module inherits a method from its package, ``lightning`` or ``pytorch_lightning``."""
     package = getattr(type(pl_module), method).__module__.partition(".")[0]
     return package in ("lightning", "pytorch_lightning")
 
 
 class _StandIn:
-    """Has the parts of an optimizer that schedulers use, and no parameters."""
+    """The attributes of an optimizer that schedulers use, without parameters."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.param_groups = [
@@ -83,7 +83,7 @@ class _StandIn:
         ]
         self.param_groups = copy.deepcopy(self.param_groups)
         self.defaults = dict(optimizer.defaults)
-        # Without these a scheduler warns that it is stepped before its optimizer.
+        # Without this attribute and the mark below, a scheduler warns that it steps before its optimizer.
         self._opt_called = True
 
         def step() -> None: ...
@@ -95,13 +95,13 @@ class _StandIn:
 def preview(
     optimizer: Optimizer, groups: Sequence[Mapping[str, Any]], schedules: Iterable[Schedule], steps: float
 ) -> Planned | None:
-    """The learning rates and momenta of the steps to come; None where they cannot be found without side effects.
+    """The learning rates and momenta of the next steps; None if a preview could have side effects.
 
     Args:
         optimizer: The optimizer; neither it nor its schedulers are changed.
-        groups: Those of its parameter groups that count.
+        groups: Its parameter groups of interest.
         schedules: All of its schedulers.
-        steps: How many optimizer steps are to come; infinity where that is not known.
+        steps: The remaining optimizer steps; infinity if unknown.
     """
     schedules = list(schedules)
     if not all(math.isfinite(schedule.every) and _is_known(schedule.scheduler) for schedule in schedules):
@@ -111,7 +111,7 @@ def preview(
     memo: dict[int, Any] = {id(optimizer): stand_in}
     try:
         copies = [(copy.deepcopy(schedule.scheduler, memo), schedule.every) for schedule in schedules]
-    except Exception:  # whatever a user's attribute raises when it is copied
+    except Exception:  # a user's attribute may raise anything when it is copied
         return None
     count = int(min(steps, MOST_STEPS))
     rates, momenta = [], []
@@ -125,7 +125,7 @@ def preview(
                 for scheduler, every in copies:
                     if math.floor((step + 1) / every) > math.floor(step / every):
                         scheduler.step()
-            except Exception:  # one that is stepped past its end, which training will meet, too
+            except Exception:  # a scheduler past its end; training will raise the same
                 return Planned(rates, momenta, False)
     return Planned(rates, momenta, count == steps) if count else None
 

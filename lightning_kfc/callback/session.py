@@ -1,4 +1,4 @@
-"""Everything that exists from the start of a fit to its end."""
+"""The objects that live for one fit."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lightning_kfc.reporting.report import Report
 
 
 class FitSession:
-    """Holds what is attached to a trainer and counted while it fits.
+    """The objects that a callback attaches to a trainer for one fit.
 
     Args:
-        callback: The callback; its hooks take part while it is among the trainer's callbacks.
+        callback: The callback; the capture is active while the trainer has it.
         kfc: The engine.
         trainer: The trainer.
         pl_module: The module that is trained.
@@ -28,9 +28,9 @@ class FitSession:
     Attributes:
         report: Pictures and the report.
         metrics: Sends numbers to loggers.
-        notices: Messages that are given once.
+        notices: Messages that are logged once.
         capture: Opens the engine's capture around each training step.
-        loss_gradients: The loss's own gradients at the next step, by the parameters' id, where another callback
+        loss_gradients: The loss's gradients at the next step, by id of the parameter, if another callback
             replaces them first.
     """
 
@@ -45,7 +45,7 @@ class FitSession:
         self._stepped_at: dict[int, int] = {}
 
     def backward_ends(self) -> None:
-        """Count a backward: each optimizer's gradients are fresh once more."""
+        """Count a backward; the gradients of all optimizers are new."""
         self._backwards += 1
         self.capture.backward_ends()
 
@@ -53,7 +53,7 @@ class FitSession:
         """Note the step of an optimizer.
 
         Returns:
-            Whether a backward has come since its last step. SWA's extra epoch, for one, steps without.
+            Whether a backward ran since its last step. The extra epoch of SWA steps without one.
         """
         self.capture.step_begins(optimizer)
         fresh = self._stepped_at.get(id(optimizer), 0) != self._backwards
@@ -61,12 +61,12 @@ class FitSession:
         return fresh
 
     def take_loss_gradients(self) -> dict[int, Tensor]:
-        """The loss's own gradients, which are held no longer."""
+        """Return the loss's gradients, and forget them."""
         taken, self.loss_gradients = self.loss_gradients, {}
         return taken
 
     def close(self) -> None:
-        """Leave trainer and engine as they are between fits."""
+        """Detach from the trainer and release the engine's recorded graph."""
         self.capture.detach()
         self._kfc.batches.resume()
         self._kfc.batches.release()

@@ -19,7 +19,7 @@ from lightning_kfc.distributed.process_group import is_sharded
 from lightning_kfc.kfc import KFC
 from lightning_kfc.monitoring.messages import LOGGER
 
-#: Strategies that own the backward or the parameters in a way that leaves no room for us, with the way out.
+#: Strategies that run their own backward or hold parameters in flat buffers, with the way out.
 REFUSED_STRATEGIES = {
     "FSDPStrategy": "use ModelParallelStrategy (FSDP2) instead",
     "DeepSpeedStrategy": "use DDPStrategy, or ModelParallelStrategy for sharding",
@@ -40,7 +40,7 @@ def refuse_optimizers(optimizers: Sequence[Any]) -> None:
     for optimizer in optimizers:
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError(
-                "KFCCallback does not work with LBFGS, which evaluates several points in a step and builds its own "
+                "KFCCallback does not work with LBFGS: it evaluates several points in a step and estimates its own "
                 "curvature. Use SGD(lr=0.5, momentum=0.5), or train without the callback."
             )
 
@@ -53,11 +53,11 @@ def refuse_shared_folder(folder: str | None, folders: Sequence[str | None]) -> N
         folders: Those of all callbacks of the trainer.
     """
     if folder is not None and folders.count(folder) > 1:
-        raise ValueError(f"two KFCCallbacks have logging.report_dir={folder!r}: give each a folder of its own.")
+        raise ValueError(f"two KFCCallbacks have logging.report_dir={folder!r}. Give each its own folder.")
 
 
 def announce(kfc: KFC, trainer: Any, pl_module: Any, *, save_factors: bool, average: AveragedWeights | None) -> None:
-    """Log what is preconditioned and what is not, and give advice on optimizers.
+    """Log the treatment of each layer, and warnings about optimizers.
 
     Args:
         kfc: The engine; reviews of its steps end where the model is sharded.
@@ -75,7 +75,7 @@ def announce(kfc: KFC, trainer: Any, pl_module: Any, *, save_factors: bool, aver
 
 @rank_zero_only
 def show_information() -> None:
-    """Show the engine's information as Lightning shows its own, but for a level that the user has set."""
+    """Show the engine's information as Lightning shows its own; keep a level that the user has set."""
     if LOGGER.level == logging.NOTSET:
         LOGGER.setLevel(logging.INFO)
     if not LOGGER.hasHandlers():
@@ -103,7 +103,7 @@ def _warn_of_split_layers(kfc: KFC, optimizers: Sequence[Any]) -> None:
         own = {id(p) for p in layer.adapter.own_parameters().values()}
         if own and not any(name in rates for rates in owned) and any(own & ids for ids in known):
             rank_zero_warn(
-                f"KFCCallback leaves the gradient of {name!r} as it is: no optimizer has all of its parameters. "
+                f"KFCCallback does not precondition {name!r}: its parameters are split over several optimizers. "
                 "Give its weight and its bias to the same optimizer, or add it to `exclude` to silence this."
             )
 
@@ -112,12 +112,12 @@ def _summary(kfc: KFC, *, save_factors: bool) -> str:
     coverage, choice = kfc.coverage(), kfc.rule_choice
     lines = [f"KFC preconditions these layers:\n{coverage}"]
     if choice.reason:
-        lines += wrapped(f"rule='auto' is {choice.rule!r}: {choice.reason}.")
+        lines += wrapped(f"rule='auto' chooses {choice.rule!r}: {choice.reason}.")
     if save_factors:
         size = f"{coverage.bytes / 1e6:.3f} MB"
-        lines += wrapped(f"Each checkpoint holds the factors and inverses, {size} (save_factors=False: none).")
+        lines += wrapped(f"Each checkpoint holds {size} of factors and inverses (save_factors=False: none).")
     else:
-        lines += wrapped("Checkpoints hold no factors (save_factors=False): a resumed run warms up again.")
+        lines += wrapped("Checkpoints hold no factors (save_factors=False): a resumed run repeats the warm-up.")
     return "\n".join(lines)
 
 

@@ -18,16 +18,16 @@ from lightning_kfc.reporting.report import Report
 
 
 class TrainingStepCapture:
-    """Opens the engine's capture around each training step, and sees what goes past the callback's hooks.
+    """Opens the engine's capture around each training step, and detects backwards and steps without hooks.
 
-    Nothing of it acts while the trainer runs without the callback, as the learning-rate finder and the
-    batch-size scaler have it do.
+    It is inactive while the trainer runs without the callback, as under the learning-rate finder and the
+    batch-size scaler.
 
     Args:
         trainer: The trainer.
-        callback: Nothing acts while this is not among the trainer's callbacks.
+        callback: The callback.
         kfc: The engine.
-        report: Observes the training step, inside the engine's own capture.
+        report: Observes the training step, inside the engine's capture.
         notices: Takes the warnings.
     """
 
@@ -37,17 +37,17 @@ class TrainingStepCapture:
         self._kfc = kfc
         self._report = report
         self._notices = notices
-        #: Mixes in the weights that a step has left.
+        #: Updated after each optimizer step; None for no average.
         self.average: AveragedWeights | None = None
-        #: Whether training has started: a sharded optimizer's state is loaded before, by a step that moves nothing.
+        #: Whether training has started: the state of a sharded optimizer is loaded earlier, by a step of zero.
         self.training = False
         self._in_backward = False
         self._announced: set[int] = set()
-        # The optimizers whose step() runs now, the outermost first: Lookahead and SAM call another one's.
+        # The optimizers whose step() runs now, outermost first: Lookahead and SAM call the step of another one.
         self._stepping: list[Optimizer] = []
         self._undo = contextlib.ExitStack()
         self._undo.callback(_surround_training_steps(trainer.precision_plugin, self._around_training_step))
-        # Hooks on all optimizers: those of a trainer may be replaced during a fit, and wrap others.
+        # Hooks on all optimizers: a trainer's optimizers may be replaced during a fit, and may wrap others.
         for handle in (
             register_optimizer_step_pre_hook(self._before_step),
             register_optimizer_step_post_hook(self._after_step),
@@ -60,16 +60,16 @@ class TrainingStepCapture:
         self._undo.close()
 
     def _active(self) -> bool:
-        # The learning-rate finder, for one, takes the other callbacks out while it runs.
+        # The learning-rate finder removes the other callbacks while it runs.
         return self.training and any(callback is self._callback for callback in self._trainer.callbacks)
 
     def batch_begins(self) -> None:
-        """Forget steps of the previous batch that raised and did not end."""
+        """Forget steps of the previous batch that an exception ended."""
         self._stepping.clear()
         self._announced.clear()
 
     def backward_begins(self) -> None:
-        """Note that Lightning's backward begins: gradients that arrive now come from it."""
+        """Note that Lightning's backward begins."""
         self._in_backward = True
 
     def backward_ends(self) -> None:
@@ -81,10 +81,10 @@ class TrainingStepCapture:
         self._announced.add(id(optimizer))
 
     def warn_of_unseen_backward(self) -> None:
-        """Warn of gradients that have arrived outside of Lightning's own backward."""
+        """Warn about gradients from a backward that did not go through Lightning."""
         self._notices.warn(
-            "KFCCallback takes no curvature from, and does not precondition, the gradient of a backward that does not "
-            "go through Lightning. Call self.manual_backward(loss) instead of loss.backward()."
+            "KFCCallback does not see loss.backward(): its gradient gives no curvature and is not preconditioned. "
+            "Call self.manual_backward(loss) instead."
         )
 
     @contextlib.contextmanager
@@ -92,20 +92,20 @@ class TrainingStepCapture:
         if not self._active():
             yield
             return
-        # A backward that raised has not ended.
+        # A backward that raised did not reset this.
         self._in_backward = False
         if self._stepping and id(self._stepping[0]) in self._announced:
             self._kfc.reopen_step()
             self._notices.inform(
-                f"KFCCallback: {type(self._stepping[0]).__name__} evaluates its closure several times in a step. The "
-                "gradient of each is preconditioned; curvature and reviews are taken from the first."
+                f"KFCCallback: {type(self._stepping[0]).__name__} evaluates its closure several times in a step. Every "
+                "gradient is preconditioned; curvature and reviews use the first evaluation."
             )
         with self._kfc.capture(), self._gradients_watched(), self._report.observing():
             yield
 
     @contextlib.contextmanager
     def _gradients_watched(self) -> Iterator[None]:
-        """See the gradients that a bare ``loss.backward()`` in a recorded training step brings."""
+        """Detect gradients of a bare ``loss.backward()`` in a recorded training step."""
         kfc = self._kfc
         with contextlib.ExitStack() as handles:
             for name in kfc.layers if kfc.reviewer.recording else kfc.batches.recorded:
@@ -128,21 +128,21 @@ class TrainingStepCapture:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._stepping:
             self._stepping.pop()
-        # The step of a wrapped optimizer is a part of the wrapper's.
+        # The step of a wrapped optimizer is a part of the wrapper's step.
         if self._stepping or not self._active():
             return
         if id(optimizer) in self._announced:
             self._announced.discard(id(optimizer))
-            # At once: what else looks at the new weights sees those that are kept.
+            # Here, so that later readers of the weights see the reviewed ones.
             verdict = self._kfc.review(optimizer=optimizer)
             if verdict is not None and verdict.kept_share == 0:
                 return
         elif self._kfc.layers.learning_rates(optimizer):
             self._notices.warn(
-                f"KFCCallback could not precondition a step of {type(optimizer).__name__}: it was made around "
-                "Lightning's wrapped optimizer (by optimizers(use_pl_optimizer=False), optimizer.optimizer.step(), the "
-                "second_step() of an optimizer such as SAM, or an overridden optimizer_step that steps on its own). "
-                "Call step() of what self.optimizers() returns, or super().optimizer_step(...)."
+                f"KFCCallback could not precondition a step of {type(optimizer).__name__}: the step did not go through "
+                "Lightning's wrapped optimizer. Call step() of what self.optimizers() returns, or "
+                "super().optimizer_step(...). Avoid optimizers(use_pl_optimizer=False), optimizer.optimizer.step() and "
+                "second_step() of optimizers such as SAM."
             )
             self._kfc.skip(optimizer)
         if self.average is not None:
@@ -150,10 +150,9 @@ class TrainingStepCapture:
 
 
 class _TrainStepContext:
-    """Stands in for a precision plugin's ``train_step_context``, which surrounds every training step.
+    """Replaces a precision plugin's ``train_step_context``, which surrounds every training step.
 
-    Also those of closures and of manual optimization; opening something in one callback hook and closing it in
-    another would leak when the step raises. Several callbacks share one.
+    A pair of callback hooks would leave the contexts open when the step raises. Several callbacks share one object.
     """
 
     def __init__(self, original: Callable[[], contextlib.AbstractContextManager[None]], before: Any) -> None:
@@ -173,7 +172,7 @@ class _TrainStepContext:
 def _surround_training_steps(
     plugin: Any, context: Callable[[], contextlib.AbstractContextManager[None]]
 ) -> Callable[[], None]:
-    """Enter a context in every training step; what is returned undoes it."""
+    """Enter a context in every training step; return the function that undoes this."""
     before = plugin.__dict__.get("train_step_context")
     if isinstance(before, _TrainStepContext):
         shared = before
@@ -184,7 +183,7 @@ def _surround_training_steps(
 
     def undo() -> None:
         shared.within.remove(context)
-        # Where something else has wrapped ours since, ours stays in it and does nothing.
+        # If other code has wrapped ours since, ours stays there with no contexts.
         if shared.within or plugin.__dict__.get("train_step_context") is not shared:
             return
         if shared.before is None:

@@ -424,7 +424,7 @@ def test_a_layer_split_between_optimizers_is_named_and_trained_plainly():
         torch.manual_seed(2)
         module = Split()
         if callbacks:
-            with pytest.warns(UserWarning, match="'head' as it is: no optimizer has all of its parameters"):
+            with pytest.warns(UserWarning, match="'head': its parameters are split over several optimizers"):
                 trainer(*callbacks).fit(module, loader(vectors(), 4))
         else:
             trainer().fit(module, loader(vectors(), 4))

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
 
 #: In so few steps a momentum of 0.9 is too long; here it is a state to keep.
 LONG = pytest.mark.filterwarnings("ignore:KFCCallback. a momentum of 0.9")
-SKIPS = pytest.mark.filterwarnings("ignore:KFCCallback. the gradients of this optimizer step are not finite")
+SKIPS = pytest.mark.filterwarnings("ignore:KFCCallback skips this optimizer step")
 DROPS = pytest.mark.filterwarnings("ignore:KFC at step .* More of this is only counted:UserWarning")
 
 #: All that is hostile here shows on due steps and on the steps between.
@@ -126,7 +126,7 @@ def test_a_step_on_a_loss_that_is_not_finite_is_skipped_and_counted(bad: int) ->
 
 
 def test_the_first_skipped_step_is_told_to_the_user() -> None:
-    with pytest.warns(UserWarning, match="not finite; the step is skipped"):
+    with pytest.warns(UserWarning, match="skips this optimizer step: its gradients are not finite"):
         run(Hostile(at_step(1, put(math.nan))))
 
 

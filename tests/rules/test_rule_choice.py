@@ -88,7 +88,7 @@ def test_the_callback_chooses_and_says_so(caplog: pytest.LogCaptureFixture) -> N
     with caplog.at_level("INFO"):
         fit(Attentive(), kfc=callback, max_steps=2)
     assert callback.kfc.settings.rule == "adam"
-    assert re.search(r"rule='auto' is 'adam': the model has attention\s+\('net\.\d'\)", caplog.text)
+    assert re.search(r"rule='auto' chooses 'adam': the model has attention\s+\('net\.\d'\)", caplog.text)
     assert [line for line in caplog.messages if line.startswith("KFCCallback:")] == []
     caplog.clear()
     with caplog.at_level("INFO"):
