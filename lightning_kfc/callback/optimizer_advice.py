@@ -163,10 +163,10 @@ def _of_rates(planned: Planned, rule: str, steps: float) -> Iterator[str]:
     # The rule "adam" divides by 1 - momentum: compare the rate that gives the same step with the recommended momentum.
     momentum = planned.momenta[planned.rates.index(peak)] if rule == "adam" else MOMENTUM
     compared = peak * MOMENTUM / max(1 - momentum, 1e-3)
-    beside = f", with a momentum of {momentum:g}," if rule == "adam" and momentum > MOMENTUM else ""
+    beside = f" with a momentum of {momentum:g}" if rule == "adam" and momentum > MOMENTUM else ""
     if not LOW_RATE[rule] <= compared <= HIGH_RATE[rule]:
         yield (
-            f"the highest learning rate, {peak:.2g}{beside} is far from the rates that suit KFC: preconditioned "
+            f"the highest learning rate ({peak:.2g}{beside}) is far from the rates that suit KFC: preconditioned "
             f"gradients have other units than plain ones. Use {RECOMMENDED}, and scale its schedule with it."
         )
     elif planned.whole:
