@@ -43,6 +43,25 @@ _COST_RULE = Case(
     _in("curvature/test_cost_rule.py", "a_large_depthwise_kernel_has_the_diagonal_of_its_dense_factor"),
 )
 
+_WIDE_CONV = Case(
+    "very many inputs for each of few outputs (512 channels, 4 x 4, to 1)",
+    "approximate",
+    "the diagonal of A, where a dense factor would cost more than 16 times the layer's own forward and backward",
+    _in("curvature/test_blocks.py", "a_wide_convolution_has_the_diagonal_instead"),
+)
+
+_BLOCKS = Case(
+    "very many inputs and few outputs, or few and very many (9,216 to 128)",
+    "approximate",
+    "the larger factor in equal diagonal blocks, where a whole one would cost more than 16 times the layer's own "
+    "forward and backward",
+    _in(
+        "curvature/test_blocks.py",
+        "the_factors_are_blocks_of_the_whole_one_and_the_other_side_s_own",
+        "the_step_is_the_dense_solve_of_each_block",
+    ),
+)
+
 _CONV, _NORM, _LINEAR = "layers/test_conv.py", "layers/test_norm.py", "layers/test_linear.py"
 _ATTENTION, _EMBEDDING = "layers/test_attention.py", "layers/test_embedding.py"
 _RECURRENT, _PARAMETER, _SHARING = "layers/test_recurrent.py", "layers/test_parameter.py", "curvature/test_sharing.py"
@@ -92,6 +111,7 @@ CASES: dict[str, list[Case]] = {
         _CANCELLING,
         _DIAGONAL_SIDE,
         _COST_RULE,
+        _WIDE_CONV,
     ],
     "ConvTransposeAdapter": [
         Case(
@@ -214,6 +234,7 @@ CASES: dict[str, list[Case]] = {
             _in(_LINEAR, "a_low_rank_adapted_linear_trains_only_its_two_factors"),
         ),
         _DIAGONAL_SIDE,
+        _BLOCKS,
     ],
     "TransposedLinearAdapter": [
         Case(

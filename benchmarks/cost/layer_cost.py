@@ -50,6 +50,8 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         lambda: nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1),
         (16, 64, 16, 16),
     ),
+    "linear 9,216 to 128, a flat image": (lambda: nn.Linear(9216, 128), (64, 9216)),
+    "4 x 4, 512 channels to 1 (PatchGAN), 16 x 16": (lambda: nn.Conv2d(512, 1, 4), (4, 512, 16, 16)),
     "linear 8,192 to 256": (lambda: nn.Linear(8192, 256), (256, 8192)),
     "embedding of 50,000 tokens, 128 features": (lambda: nn.Embedding(50_000, 128), (16, 256)),
 }

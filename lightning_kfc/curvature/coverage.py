@@ -286,7 +286,7 @@ def _lines(layers: Iterable[Layer], inverse: type[Inverse], moments: int) -> Ite
         adapter = layer.adapter
         if adapter.own_parameters():
             factors = _sides(adapter.factor_shapes())
-            numel = prod(adapter.matrix_shape())
+            numel = sum(adapter.select(role, p).numel() for role, p in adapter.own_parameters().items())
             held = layer_bytes(layer, inverse, moments)
             yield _Line(layer.name, adapter.kind, adapter.treatment, factors, numel, held)
 

@@ -20,6 +20,7 @@ from lightning_kfc.curvature.refusals import (
     why_not,
 )
 from lightning_kfc.layers import Adapter, ParameterAdapter, adapter_for
+from lightning_kfc.layers.blocks import in_blocks
 from lightning_kfc.layers.options import AdapterOptions
 from lightning_kfc.settings import Settings
 
@@ -36,6 +37,7 @@ class LayerOptions:
         rows_per_dim: Statistics are taken from a part of a batch's rows that has so many times a factor's dimensions;
             None for all rows.
         inverse_precision: That of Cholesky inverses: ``"full"`` or ``"bfloat16"``.
+        every: Statistics are taken, and inverses refreshed, every so many steps.
     """
 
     include: Sequence[str] | None = None
@@ -44,6 +46,7 @@ class LayerOptions:
     max_factor_dim: int | None = None
     rows_per_dim: int | None = None
     inverse_precision: str = "full"
+    every: tuple[int, int] = (10, 20)
 
     @classmethod
     def of(cls, settings: Settings) -> LayerOptions:
@@ -55,6 +58,7 @@ class LayerOptions:
             max_factor_dim=settings.max_factor_dim,
             rows_per_dim=settings.rows_per_dim,
             inverse_precision=settings.precision.inverses,
+            every=(settings.schedule.factor_every_n_steps, settings.schedule.inverse_every_n_steps),
         )
 
 
@@ -115,7 +119,8 @@ def find_layers(model: nn.Module, options: LayerOptions | None = None, *, strict
                 uses.add_other(holder, others, reasons[holder] or why_not(module, owners[holder]))
     for use in uses.explained():
         for name, adapters in use.items():
-            found.layers[name] = Layer(name, adapters, inverse_precision=options.inverse_precision)
+            cut = [in_blocks(adapter) for adapter in adapters]
+            found.layers[name] = Layer(name, cut, inverse_precision=options.inverse_precision)
     to_come = any(uninitialised(module) for name, module in owners.items() if reasons[name] is None)
     if strict and not to_come and not any(layer.adapter.own_parameters() for layer in found.layers.values()):
         raise_no_layer(owners, include, exclude, held)
@@ -192,7 +197,12 @@ def _parts(name: str, module: nn.Module, model: nn.Module, options: LayerOptions
     if kind is None or refusal(module) is not None:
         return {}
     own = AdapterOptions(
-        name, options.weight_sharing, _batch_axis(name, model), options.max_factor_dim, options.rows_per_dim
+        name,
+        options.weight_sharing,
+        _batch_axis(name, model),
+        options.max_factor_dim,
+        options.rows_per_dim,
+        options.every,
     )
     parts = {f"{name}.{suffix}".strip("."): part for suffix, part in kind.sublayers(module, own).items()}
     return {part: adapter for part, adapter in parts.items() if adapter.parameters()}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_kfc.factors.cost import MOST_IN_A_STEP, cost_in_a_step
+from lightning_kfc.factors.cost import MOST_IN_A_STEP, cost_in_a_step, cost_in_the_mean, number_of_blocks
 from lightning_kfc.factors.inverses import Inverse
 from lightning_kfc.factors.row_sampling import number_of_parts, one_part
 from lightning_kfc.factors.statistics import (
@@ -54,6 +54,8 @@ class Adapter(ABC):
     pairs_rows: ClassVar[bool] = True
     #: The factors that are means over rows (E1); the others are sums.
     mean_factors: ClassVar[frozenset[str]] = frozenset({"A"})
+    #: The rows of a step that a layer is reckoned with, before any are seen.
+    usual_rows: ClassVar[int] = 1024
     #: The likely reason why the parameters get a derivative although no forward of the module was seen.
     unseen: ClassVar[str] = "its weight is used without calling the module"
 
@@ -137,10 +139,13 @@ class Adapter(ABC):
 
     def matrix_shape(self) -> tuple[int, int, int]:
         """``(groups, d_out, d_in)`` for the parameters that are trainable now, or for all where none is."""
+        return self.matrix_shape_of(self.own_parameters() or self.parameters())
+
+    def matrix_shape_of(self, parameters: Mapping[str, Tensor]) -> tuple[int, int, int]:
+        """The same for parameters by role."""
         with torch.no_grad():
-            own = self.own_parameters() or self.parameters()
             # Not the parameters themselves, of which this rank may hold a part only.
-            shapes = {role: torch.empty(p.shape, dtype=p.dtype, device="meta") for role, p in own.items()}
+            shapes = {role: torch.empty(p.shape, dtype=p.dtype, device="meta") for role, p in parameters.items()}
             groups, d_out, d_in = self.matrix(shapes).shape
         return groups, d_out, d_in
 
@@ -162,20 +167,15 @@ class Adapter(ABC):
     def diagonal_sides(self) -> dict[str, str]:
         """The factors, by name, that are held as diagonals instead of dense, with the reason.
 
-        A factor is, where it has more dimensions than ``max_factor_dim``; and the larger one of a layer with
-        several groups, where their pairs would cost more than :data:`~lightning_kfc.factors.cost.MOST_IN_A_STEP` times
-        the layer's own forward and backward. A layer with one pair is bounded by ``max_factor_dim`` alone.
+        A factor is, where it has more dimensions than ``max_factor_dim``; and the larger one of a pair, or of all
+        pairs of a layer with several groups, that would cost more than :mod:`lightning_kfc.factors.cost` allows.
         """
         if self.options.max_factor_dim is None:
             return {}
-        groups, d_out, d_in = self.matrix_shape()
+        _, d_out, d_in = self.matrix_shape()
         sides = {"A": d_in, "G": d_out}
         found = {name: f"{d:,} > max_factor_dim" for name, d in sides.items() if d > self.options.max_factor_dim}
-        cost = cost_in_a_step(d_in, d_out)
-        if groups > 1 and not found and cost > MOST_IN_A_STEP:
-            larger = "A" if d_in >= d_out else "G"
-            found[larger] = f"{groups:,} dense ones would cost {cost:,.0f} x the layer's forward and backward"
-        return found
+        return found or _expensive_side(self)
 
     def approximation(self) -> str:
         """Which factors are diagonals, why, and the memory that saves; another sharing than the setting's."""
@@ -285,3 +285,35 @@ class Adapter(ABC):
         rows = self.output_rows(output_gradient.to(factor_dtype(output_gradient.dtype)))
         inputs, rows = self.sharing.shared(record, rows)
         return Statistics({"A": inputs.total}, {"G": self.second_moment(rows, "G")}, inputs.rows)
+
+
+def blocks_by_cost(adapter: Adapter, *, trainable: bool = True) -> tuple[int, float]:
+    """Into how many blocks a layer's larger factor is to be cut, 1 for none, and what a pair of whole ones would cost.
+
+    Args:
+        adapter: The layer's.
+        trainable: Whether only parameters count that are trainable now.
+
+    Returns:
+        The number, and the cost in the mean over a period, the layer's own forward and backward being 1.
+    """
+    own = adapter.own_parameters() if trainable else {}
+    groups, d_out, d_in = adapter.matrix_shape_of(own or adapter.parameters())
+    bound, rows = adapter.options.max_factor_dim, adapter.usual_rows
+    if groups > 1 or bound is None or max(d_out, d_in) > bound:
+        return 1, 0.0
+    cost, forward_and_backward = cost_in_the_mean(d_in, d_out, rows, adapter.options.every)
+    return number_of_blocks(d_in, d_out, rows, adapter.options.every), cost / forward_and_backward
+
+
+def _expensive_side(adapter: Adapter) -> dict[str, str]:
+    """The larger factor, where dense ones would cost more than the bounds allow, with the reason; else none."""
+    groups, d_out, d_in = adapter.matrix_shape()
+    if groups > 1:
+        cost, count = cost_in_a_step(d_in, d_out), f"{groups:,} dense ones"
+        exceeds = cost > MOST_IN_A_STEP
+    else:
+        (blocks, cost), count = blocks_by_cost(adapter), "a dense one"
+        exceeds = blocks > 1
+    side = "A" if d_in >= d_out else "G"
+    return {side: f"{count} would cost {cost:,.0f} x the layer's forward and backward"} if exceeds else {}

@@ -37,6 +37,8 @@ class LinearAdapter(Adapter):
     """
 
     kind = "Linear"
+    #: Examples of a batch; sequences have more.
+    usual_rows = 128
 
     def weight_input_rows(self, forward: Forward) -> Tensor:
         """Each input vector is a row."""

@@ -16,6 +16,7 @@ class AdapterOptions:
         max_factor_dim: Above this many dimensions a factor is held as its diagonal; None for no bound, by cost neither.
         rows_per_dim: Statistics are taken from a part of a batch's rows that has so many times a factor's dimensions;
             None for all rows.
+        every: Statistics are taken, and inverses refreshed, every so many steps: what a layer costs goes by that.
     """
 
     name: str = ""
@@ -23,3 +24,4 @@ class AdapterOptions:
     batch_axis: int = 0
     max_factor_dim: int | None = None
     rows_per_dim: int | None = None
+    every: tuple[int, int] = (10, 20)

@@ -1,0 +1,126 @@
+"""Wide linear layers whose larger factor is cut into equal diagonal blocks, to bound its cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_kfc.layers.adapter import Adapter, blocks_by_cost
+from lightning_kfc.layers.forward import Forward, ForwardHook
+from lightning_kfc.layers.linear import LinearAdapter
+
+
+class BlocksAdapter(Adapter):
+    r"""Another adapter whose larger side is cut into equal parts, each a group with a pair of factors of its own.
+
+    With A in blocks :math:`A_j`, the update of a block of columns is :math:`G^{-1} \nabla_j A_j^{-1}`, and likewise
+    with G in blocks. Units of different blocks count as uncorrelated. Where the side is no multiple of the number of
+    blocks, rows and gradients are filled up with zeros.
+
+    Args:
+        inner: The adapter of the layer, with one group; its options are set.
+    """
+
+    def __init__(self, inner: Adapter) -> None:
+        super().__init__(inner.module, inner.options)
+        self.sharing = inner.sharing
+        self._inner = inner
+        self.kind = inner.kind  # type: ignore[misc]  # that of the instance
+        self.unseen = inner.unseen  # type: ignore[misc]  # likewise
+        self.pairs_rows = inner.pairs_rows  # type: ignore[misc]  # likewise
+
+    @property
+    def inner(self) -> Adapter:
+        """The adapter that reads the module."""
+        return self._inner
+
+    def attach(self, hook: ForwardHook) -> RemovableHandle:
+        """See :class:`Adapter`."""
+        return self._inner.attach(hook)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """See :class:`Adapter`."""
+        return self._inner.parameters()
+
+    def cut_side(self) -> tuple[str, int]:
+        """The side that is cut, A or G, and the number of its blocks; 1 where few parameters are trainable."""
+        _, d_out, d_in = self._inner.matrix_shape()
+        return "A" if d_in >= d_out else "G", blocks_by_cost(self._inner)[0]
+
+    def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """See :class:`Adapter`: shape ``(blocks, d_out, d_in)``, one of both sides that of a block."""
+        side, blocks = self.cut_side()
+        return self._cut_matrix(self._inner.matrix(tensors), side, blocks)
+
+    def _cut_matrix(self, matrix: Tensor, side: str, blocks: int) -> Tensor:
+        if blocks == 1:
+            return matrix
+        if side == "A":
+            return _cut(matrix[0], blocks).transpose(0, 1)
+        return _cut(matrix[0].T, blocks).permute(1, 2, 0)
+
+    def write(self, matrix: Tensor, into: Mapping[str, Tensor]) -> None:
+        """See :class:`Adapter`."""
+        side, blocks = self.cut_side()
+        if blocks > 1:
+            _, d_out, d_in = self._inner.matrix_shape()
+            joined = matrix.transpose(0, 1).flatten(1) if side == "A" else matrix.flatten(0, 1)
+            matrix = joined[:d_out, :d_in].unsqueeze(0)
+        self._inner.write(matrix, into)
+
+    def weight_input_rows(self, forward: Forward) -> Tensor:
+        """See :class:`Adapter`; not cut."""
+        return self._inner.weight_input_rows(forward)
+
+    def input_rows(self, forward: Forward) -> Tensor:
+        """See :class:`Adapter`."""
+        return self._cut_rows(self._inner.input_rows(forward), "A")
+
+    def output_rows(self, output_gradient: Tensor) -> Tensor:
+        """See :class:`Adapter`."""
+        return self._cut_rows(self._inner.output_rows(output_gradient), "G")
+
+    def _cut_rows(self, rows: Tensor, of: str) -> Tensor:
+        side, blocks = self.cut_side()
+        if blocks == 1:
+            return rows
+        return _cut(rows[:, :, 0], blocks) if of == side else rows.expand(-1, -1, blocks, -1)
+
+    def second_moment(self, rows: Tensor, side: str) -> Tensor:
+        """See :class:`Adapter`; that of the side that all blocks share is formed once."""
+        cut, blocks = self.cut_side()
+        if blocks == 1 or side == cut:
+            return super().second_moment(rows, side)
+        return super().second_moment(rows[:, :, :1], side).repeat(blocks, 1, 1)
+
+    def diagonal_sides(self) -> dict[str, str]:
+        """None: where a side is cut, neither is larger than ``max_factor_dim``."""
+        return {}
+
+    def select(self, role: str, tensor: Tensor) -> Tensor:
+        """See :class:`Adapter`."""
+        return self._inner.select(role, tensor)
+
+    def approximation(self) -> str:
+        """See :class:`Adapter`: which factor is cut, and why."""
+        side, blocks = self.cut_side()
+        if blocks == 1:
+            return self.sharing.reason
+        cost = f"one would cost {blocks_by_cost(self._inner)[1]:,.0f} x the layer's forward and backward"
+        return "; ".join(text for text in (self.sharing.reason, f"{side} in {blocks} blocks: {cost}") if text)
+
+
+def in_blocks(adapter: Adapter) -> Adapter:
+    """The adapter, or one that cuts its larger side where that costs too much and its rows are those of a Linear."""
+    wide = isinstance(adapter, LinearAdapter) and blocks_by_cost(adapter, trainable=False)[0] > 1
+    return BlocksAdapter(adapter) if wide else adapter
+
+
+def _cut(values: Tensor, blocks: int) -> Tensor:
+    """The last axis as ``(blocks, size)``, zeros at its end where it has not enough."""
+    missing = -values.shape[-1] % blocks
+    padded = torch.nn.functional.pad(values, (0, missing)) if missing else values
+    return padded.reshape(*values.shape[:-1], blocks, -1)
