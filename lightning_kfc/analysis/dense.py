@@ -74,8 +74,8 @@ def seed_gradients(terms: Sequence[WeightedTerm], adapters: Mapping[str, Adapter
     count = sum(weighted.term.logits.numel() for weighted in terms)
     if count > MAX_PASSES:
         raise ValueError(
-            f"the dense Fisher matrix of this loss takes {count:,} back-propagations, one for each term and outcome, "
-            f"and at most {MAX_PASSES:,} are made: give a loss over fewer examples."
+            f"The dense Fisher matrix of this loss takes {count:,} back-propagations, one for each term and outcome; "
+            f"the limit is {MAX_PASSES:,}. Give a loss over fewer examples."
         )
     owned = {name: adapter.own_parameters() for name, adapter in adapters.items()}
     inputs = [torch.autograd.graph.get_gradient_edge(p) for own in owned.values() for p in own.values()]

@@ -88,8 +88,8 @@ def spatial_statistics(
     modules = spatial_modules({name: layer.module for name, layer in kfc.layers.items()})
     if not modules:
         raise ValueError(
-            "there is no Conv2d or ConvTranspose2d among the layers, so that there is no space to look at. The layers "
-            f"are: {', '.join(kfc.layers)}."
+            "Spatial statistics need a Conv2d or ConvTranspose2d layer, and the model has none. Its layers are: "
+            f"{', '.join(kfc.layers)}."
         )
     watcher = MapWatcher(modules, radius=radius, max_examples=max_examples, max_channels=None, max_passes=None)
     with leaving_no_trace(model), torch.enable_grad():

@@ -1,4 +1,4 @@
-"""Ranks that disagree on settings or layers are told so before the first step, instead of waiting for each other."""
+"""Check before the first step that all ranks have the same settings and layers; a mismatch would deadlock later."""
 
 from __future__ import annotations
 
@@ -14,49 +14,49 @@ from lightning_kfc.distributed import process_group as distributed
 
 
 class RanksDisagreeError(ValueError):
-    """The ranks of one training were given different settings, or different models."""
+    """The ranks of one training have different settings or models."""
 
 
 def check_agreement(facts: Mapping[str, str], device: torch.device) -> None:
     """Compare facts over all ranks. Collective: call on every rank.
 
     Args:
-        facts: What must be the same on all ranks, by name; the names are the same.
-        device: Where messages are sent from.
+        facts: Values that must be the same on all ranks, by name; the names must agree.
+        device: The device of the messages.
 
     Raises:
-        RanksDisagreeError: On every rank, naming what differs.
+        RanksDisagreeError: On every rank, with the differences.
     """
     if distributed.ProcessGroup().size == 1:
         return
     own = torch.tensor([_digest(value) for value in facts.values()], dtype=torch.int64, device=device)
     everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, own)
-    differing = [name for i, name in enumerate(facts) if len({int(told[i]) for told in everyone}) > 1]
+    differing = [name for i, name in enumerate(facts) if len({int(digests[i]) for digests in everyone}) > 1]
     if not differing:
         return
-    # Only now words are sent: they are long, and of unequal length.
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, {name: facts[name] for name in differing})
+    # Texts are sent only after a mismatch: they are long, and of unequal length.
+    texts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(texts, {name: facts[name] for name in differing})
     lines = []
     for name in differing:
-        other = next(rank for rank in range(len(told)) if told[rank][name] != told[0][name])
-        first, second = _difference(told[0][name], told[other][name])
+        other = next(rank for rank in range(len(texts)) if texts[rank][name] != texts[0][name])
+        first, second = _difference(texts[0][name], texts[other][name])
         lines.append(f"{name}: {first} on rank 0, {second} on rank {other}")
     raise RanksDisagreeError(
-        "The ranks do not agree on what KFC is to do, and would wait for each other:\n  "
+        "The ranks have different KFC settings or models, and would wait for each other forever:\n  "
         + "\n  ".join(lines)
         + "\nGive every rank the same settings and the same model."
     )
 
 
 def facts_of(settings: Any) -> dict[str, str]:
-    """The fields of a dataclass in words, by name."""
+    """The fields of a dataclass as texts, by name."""
     return {field.name: described(getattr(settings, field.name)) for field in fields(settings)}
 
 
 def described(value: Any) -> str:
-    """A value in words that are the same on every rank: no address of a function or an object is in them."""
+    """A value as a text that is the same on every rank, without addresses of objects."""
     if is_dataclass(value) and not isinstance(value, type):
         parts = (f"{field.name}={described(getattr(value, field.name))}" for field in fields(value))
         return f"{type(value).__name__}({', '.join(parts)})"
@@ -71,7 +71,7 @@ def _digest(text: str) -> int:
 
 
 def _difference(first: str, second: str, most: int = 120) -> tuple[str, str]:
-    """Both texts, long ones from a little before they begin to differ."""
+    """Both texts; long ones from a little before their first difference."""
     if max(len(first), len(second)) <= most:
         return first, second
     same = next(

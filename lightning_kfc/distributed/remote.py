@@ -28,12 +28,12 @@ class RemoteInverse(Inverse):
         Raises:
             RuntimeError: Always.
         """
-        raise RuntimeError("another rank holds this inverse: with placement='mem-opt' updates come from its owner.")
+        raise RuntimeError("Another rank holds this inverse: with placement='mem-opt' its owner computes the updates.")
 
 
 @dataclass(frozen=True)
 class ReceivedUpdate(StepInverse):
-    """An inverse whose answer for this step's gradient has arrived.
+    """The preconditioned gradient that another rank computed for this step.
 
     Attributes:
         update: The answer.

@@ -66,9 +66,9 @@ class Likelihood(ABC):
     def exact_seeds(self, logits: Tensor, weights: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
         """Seeds that reproduce the Fisher exactly, one position of every example at a time.
 
-        Positions of one example share layers, so their seeds must not travel together: the products of
-        different terms would be counted. Examples do travel together, each with a random sign, so that where
-        the first axis mixes terms of one example the products cancel in expectation.
+        Positions of one example share layers, so that a common back-propagation would add the products of
+        different terms. Examples have a common one, each with a random sign: if the first axis mixes terms of one
+        example, their products cancel in expectation.
         """
         examples = logits.shape[0]
         signs = torch.randint(0, 2, (examples,), generator=generator, device=logits.device) * 2 - 1
@@ -82,7 +82,7 @@ class Likelihood(ABC):
                 yield seed.reshape(logits.shape)
 
     def exact_passes(self, shape: torch.Size) -> int:
-        """How many back-propagations :meth:`exact_seeds` asks for."""
+        """The number of seeds of :meth:`exact_seeds`."""
         return shape[1:].numel()
 
 

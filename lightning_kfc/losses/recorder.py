@@ -1,4 +1,4 @@
-"""Record loss terms by watching the calls of torch's loss functions."""
+"""Record loss terms from calls of torch's loss functions."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from lightning_kfc.utilities.isolation import unseen_by_dispatch_modes
 
 
 def _with_the_weight_that_torch_drops(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ``l1_loss``, which does not tell a torch function mode of its ``weight``.
+    """The arguments of ``l1_loss`` with its ``weight``, which torch does not pass to a function mode.
 
-    Without it, the loss would be another one while it is watched. It is found in the frame of the call.
+    Without the weight the recorded call would compute another loss. It is read from the frame of the call.
     """
     code, frame = getattr(F.l1_loss, "__code__", None), inspect.currentframe()
     while frame is not None and frame.f_code is not code:
@@ -37,20 +37,20 @@ DIFFERENTIATE = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
 
 
 class LossRecorder(TorchFunctionMode):
-    """While it is entered, calls of loss functions and of ``log_prob`` become :class:`LossTerm` in ``terms``."""
+    """A context that records calls of loss functions and of ``log_prob`` as :class:`LossTerm` in ``terms``."""
 
     def __init__(self) -> None:
         super().__init__()
         self.terms: list[LossTerm] = []
         self.paused = False
-        #: What was raised while a call was read. The training step is the user's, and goes on.
+        #: The first error while a call was read; the user's training step continues.
         self.failure: Exception | None = None
-        #: Whether a derivative was taken in a way that allows the loss to hold it.
+        #: Whether a derivative was taken with ``create_graph``, so that the loss may contain it.
         self.differentiated = False
         self._originals: list[tuple[type, Any]] = []
 
     def __enter__(self) -> LossRecorder:
-        """Watch calls, also those of ``log_prob``, which are methods that no mode sees."""
+        """Record calls, also of ``log_prob``: a method, which no function mode intercepts."""
         super().__enter__()  # type: ignore[no-untyped-call]  # torch's own
         for kind, read in DISTRIBUTIONS.items():
             original = kind.__dict__["log_prob"]
@@ -59,7 +59,7 @@ class LossRecorder(TorchFunctionMode):
         return self
 
     def __exit__(self, *error: Any) -> None:
-        """Watch no longer."""
+        """Stop recording."""
         while self._originals:
             kind, original = self._originals.pop()
             kind.log_prob = original  # type: ignore[attr-defined]  # some torch distribution
@@ -70,7 +70,7 @@ class LossRecorder(TorchFunctionMode):
         def log_prob(distribution: Any, value: Any) -> Any:
             paused, self.paused = self.paused, True
             try:
-                # Another loss function is a part of some, and would be recorded too.
+                # Some call a loss function themselves, which would be a second term.
                 result = original(distribution, value)
             finally:
                 self.paused = paused
@@ -80,7 +80,7 @@ class LossRecorder(TorchFunctionMode):
         return log_prob
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call through, and record what a loss function was called with."""
+        """Call the function, and record the call of a loss function."""
         kwargs = kwargs or {}
         if func is F.l1_loss and "weight" not in kwargs:
             kwargs = _with_the_weight_that_torch_drops(args, kwargs)
@@ -107,13 +107,13 @@ class LossRecorder(TorchFunctionMode):
 
 
 class NamedOutputHook:
-    """A forward hook that makes a module's output the logits of a likelihood that the user named.
+    """A forward hook that records a module's output as the logits of the user's likelihood.
 
-    A copied or pickled module carries it as one that does nothing.
+    In a copied or pickled module it does nothing.
 
     Args:
         likelihood: The likelihood.
-        losses: Where the term goes; None for nowhere.
+        losses: Receives the term; None for no recording.
     """
 
     def __init__(self, likelihood: Likelihood, losses: LossRecorder | None) -> None:

@@ -1,4 +1,4 @@
-"""Which of the recorded loss terms count, by the likelihood that the user has named."""
+"""Select the recorded loss terms of the user's likelihood."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lightning_kfc.losses.terms import LossTerm
 
 
 class LossNotRecognisedError(RuntimeError):
-    """No term of the loss has the likelihood that was named, so that the Fisher matrix is not known."""
+    """No term of the loss has the likelihood that the user named."""
 
 
 def attach_named_output(model: nn.Module, likelihood: str | Likelihood, losses: LossRecorder) -> list[RemovableHandle]:
-    """Watch the module whose output the likelihood names as the logits, if it names one.
+    """Record the output of the module that the likelihood names, if it names one.
 
     Raises:
         ValueError: If the model has no such module.
@@ -28,7 +28,7 @@ def attach_named_output(model: nn.Module, likelihood: str | Likelihood, losses: 
     modules = dict(model.named_modules())
     if likelihood.output_of not in modules:
         raise ValueError(
-            f"likelihood names the logits as the output of {likelihood.output_of!r}, but the model has no such "
+            f"likelihood takes the logits from the output of {likelihood.output_of!r}, but the model has no such "
             f"module. Its modules are: {', '.join(name for name in modules if name)}."
         )
     hook = NamedOutputHook(likelihood, losses)
@@ -36,7 +36,7 @@ def attach_named_output(model: nn.Module, likelihood: str | Likelihood, losses: 
 
 
 def wanted_terms(terms: Sequence[LossTerm], likelihood: str | Likelihood) -> list[LossTerm]:
-    """The terms of the likelihood that the user has named; all where none is."""
+    """The terms of the user's likelihood; all for ``"auto"``."""
     if likelihood == "auto":
         return list(terms)
     if isinstance(likelihood, Likelihood):
@@ -47,39 +47,39 @@ def wanted_terms(terms: Sequence[LossTerm], likelihood: str | Likelihood) -> lis
 
 
 def unrecognised(terms: Sequence[LossTerm], likelihood: str | Likelihood) -> str:
-    """What to say where no term counts, and the way out."""
+    """The message for a loss without a term of the likelihood."""
     if isinstance(likelihood, Likelihood) and likelihood.output_of is not None:
         return (
-            f"KFC found no logits: the module {likelihood.output_of!r}, which likelihood={likelihood!r} names, was "
-            "not called while this loss was computed, or its output has no gradient. Name the module whose output "
-            "the loss is computed from."
+            f"KFC found no logits for likelihood={likelihood!r}: the module {likelihood.output_of!r} was not called "
+            "while this loss was computed, or its output has no gradient. Set output_of to the module whose output "
+            "enters the loss."
         )
     return (
         "KFC recognised no term of the loss "
         f"(likelihood={likelihood!r}; loss functions seen in this step: {_seen(terms)}). "
-        f"It knows {', '.join(function.__name__ for function in LOSS_FUNCTIONS)}, as functions or modules. "
-        "For another loss, name the likelihood and the module whose output is its logits, for example "
+        f"Recognised are {', '.join(function.__name__ for function in LOSS_FUNCTIONS)}, as functions or modules. "
+        "For another loss, give the likelihood and the module whose output is its logits, for example "
         "likelihood=Categorical(output_of='head'), or choose fisher='empirical'."
     )
 
 
-#: What statistics come from besides recognised loss functions.
+#: Sources of curvature other than recognised loss functions.
 THE_REST = "the gradient of the rest"
 THE_LOSS_ITSELF = "the gradient of the loss itself"
 
 
 def curvature_line(norms: Mapping[str, float], terms: Sequence[LossTerm]) -> str:
-    """The line that names what curvature comes from.
+    """The line that names the sources of curvature.
 
     Args:
         norms: The norm of the gradient by loss function, :data:`THE_REST` or :data:`THE_LOSS_ITSELF`.
-        terms: What was recorded, part of the loss or not.
+        terms: The recorded terms, part of the loss or not.
     """
     if THE_LOSS_ITSELF in norms:
         return (
-            f"curvature from {THE_LOSS_ITSELF} (its empirical Fisher), since no term of it is recognised (loss "
-            f"functions seen in this step: {_seen(terms)}). Where the loss has logits, "
-            "likelihood=Categorical(output_of='head'), for example, gives the model's own Fisher."
+            f"curvature from {THE_LOSS_ITSELF} (its empirical Fisher): no term is recognised (loss "
+            f"functions seen in this step: {_seen(terms)}). For a loss of logits, a likelihood such as "
+            "Categorical(output_of='head') gives the model's own Fisher."
         )
     if len(norms) == 1 or THE_REST not in norms:
         return f"curvature from {', '.join(norms)}."

@@ -1,4 +1,4 @@
-"""Loss terms: what a loss is the negative log-likelihood of, and with which weights."""
+"""Loss terms: weighted negative log-likelihoods that a loss consists of."""
 
 from __future__ import annotations
 
@@ -19,18 +19,17 @@ class LossTerm:
     """One call of a loss function: many terms of one likelihood, weighted by the call's own options.
 
     Attributes:
-        likelihood: What the terms are negative log-likelihoods of.
+        likelihood: The likelihood of the terms.
         function: The loss function's name, for messages.
         logits: The logits' values, shape ``(examples, *positions, outputs)``.
         edges: Where seeds enter the graph, each with a sign.
         layout: Turns a seed shaped as ``logits`` into the shape of the tensor at the edges.
-        value: The loss function's result, or None where there is none, or none that is bounded by 0.
-        value_edge: Where that result is in the graph, or None where the weights are known.
-        weigh: Gives the weights of the terms from the derivative of the loss with respect to that result.
-        weigh_in_loss: The same without the curvature of the terms, where ``weigh`` has it in the weights; None
-            where it has not.
-        layout_of_weights: Turns weights shaped as ``logits`` into the shape of the tensor at the edges, where that is
-            not what ``layout`` does; None where it is.
+        value: The loss function's result; None if it has none, or may be negative.
+        value_edge: The result's gradient edge; None if the weights are known.
+        weigh: Returns the weights of the terms from the derivative of the loss with respect to the result.
+        weigh_in_loss: Like ``weigh``, but without the curvature of the terms; None if ``weigh`` has no such factor.
+        layout_of_weights: Turns weights shaped as ``logits`` into the shape of the tensor at the edges; None for
+            ``layout``.
     """
 
     likelihood: Likelihood
@@ -48,24 +47,24 @@ class LossTerm:
     def term_weights(self, derivative: Tensor) -> Tensor:
         """The weights c, shape ``(examples, *positions)`` (categorical) or as ``logits``.
 
-        The absolute value is taken: a term that the loss subtracts curves it as much as one that it adds, and
-        a Fisher matrix has no negative part.
+        The weights are absolute values, since a Fisher matrix has no negative part: a subtracted term counts as
+        much as an added one.
 
-        Where one call has terms of both signs, as a policy gradient has (a log-probability times an advantage), they
-        are no likelihood of the data. The terms that the loss depends on then have equal weights, the mean of their
-        sizes: the curvature is the Fisher matrix of the policy over the visited states, as in the natural policy
-        gradient (Kakade 2001), in the units of the loss.
+        Terms of both signs in one call, as in a policy gradient (log-probability times advantage), are no likelihood
+        of the data. Then all terms of nonzero weight get the mean absolute weight: the curvature is the Fisher matrix
+        of the policy over the visited states, as in the natural policy gradient (Kakade 2001), in the units of the
+        loss.
         """
         return self.weigh(_of_one_sign(derivative.detach().to(self.logits))).abs()
 
     def weights_in_loss(self, derivative: Tensor) -> Tensor:
-        """The factors of the terms in the loss, which are the weights but for the terms' own curvature."""
+        """The factors of the terms in the loss: the weights without the terms' own curvature."""
         weigh = self.weigh if self.weigh_in_loss is None else self.weigh_in_loss
         return weigh(derivative.detach().to(self.logits)).abs()
 
 
 def _of_one_sign(derivative: Tensor) -> Tensor:
-    """Derivatives of both signs as their mean size, where they are not 0; others as they are."""
+    """Nonzero derivatives of both signs replaced by their mean absolute value; others unchanged."""
     if not (bool((derivative > 0).any()) and bool((derivative < 0).any())):
         return derivative
     used = derivative != 0
@@ -88,7 +87,7 @@ def elementwise_term(
     """A term whose every output stands alone; ``weight`` and ``curvature`` broadcast to the unreduced result.
 
     Args:
-        likelihood: What the terms are negative log-likelihoods of.
+        likelihood: The likelihood of the terms.
         function: The loss function's name.
         value: Its result.
         logits: The logits' values, as they broadcast to the result.

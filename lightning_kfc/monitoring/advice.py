@@ -1,4 +1,4 @@
-"""Advice in words, from the numbers of a training: each rule is a function of :class:`Facts` alone."""
+"""Advice from the numbers of a training; each rule is a function of :class:`Facts`."""
 
 from __future__ import annotations
 
@@ -7,51 +7,51 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-#: The KL clip sets the step, not the learning rate, where so large a share of so many steps is cut to less than this.
+#: The KL clip sets the step if it shortens the second share of the last steps to less than the first share.
 CUT_TO, CUT_SHARE, CUT_STEPS = 0.1, 0.95, 100
-#: Clipping of gradients sets the step where it leaves less than this of half of so many updates.
+#: Gradient clipping sets the step if it shortens half of the last updates to less than this share.
 CLIPPED_TO, CLIPPED_STEPS = 0.1, 50
-#: Beside a momentum of this much clipping shortens steps that would be too long: it was seen to rescue such trainings.
+#: With this momentum steps may be too long, and clipping can rescue a training: no advice against it.
 LONG_MOMENTUM = 0.9
-#: What takes more of a step's time than the first share is worth a period that gives it the second.
+#: A phase above the first share of a step's time gets advice for a period with the second share.
 TIME_SHARE, WANTED_SHARE = 0.25, 0.1
-#: Shares of time say little before so many steps after the warm-up have been timed.
+#: Timed steps after the warm-up before advice on time.
 TIMED_STEPS = 50
-#: Skipped, or undone, steps are many where there are so many, and they are this share; of undone ones, which are taken
-#: back to the best point on their way and are not lost, more do no harm.
+#: The count and the share above which skipped steps are many. The share for undone steps is larger: a step back to the
+#: best point on its way is not lost.
 MANY, MANY_SHARE, MANY_UNDONE_SHARE = 5, 0.05, 0.1
-#: A gradient scaler finds its scale by a few skipped steps at the start.
+#: With a gradient scaler, which skips some steps at the start to find its scale.
 MANY_SCALED = 10
-#: Coverage of a smaller share of the trainable parameters is small.
+#: The share of trainable parameters below which coverage is small.
 COVERED_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a training when advice is asked for.
+    """The numbers of a training that advice depends on.
 
     Attributes:
         steps: Preconditioned steps of this fit.
-        clip_factors: Of the last :data:`CUT_STEPS` steps, the factor of the KL clip.
+        clip_factors: The factor of the KL clip at each of the last :data:`CUT_STEPS` steps.
         kl_clip: The bound in force; None for none.
-        automatic_kl_clip: Whether it sets itself.
-        damping: In force.
-        automatic_damping: Whether the damping is ``"auto"``, of which there is nothing to advise.
-        damped: Whether the damping has a part in the updates; the rule "adam" does without.
-        below_damping: Layers whose largest curvature was below the damping whenever it was looked at lately.
-        layers: The number of layers that were looked at.
-        timed_steps: Steps after the warm-up that were timed.
-        time_shares: The share of these steps' time by part, of :data:`lightning_kfc.monitoring.timing.PARTS`.
+        automatic_kl_clip: Whether the bound is ``"auto"``.
+        damping: The damping in force.
+        automatic_damping: Whether the damping is ``"auto"``.
+        damped: Whether the rule uses the damping; the rule "adam" does not.
+        below_damping: Layers whose largest curvature was below the damping at each of the last measurements.
+        layers: The number of measured layers.
+        timed_steps: Timed steps after the warm-up.
+        time_shares: The share of these steps' time by phase, of :data:`lightning_kfc.monitoring.timing.PARTS`.
         factor_every_n_steps: The period of statistics.
         inverse_every_n_steps: The period of inverses.
-        undone_steps: Steps that were taken back.
-        covered_parameters: Trainable parameters with Kronecker factors or blocks, so with more than a diagonal.
-        trainable_parameters: All that are trainable.
-        chosen_layers: Whether `include` or `exclude` say which layers are preconditioned.
-        nonfinite_steps: Steps that were skipped, their gradients not being finite.
-        gradient_scaler: Whether a gradient scaler is at work (float16).
-        gradient_clip_factors: Of the last :data:`CLIPPED_STEPS` updates, the part of their length that the clipping of
-            gradients has left; empty where there is no clipping.
+        undone_steps: Steps that were undone.
+        covered_parameters: Trainable parameters with Kronecker factors or blocks.
+        trainable_parameters: All trainable parameters.
+        chosen_layers: Whether `include` or `exclude` is given.
+        nonfinite_steps: Steps that were skipped for gradients that are not finite.
+        gradient_scaler: Whether a gradient scaler is active (float16).
+        gradient_clip_factors: The share of its length that gradient clipping left of each of the last
+            :data:`CLIPPED_STEPS` updates; empty without clipping.
         momentum: The highest momentum of an optimizer.
     """
 
@@ -85,36 +85,36 @@ def clip_sets_the_step(facts: Facts) -> str | None:
     if len(factors) < CUT_STEPS or facts.kl_clip is None or cut < CUT_SHARE * len(factors):
         return None
     found = (
-        f"the KL clip cut {100 * cut // len(factors)}% of the last {len(factors)} steps to less than {CUT_TO:g} of "
-        "their length, so that it sets the step and not the learning rate: lower the learning rate"
+        f"the KL clip shortened {100 * cut // len(factors)}% of the last {len(factors)} steps to less than "
+        f"{CUT_TO:g} of their length, so that the learning rate has no effect. Lower the learning rate"
     )
     if facts.automatic_kl_clip:
-        return f"{found} (kl_clip='auto' has set itself to {facts.kl_clip:.3g}, from what steps did to the loss)."
+        return f"{found} (kl_clip='auto' is {facts.kl_clip:.3g} now, set from the reviewed steps)."
     return f"{found}, or raise kl_clip={facts.kl_clip:g}."
 
 
 def gradient_clipping_sets_the_step(facts: Facts) -> str | None:
-    """Clipping of gradients, which acts on the preconditioned ones, leaves little of most updates."""
+    """Gradient clipping, which acts on preconditioned gradients, shortens most updates to a small part."""
     factors = facts.gradient_clip_factors
     if len(factors) < CLIPPED_STEPS or median(factors) >= CLIPPED_TO or facts.momentum >= LONG_MOMENTUM:
         return None
     bound = "kl_clip bounds every update" if facts.kl_clip is not None else "kl_clip='auto' bounds updates"
     return (
-        f"gradient clipping cut half of the last {len(factors)} updates to less than {median(factors):.2g} of their "
-        f"length, so that it sets the step: leave gradient_clip_val out, {bound}."
+        f"gradient clipping shortened half of the last {len(factors)} updates to less than {median(factors):.2g} of "
+        f"their length. Leave gradient_clip_val out: {bound}."
     )
 
 
 def damping_above_curvature(facts: Facts) -> str | None:
     """Some layers have no direction whose curvature reaches the damping."""
-    # An automatic one follows the loss; near the end of a training curvature vanishes below it.
+    # Automatic damping follows the loss, and near the end of a training the curvature falls below it.
     if not facts.damped or not facts.below_damping or facts.automatic_damping:
         return None
     names = _listed(facts.below_damping)
     return (
-        f"damping ({facts.damping:.3g}) is above the largest curvature of {names}, {len(facts.below_damping)} of "
-        f"{facts.layers} layers: they get plain SGD, its learning rate divided by the damping. Lower damping, unless "
-        "the training is nearly done and its curvature gone."
+        f"damping ({facts.damping:.3g}) is above the largest curvature of {len(facts.below_damping)} of {facts.layers} "
+        f"layers ({names}): their steps are those of plain SGD, with its learning rate divided by the damping. Lower "
+        "the damping, unless the training is nearly done."
     )
 
 
@@ -134,20 +134,20 @@ def _longer_period(facts: Facts, part: str, option: str, period: int) -> str | N
         return None
     wanted = longer_period(period, share, WANTED_SHARE)
     if part == "inverses":
-        # In between, the factors have not changed.
+        # Inverses between two refreshes of factors would be the same.
         wanted = math.ceil(wanted / facts.factor_every_n_steps) * facts.factor_every_n_steps
-    return f"{part} take {100 * share:.0f}% of the step: set {option} to {wanted} (it is {period})."
+    return f"{part} take {100 * share:.0f}% of the step. Set {option} to {wanted} (now {period})."
 
 
 def longer_period(period: int, share: float, wanted: float) -> int:
-    """The period at which something that took a share of the time at another one takes the wanted share.
+    """The period at which a phase takes the wanted share of the time.
 
     Args:
         period: The present period, in steps.
-        share: Of the time, below 1.
-        wanted: The share to come to, below 1.
+        share: The present share of the time, below 1.
+        wanted: The wanted share of the time, below 1.
     """
-    # Per unit of what else a step does, share / (1 - share) now; the period divides it. Rounding must not add a step.
+    # The phase takes share / (1 - share) of the rest of a step, divided by the period. Rounding must not add a step.
     ratio = share / (1 - share) * (1 - wanted) / wanted if share < 1 else 1000.0
     return max(period, math.ceil(period * ratio - 1e-9))
 
@@ -158,31 +158,31 @@ def many_undone_steps(facts: Facts) -> str | None:
     if undone < MANY or undone < MANY_UNDONE_SHARE * facts.steps:
         return None
     return (
-        f"{undone} of {facts.steps} steps made the loss of their own batch larger, and were taken back in whole or in "
-        "part: lower the learning rate or the momentum of the optimizer."
+        f"{undone} of {facts.steps} steps increased the loss of their own batch, and were undone or shortened. Lower "
+        "the learning rate or the momentum of the optimizer."
     )
 
 
 def small_coverage(facts: Facts) -> str | None:
-    """Most parameters have a diagonal curvature or none, and nobody asked for that."""
+    """Most parameters have a diagonal curvature or none, without `include` or `exclude`."""
     share = facts.covered_parameters / max(1, facts.trainable_parameters)
     if facts.chosen_layers or share >= COVERED_SHARE:
         return None
     return (
-        f"only {100 * share:.0f}% of the trainable parameters have Kronecker factors; the table at the start says why. "
-        "Use layers that are modules, such as nn.Linear, or register an adapter for those that hold the others."
+        f"only {100 * share:.0f}% of the trainable parameters have Kronecker factors; the start-up table has the "
+        "reasons. Use modules such as nn.Linear for the other parameters, or register an adapter."
     )
 
 
 def many_nonfinite_steps(facts: Facts) -> str | None:
-    """Many steps are skipped since their gradients are not finite."""
+    """Many steps are skipped for gradients that are not finite."""
     skipped, attempts = facts.nonfinite_steps, facts.steps + facts.nonfinite_steps
     if skipped < (MANY_SCALED if facts.gradient_scaler else MANY) or skipped < MANY_SHARE * attempts:
         return None
-    found = f"{skipped} of {attempts} steps were skipped, their gradients not being finite"
+    found = f"{skipped} of {attempts} steps were skipped, since their gradients were not finite"
     if facts.gradient_scaler:
         return f"{found}: float16 overflows. Use precision='bf16-mixed', or lower the learning rate."
-    return f"{found}: look for a NaN in the data or the loss, or lower the learning rate."
+    return f"{found}. Look for a NaN in the data or the loss, or lower the learning rate."
 
 
 Rule = Callable[[Facts], str | None]
@@ -200,7 +200,7 @@ RULES: tuple[Rule, ...] = (
 
 
 class Adviser:
-    """Applies the rules, and gives each one's advice once.
+    """Applies the rules, and returns the advice of each rule once.
 
     Args:
         rules: The rules.
@@ -208,7 +208,7 @@ class Adviser:
 
     def __init__(self, rules: Sequence[Rule] = RULES) -> None:
         self._silent = list(rules)
-        #: The advice that was given, in order.
+        #: The advice so far, in order.
         self.given: list[str] = []
 
     def new(self, facts: Facts) -> list[str]:

@@ -1,4 +1,4 @@
-"""What happened, as numbers; reading them changes nothing."""
+"""Counts of events, numbers of the last step, and their history."""
 
 from __future__ import annotations
 
@@ -22,31 +22,30 @@ def shortened(entries: Iterable[str], most: int = 5) -> str:
 
 @dataclass
 class Events:
-    """Counts of what went other than planned, over the whole training.
+    """Counts of irregular events over the whole training.
 
     Attributes:
-        nonfinite_gradients: Steps whose gradients held a NaN or an infinity: no statistics were taken over, nothing
-            was preconditioned, and the callback had the optimizer skip the step.
+        nonfinite_gradients: Steps whose gradients held a NaN or an infinity: their statistics were dropped, nothing
+            was preconditioned, and the callback skipped the step.
         nonfinite_statistics: Steps in which a layer's statistics held a NaN or an infinity, and entered no average.
-        empty_statistics: Steps in which a layer saw no examples, which entered no average.
+        empty_statistics: Steps in which a layer got no examples; its averages stayed.
         missing_second_moments: Layers, summed over steps, that kept their eigenvalues, since ``inverse="ekfac"`` had no
             usable gradients of single examples.
         failed_factorisations: Factorisations that failed at every damping; the last good inverse was kept.
-        restored_inverses: Steps in which a layer went back to its last good inverse, since the update by
+        restored_inverses: Steps in which a layer returned to its last good inverse, since the update by
             its new one was not finite, or not a descent direction.
         nonfinite_updates: Steps in which a layer kept its plain gradient, since no inverse gave a usable update.
-        undone_steps: Steps that made the loss of their own batch larger, and were taken back, to the best point on
-            their way where there was one.
-        shortened_steps: Steps that lowered the loss of their own batch far less than expected, and were likewise taken
-            back to the best point on their way.
-        missed_reviews: Steps that were to be reviewed and could not be, since their losses were not recorded, or not
-            replayed.
+        undone_steps: Steps that increased the loss of their own batch, and were undone, or shortened to the best point
+            on their way.
+        shortened_steps: Steps that decreased the loss of their own batch far less than expected, and were shortened to
+            the best point on their way.
+        missed_reviews: Steps without their due review, since their losses were not recorded, or not replayed.
         invalid_dampings: Steps at which a damping schedule gave no positive number; the last valid one was used.
-        restarted_layers: Layers whose averages started anew, since their trainable parameters changed.
-        unrecognised_losses: Losses of which no term was recognised: statistics came from the loss's own gradient, or,
-            with a ``likelihood`` that no term has, from none.
-        losses_without_gradient: Losses whose gradient is zero, or that have none, of which no statistics were taken.
-        failed_statistics: Steps whose statistics could not be taken or folded, since an error was raised.
+        restarted_layers: Layers whose averages started again, since their trainable parameters changed.
+        unrecognised_losses: Losses without a recognised term: statistics came from the loss's own gradient, or, with a
+            ``likelihood`` that no term has, were not taken.
+        losses_without_gradient: Losses without a gradient, or with a zero one; no statistics were taken.
+        failed_statistics: Steps whose statistics were lost to an error.
     """
 
     nonfinite_gradients: int = 0
@@ -66,17 +65,17 @@ class Events:
     failed_statistics: int = 0
 
     def count(self, event: str) -> int:
-        """Add one to a count, and give the new one."""
+        """Add one to a count, and return it."""
         setattr(self, event, getattr(self, event) + 1)
         return int(getattr(self, event))
 
     def report(self, event: str, step: int, what: str) -> None:
-        """Count an event; warn of the first one of its kind, on rank zero."""
+        """Count an event; warn about the first one of its kind, on rank zero."""
         if self.count(event) == 1 and distributed.rank() == 0:
-            warnings.warn(f"KFC at step {step}: {what}. More of this is only counted, in `kfc.events`.", stacklevel=3)
+            warnings.warn(f"KFC at step {step}: {what}. Later ones are only counted, in `kfc.events`.", stacklevel=3)
 
     def __str__(self) -> str:
-        """What happened, for a report; empty where all went as planned."""
+        """The counts above zero, for a report."""
         return ", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in self.state_dict().items() if count)
 
     def state_dict(self) -> dict[str, int]:
@@ -84,7 +83,7 @@ class Events:
         return {entry.name: getattr(self, entry.name) for entry in fields(self)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Take over counts by name; unknown names are left out."""
+        """Restore counts by name; unknown names are left out."""
         for entry in fields(self):
             if entry.name in state:
                 setattr(self, entry.name, int(state[entry.name]))
@@ -100,10 +99,9 @@ class StepNumbers:
         kl_clip_factor: :math:`\nu` of E7.
         kl_clip: :math:`\kappa` in force; None for no bound.
         kl: Half of :math:`\alpha^2\langle V,\nabla\bar W\rangle` before clipping, the KL of the step.
-        reduction_ratio: Of the last reviewed step, the change of the loss over the change that was expected; None where
-            none was.
-        predicted_decrease: Of the loss by that step, with momentum and weight decay; None where none was reviewed.
-        actual_decrease: Of the loss of that step's own batch; negative where it grew.
+        reduction_ratio: Actual over expected change of the loss by the last reviewed step; None without one.
+        predicted_decrease: Expected decrease of the loss by that step, with momentum and weight decay; None likewise.
+        actual_decrease: Decrease of the loss of that step's own batch, negative for an increase; None likewise.
     """
 
     step: int

@@ -1,4 +1,4 @@
-"""Information for the user, on rank zero alone; what needs action is a warning instead."""
+"""Information for the user, on rank zero; problems that need action are warnings instead."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 
 from lightning_kfc.distributed import process_group as distributed
 
-#: Takes lines of information at level INFO. A plain loop shows them as it shows those of other loggers.
+#: The package's logger; its lines have level INFO.
 LOGGER = logging.getLogger("lightning_kfc")
 
 

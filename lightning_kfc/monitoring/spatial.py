@@ -1,6 +1,6 @@
 r"""Correlations over space in the maps of a convolution: the assumptions of KFC, measured.
 
-The paper's sec. 5.1 asks of a trained network whether its assumptions hold (arXiv:1602.01407): *spatial homogeneity*
+The paper's sec. 5.1 tests two assumptions on a trained network (arXiv:1602.01407): *spatial homogeneity*
 (first and second moments depend on the offset between two locations alone) and *spatially uncorrelated derivatives*
 (:math:`E[g_t g_{t'}^\top] = 0` for :math:`t \ne t'`).
 """
@@ -18,18 +18,18 @@ Quantity = Literal["activations", "derivatives"]
 
 @dataclass(frozen=True)
 class SpatialStatistics:
-    r"""What the maps of one layer show of the paper's assumptions.
+    r"""Tests of the paper's assumptions on the maps of one layer.
 
     Attributes:
         layer: The layer's name.
-        quantity: ``"activations"``: what the layer reads; ``"derivatives"``: those at its output.
+        quantity: ``"activations"``: the layer's input; ``"derivatives"``: those at its output.
         autocorrelation: The mean over channels of the correlation between the values of a channel at two locations,
             by their offset, shape ``(2 r_y + 1, 2 r_x + 1)``, offset 0 in the middle. NaN where every channel is
             constant.
-        inhomogeneity: How much the second moment differs between locations: its standard deviation over locations
-            divided by its mean, a mean over channels; 0 where all locations are alike. Noise alone gives about
+        inhomogeneity: The second moment's standard deviation over locations divided by its mean, averaged over
+            channels; 0 if all locations are alike. Noise alone gives about
             :math:`\sqrt{2/N}` for N examples of a normal distribution.
-        examples: The number of maps behind it; with several targets an example, that many times the examples.
+        examples: The number of maps: examples times targets per example.
     """
 
     layer: str
@@ -95,7 +95,7 @@ def autocorrelation(maps: Tensor, radius: int, *, centred: bool) -> Tensor:
 
 
 def inhomogeneity(maps: Tensor, *, centred: bool) -> float:
-    """How much the second moment of a channel differs between locations; see :class:`SpatialStatistics`.
+    """The inhomogeneity of a channel's second moment; see :class:`SpatialStatistics`.
 
     Args:
         maps: Shape ``(examples, channels, height, width)``.

@@ -1,4 +1,4 @@
-"""Where the time of a step goes."""
+"""The time of a step by phase."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-#: The parts of a step, in the order in which they are shown; the last one is all that is not ours.
+#: The phases of a step, in the order of display; the last one is all time outside KFC.
 PARTS = ("statistics", "inverses", "preconditioning", "reviews", "forward, backward and the rest")
 REST = PARTS[-1]
 
-#: Marks on the device are read back when so many intervals wait, not one by one, since that waits for the device.
+#: Waiting intervals before the marks on the device are read, since each read waits for the device.
 WAITING = 4096
 
 Mark = float | torch.cuda.Event
@@ -21,14 +21,14 @@ Mark = float | torch.cuda.Event
 
 @dataclass
 class StepTimes:
-    """Adds up the time of steps by part; does nothing until :meth:`begin_step` is called.
+    """Adds up the time of steps by phase, between :meth:`begin_step` and :meth:`end_step`.
 
-    A part inside another one is not counted to that one. On a CUDA device the time is that of the device: marks are
-    put into its stream, and nothing waits for them.
+    A phase inside another one does not count for the outer one. On a CUDA device the time is that of the device,
+    measured by events in its stream.
 
     Attributes:
-        steps: The number of steps that have ended.
-        also: Another clock, with steps of its own, that is told of the same parts.
+        steps: The number of ended steps.
+        also: Another clock, with its own steps, that times the same phases.
     """
 
     steps: int = 0
@@ -40,13 +40,13 @@ class StepTimes:
     _on_cuda: bool = False
 
     def begin_step(self, device: torch.device) -> None:
-        """A step begins; one that did not end (an exception) counts for nothing more."""
+        """Begin a step; the rest of one that an exception ended is not counted."""
         self._on_cuda = device.type == "cuda"
         self._running = [REST]
         self._since = self._mark()
 
     def end_step(self) -> None:
-        """The step has ended."""
+        """End the step."""
         if self._running:
             self._close_interval()
             self._running = []
@@ -54,7 +54,7 @@ class StepTimes:
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count what runs inside to a part of the step."""
+        """Count the time inside this context for a phase of the step."""
         if self.also is None:
             with self._own_part(name):
                 yield
@@ -73,18 +73,18 @@ class StepTimes:
         try:
             yield
         finally:
-            # A new step has begun where this one was left by an exception that was caught far outside.
+            # False in a new step, after an exception that was caught far outside.
             if len(self._running) > depth:
                 self._close_interval()
                 del self._running[depth:]
 
     def seconds(self) -> dict[str, float]:
-        """Seconds in all, by part."""
+        """All seconds, by phase."""
         self._read()
         return dict(self._seconds)
 
     def mean_step(self) -> dict[str, float]:
-        """Seconds a step, by part; empty before a step has ended."""
+        """Seconds per step, by phase; empty before the end of the first step."""
         self._read()
         return {name: seconds / self.steps for name, seconds in self._seconds.items()} if self.steps else {}
 

@@ -34,7 +34,7 @@ def check_matplotlib(wanted_for: str) -> None:
     """Say what to install where matplotlib is missing.
 
     Args:
-        wanted_for: What asks for it, as the subject of a sentence.
+        wanted_for: The feature that needs it, as the subject of the message.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.

@@ -213,7 +213,7 @@ def _with_progress(layers: Sequence[Layer]) -> Iterator[Layer]:
         yield layer
         passed = time.monotonic() - started
         if passed >= (PATIENCE if done == len(layers) else wait):
-            inform(f"KFC makes the first inverses: {done} of {len(layers)} layers after {passed:.1f} s.")
+            inform(f"KFC computes the first inverses: {done} of {len(layers)} layers after {passed:.1f} s.")
             wait = 2 * passed
 
 

@@ -37,7 +37,7 @@ class PeriodChoice:
         chosen: What was chosen; None before that.
 
     Raises:
-        ValueError: If a period is "auto" where deterministic algorithms are asked for.
+        ValueError: If a period is "auto" with deterministic algorithms.
     """
 
     def __init__(
@@ -51,9 +51,9 @@ class PeriodChoice:
         self._automatic = factors is None or inverses is None
         if self._automatic and torch.are_deterministic_algorithms_enabled():
             raise ValueError(
-                "Periods that are 'auto' follow the clock, so that no two runs are the same, but deterministic "
-                "algorithms are asked for (by Trainer(deterministic=True) or torch.use_deterministic_algorithms). Give "
-                "numbers for factor_every_n_steps and inverse_every_n_steps."
+                "Periods that are 'auto' depend on measured times, and contradict deterministic algorithms "
+                "(Trainer(deterministic=True) or torch.use_deterministic_algorithms). Give numbers for "
+                "factor_every_n_steps and inverse_every_n_steps."
             )
         self._first, self._factors, self._inverses, self._budget = schedule, factors, inverses, max_overhead
         self._times = times

@@ -60,7 +60,7 @@ class Norms(Callback):
 def advice(caplog: pytest.LogCaptureFixture, module: Classifier, steps: int = 60, **options: Any) -> list[str]:
     with caplog.at_level("INFO"):
         fit(module, kfc=KFCCallback(), max_steps=steps, **options)
-    return [line for line in caplog.messages if "gradient clipping cut half" in line]
+    return [line for line in caplog.messages if "gradient clipping shortened half" in line]
 
 
 def gentle(parameters: Any) -> SGD:

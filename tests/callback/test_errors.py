@@ -270,7 +270,7 @@ def test_logits_of_a_module_that_is_taken_away_are_counted_and_said_once():
             return F.cross_entropy(self(batch[0]), batch[1])
 
     callback = KFCCallback(likelihood=Categorical(output_of="head"), **EACH)
-    said = warned_fit(callback, Renamed(), "found no logits: the module 'head'")
+    said = warned_fit(callback, Renamed(), "found no logits for .*: the module 'head'")
     assert said.startswith("KFC at step 2: ")
     assert counted(callback) == {"unrecognised_losses": 4}
     assert list(callback.kfc.layers) == ["tail"]

@@ -151,10 +151,10 @@ def test_first_inverses_that_take_long_are_told_of_ever_more_rarely_and_later_on
 ) -> None:
     step(steps=3)
     assert informed == [
-        "KFC makes the first inverses: 2 of 10 layers after 2.0 s.",
-        "KFC makes the first inverses: 4 of 10 layers after 4.0 s.",
-        "KFC makes the first inverses: 8 of 10 layers after 8.0 s.",
-        "KFC makes the first inverses: 10 of 10 layers after 10.0 s.",
+        "KFC computes the first inverses: 2 of 10 layers after 2.0 s.",
+        "KFC computes the first inverses: 4 of 10 layers after 4.0 s.",
+        "KFC computes the first inverses: 8 of 10 layers after 8.0 s.",
+        "KFC computes the first inverses: 10 of 10 layers after 10.0 s.",
     ]
 
 
@@ -167,8 +167,8 @@ def test_information_is_given_on_rank_zero_alone(
 
 
 LINES = [
-    "KFC makes the first inverses: 1 of 2 layers after 3.0 s.",
-    "KFC makes the first inverses: 2 of 2 layers after 6.0 s.",
+    "KFC computes the first inverses: 1 of 2 layers after 3.0 s.",
+    "KFC computes the first inverses: 2 of 2 layers after 6.0 s.",
 ]
 
 

@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create"),
     pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty"),
-    pytest.mark.filterwarnings("ignore:KFC at step .* More of this is only counted:UserWarning"),
+    pytest.mark.filterwarnings("ignore:KFC at step .* Later ones are only counted:UserWarning"),
     pytest.mark.slow,
 ]
 

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
 #: In so few steps a momentum of 0.9 is too long; here it is a state to keep.
 LONG = pytest.mark.filterwarnings("ignore:KFCCallback. a momentum of 0.9")
 SKIPS = pytest.mark.filterwarnings("ignore:KFCCallback skips this optimizer step")
-DROPS = pytest.mark.filterwarnings("ignore:KFC at step .* More of this is only counted:UserWarning")
+DROPS = pytest.mark.filterwarnings("ignore:KFC at step .* Later ones are only counted:UserWarning")
 
 #: All that is hostile here shows on due steps and on the steps between.
 #: Every step is made as it is: none is evaluated a second time, nor taken back.

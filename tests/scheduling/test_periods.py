@@ -209,7 +209,9 @@ def test_deterministic_algorithms_and_a_short_warm_up_are_errors() -> None:
     try:
         trainer = pl.Trainer(deterministic=True, logger=False, enable_checkpointing=False, max_steps=1)
         trainer.callbacks.append(KFCCallback(factor_every_n_steps="auto"))
-        with pytest.raises(ValueError, match=r"'auto' follow the clock.*Trainer\(deterministic=True\).*Give numbers"):
+        with pytest.raises(
+            ValueError, match=r"'auto' depend on measured times.*Trainer\(deterministic=True\).*Give numbers"
+        ):
             trainer.fit(module, loader(images()))
     finally:
         torch.use_deterministic_algorithms(False)
