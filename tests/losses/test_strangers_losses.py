@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
+from lightning_kfc import KFCCallback
+from tests.helpers.harness import fit
 from tests.helpers.nets import classes, data, double, engine, train_step
 
 N, K = 12, 4
@@ -39,6 +44,30 @@ def wing(z: Tensor) -> Tensor:
     return torch.where(r < 1, 1 * torch.log1p(r / 0.5), r - 1 + torch.log1p(torch.tensor(2.0).double())).mean()
 
 
+def focal_of_bits(z: Tensor) -> Tensor:
+    p, ce = z.sigmoid(), F.binary_cross_entropy_with_logits(z, HOT, reduction="none")
+    return (ce * (1 - p * HOT - (1 - p) * (1 - HOT)) ** 2).mean()
+
+
+def pairs(z: Tensor) -> Tensor:
+    a, b = F.normalize(z[: N // 2], dim=1), F.normalize(z[N // 2 :], dim=1)
+    return F.cross_entropy(a @ b.T / 0.5, torch.arange(N // 2))
+
+
+def autoencoder(z: Tensor) -> Tensor:
+    mean, log_variance = z.chunk(2, 1)
+    kl = -0.5 * (1 + log_variance - mean**2 - log_variance.exp()).sum(1).mean()
+    drawn = (
+        mean + torch.randn(mean.shape, generator=torch.Generator().manual_seed(0)).double() * (log_variance / 2).exp()
+    )
+    return F.binary_cross_entropy_with_logits(drawn, HOT[:, :2], reduction="none").sum(1).mean() + kl
+
+
+def distillation_and_labels(z: Tensor) -> Tensor:
+    soft = F.kl_div((z / 2).log_softmax(1), (Y / 2).softmax(1), reduction="batchmean") * 4
+    return 0.5 * soft + 0.5 * F.cross_entropy(z, TARGET)
+
+
 LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "dice": dice,
     "focal": focal,
@@ -65,6 +94,18 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
         z.log_softmax(1).reshape(4, 3, K), torch.ones(3, 1, dtype=torch.long), (4, 4, 4), (1, 1, 1)
     ),
     "correlation": lambda z: 1 - F.cosine_similarity(z - z.mean(0), Y - Y.mean(0), dim=0).mean(),
+    "cross entropy": lambda z: F.cross_entropy(z, TARGET),
+    "focal of yes/no outputs": focal_of_bits,
+    "pairs in a batch": pairs,
+    "variational autoencoder": autoencoder,
+    "distillation and labels": distillation_and_labels,
+    "huber": lambda z: F.huber_loss(z, Y),
+    "smooth l1": lambda z: F.smooth_l1_loss(z, Y),
+    "l1": lambda z: F.l1_loss(z, Y),
+    "gaussian with a variance": lambda z: F.gaussian_nll_loss(z[:, :2], Y[:, :2], F.softplus(z[:, 2:]) + 1e-3),
+    "yes/no probabilities": lambda z: F.binary_cross_entropy(z.sigmoid(), HOT),
+    "log of probabilities": lambda z: F.nll_loss((z.softmax(1) + 1e-8).log(), TARGET),
+    "counts": lambda z: F.poisson_nll_loss(z, Y.abs().round()),
     "log_prob": lambda z: -torch.distributions.Normal(z[:, :2], z[:, 2:].exp()).log_prob(Y[:, :2]).mean(),
 }
 
@@ -80,3 +121,34 @@ def test_it_trains_with_one_line_on_its_curvature(case: str, caplog: pytest.LogC
     assert len([r for r in caplog.records if "curvature from" in r.getMessage()]) == 1
     assert {name for name, count in kfc.events.state_dict().items() if count} <= {"unrecognised_losses"}
     assert all(layer.inverse is not None for layer in kfc.layers.values())
+
+
+class Task(pl.LightningModule):
+    def __init__(self, loss: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.loss = double(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, K)), loss
+        self.losses: list[float] = []
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        loss = self.loss(self.net(batch))
+        self.losses.append(float(loss.detach()))
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.5, momentum=0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*(many workers|number of training batches|treespec).*")
+# Hinges come to be zero.
+@pytest.mark.filterwarnings("ignore:.*the gradient of this loss is zero")
+@pytest.mark.parametrize("case", LOSSES)
+def test_it_trains_under_a_trainer_with_the_defaults(case: str) -> None:
+    task, callback = Task(LOSSES[case]), KFCCallback()
+    fit(task, kfc=callback, data=DataLoader([data(N, 5)] * 40, batch_size=None), max_steps=40)
+    assert all(map(math.isfinite, task.losses))
+    assert min(task.losses[-5:]) < task.losses[0]
+    harmless = {"unrecognised_losses", "undone_steps", "shortened_steps", "losses_without_gradient"}
+    assert {name for name, count in callback.kfc.events.state_dict().items() if count} <= harmless
+    assert all(layer.inverse is not None for layer in callback.kfc.layers.values())
