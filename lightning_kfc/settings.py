@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypedDict
 
 from lightning_kfc.distributed.factor_reduction import PRECISIONS
-from lightning_kfc.distributed.placement import PLACEMENTS
+from lightning_kfc.distributed.placement import check_placement
 from lightning_kfc.factors.inverses import INVERSES
 from lightning_kfc.losses.likelihoods import LIKELIHOODS, Likelihood
 from lightning_kfc.scheduling.refresh_schedule import RefreshSchedule
@@ -24,7 +24,7 @@ from lightning_kfc.utilities.checks import (
 )
 
 FISHERS = ("mc", "exact", "empirical")
-RULES = ("natural", "adam", "auto")
+RULE_NAMES = ("natural", "adam", "auto")
 #: Steps of a warm-up from which periods can be chosen: after the first one, some that take statistics and inverses.
 LEAST_WARMUP = 4
 WEIGHT_SHARINGS = ("expand", "reduce")
@@ -226,7 +226,7 @@ class Settings:
         if self.kl_clip is not None:
             check_positive_or_auto("kl_clip", self.kl_clip)
         check_choice("inverse", self.inverse, INVERSES)
-        check_choice("rule", self.rule, RULES)
+        check_choice("rule", self.rule, RULE_NAMES)
         if self.rule == "adam":
             if self.inverse == "ekfac":
                 raise ValueError(
@@ -242,10 +242,9 @@ class Settings:
             object.__setattr__(self, "inverse", "eigh")
             object.__setattr__(self, "placement", "comm-opt")
         check_choice("weight_sharing", self.weight_sharing, WEIGHT_SHARINGS)
-        if self.max_factor_dim is not None:
-            check_integer("max_factor_dim", self.max_factor_dim, minimum=1)
-        if self.rows_per_dim is not None:
-            check_integer("rows_per_dim", self.rows_per_dim, minimum=1)
+        for name in ("max_factor_dim", "rows_per_dim"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), minimum=1)
         check_integer("seed", self.seed, minimum=0)
         check_placement(self.placement, self.inverse)
         check_instance("timing", self.timing, RefreshTiming)
@@ -278,21 +277,6 @@ class Settings:
                 f"{LEAST_WARMUP} steps, got warmup_steps={self.warmup_steps}. Give numbers, or a longer warm-up."
             )
         return schedule
-
-
-def check_placement(placement: Any, inverse: str) -> None:
-    """Require a placement that exists, and that gives every rank what the inverse asks for."""
-    if isinstance(placement, str):
-        check_choice("placement", placement, PLACEMENTS)
-    else:
-        check_positive("placement", placement)
-        if placement > 1:
-            raise ValueError(f"placement is a fraction of the ranks, at most 1, got {placement!r}.")
-    if inverse == "ekfac" and placement not in ("auto", "comm-opt", 1):
-        raise ValueError(
-            f"placement={placement!r} leaves ranks without the eigenbasis on which inverse='ekfac' projects their own "
-            "examples. Use placement='comm-opt', or inverse='eigh'."
-        )
 
 
 def settings_of(owner: str, settings: Settings | None, options: Mapping[str, Any]) -> Settings:

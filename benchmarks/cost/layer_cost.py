@@ -108,7 +108,7 @@ def pieces(title: str, *, cost_rule: bool) -> Pieces:
 
     def inverse() -> None:
         with torch.no_grad():
-            layer.take(layer.refreshed(CholeskyInverse, 0.01))
+            layer.take(layer.refreshed(CholeskyInverse, 0.01), step=0)
 
     inverse()
 

@@ -85,7 +85,7 @@ def spatial_statistics(
     check_integer("radius", radius, minimum=1)
     include = [layers] if isinstance(layers, str) else layers
     kfc = KFC(model, fisher=fisher, likelihood=likelihood, include=include)
-    modules = spatial_modules({name: layer.module for name, layer in kfc.layers.items()})
+    modules = spatial_modules({name: layer.adapter.module for name, layer in kfc.layers.items()})
     if not modules:
         raise ValueError(
             "Spatial statistics need a Conv2d or ConvTranspose2d layer, and the model has none. Its layers are: "

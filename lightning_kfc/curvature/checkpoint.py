@@ -115,8 +115,7 @@ def _load(
         # Moments mean nothing without the basis that they are in.
         moments = Moments(**_on(device, state["moments"])) if with_moments and "moments" in state else None
     averages = averages_of(state["factors"], device) if ownership.has_factors(layer) else {}
-    layer.restore(averages, inverse, moments)
-    layer.note_scale(state.get("rows"), state.get("mean_square"))
+    layer.restore(averages, inverse, moments, state.get("rows"), state.get("mean_square"))
     return None
 
 

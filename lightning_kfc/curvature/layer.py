@@ -7,23 +7,19 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_kfc.curvature.gradients import is_zero, write_matrix
 from lightning_kfc.curvature.weight_scale import mean_square
 from lightning_kfc.distributed.process_group import is_sharded
 from lightning_kfc.distributed.remote import RemoteInverse
-from lightning_kfc.distributed.sharded_tensors import part_of, whole
-from lightning_kfc.factors.damping import mean_curvature
+from lightning_kfc.distributed.sharded_tensors import whole
+from lightning_kfc.factors.damping import least_damping
 from lightning_kfc.factors.eigenbasis import Eigenbasis
 from lightning_kfc.factors.inverses import EighInverse, EkfacInverse, Inverse
 from lightning_kfc.factors.moments import Moments
 from lightning_kfc.factors.quadratic_form import estimated_quadratic_form
-from lightning_kfc.factors.running_average import (
-    StoredAverage,
-)
+from lightning_kfc.factors.running_average import StoredAverage
 from lightning_kfc.factors.statistics import Statistics, factor_dtype
 from lightning_kfc.layers import Adapter
-
-#: The smallest automatic damping, as a share of a layer's mean curvature.
-LEAST_DAMPING = 1e-8
 
 
 class Layer:
@@ -39,9 +35,7 @@ class Layer:
     def __init__(
         self, name: str, adapters: Sequence[Adapter], reason: str = "", inverse_precision: str = "full"
     ) -> None:
-        self.name = name
-        self.reason = reason
-        self._inverse_precision = inverse_precision
+        self.name, self.reason, self._inverse_precision = name, reason, inverse_precision
         self.adapters = list(adapters)
         self.averages: dict[str, StoredAverage] = {}
         self.inverse: Inverse | None = None
@@ -51,7 +45,7 @@ class Layer:
         self.moments: Moments | None = None
         # A sharded module shows the whole parameters from its forward to its backward: the gradients, and the
         # optimizer, are of the parts.
-        self._parts = {role: p for role, p in self.adapter.parameters().items() if is_sharded(p)}
+        self._shards = {role: p for role, p in self.adapter.parameters().items() if is_sharded(p)}
         self.pending: Statistics | None = None
         self.factorised_at = -1
         #: The mean square of the weights at the start of training, where the damping is automatic; None before.
@@ -66,7 +60,7 @@ class Layer:
 
     def _identity(self) -> tuple[object, ...]:
         return tuple(
-            (type(a), id(a.module), *((role, role in self._parts or id(p)) for role, p in a.parameters().items()))
+            (type(a), id(a.module), *((role, role in self._shards or id(p)) for role, p in a.parameters().items()))
             for a in self.adapters
         )
 
@@ -84,19 +78,13 @@ class Layer:
         """The adapter through which gradients are read and written."""
         return self.adapters[0]
 
-    @property
-    def module(self) -> nn.Module:
-        """The layer's (first) module."""
-        return self.adapter.module
-
     def parameters(self) -> list[nn.Parameter]:
         """The layer's parameters, trainable or not."""
         return list(self.adapter.parameters().values())
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that are trainable now, by role, as the optimizer has them."""
-        own = self.adapter.own_parameters()
-        return {role: self._parts.get(role, parameter) for role, parameter in own.items()}
+        return {role: self._shards.get(role, own) for role, own in self.adapter.own_parameters().items()}
 
     def factor(self, name: str) -> Tensor:
         """A running factor, without the groups axis where there is one group.
@@ -142,14 +130,6 @@ class Layer:
         """Forget what the micro-batches of the step have brought."""
         self.pending = None
 
-    def spoil(self) -> None:
-        """Have what the step brings dropped, by all ranks: statistics that are not finite enter no average."""
-        like = self.parameters()[0]
-        nan = torch.tensor(torch.nan, dtype=factor_dtype(like.dtype), device=like.device)
-        spoilt = {name: nan.repeat(shape) for name, shape in self.adapter.factor_shapes().items()}
-        means = {name: value for name, value in spoilt.items() if name in self.adapter.mean_factors}
-        self.add(Statistics(means, {name: value for name, value in spoilt.items() if name not in means}, 0))
-
     def seen_rows(self, rows: int) -> None:
         """Note the number of rows of a step; none are no bound on the rank of its gradient."""
         self.rows = max(self.rows or 0, rows) or None
@@ -183,22 +163,25 @@ class Layer:
         """
         kept = self.roles in ((), self._pending_roles)
         if not kept:
-            self.forget_inverses()
+            self.inverse = self.previous_inverse = None
         self.roles = self._pending_roles
         return kept
-
-    def forget_inverses(self) -> None:
-        """Have no inverse."""
-        self.inverse = self.previous_inverse = None
 
     def restart(self) -> None:
         """Forget factors, inverses and moments."""
         self.averages, self.moments = {}, None
-        self.forget_inverses()
+        self.inverse = self.previous_inverse = None
 
-    def restore(self, averages: dict[str, StoredAverage], inverse: Inverse | None, moments: Moments | None) -> None:
+    def restore(
+        self,
+        averages: dict[str, StoredAverage],
+        inverse: Inverse | None,
+        moments: Moments | None,
+        rows: int | None,
+        mean_square: float | None,
+    ) -> None:
         """Take the parts of a checkpoint, for the parameters that are trainable now."""
-        self.averages, self.moments = averages, moments
+        self.averages, self.moments, self.rows, self.mean_square = averages, moments, rows, mean_square
         self.roles = tuple(self.adapter.own_parameters())
         self.previous_inverse = None
         self.inverse = None if inverse is None else inverse.in_precision(self.inverse_dtype)
@@ -226,29 +209,22 @@ class Layer:
     def refreshed(self, inverse: type[Inverse], damping: float) -> Inverse:
         """A new inverse from the running factors, continuing the present one; raises as :meth:`Inverse.factorise`."""
         curvature, own = self.curvature(), self.damping(damping)
-        own = own if self.mean_square is None else max(own, _least_damping(curvature))
+        own = own if self.mean_square is None else max(own, least_damping(curvature))
         return self.inverse_type(inverse).factorise(curvature, own).succeeding(self.inverse)
-
-    def note_scale(self, rows: int | None, mean_square: float | None) -> None:
-        """Take over the number of rows and the mean square of the weights that a checkpoint holds."""
-        self.rows, self.mean_square = rows, mean_square
 
     def measure_weights(self) -> None:
         """Note the mean square of the weights, the unit of the automatic damping, once. Collective if sharded."""
         if self.mean_square is None and (own := self.adapter.own_parameters()):
             weights = self.matrix({role: parameter.detach() for role, parameter in own.items()})
-            self.mean_square = mean_square(weights, self.module)
+            self.mean_square = mean_square(weights, self.adapter.module)
 
     def damping(self, damping: float) -> float:
         """The damping of this layer, given the user's, or an automatic one for weights of mean square 1."""
         return damping if self.mean_square is None else damping / self.mean_square
 
-    def tried(self, step: int) -> None:
-        """Note the step of the last attempt to refresh the inverse."""
-        self.factorised_at = step
-
-    def take(self, fresh: Inverse) -> None:
+    def take(self, fresh: Inverse, step: int) -> None:
         """Use a new inverse from now on; the last one is kept until the new one has given a usable update."""
+        self.factorised_at = step
         self.previous_inverse = self.previous_inverse or self.inverse
         if self.moments is not None:
             self.moments = self.moments.in_basis(self.inverse, fresh)
@@ -309,9 +285,9 @@ class Layer:
 
     def gradient_is_zero(self) -> bool:
         """Whether the layer's parameters have no gradient, or one that is zero in every element."""
-        parameters = {**self.adapter.parameters(), **self._parts}.values()
+        parameters = {**self.adapter.parameters(), **self._shards}.values()
         # A rank's part of a sharded gradient says nothing about the other ranks' parts.
-        return all(g is None or (type(g) is Tensor and _is_zero(g)) for g in (p.grad for p in parameters))
+        return all(g is None or (type(g) is Tensor and is_zero(g)) for g in (p.grad for p in parameters))
 
     def write(self, matrix: Tensor) -> bool:
         """Replace the gradients by a matrix ``(groups, d_out, d_in)``.
@@ -321,39 +297,4 @@ class Layer:
         """
         gradients = self.gradients()
         assert gradients is not None
-        half = any(gradient.dtype == torch.float16 for gradient in gradients.values())
-        if half and float(matrix.abs().max()) > torch.finfo(torch.float16).max:
-            return False
-        _write(self.adapter, matrix, gradients)
-        return True
-
-
-def _least_damping(curvature: Mapping[str, Tensor]) -> float:
-    # A loss that is nearly 0 must not leave singular factors without damping.
-    return max(LEAST_DAMPING * mean_curvature(curvature), torch.finfo(torch.float32).tiny)
-
-
-def _is_zero(gradient: Tensor) -> bool:
-    return not bool((gradient._values() if gradient.is_sparse else gradient).any())
-
-
-def _write(adapter: Adapter, matrix: Tensor, gradients: Mapping[str, Tensor]) -> None:
-    """Fill gradients, some of them sharded, from a matrix ``(groups, d_out, d_in)`` that all ranks have.
-
-    Args:
-        adapter: Knows the layout.
-        matrix: The update.
-        gradients: By role.
-    """
-    if not any(map(is_sharded, gradients.values())):
-        adapter.write(matrix, gradients)
-        return
-    targets = {
-        role: torch.empty(g.shape, dtype=g.dtype, device=g.device) if is_sharded(g) else g
-        for role, g in gradients.items()
-    }
-    adapter.write(matrix, targets)
-    for role, gradient in gradients.items():
-        if is_sharded(gradient):
-            local: Tensor = gradient.to_local()  # type: ignore[attr-defined]  # a DTensor has it
-            local.copy_(part_of(targets[role], gradient))
+        return write_matrix(self.adapter, matrix, gradients)

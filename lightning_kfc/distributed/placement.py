@@ -10,11 +10,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from lightning_kfc.utilities.checks import check_choice, check_positive
 from lightning_kfc.utilities.load_balancing import longest_first
 
 #: The placements that have a name; a number between is the fraction k/W of ranks that hold an inverse.
 PLACEMENTS = ("auto", "comm-opt", "mem-opt")
+
+
+def check_placement(placement: Any, inverse: str) -> None:
+    """Require a placement that exists, and that gives every rank what the inverse asks for.
+
+    Args:
+        placement: The user's.
+        inverse: The user's kind of inverse.
+
+    Raises:
+        TypeError: If it is neither a word nor a number.
+        ValueError: If it is none of :data:`PLACEMENTS` and no fraction, or does not suit the inverse.
+    """
+    if isinstance(placement, str):
+        check_choice("placement", placement, PLACEMENTS)
+    else:
+        check_positive("placement", placement)
+        if placement > 1:
+            raise ValueError(f"placement is a fraction of the ranks, at most 1, got {placement!r}.")
+    if inverse == "ekfac" and placement not in ("auto", "comm-opt", 1):
+        raise ValueError(
+            f"placement={placement!r} leaves ranks without the eigenbasis on which inverse='ekfac' projects their own "
+            "examples. Use placement='comm-opt', or inverse='eigh'."
+        )
 
 
 def gradient_workers(placement: str | float, ranks: int) -> int:

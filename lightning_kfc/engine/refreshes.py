@@ -101,18 +101,10 @@ class Refreshes:
         step = self._stages.steps.number
         dated = self._inverses.dated([layer.name for layer in layers], step)
         if expected or self._inverses.outdated(dated, self._reviewer.damping_at(step)):
-            self._measure_units(layers)
+            self._reviewer.measure_units(layers, never_negative=self._stages.estimator.never_negative)
         damping = self._reviewer.damping_at(step)
         # An automatic damping has no unit before the first loss that is not 0: the inverses stay due.
         if not math.isnan(damping):
             due = set(self._inverses.outdated(dated, damping))
             with self._stages.times.part("inverses"):
                 self._inverses([layer for layer in layers if layer.name in due], step, damping)
-
-    def _measure_units(self, layers: Sequence[Layer]) -> None:
-        """Measure the units of automatic settings. Collective: call on every rank."""
-        parameters = [parameter for layer in layers for parameter in layer.trained_parameters().values()]
-        self._reviewer.measure_loss(parameters, never_negative=self._stages.estimator.never_negative)
-        if self._reviewer.damping_is_automatic:
-            for layer in layers:
-                layer.measure_weights()

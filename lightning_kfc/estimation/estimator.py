@@ -23,9 +23,7 @@ from lightning_kfc.factors.inverses import Inverse
 from lightning_kfc.factors.statistics import Statistics
 from lightning_kfc.losses.likelihoods import Likelihood
 from lightning_kfc.losses.recorder import LossRecorder
-from lightning_kfc.losses.selection import (
-    attach_named_output,
-)
+from lightning_kfc.losses.selection import attach_named_output
 from lightning_kfc.monitoring.events import Events
 from lightning_kfc.monitoring.timing import StepTimes
 from lightning_kfc.scheduling.tracker import RefreshTracker
@@ -71,9 +69,7 @@ class Estimator:
         kind: type[Inverse],
         seed: int,
     ) -> None:
-        self._model = model
-        self._layers = layers
-        self._tracker = tracker
+        self._model, self._layers, self._tracker = model, layers, tracker
         self._times = times
         self._events = events
         self._likelihood = likelihood

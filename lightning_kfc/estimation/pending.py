@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 
+import torch
+
 from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.distributed import process_group as distributed
 from lightning_kfc.distributed.process_group import ProcessGroup
 from lightning_kfc.estimation.estimator import Estimator
-from lightning_kfc.factors.statistics import Statistics
+from lightning_kfc.factors.statistics import Statistics, factor_dtype
 from lightning_kfc.monitoring.events import Events, listed
 from lightning_kfc.scheduling.tracker import RefreshTracker
 
@@ -88,7 +90,7 @@ class PendingStatistics:
             else:
                 # The other ranks wait for them: what is not finite is dropped by all.
                 self._layers[name].drop_pending()
-                self._layers[name].spoil()
+                self._layers[name].add(_not_finite(self._layers[name]))
                 self._estimator.examples.spoil(name)
         for error in dict.fromkeys(failed.values()):
             names = listed(name for name, own in failed.items() if own is error)
@@ -151,3 +153,11 @@ class PendingStatistics:
             return False
         self._tracker.stop_waiting(layer.name)
         return not (unseen or known or layer.gradient_is_zero())
+
+
+def _not_finite(layer: Layer) -> Statistics:
+    """Statistics of NaN, which all ranks drop."""
+    like, shapes = layer.parameters()[0], layer.adapter.factor_shapes()
+    nan = torch.tensor(torch.nan, dtype=factor_dtype(like.dtype), device=like.device)
+    means = {name: nan.repeat(shape) for name, shape in shapes.items() if name in layer.adapter.mean_factors}
+    return Statistics(means, {name: nan.repeat(shape) for name, shape in shapes.items() if name not in means}, 0)

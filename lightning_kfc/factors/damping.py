@@ -7,6 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+#: The least automatic damping, as a share of a layer's mean curvature.
+LEAST_DAMPING = 1e-8
+
 
 def mean_diagonal(factor: Tensor) -> Tensor:
     """The mean diagonal entry of a dense ``(..., d, d)`` factor, or of a diagonal ``(groups, d)`` one."""
@@ -23,6 +26,11 @@ def mean_curvature(factors: Mapping[str, Tensor]) -> float:
     """
     values = [mean_diagonal(factor).double() for factor in factors.values()]
     return float(torch.stack(values).prod(0).mean())
+
+
+def least_damping(factors: Mapping[str, Tensor]) -> float:
+    """The least automatic damping of a layer: a loss that is nearly 0 must not leave singular factors without any."""
+    return max(LEAST_DAMPING * mean_curvature(factors), torch.finfo(torch.float32).tiny)
 
 
 def balance(A: Tensor, G: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ numbers and the results are the same to the last bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
@@ -24,6 +23,7 @@ from lightning_kfc.layers.fused_modules import Watch
 from lightning_kfc.layers.linear import LinearAdapter, leading_rows
 from lightning_kfc.layers.options import AdapterOptions
 from lightning_kfc.layers.registry import register_adapter
+from lightning_kfc.layers.weight_sharing import WeightSharing
 
 PROJECTIONS = ("q", "k", "v")
 
@@ -46,9 +46,8 @@ class ProjectionAdapter(LinearAdapter):
     module: nn.MultiheadAttention
 
     def __init__(self, module: nn.MultiheadAttention, options: AdapterOptions, watch: Watch, part: str) -> None:
-        super().__init__(module, replace(options, weight_sharing="expand"))
-        if options.weight_sharing == "reduce":
-            self.sharing.reason = SHARING
+        super().__init__(module, options)
+        self.sharing = WeightSharing("expand", options.name, SHARING if options.weight_sharing == "reduce" else "")
         self._watch, self._part = watch, part
 
     @classmethod

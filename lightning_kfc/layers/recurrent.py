@@ -10,7 +10,6 @@ due step's own, would have to save the same tensors as the first.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +24,7 @@ from lightning_kfc.layers.linear import LinearAdapter, leading_rows
 from lightning_kfc.layers.options import AdapterOptions
 from lightning_kfc.layers.recurrent_cells import CELLS, SEQUENCES, one_step, packed, padded, suffix
 from lightning_kfc.layers.registry import register_adapter
+from lightning_kfc.layers.weight_sharing import WeightSharing
 
 
 @register_adapter(nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
@@ -47,7 +47,8 @@ class GateAdapter(LinearAdapter):
     module: nn.RNNBase | nn.RNNCellBase
 
     def __init__(self, module: nn.RNNBase | nn.RNNCellBase, options: AdapterOptions, watch: Watch, part: str) -> None:
-        super().__init__(module, replace(options, weight_sharing="expand"))
+        super().__init__(module, options)
+        self.sharing = WeightSharing("expand", options.name)
         self._watch, self._part = watch, part
 
     @classmethod

@@ -27,15 +27,15 @@ class WeightSharing:
     Args:
         mode: ``"expand"``: one row per use of the weight; ``"reduce"``: one row per example.
         layer: The layer's name, for the message.
+        reason: Why the mode is another one than the setting; empty where it is the setting's.
 
     Attributes:
         mode: The present one.
         reason: Why it is another one than the setting; empty where it is the setting's.
     """
 
-    def __init__(self, mode: str, layer: str) -> None:
-        self.mode = mode
-        self.reason = ""
+    def __init__(self, mode: str, layer: str, reason: str = "") -> None:
+        self.mode, self.reason = mode, reason
         self._layer = layer
         self._tested = False
 

@@ -55,9 +55,8 @@ class InverseRefresh:
         for layer in due:
             self._tracker.inverse_refreshed(layer.name, step, damping)
             outcome = outcomes[layer.name]
-            layer.tried(step)
             if isinstance(outcome, Inverse):
-                layer.take(outcome)
+                layer.take(outcome, step)
             else:
                 self._failed(layer, outcome, step)
 

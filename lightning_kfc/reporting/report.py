@@ -78,7 +78,7 @@ class Report:
         if not self._active or kfc.step < self._due_at or not kfc.batches.recorded or kfc.step == self._watched_step:
             yield
             return
-        modules = spatial_modules({name: layer.module for name, layer in kfc.layers.items()})
+        modules = spatial_modules({name: layer.adapter.module for name, layer in kfc.layers.items()})
         self._watcher, self._watched_step = MapWatcher({name: modules[name] for name in shown(modules)}), kfc.step
         self._watcher.attach()
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from lightning_kfc.distributed import process_group as distributed
 from lightning_kfc.trust_region.losses_seen import SeenLoss
-from lightning_kfc.trust_region.snapshot import replayed
+from lightning_kfc.trust_region.snapshot import StepSnapshot, replayed
 from lightning_kfc.trust_region.tape import Tape
 
 #: The most by which a replay with unmoved weights may differ from the loss, as a share of it.
@@ -79,6 +80,24 @@ def replay_error(
         reason = str(error) or type(error).__name__
     (failed,) = _any_rank(device, bool(reason))
     return (reason or "the replay of another rank does not reproduce its loss") if failed else ""
+
+
+def replayed_step(before: StepSnapshot, device: torch.device) -> tuple[float, float, str]:
+    """The losses before and after a step, means over ranks, and why they are not known. Collective.
+
+    Args:
+        before: The snapshot that was taken before the step.
+        device: A device that the process group can send from.
+    """
+    loss_after, error = math.nan, ""
+    try:
+        loss_after = before.replay()
+    except Exception as raised:
+        # An operation whose sizes depend on the weights, for one, does not fit those that were recorded.
+        error = str(raised) or type(raised).__name__
+    # A failure is sent as well, or the other ranks would wait for this rank's loss.
+    loss_before, loss_after, failed = distributed.mean([before.loss, loss_after, float(bool(error))], device)
+    return loss_before, loss_after, (error or "another rank could not replay its loss") if failed else ""
 
 
 def _any_rank(device: torch.device, *facts: bool) -> list[bool]:

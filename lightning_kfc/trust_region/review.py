@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +20,7 @@ from lightning_kfc.distributed import process_group as distributed
 from lightning_kfc.monitoring.events import Events
 from lightning_kfc.trust_region.losses_seen import LossesSeen, SeenLoss
 from lightning_kfc.trust_region.region import TrustRegion, Verdict, message_of_fixed
-from lightning_kfc.trust_region.replay_checks import replay_error, replayability
+from lightning_kfc.trust_region.replay_checks import replay_error, replayability, replayed_step
 from lightning_kfc.trust_region.scheduled_damping import ScheduledDamping
 from lightning_kfc.trust_region.snapshot import StepSnapshot
 from lightning_kfc.trust_region.tape import Tape
@@ -87,19 +86,9 @@ class StepReviewer:
         return self.region.adapts_radius
 
     @property
-    def damping_is_automatic(self) -> bool:
-        """Whether the damping is a share of the loss."""
-        return self._scheduled is None
-
-    @property
     def _measures_losses(self) -> bool:
         """Whether the damping or the bound is a share of the loss."""
-        return self.damping_is_automatic or self.region.automatic_radius
-
-    @property
-    def due(self) -> bool:
-        """Whether the step that was just made is to be reviewed."""
-        return self._snapshot is not None
+        return self._scheduled is None or self.region.automatic_radius
 
     @property
     def recording(self) -> bool:
@@ -110,7 +99,7 @@ class StepReviewer:
 
     def step_begins(self) -> None:
         """Begin a new step. If the last one was to be reviewed and was not, reviews end with a warning."""
-        if self.due:
+        if self._snapshot is not None:
             self._end_with_warning(
                 "they need a call of kfc.review(optimizer=optimizer) after each optimizer.step(), and there was none"
             )
@@ -179,17 +168,21 @@ class StepReviewer:
         if self._measures_losses:
             self._losses.stepped(parameters, optimizer)
 
-    def measure_loss(self, parameters: Iterable[Tensor], *, never_negative: bool) -> None:
-        """Take over the loss of the coming step as the unit of damping and bound. Collective: call on every rank.
+    def measure_units(self, layers: Sequence[Layer], *, never_negative: bool) -> None:
+        """Take the loss of the coming step, and the layers' weights, as units. Collective: call on every rank.
 
         Args:
-            parameters: Those that the coming step moves.
+            layers: Those that the coming step moves.
             never_negative: Whether the loss is known to be bounded below by 0.
         """
         if self._measures_losses:
+            parameters = [parameter for layer in layers for parameter in layer.trained_parameters().values()]
             loss, missing = self._losses.mean(parameters, self._device)
             if not missing:
                 self.region.note_loss(loss, never_negative=never_negative)
+        if self._scheduled is None:
+            for layer in layers:
+                layer.measure_weights()
 
     def most_decrease(self, parameters: Iterable[Tensor], *, never_negative: bool) -> float | None:
         """The most that the slope of the coming step may promise; None for no bound.
@@ -244,9 +237,7 @@ class StepReviewer:
     # The review.
 
     def review(self, layers: Iterable[Layer], optimizer: Optimizer | None) -> Verdict | None:
-        """Replay the step's losses, adjust the region, and shorten a bad step.
-
-        Collective: call on every rank.
+        """Replay the losses, adjust the region, and shorten a bad step. Collective.
 
         Args:
             layers: The layers.
@@ -259,16 +250,9 @@ class StepReviewer:
         if before is None or (before.optimizer is not None and before.optimizer is not optimizer):
             return None
         before, self._snapshot = replace(before, optimizer=optimizer), None
-        loss_after, error = math.nan, ""
-        try:
-            loss_after = before.replay()
-        except Exception as raised:
-            # An operation whose sizes depend on the weights, for one, does not fit those that were recorded.
-            error = str(raised) or type(raised).__name__
-        # A failure is sent as well, or the other ranks would wait for this rank's loss.
-        loss_before, loss_after, failed = distributed.mean([before.loss, loss_after, float(bool(error))], self._device)
-        if failed:
-            self._miss(error or "another rank could not replay its loss")
+        loss_before, loss_after, error = replayed_step(before, self._device)
+        if error:
+            self._miss(error)
             return None
         with torch.no_grad(), full_precision(self._model):
             outcome = before.outcome(layers, before.damping, loss_before, loss_after)

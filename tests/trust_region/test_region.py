@@ -349,10 +349,11 @@ def test_a_review_leaves_random_streams_and_batch_norm_as_they_were_and_repeats_
     loss.backward()
     stream, buffers = torch.get_rng_state(), {name: buffer.clone() for name, buffer in model.named_buffers()}
     kfc.precondition(lr=0.1)
-    assert kfc.reviewer.due
+    assert kfc.reviewer.recording
     # The first review replays the loss, which would not be had again with other masks or statistics.
     assert kfc.review(optimizer=optimizer) is None  # nothing has changed
     assert kfc.reviewer.active
+    assert kfc.events.missed_reviews == 0
     assert torch.equal(torch.get_rng_state(), stream)
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
 
