@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_kfc.factors.cost import MOST_IN_A_STEP, cost_in_a_step, cost_in_the_mean, number_of_blocks
 from lightning_kfc.factors.inverses import Inverse
 from lightning_kfc.factors.row_sampling import number_of_parts, one_part
 from lightning_kfc.factors.statistics import (
@@ -22,6 +21,7 @@ from lightning_kfc.factors.statistics import (
     second_moment_total,
     share_by_reduction,
 )
+from lightning_kfc.layers.expensive_factors import expensive_side
 from lightning_kfc.layers.forward import Forward, ForwardHook, Probe
 from lightning_kfc.layers.options import AdapterOptions
 from lightning_kfc.layers.weight_sharing import BothForms, WeightSharing
@@ -175,7 +175,7 @@ class Adapter(ABC):
         _, d_out, d_in = self.matrix_shape()
         sides = {"A": d_in, "G": d_out}
         found = {name: f"{d:,} > max_factor_dim" for name, d in sides.items() if d > self.options.max_factor_dim}
-        return found or _expensive_side(self)
+        return found or expensive_side(self.matrix_shape(), self.usual_rows, self.options)
 
     def approximation(self) -> str:
         """Which factors are diagonals, why, and the memory that saves; another sharing than the setting's."""
@@ -285,35 +285,3 @@ class Adapter(ABC):
         rows = self.output_rows(output_gradient.to(factor_dtype(output_gradient.dtype)))
         inputs, rows = self.sharing.shared(record, rows)
         return Statistics({"A": inputs.total}, {"G": self.second_moment(rows, "G")}, inputs.rows)
-
-
-def blocks_by_cost(adapter: Adapter, *, trainable: bool = True) -> tuple[int, float]:
-    """Into how many blocks a layer's larger factor is to be cut, 1 for none, and what a pair of whole ones would cost.
-
-    Args:
-        adapter: The layer's.
-        trainable: Whether only parameters count that are trainable now.
-
-    Returns:
-        The number, and the cost in the mean over a period, the layer's own forward and backward being 1.
-    """
-    own = adapter.own_parameters() if trainable else {}
-    groups, d_out, d_in = adapter.matrix_shape_of(own or adapter.parameters())
-    bound, rows = adapter.options.max_factor_dim, adapter.usual_rows
-    if groups > 1 or bound is None or max(d_out, d_in) > bound:
-        return 1, 0.0
-    cost, forward_and_backward = cost_in_the_mean(d_in, d_out, rows, adapter.options.every)
-    return number_of_blocks(d_in, d_out, rows, adapter.options.every), cost / forward_and_backward
-
-
-def _expensive_side(adapter: Adapter) -> dict[str, str]:
-    """The larger factor, where dense ones would cost more than the bounds allow, with the reason; else none."""
-    groups, d_out, d_in = adapter.matrix_shape()
-    if groups > 1:
-        cost, count = cost_in_a_step(d_in, d_out), f"{groups:,} dense ones"
-        exceeds = cost > MOST_IN_A_STEP
-    else:
-        (blocks, cost), count = blocks_by_cost(adapter), "a dense one"
-        exceeds = blocks > 1
-    side = "A" if d_in >= d_out else "G"
-    return {side: f"{count} would cost {cost:,.0f} x the layer's forward and backward"} if exceeds else {}

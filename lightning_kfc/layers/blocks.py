@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_kfc.layers.adapter import Adapter, blocks_by_cost
+from lightning_kfc.layers.adapter import Adapter
+from lightning_kfc.layers.expensive_factors import blocks_by_cost
 from lightning_kfc.layers.forward import Forward, ForwardHook
 from lightning_kfc.layers.linear import LinearAdapter
 
@@ -48,7 +49,10 @@ class BlocksAdapter(Adapter):
     def cut_side(self) -> tuple[str, int]:
         """The side that is cut, A or G, and the number of its blocks; 1 where few parameters are trainable."""
         _, d_out, d_in = self._inner.matrix_shape()
-        return "A" if d_in >= d_out else "G", blocks_by_cost(self._inner)[0]
+        return "A" if d_in >= d_out else "G", self._blocks_and_cost()[0]
+
+    def _blocks_and_cost(self) -> tuple[int, float]:
+        return blocks_by_cost(self._inner.matrix_shape(), self._inner.usual_rows, self.options)
 
     def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """See :class:`Adapter`: shape ``(blocks, d_out, d_in)``, one of both sides that of a block."""
@@ -109,14 +113,16 @@ class BlocksAdapter(Adapter):
         side, blocks = self.cut_side()
         if blocks == 1:
             return self.sharing.reason
-        cost = f"one would cost {blocks_by_cost(self._inner)[1]:,.0f} x the layer's forward and backward"
+        cost = f"one would cost {self._blocks_and_cost()[1]:,.0f} x the layer's forward and backward"
         return "; ".join(text for text in (self.sharing.reason, f"{side} in {blocks} blocks: {cost}") if text)
 
 
 def in_blocks(adapter: Adapter) -> Adapter:
     """The adapter, or one that cuts its larger side where that costs too much and its rows are those of a Linear."""
-    wide = isinstance(adapter, LinearAdapter) and blocks_by_cost(adapter, trainable=False)[0] > 1
-    return BlocksAdapter(adapter) if wide else adapter
+    if not isinstance(adapter, LinearAdapter):
+        return adapter
+    shape = adapter.matrix_shape_of(adapter.parameters())
+    return BlocksAdapter(adapter) if blocks_by_cost(shape, adapter.usual_rows, adapter.options)[0] > 1 else adapter
 
 
 def _cut(values: Tensor, blocks: int) -> Tensor:

@@ -35,7 +35,7 @@ def cut(monkeypatch: pytest.MonkeyPatch) -> None:
     def blocks(d_in: int, d_out: int, rows: int, every: tuple[int, int]) -> int:
         return BLOCKS if max(d_in, d_out) > 5 else 1
 
-    monkeypatch.setattr("lightning_kfc.layers.adapter.number_of_blocks", blocks)
+    monkeypatch.setattr("lightning_kfc.layers.expensive_factors.number_of_blocks", blocks)
 
 
 def blocks_of(factor: Tensor) -> Tensor:
