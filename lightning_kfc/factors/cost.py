@@ -39,7 +39,7 @@ ROWS_PER_DIM = 8
 
 
 def cost_in_a_step(d_in: int, d_out: int) -> float:
-    """Statistics and inverse of a pair of dense factors over the forward and backward of its group, as multiply-adds.
+    """The cost of statistics and inverse of two dense factors relative to the forward and backward of their group.
 
     Args:
         d_in: Dimensions of A.

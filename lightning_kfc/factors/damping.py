@@ -36,11 +36,10 @@ def least_damping(factors: Mapping[str, Tensor]) -> float:
 def balance(A: Tensor, G: Tensor) -> Tensor:
     r"""The :math:`\pi` of E4, shape ``(groups,)``: the root of the ratio of mean diagonals, A to G.
 
-    It is 1 where either trace is zero or not finite (a layer whose units are all dead), so that damping
-    stays finite there.
+    It is 1 if either trace is zero or not finite, as in a layer with dead units only.
     """
     numerator, denominator = mean_diagonal(A), mean_diagonal(G)
-    # Two roots rather than the root of a ratio: tiny losses would underflow in the ratio first.
+    # Two roots, since the ratio would underflow for tiny losses.
     pi = numerator.clamp(min=0).sqrt() / denominator.clamp(min=0).sqrt()
     return torch.where(torch.isfinite(pi) & (pi > 0), pi, torch.ones_like(pi))
 

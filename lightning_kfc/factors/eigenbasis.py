@@ -1,6 +1,6 @@
 r"""The eigenbasis of a pair of Kronecker factors, and second moments of gradients in it.
 
-Q stands for :math:`Q_A \otimes Q_G`; a factor that is diagonal has the unit vectors, held as ones ``(groups, d)``.
+Q is :math:`Q_A \otimes Q_G`. The vectors of a diagonal factor are the unit vectors, held as ones ``(groups, d)``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Eigenbasis:
         return sandwich(self.G_vectors, projected, transposed(self.A_vectors))
 
     def fits(self, other: Eigenbasis) -> bool:
-        """Whether both are of the same dimensions, and diagonal on the same sides."""
+        """Whether both have the same dimensions, and the same sides diagonal."""
         return self.A_vectors.shape == other.A_vectors.shape and self.G_vectors.shape == other.G_vectors.shape
 
     def same_as(self, other: Eigenbasis) -> bool:
@@ -67,7 +67,7 @@ def moments_of_rows(input_rows: Tensor, output_rows: Tensor, basis: Eigenbasis) 
     positions = input_rows.shape[1]
     _, d_out, d_in = basis.shape
     if positions == 1:
-        # The square of a product of one row each is the product of squares: no example's gradient is formed.
+        # One row per example: the squared outer product is the outer product of squares.
         a, g = _in_basis(input_rows, basis.A_vectors)[:, 0], _in_basis(output_rows, basis.G_vectors)[:, 0]
         return torch.einsum("ngo,ngi->goi", g.square(), a.square())
     if positions * (d_in**2 + d_out**2) < d_out * d_in * (d_out + d_in):
@@ -82,12 +82,12 @@ def moments_of_gradients(gradients: Tensor, basis: Eigenbasis) -> Tensor:
 
 
 def moments_in_basis(moments: Tensor, old: Eigenbasis, new: Eigenbasis) -> Tensor:
-    r"""The diagonal that :math:`Q\,\mathrm{diag}(s)\,Q^\top` of the old basis has in the new one.
+    r"""The diagonal, in the new basis, of :math:`Q\,\mathrm{diag}(s)\,Q^\top` with Q the old basis.
 
     Args:
         moments: s, shape ``(groups, d_out, d_in)``.
-        old: The basis of s.
-        new: The basis to change to, which must fit.
+        old: The old basis.
+        new: The new basis; must fit the old one.
     """
     return sandwich(
         _squared_rotation(old.G_vectors, new.G_vectors),
@@ -97,5 +97,5 @@ def moments_in_basis(moments: Tensor, old: Eigenbasis, new: Eigenbasis) -> Tenso
 
 
 def _squared_rotation(old: Tensor, new: Tensor) -> Tensor:
-    """The squared cosines between new and old vectors, ``(groups, new, old)``; ones where they are unit vectors."""
+    """Squared cosines between new and old vectors, ``(groups, new, old)``; ones ``(groups, d)`` for unit vectors."""
     return (new.mT @ old).square() if new.ndim == 3 else new

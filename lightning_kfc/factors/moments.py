@@ -13,18 +13,18 @@ from lightning_kfc.factors.inverses import EighInverse, Inverse
 
 #: The decays of Adam's first and second moment.
 MOMENTUM_DECAY, SECOND_MOMENT_DECAY = 0.9, 0.95
-#: Beside the mean root of the second moments, which has the loss's unit.
+#: Relative to the mean root of the second moments, so that it has no unit.
 EPSILON = 1e-5
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Adam's running moments of a layer's gradient, in the layer's eigenbasis where it has one.
+    """Adam's running moments of a layer's gradient, in the layer's eigenbasis if it has one.
 
     Attributes:
-        momentum: Not debiased, shape ``(groups, d_out, d_in)``.
-        second_moment: Not debiased, of the same shape.
-        count: The number of steps they have seen.
+        momentum: The first moment, not debiased, shape ``(groups, d_out, d_in)``.
+        second_moment: The second moment, not debiased, of the same shape.
+        count: The number of steps.
     """
 
     momentum: Tensor
@@ -33,11 +33,11 @@ class Moments:
 
     @classmethod
     def none(cls, gradient: Tensor) -> Self:
-        """Before the first step."""
+        """The moments before the first step."""
         return cls(torch.zeros_like(gradient), torch.zeros_like(gradient))
 
     def updated(self, gradient: Tensor) -> Self:
-        """With the gradient of one more step."""
+        """The moments after one more gradient."""
         return replace(
             self,
             momentum=self.momentum.lerp(gradient, 1 - MOMENTUM_DECAY),
@@ -46,8 +46,8 @@ class Moments:
         )
 
     def direction(self, gradient: Tensor) -> Tensor:
-        r""":math:`\hat M \oslash (\sqrt{\hat S} + \epsilon)`, given the gradient that was folded in last."""
-        # Nesterov: the momentum as the next step would have it if this gradient came again.
+        r""":math:`\hat M \oslash (\sqrt{\hat S} + \epsilon)`, given the last gradient."""
+        # Nesterov: the momentum after a repetition of this gradient.
         ahead = self.momentum * (MOMENTUM_DECAY / (1 - MOMENTUM_DECAY ** (self.count + 1)))
         ahead = ahead.add(gradient, alpha=(1 - MOMENTUM_DECAY) / (1 - MOMENTUM_DECAY**self.count))
         size = (self.second_moment / (1 - SECOND_MOMENT_DECAY**self.count)).sqrt_()
@@ -55,11 +55,11 @@ class Moments:
         return ahead.div_(size.add_(EPSILON * size.mean((-1, -2), keepdim=True) + tiny))
 
     def in_basis(self, old: Inverse | None, new: Inverse | None) -> Self:
-        """The same moments where the basis of one inverse has given way to that of another.
+        """The moments in the basis of a new inverse.
 
-        The momentum is a matrix and is rotated. The second moments stay where they are: both bases are in the order of
-        their eigenvalues. To take the diagonal that they have in the new basis, as EKFAC does, spreads each over all
-        directions between which rounding or noise decides, and was seen to train clearly more slowly.
+        The momentum is rotated. The second moments keep their places, since both bases are in the order of their
+        eigenvalues. A rotation of them, as in EKFAC, mixes directions whose order depends on rounding or noise, and
+        trained clearly more slowly.
         """
         before, after = eigenbasis(old), eigenbasis(new)
         if before is None or after is None or before.same_as(after) or not before.fits(after):
@@ -67,7 +67,7 @@ class Moments:
         return replace(self, momentum=after.project(before.back(self.momentum)))
 
     def without_momentum(self) -> Self:
-        """After a step that was taken back: the momentum led astray."""
+        """The moments after an undone step, whose direction the momentum must not keep."""
         return replace(self, momentum=torch.zeros_like(self.momentum))
 
     def nbytes(self) -> int:
@@ -80,10 +80,10 @@ class Moments:
 
 
 def eigenbasis(inverse: Inverse | None) -> Eigenbasis | None:
-    """The basis in which a layer's moments are kept; None where they are kept for its parameters as they are.
+    """The basis of a layer's moments; None for moments of the parameters themselves.
 
-    That is where curvature is a diagonal or a block, or where one of the two factors is a diagonal (an embedding):
-    there a basis would hold a part of the coordinates apart and mix the rest.
+    There is none for a curvature that is a diagonal or a block, and none if one of the two factors is diagonal, as in
+    an embedding: such a basis would mix the coordinates of one side only.
     """
     if isinstance(inverse, EighInverse) and inverse.A_vectors.ndim == inverse.G_vectors.ndim == 3:
         return inverse.basis

@@ -1,8 +1,8 @@
-"""Symmetric matrices as triangles in flat buffers, as they travel between ranks.
+"""Symmetric matrices as triangles in flat buffers, for storage and for messages between ranks.
 
-A triangle is laid out as a staircase: the rows in blocks, each up to the end of its own diagonal block. That is a few
-copies of contiguous pieces, which run at the speed of memory where a table of indices, or LAPACK's rectangular
-format with its transposed half, takes 10 times as long. With b blocks a matrix takes (1 + 1/b)/2 of its elements.
+A triangle is stored as blocks of rows, each up to the end of its diagonal block. These are a few contiguous copies; a
+table of indices, or LAPACK's rectangular format, takes 10 times as long. With b blocks a matrix takes (1 + 1/b)/2 of
+its elements.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 Shape = tuple[int, ...]
 
-#: Rows of a block, at least, and blocks, at most: below the first a copy's fixed cost counts for more than its bytes.
+#: Fewest rows of a block, and most blocks: in smaller copies the fixed cost dominates.
 SMALLEST_BLOCK, MOST_BLOCKS = 64, 16
 
 
@@ -25,16 +25,16 @@ def _steps(d: int) -> Iterator[tuple[int, int]]:
 
 
 def _is_packed(shape: Shape, symmetric: bool) -> bool:
-    # Three axes are a matrix per group; a factor of two is a diagonal.
+    # Three axes: a matrix per group. Two axes: a diagonal.
     return symmetric and len(shape) == 3
 
 
 def packed_numel(shape: Shape, *, symmetric: bool = True) -> int:
-    """The number of elements that a tensor takes in a buffer: about half of them where it is symmetric matrices.
+    """The number of a tensor's elements in a buffer: about half for symmetric matrices.
 
     Args:
-        shape: ``(groups, d, d)`` for symmetric matrices, or any shape for what is taken as it is.
-        symmetric: Whether three axes say symmetric matrices.
+        shape: ``(groups, d, d)`` for symmetric matrices; other shapes are not packed.
+        symmetric: Whether a tensor of three axes holds symmetric matrices.
     """
     if not _is_packed(shape, symmetric):
         return math.prod(shape)
@@ -42,12 +42,12 @@ def packed_numel(shape: Shape, *, symmetric: bool = True) -> int:
 
 
 def pack(tensor: Tensor, into: Tensor, *, symmetric: bool = True) -> None:
-    """Write a tensor into its part of a buffer, of which a symmetric matrix's lower triangle is enough.
+    """Write a tensor into a buffer; of symmetric matrices only the lower triangle is read.
 
     Args:
-        tensor: Of a shape as :func:`packed_numel` takes it.
-        into: A contiguous, flat part of a buffer, of :func:`packed_numel` elements; keeps its own precision.
-        symmetric: Whether three axes say symmetric matrices.
+        tensor: The tensor, of a shape as in :func:`packed_numel`.
+        into: A contiguous, flat part of a buffer, of :func:`packed_numel` elements and any precision.
+        symmetric: Whether a tensor of three axes holds symmetric matrices.
     """
     if not _is_packed(tuple(tensor.shape), symmetric):
         into.copy_(tensor.reshape(-1))
@@ -68,7 +68,7 @@ def unpack(packed: Tensor, shape: Shape, *, symmetric: bool = True) -> Tensor:
 
 
 def _parts(flat: Tensor, shape: Shape) -> Iterator[tuple[tuple[int, int], Tensor]]:
-    """The blocks' rows, and where they are in the buffer, ``(groups, rows, end)``."""
+    """The rows of each block, and its view of the buffer, ``(groups, rows, end)``."""
     groups, offset = shape[0], 0
     for first, end in _steps(shape[1]):
         numel = groups * (end - first) * end

@@ -1,20 +1,20 @@
-"""Products of matrices with a groups axis; large results have rows that start aligned."""
+"""Products of matrices with a groups axis; the rows of large results are aligned."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-#: Rows of large matrices start at multiples of so many elements. A bias makes d_in odd, and a matrix product whose rows
-#: start anywhere took 1.5 times as long (MKL, 785 columns).
+#: Rows of large matrices start at multiples of this many elements. A bias makes d_in odd, and a matrix product with
+#: unaligned rows took 1.5 times as long (MKL, 785 columns).
 ALIGNMENT = 16
 
-#: Smaller matrices gain nothing.
+#: Fewest columns of an aligned matrix; smaller ones gain nothing.
 SMALLEST_ALIGNED = 64
 
 
 def aligned_empty(like: Tensor, *shape: int) -> Tensor:
-    """An uninitialised tensor whose rows start at multiples of ``ALIGNMENT`` elements, where it is large."""
+    """An uninitialised tensor; the rows of a large one start at multiples of ``ALIGNMENT`` elements."""
     *leading, columns = shape
     if columns < SMALLEST_ALIGNED or columns % ALIGNMENT == 0:
         return like.new_empty(shape)
@@ -22,7 +22,7 @@ def aligned_empty(like: Tensor, *shape: int) -> Tensor:
 
 
 def aligned(matrix: Tensor) -> Tensor:
-    """A matrix of the same values whose rows are aligned; itself where they are, or where it is a diagonal."""
+    """A copy of a matrix with aligned rows; a diagonal, or an aligned matrix, is returned itself."""
     columns = matrix.shape[-1]
     if matrix.ndim < 3 or columns < SMALLEST_ALIGNED or matrix.stride(-2) % ALIGNMENT == 0:
         return matrix
@@ -32,7 +32,7 @@ def aligned(matrix: Tensor) -> Tensor:
 def sandwich(left: Tensor, middle: Tensor, right: Tensor) -> Tensor:
     """``left @ middle @ right`` per group, ``(..., groups, d_out, d_in)``; a two-axis factor is a diagonal."""
     if middle.ndim == 3 and middle.shape[0] == 1 and left.ndim == 3 and right.ndim == 3:
-        # One group is nearly every layer, and a plain product is faster than a batch of one.
+        # Most layers have one group, and a plain product is faster than a batch of one.
         half = torch.mm(left[0], middle[0], out=aligned_empty(middle, *middle.shape[1:]))
         return torch.mm(half, right[0], out=aligned_empty(middle, *middle.shape[1:])).unsqueeze(0)
     half = left @ middle if left.ndim == 3 else left.unsqueeze(-1) * middle
@@ -40,5 +40,5 @@ def sandwich(left: Tensor, middle: Tensor, right: Tensor) -> Tensor:
 
 
 def transposed(factor: Tensor) -> Tensor:
-    """The transpose per group; a diagonal is its own."""
+    """The transpose per group; a diagonal is returned itself."""
     return factor.mT if factor.ndim == 3 else factor

@@ -1,7 +1,7 @@
 """Zero-debiased exponential running averages of factors, stored as triangles between refreshes.
 
-A factor is read where an inverse is refreshed, once in many steps, and is symmetric: half of it is enough
-(:mod:`~lightning_kfc.factors.packing`; small ones, of less than 128 dimensions, stay whole). No number changes.
+Factors are symmetric, so that their lower triangles are enough (:mod:`~lightning_kfc.factors.packing`). Factors of less
+than 128 dimensions are stored whole.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from lightning_kfc.factors.packing import Shape, pack, packed_numel, unpack
 
 @dataclass(frozen=True)
 class RunningAverage:
-    r"""An exponential average that starts from nothing.
+    r"""A debiased exponential average.
 
     After k updates with decay :math:`\rho` it equals
-    :math:`\sum_j \rho^{k-j}(1-\rho) F_j / (1-\rho^k)`: the first update counts fully, and no trace of an
-    initial identity is left (the debiasing of Adam, Kingma & Ba 2015).
+    :math:`\sum_j \rho^{k-j}(1-\rho) F_j / (1-\rho^k)`, without an initial value (the debiasing of Adam, Kingma & Ba
+    2015).
 
     Attributes:
         value: The average, already debiased.
-        weight: :math:`1-\rho^k`, the mass behind ``value``.
-        squares: The sum of the squares of the shares that the updates have in ``value``.
+        weight: :math:`1-\rho^k`, the total weight of the updates before debiasing.
+        squares: The sum of the squared shares of the updates in ``value``.
     """
 
     value: Tensor
@@ -37,7 +37,7 @@ class RunningAverage:
 
     @classmethod
     def start(cls, value: Tensor, decay: float) -> RunningAverage:
-        """The average after its first update, which is that update itself."""
+        """The average after its first update."""
         return cls(value, 1.0 - decay)
 
     def updated(self, value: Tensor, decay: float) -> RunningAverage:
@@ -48,7 +48,7 @@ class RunningAverage:
 
     @property
     def draws(self) -> float:
-        """How many independent updates, equally weighted, would leave as much noise in their mean."""
+        """The number of independent, equally weighted updates whose mean has the same noise."""
         return 1.0 / self.squares
 
 
@@ -66,12 +66,12 @@ class StoredAverage:
 
     @classmethod
     def start(cls, value: Tensor, decay: float) -> StoredAverage:
-        """The average after its first update, which is that update itself."""
+        """The average after its first update."""
         return cls.of(RunningAverage.start(value, decay))
 
     @classmethod
     def of(cls, average: RunningAverage) -> StoredAverage:
-        """Keep an average of whole factors."""
+        """Pack an average of whole factors."""
         return cls(replace(average, value=_packed(average.value)), tuple(average.value.shape))
 
     def updated(self, value: Tensor, decay: float) -> StoredAverage:
@@ -80,33 +80,33 @@ class StoredAverage:
 
     @property
     def value(self) -> Tensor:
-        """The whole factor: a new tensor, but for a small one that is kept as it is given."""
+        """The whole factor: a new tensor, or a view for a factor that is stored whole."""
         triangle = self.average.value
         return triangle.view(self.shape) if _is_whole(self.shape) else unpack(triangle, self.shape)
 
     @property
     def weight(self) -> float:
-        """The mass behind the average."""
+        """The total weight of the updates before debiasing."""
         return self.average.weight
 
     @property
     def squares(self) -> float:
-        """The sum of the squares of the shares that the updates have in it."""
+        """The sum of the squared shares of the updates."""
         return self.average.squares
 
     @property
     def draws(self) -> float:
-        """How many independent updates, equally weighted, would leave as much noise in their mean."""
+        """The number of independent, equally weighted updates whose mean has the same noise."""
         return self.average.draws
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are kept."""
+        """Stored bytes."""
         return self.average.value.nbytes
 
 
 def average_state(averages: Mapping[str, StoredAverage]) -> dict[str, dict[str, Any]]:
-    """Running factors in plain tensors, numbers and lists: triangles, as they are kept."""
+    """Running factors as plain tensors, numbers and lists; factors as triangles."""
     return {
         name: {
             "triangle": own_storage(a.average.value),
@@ -119,7 +119,7 @@ def average_state(averages: Mapping[str, StoredAverage]) -> dict[str, dict[str, 
 
 
 def averages_of(state: Mapping[str, Any], device: torch.device) -> dict[str, StoredAverage]:
-    """Running factors from the result of :func:`average_state`, or from whole factors, as earlier versions saved."""
+    """Running factors from the result of :func:`average_state`, or from whole factors of earlier versions."""
     return {name: _average_of(entry, device) for name, entry in state.items()}
 
 
@@ -129,7 +129,7 @@ def shapes_in(state: Mapping[str, Any]) -> dict[str, Shape]:
 
 
 def own_storage(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy where it shares a larger storage, all of which a checkpoint would hold."""
+    """The tensor, or a copy if its storage is larger: a checkpoint would hold the whole storage."""
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.contiguous().clone()
 
 
@@ -141,7 +141,7 @@ def _average_of(entry: Mapping[str, Any], device: torch.device) -> StoredAverage
 
 
 def stored_nbytes(shape: Shape, dtype: torch.dtype) -> int:
-    """Bytes that a factor of a shape will take."""
+    """Stored bytes of a factor of a shape."""
     return packed_numel(shape) * dtype.itemsize
 
 
@@ -150,7 +150,7 @@ def _is_whole(shape: Shape) -> bool:
 
 
 def _packed(value: Tensor) -> Tensor:
-    """The triangle, flat; the tensor itself where that is no smaller."""
+    """The flat triangle, or the flat tensor if the triangle is no smaller."""
     shape = tuple(value.shape)
     if _is_whole(shape):
         return value.reshape(-1)

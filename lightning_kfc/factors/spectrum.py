@@ -1,7 +1,7 @@
-r"""What a factor's spectrum looks like, at the cost of a few matrix-vector products instead of a decomposition.
+r"""Largest eigenvalues and effective ranks of factors, without a decomposition.
 
-Largest eigenvalues come from :data:`LANCZOS_STEPS` steps of Lanczos' method. It is never too
-large, and what it finds first are the ends of a spectrum (Golub & Van Loan, 4th ed., ch. 10).
+The largest eigenvalue comes from :data:`LANCZOS_STEPS` steps of Lanczos' method, whose estimate is never too large and
+converges first at the ends of a spectrum (Golub & Van Loan, 4th ed., ch. 10).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 LANCZOS_STEPS = 10
-#: Matrices of the same shape go through Lanczos' method together where they are small: many small calls take long.
+#: Matrices of the same shape, up to this size, are batched: many small calls take long.
 LARGEST_BATCHED = 512
 
 
@@ -20,7 +20,7 @@ def effective_rank(factor: Tensor) -> Tensor:
     r""":math:`(\operatorname{tr} A)^2 / \|A\|_F^2`: d for d equal eigenvalues, 1 for a single one; shape ``(groups,)``.
 
     Args:
-        factor: Symmetric PSD, shape ``(groups, d, d)``, or ``(groups, d)`` if diagonal. NaN where it is zero.
+        factor: Symmetric PSD, shape ``(groups, d, d)``, or ``(groups, d)`` if diagonal. The result is NaN for zero.
     """
     trace = factor.sum(-1) if factor.ndim == 2 else factor.diagonal(dim1=-2, dim2=-1).sum(-1)
     norm = torch.linalg.vector_norm(factor.flatten(1), dim=-1)
@@ -29,14 +29,14 @@ def effective_rank(factor: Tensor) -> Tensor:
 
 
 def largest_eigenvalues(matrices: Sequence[Tensor], steps: int = LANCZOS_STEPS) -> list[Tensor]:
-    """The largest eigenvalue of each matrix, estimated from below; exact up to rounding where d is at most ``steps``.
+    """The largest eigenvalue of each matrix, estimated from below; exact up to rounding for d up to ``steps``.
 
     Args:
         matrices: Symmetric PSD, shape ``(groups, d, d)``, or ``(groups, d)`` if diagonal.
-        steps: Matrix-vector products a matrix.
+        steps: Matrix-vector products per matrix.
 
     Returns:
-        Per matrix, shape ``(groups,)``, in float64 on the CPU; NaN where a matrix is not finite.
+        Per matrix, shape ``(groups,)``, in float64 on the CPU; NaN for a matrix that is not finite.
     """
     found: list[Tensor] = [torch.empty(0)] * len(matrices)
     batches: dict[object, list[int]] = {}
@@ -62,7 +62,7 @@ def _tridiagonal(matrix: Tensor, steps: int) -> Tensor:
     """Lanczos' tridiagonal matrix ``(groups, k, k)`` of a batch ``(groups, d, d)``, fully reorthogonalised."""
     groups, d, _ = matrix.shape
     k = min(steps, d)
-    # A vector of its own kind, the same each time: the global random stream is not ours.
+    # A generator of its own leaves the global random stream alone.
     start = torch.randn(d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     vector = (start / start.norm()).to(matrix).expand(groups, d)
     basis = [vector]
@@ -78,7 +78,7 @@ def _tridiagonal(matrix: Tensor, steps: int) -> Tensor:
         for _ in range(2):
             image = image - (known @ (known.mT @ image.unsqueeze(-1))).squeeze(-1)
         norm = torch.linalg.vector_norm(image, dim=-1)
-        # Nothing is left outside an invariant subspace but rounding, which must not be taken for a direction.
+        # In an invariant subspace the remainder is rounding, and no direction.
         norm = torch.where(norm > 16 * torch.finfo(matrix.dtype).eps * scale, norm, torch.zeros_like(norm))
         result[:, i, i + 1] = result[:, i + 1, i] = norm
         basis.append(image / torch.where(norm > 0, norm, torch.full_like(norm, torch.inf)).unsqueeze(-1))

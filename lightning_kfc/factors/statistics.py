@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Rows of the result that are formed at a time on a CPU: the narrowest that a matrix product does at its full speed.
+#: Rows of the result per matrix product on a CPU: the fewest at full speed.
 BLOCK = 128
 
 
 def factor_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The precision in which statistics of ``dtype`` are formed: float32, or float64 where that is given."""
+    """The precision of statistics of tensors of ``dtype``: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -37,7 +37,7 @@ def second_moment_total(rows: Tensor) -> Tensor:
     """
     examples, positions, groups, d = rows.shape
     if rows.stride(1) == 1 and rows.stride(3) != 1 and positions > 1:
-        # Neighbouring positions lie side by side, as in images: they need not be brought apart.
+        # Positions are contiguous, as in images: this order avoids a copy.
         columns = rows.permute(2, 0, 3, 1)
         if positions >= 8 * d:
             return (columns @ columns.transpose(2, 3)).sum(1)
@@ -46,10 +46,10 @@ def second_moment_total(rows: Tensor) -> Tensor:
 
 
 def gram(columns: Tensor) -> Tensor:
-    r""":math:`X X^\top` of ``(groups, d, rows)``: the upper triangle in blocks, mirrored, where that pays.
+    r""":math:`X X^\top` of ``(groups, d, rows)``.
 
-    On a CPU, that takes 0.5 to 0.7 of the time of the whole product (d from 288 to 1001). An accelerator is faster
-    with one large product.
+    On a CPU, large results are made from blocks of the upper triangle, in 0.5 to 0.7 of the time of the whole product
+    (d from 288 to 1001). An accelerator is faster with one large product.
     """
     groups, d, _ = columns.shape
     if groups > 1 or d < 2 * BLOCK or columns.device.type != "cpu":
@@ -65,7 +65,7 @@ def gram(columns: Tensor) -> Tensor:
 
 def second_moment_diagonal(rows: Tensor) -> Tensor:
     """The diagonal of :func:`second_moment_total`, shape ``(groups, d)``, without the matrix."""
-    # The norm, since it reads the rows in one pass and makes no array of their squares.
+    # The norm reads the rows in one pass, without an array of squares.
     norms: Tensor = torch.linalg.vector_norm(rows, dim=(0, 1))
     return norms.square()
 
@@ -103,17 +103,16 @@ def share_by_reduction(rows: Tensor, *, average: bool) -> Tensor:
     return rows.mean(1, keepdim=True) if average else rows.sum(1, keepdim=True)
 
 
-#: Below this share of their expanded second moment, sums over positions have cancelled. Derivatives that cancel exactly
-#: come to 1e-14 in float32, and to 1e-6 from half precision.
+#: Sums over positions below this share of their expanded second moment have cancelled. Exact cancellation leaves 1e-14
+#: in float32, and 1e-6 in half precision.
 CANCELLED = 1e-4
 
 
 def rows_cancel(reduced: Tensor, expanded: Tensor) -> bool:
     r"""Whether the rows of each example cancel in their sum, along any axis of the rows.
 
-    Independent rows have about the same second moment summed before as after squaring, equal ones a larger one.
-    A direction in which all sums vanish has no curvature in a reduced factor, however large its gradient is in single
-    positions: the keys of attention, whose common shift the softmax takes out, for one.
+    A direction in which all sums vanish has no curvature in a reduced factor, however large its gradient is at single
+    positions. An example are the keys of attention: the softmax removes their common shift.
 
     Args:
         reduced: :math:`\sum_n (\sum_t x_{nt})^2` for each axis, any shape.
@@ -129,10 +128,10 @@ def per_example_gradients(input_rows: Tensor, output_rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class InputStatistic:
-    r"""What one forward call adds to A: the total :math:`\sum_r \bar a_r \bar a_r^\top` and the number of rows.
+    r"""One call's part of A: the total :math:`\sum_r \bar a_r \bar a_r^\top` and the number of rows.
 
     Attributes:
-        total: Shape ``(groups, d_in, d_in)``, or ``(groups, d_in)`` where A is diagonal.
+        total: Shape ``(groups, d_in, d_in)``, or ``(groups, d_in)`` for a diagonal A.
         rows: The number of rows R.
     """
 
@@ -142,11 +141,11 @@ class InputStatistic:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Sums from which the factors of one layer are made; they add up over calls and micro-batches.
+    """Sums for the factors of one layer, over calls and micro-batches.
 
     Attributes:
         means: Totals that E1 divides by the number of rows, by factor name (``"A"``).
-        sums: Totals that E2 takes as they are, by factor name (``"G"``).
+        sums: Totals of E2, by factor name (``"G"``).
         rows: The number of rows R behind ``means``.
     """
 
@@ -163,7 +162,7 @@ class Statistics:
         )
 
     def without_means(self) -> Statistics:
-        """The same sums, with the rows behind the means left out."""
+        """The same sums, with means of zero rows."""
         return Statistics({name: torch.zeros_like(total) for name, total in self.means.items()}, self.sums, 0)
 
     def factors(self) -> dict[str, Tensor]:
@@ -179,6 +178,6 @@ class Statistics:
 def all_finite(tensor: Tensor) -> bool:
     """Whether every element is finite.
 
-    A sum keeps NaN and infinity, and reads the tensor once; only a sum that overflowed has to be looked at again.
+    A sum keeps NaN and infinity, and reads the tensor once; a second test is needed only after an overflow.
     """
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())

@@ -22,19 +22,19 @@ from lightning_kfc.utilities.checks import check_choice, check_integer, check_mo
 
 @dataclass(frozen=True)
 class Likelihood(ABC):
-    """What a loss is the negative logarithm of.
+    """The likelihood whose negative logarithm is the loss.
 
     Attributes:
-        output_of: Name of the module whose output is the logits, where the loss is computed by functions
-            that are not recognised; None where the loss is recognised.
-        reduction: With ``output_of``: how the loss combines its terms, ``"mean"`` or ``"sum"``.
+        output_of: Name of the module whose output is the logits, for a loss of functions
+            that are not recognised; None for a recognised loss.
+        reduction: With ``output_of``: the loss's reduction of its terms, ``"mean"`` or ``"sum"``.
     """
 
     output_of: str | None = None
     reduction: Literal["mean", "sum"] = "mean"
 
     name: ClassVar[str]
-    #: Whether one term owns a whole vector of outputs (categorical), or each output is a term of its own.
+    #: Whether a term has a vector of outputs (categorical) or a single one.
     vector_valued: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -195,7 +195,7 @@ class Gaussian(_ElementwiseLikelihood):
     r"""Unit-variance regression: ``mse_loss``, whose terms :math:`(z - y)^2` carry no one half.
 
     Seeds :math:`\sqrt{2c}\,\varepsilon` with :math:`\varepsilon \sim N(0, 1)`; with one output in each term
-    :math:`\pm\sqrt{2c}`, which are exact: their squares are known.
+    :math:`\pm\sqrt{2c}`, whose squares are exact.
 
     Losses that are quadratic with another curvature I at each term (``huber_loss``, ``gaussian_nll_loss``) have
     weights of :math:`c\,I/2`.
@@ -241,7 +241,7 @@ class PoissonRate(Poisson):
         return (weights / logits.clamp_min(torch.finfo(logits.dtype).tiny)).sqrt()
 
 
-#: The likelihoods a user can name.
+#: The names for the option ``likelihood``.
 LIKELIHOODS: dict[str, type[Likelihood]] = {
     likelihood.name: likelihood for likelihood in (Categorical, Bernoulli, Gaussian)
 }

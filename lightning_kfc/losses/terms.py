@@ -84,7 +84,7 @@ def elementwise_term(
     curvature: Tensor | None = None,
     bounded: bool = True,
 ) -> LossTerm:
-    """A term whose every output stands alone; ``weight`` and ``curvature`` broadcast to the unreduced result.
+    """A term with independent outputs; ``weight`` and ``curvature`` broadcast to the unreduced result.
 
     Args:
         likelihood: The likelihood of the terms.
@@ -95,7 +95,7 @@ def elementwise_term(
         weight: The call's own weights.
         result_shape: The shape of the result with the reduction ``"none"``.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        curvature: How much each term is curved, as a multiple of the likelihood's; 1 where None.
+        curvature: The curvature of each term, as a multiple of the likelihood's; None for 1.
         bounded: Whether the loss function is never negative.
     """
     shape = logits.shape
@@ -117,13 +117,13 @@ def elementwise_term(
 
 
 def with_outputs(tensor: Tensor) -> Tensor:
-    """A tensor with an examples axis and an outputs axis: a vector or a number is a column of single outputs."""
+    """A tensor with an examples axis and an outputs axis; a vector or a number becomes a column."""
     return tensor.reshape(-1, 1) if tensor.ndim < 2 else tensor
 
 
 def values_of(tensor: Tensor) -> Tensor:
     """Copy a tensor's values, in the precision of the factors."""
-    # A copy: the model may change its logits in place once the loss has been computed.
+    # A copy, since the model may change its logits in place after the loss.
     return tensor.detach().to(factor_dtype(tensor.dtype), copy=True)
 
 
@@ -133,7 +133,7 @@ def broadcast(*shapes: torch.Size) -> torch.Size:
 
 
 def reduction_of(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
-    """The reduction, with torch's two deprecated arguments honoured."""
+    """The reduction, given torch's two deprecated arguments."""
     if size_average is None and reduce is None:
         return reduction
     return str(_Reduction.legacy_get_string(size_average, reduce, emit_warning=False))

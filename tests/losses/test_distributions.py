@@ -275,7 +275,7 @@ def test_policy_and_value_heads_both_have_curvature() -> None:
     kfc = observe(model, lambda: loss(0.0))
     assert kfc.batches.sources == "Categorical.log_prob, mse_loss"
     assert all(layer.averages for layer in kfc.layers.values())
-    assert observe(model, lambda: loss(0.01)).statistics_source.endswith("mse_loss, the gradient of the rest")
+    assert observe(model, lambda: loss(0.01)).batches.sources.endswith("mse_loss, the gradient of the rest")
 
 
 # What watching leaves behind.

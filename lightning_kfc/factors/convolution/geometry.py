@@ -1,4 +1,4 @@
-"""Where a convolution, plain or transposed, reads its input."""
+"""Geometry of convolutions, plain or transposed: the input locations of each output location."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class _AxisPhase:
-    """Along one axis: output locations ``upsampling`` apart, which meet pixels at the same taps of the kernel."""
+    """Along one axis: output locations ``upsampling`` apart, which read pixels with the same taps of the kernel."""
 
     taps: tuple[int, ...]
     dilation: int
@@ -25,8 +25,8 @@ class Phase:
     """Output locations of an upsampled geometry that read the same kernel offsets, as a plain convolution.
 
     Attributes:
-        geometry: That convolution, of the input without zeros between its pixels.
-        offsets: Where its kernel offsets are among those of the whole kernel, flattened.
+        geometry: The plain convolution, on the input without zeros between its pixels.
+        offsets: The flat indices of its kernel offsets in the whole kernel.
     """
 
     geometry: Geometry
@@ -35,16 +35,16 @@ class Phase:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where a convolution reads its input, in one, two or three dimensions.
+    """The geometry of a convolution in one, two or three dimensions.
 
     Attributes:
         kernel_size: Size per dimension.
         stride: Stride per dimension.
-        padding: Padding before and after, per dimension; negative to leave pixels out.
+        padding: Padding before and after, per dimension; negative to crop pixels.
         dilation: Dilation per dimension.
         padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
         groups: Groups of channels.
-        upsampling: Distance at which zeros put the input's pixels apart, per dimension; 1 for none.
+        upsampling: Distance of the input's pixels with zeros between them, per dimension; 1 for no zeros.
     """
 
     kernel_size: tuple[int, ...]
@@ -56,7 +56,7 @@ class Geometry:
     upsampling: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """No upsampling is one by 1."""
+        """Replace an empty upsampling by ones."""
         if not self.upsampling:
             object.__setattr__(self, "upsampling", (1,) * len(self.kernel_size))
 
@@ -90,10 +90,10 @@ class Geometry:
         output_padding: Sequence[int],
         groups: int = 1,
     ) -> Geometry:
-        """Where a transposed convolution reads its input, as the plain convolution with the flipped kernel that it is.
+        """The geometry of a transposed convolution, as a plain convolution with the flipped kernel.
 
-        Zeros put the pixels ``stride`` apart, and what surrounds them is as wide as the kernel reaches, less the
-        transposed convolution's own padding (Dumoulin & Visin 2016, arXiv:1603.07285, relationship 14).
+        Its pixels are ``stride`` apart, with zeros between them, and its padding is the reach of the kernel minus the
+        transposed convolution's padding (Dumoulin & Visin 2016, arXiv:1603.07285, relationship 14).
         """
         ones = (1,) * len(kernel_size)
         reach = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
@@ -101,10 +101,10 @@ class Geometry:
         return cls(tuple(kernel_size), ones, pads, tuple(dilation), "zeros", groups, tuple(stride))
 
     def phases(self, space: Sequence[int]) -> Iterator[Phase]:
-        """The output locations of an upsampled geometry, by which of the kernel's offsets meet a pixel.
+        """The output locations of an upsampled geometry, grouped by the kernel offsets that read a pixel.
 
-        ``upsampling`` steps on they are the same ones, so that each set is a plain convolution. Sets that meet no
-        pixel are left out.
+        Locations ``upsampling`` apart have the same offsets, so that each group is a plain convolution. Groups without
+        offsets are left out.
 
         Args:
             space: The size of the input.
@@ -130,7 +130,7 @@ class Geometry:
         for first in range(min(up, outputs)):
             taps = tuple(tap for tap in range(k) if (first + tap * d - before) % up == 0)
             if taps:
-                # In pixels of the input: where the first location's first tap is, and how far apart the taps are.
+                # In pixels of the input: the first location's first tap, and the distance of the taps.
                 start = (first + taps[0] * d - before) // up
                 step = (taps[1] - taps[0]) * d // up if len(taps) > 1 else 1
                 locations = (outputs - first - 1) // up + 1
@@ -139,10 +139,10 @@ class Geometry:
         return found
 
     def every(self, steps: Sequence[int], offsets: Sequence[int]) -> Geometry:
-        """Some steps apart along each axis, the output locations from an offset on; for zero padding.
+        """Every k-th output location along each axis, from an offset on; for zero padding.
 
         Args:
-            steps: The distance of the locations, per axis.
+            steps: The distance k of the locations, per axis.
             offsets: The first location, per axis.
         """
         stride = tuple(s * step for s, step in zip(self.stride, steps, strict=True))
@@ -155,18 +155,18 @@ class Geometry:
         return math.prod(self.outputs(axis, size) for axis, size in enumerate(space))
 
     def outputs(self, axis: int, size: int) -> int:
-        """The number of output locations along one axis of an input of the given size there."""
+        """The number of output locations along one axis of an input of the given size."""
         reach = self.dilation[axis] * (self.kernel_size[axis] - 1)
         spread_out = (size - 1) * self.upsampling[axis] + 1 + sum(self.padding[axis])
         return (spread_out - reach - 1) // self.stride[axis] + 1
 
     def without_padding(self) -> Geometry:
-        """The same geometry on an input that is padded already."""
+        """The same geometry for a padded input."""
         return replace(self, padding=((0, 0),) * len(self.padding), padding_mode="zeros")
 
 
 def pad(images: Tensor, geometry: Geometry) -> Tensor:
-    """The images ``(examples, channels, *space)`` with the convolution's own padding applied."""
+    """The images ``(examples, channels, *space)`` with the convolution's padding."""
     amounts = [amount for pair in reversed(geometry.padding) for amount in pair]
     if not any(amounts):
         return images
@@ -175,7 +175,7 @@ def pad(images: Tensor, geometry: Geometry) -> Tensor:
 
 
 def spread(images: Tensor, geometry: Geometry) -> Tensor:
-    """The images with zeros between their pixels, where the geometry asks for them."""
+    """The images with the zeros of the geometry's upsampling between their pixels."""
     if all(step == 1 for step in geometry.upsampling):
         return images
     size = [(n - 1) * up + 1 for n, up in zip(images.shape[2:], geometry.upsampling, strict=True)]

@@ -14,14 +14,14 @@ from lightning_kfc.factors.convolution.shifted_products import lagged_second_mom
 from lightning_kfc.factors.row_sampling import offsets, steps_along_axes
 from lightning_kfc.factors.statistics import gram, homogeneous_total
 
-#: At most this many bytes of patches are materialised at once; more would leave a processor's cache, and be slower.
+#: Most bytes of patches at once; more would exceed a processor's cache, and be slower.
 PATCH_BYTES = 16 * 2**20
-#: Of an upsampled convolution each phase is a convolution by itself, with few rows for so many pieces to be cut from.
+#: Most parts of one phase of an upsampled convolution, which has few rows.
 MOST_PARTS_OF_A_PHASE = 4
 
 
 def patch_windows(images: Tensor, geometry: Geometry) -> Tensor:
-    """What every output location reads, ``(examples, channels, *positions, *kernel_size)``; a view where it can be."""
+    """The patch of every output location, ``(examples, channels, *positions, *kernel_size)``; a view if possible."""
     windows = pad(spread(images, geometry), geometry)
     for axis, (size, step, dilation) in enumerate(
         zip(geometry.kernel_size, geometry.stride, geometry.dilation, strict=True)
@@ -35,7 +35,7 @@ def patch_rows(images: Tensor, geometry: Geometry) -> Tensor:
 
     Args:
         images: Inputs of the convolution, shape ``(examples, channels, *space)``.
-        geometry: Where the convolution reads them.
+        geometry: The convolution's geometry.
 
     Returns:
         Shape ``(examples, positions, groups, channels / groups * prod(kernel_size))``.
@@ -52,8 +52,8 @@ def patch_rows(images: Tensor, geometry: Geometry) -> Tensor:
 def patch_columns(images: Tensor, geometry: Geometry) -> Tensor:
     """The patches of :func:`patch_rows` as columns, ``(groups, depth, examples, positions)``.
 
-    Neighbouring pixels stay neighbours in this layout: it is made, and multiplied with itself, several times faster,
-    most of all with many groups.
+    Neighbouring pixels are contiguous in this layout, so that making and multiplying it is several times faster, most
+    of all with many groups.
     """
     windows = patch_windows(images, geometry)
     examples, channels = windows.shape[:2]
@@ -64,11 +64,11 @@ def patch_columns(images: Tensor, geometry: Geometry) -> Tensor:
 
 
 def project_patches(images: Tensor, geometry: Geometry, direction: Tensor) -> Tensor:
-    """The patches of :func:`patch_rows` times one direction, without patches: a convolution with one filter a group.
+    """The patches of :func:`patch_rows` times one direction, computed as a convolution with one filter per group.
 
     Args:
         images: Inputs of the convolution, shape ``(examples, channels, *space)``.
-        geometry: Where the convolution reads them.
+        geometry: The convolution's geometry.
         direction: Shape ``(groups, channels / groups * prod(kernel_size))``.
 
     Returns:
@@ -82,7 +82,7 @@ def project_patches(images: Tensor, geometry: Geometry, direction: Tensor) -> Te
 
 
 def image_chunks(images: Tensor, geometry: Geometry, at_once: int | None = None) -> Iterator[Tensor]:
-    """A few examples at a time, so that their patches take at most so many bytes, ``PATCH_BYTES`` by default."""
+    """Chunks of examples whose patches take at most ``at_once`` bytes, by default ``PATCH_BYTES``."""
     taps = torch.Size(geometry.kernel_size).numel()
     numel = geometry.positions(images.shape[2:]) * images.shape[1] * taps
     most = PATCH_BYTES if at_once is None else at_once
@@ -96,9 +96,9 @@ def patch_second_moment(
 
     Args:
         images: Inputs of the convolution, shape ``(examples, channels, *space)``.
-        geometry: Where the convolution reads them.
-        homogeneous: Whether rows carry a trailing 1, for a bias.
-        reduce: Whether the mean of an example's patches is its one row.
+        geometry: The convolution's geometry.
+        homogeneous: Whether rows have a trailing 1, for a bias.
+        reduce: Whether an example has a single row, the mean of its patches.
 
     Returns:
         The total, shape ``(groups, d, d)``, and R.
@@ -117,12 +117,12 @@ def part_of_patch_second_moment(
 
     Args:
         images: Inputs of the convolution, shape ``(examples, channels, *space)``.
-        geometry: Where the convolution reads them.
+        geometry: The convolution's geometry.
         parts: The number of parts; with upsampling at most ``MOST_PARTS_OF_A_PHASE`` for each phase.
-        homogeneous: Whether rows carry a trailing 1, for a bias.
+        homogeneous: Whether rows have a trailing 1, for a bias.
 
     Returns:
-        The total, shape ``(groups, d, d)``, scaled to stand for all patches, and their number.
+        The total, shape ``(groups, d, d)``, scaled to all patches, and their number.
     """
     if any(up > 1 for up in geometry.upsampling):
         return _second_moment_by_phases(
@@ -146,7 +146,7 @@ def part_of_patch_second_moment(
 
 
 def part_is_cheaper(geometry: Geometry, parts: int, images: Tensor) -> bool:
-    """Whether a part by patches takes fewer multiply-adds than all rows by lags, where those serve."""
+    """Whether a part by patches takes fewer multiply-adds than all rows by lags, if lags apply."""
     if not _lags_serve(images, geometry):
         return True
     lags = math.prod(2 * size - 1 for size in geometry.kernel_size)
@@ -175,9 +175,9 @@ def _second_moment_by_phases(
 
 
 def _lags_serve(images: Tensor, geometry: Geometry) -> bool:
-    """Whether the form without patches applies, and saves anything.
+    """Whether the form without patches applies, and is faster.
 
-    With a stride, few pairs of kernel offsets share their products; the patches of a single channel are small.
+    It is not with a stride, where few pairs of kernel offsets share their products, or with a single channel.
     """
     return (
         len(geometry.kernel_size) <= 2
@@ -235,10 +235,10 @@ def patch_second_moment_diagonal(
         total = torch.cat(means).square().sum(0)
         rows = len(images)
     else:
-        # A patch's squares are the patch of the squares, and patches add up: those of one image stand for all.
+        # The patches of the summed squares are the summed squares of the patches.
         windows = patch_windows(images.square().sum(0, keepdim=True), geometry)[0]
         n = len(geometry.kernel_size)
-        # Of the view: the patches of one large image and kernel alone would not fit.
+        # From the view, since the patches of one large image may not fit into memory.
         total = windows.sum(tuple(range(1, 1 + n))).reshape(geometry.groups, -1)
         rows = len(images) * windows.shape[1 : 1 + n].numel()
     if homogeneous:

@@ -1,10 +1,10 @@
 r"""The second moment of stride-1 patches without patches.
 
-The block of A for the kernel offsets (i, j) and (i', j') is a sum of products of two pixels that lie the same
-lag (i' - i, j' - j) apart, over the output locations. Offsets with equal lags sum the same products, but for
-the border rows and columns that only some of them reach. So one product of C x C blocks a lag, over the whole
-image, and small products over the borders give A exactly:
-:math:`((2k_1-1)(2k_2-1)+1)/2` products instead of :math:`(k_1 k_2)^2`, 13 for 81 at 3 x 3, and no patch is ever made.
+The block of A for the kernel offsets (i, j) and (i', j') is the sum, over output locations, of products of two pixels
+at the lag (i' - i, j' - j). Offsets with equal lags sum the same products, except for border rows and columns that
+only some of them reach. So one product of C x C blocks per lag, over the whole image, and small products over the
+borders give A exactly: :math:`((2k_1-1)(2k_2-1)+1)/2` products instead of :math:`(k_1 k_2)^2`, for 3 x 3 13 instead of
+81.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-#: Images are taken a few at a time, so that what a lag's product reads stays in a core's cache.
+#: Bytes of images at a time, so that the operands of a lag's product stay in a core's cache.
 CHUNK_BYTES = 2**20
 
-#: What copying one number costs, in multiply-adds of a matrix product.
+#: Cost of copying a number, in multiply-adds of a matrix product.
 COPY_COST = 8
 
 
 @dataclass(frozen=True)
 class _Axis:
-    """One spatial axis: which of its pixels each kernel offset reads.
+    """One spatial axis, with the pixels that each kernel offset reads.
 
     Attributes:
         size: The number of pixels.
@@ -42,10 +42,10 @@ class _Axis:
     outputs: int
 
     def excluded(self, lag: int) -> tuple[list[int], Tensor]:
-        """The pixels that some offset does not reach as the first of a pair ``lag`` offsets apart (lag >= 0).
+        """The pixels that some offset does not read as the first of a pair ``lag`` offsets apart (lag >= 0).
 
         Returns:
-            The pixels, and for each offset and pixel a 1 where the offset does not reach the pixel.
+            The pixels, and for each offset and pixel a 1 if the offset does not read the pixel, else 0.
         """
         firsts = [i * self.dilation - self.before for i in range(self.taps - lag)]
         pairs = self.size - lag * self.dilation
@@ -79,7 +79,7 @@ def lagged_second_moment(
     ]
     vertical, horizontal = axes
     k1, k2 = kernel_size
-    # Offsets first: blocks are then written as they lie in memory, and one pass at the end brings them in order.
+    # Offsets first, so that blocks are contiguous when written; one pass at the end reorders them.
     total = images.new_zeros((k1, k2, k1, k2, channels, channels))
     lags = [(dy, dx) for dy in range(k1) for dx in range(-k2 + 1 if dy else 0, k2)]
     whole = _sums_over_images(images, [(dy * dilation[0], dx * dilation[1]) for dy, dx in lags])
@@ -96,12 +96,12 @@ def lagged_second_moment(
 
 
 def _blocks_at(total: Tensor) -> Tensor:
-    """The view ``(C, C, offsets down, offsets across)`` of a slice of A along which both of a pair move together."""
+    """The view ``(C, C, offsets down, offsets across)`` of the diagonal of a slice of A: pairs at the same lag."""
     return total.diagonal(dim1=0, dim2=2).diagonal(dim1=0, dim2=1)
 
 
 def _pairs(images: Tensor, dy: int, dx: int) -> tuple[Tensor, Tensor]:
-    """The two views of channels-last images whose pixels lie ``(dy, dx)`` apart, dy >= 0."""
+    """Two views of channels-last images whose pixels are ``(dy, dx)`` apart, dy >= 0."""
     height, width = images.shape[1:3]
     if dy >= height or abs(dx) >= width:
         return images[:, :0], images[:, :0]
@@ -116,7 +116,7 @@ def _product(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _sums_over_images(images: Tensor, lags: list[tuple[int, int]]) -> list[Tensor]:
-    """For each lag, the sum over all pairs of pixels that lie it apart, both inside the image."""
+    """For each lag, the sum over all pairs of pixels at that lag, both inside the image."""
     by_lag = _sums_of_crops if _cropping_is_cheaper(images, lags) else _sums_of_flat_images
     totals: list[Tensor] = []
     for chunk in _chunks(images):
@@ -135,7 +135,7 @@ def _reach(lags: list[tuple[int, int]]) -> tuple[int, int]:
 
 
 def _cropping_is_cheaper(images: Tensor, lags: list[tuple[int, int]]) -> bool:
-    """Whether to copy the pixels of each pair together rather than to multiply the zeros between images."""
+    """Whether copies of the cropped images are cheaper than products with zeros between images."""
     channels, height, width = images.shape[1:]
     down, across = _reach(lags)
     flat = channels * (height + down) * (width + across) * len(lags)
@@ -149,10 +149,10 @@ def _sums_of_crops(images: Tensor, lags: list[tuple[int, int]]) -> list[Tensor]:
 
 
 def _sums_of_flat_images(images: Tensor, lags: list[tuple[int, int]]) -> list[Tensor]:
-    """All images as one line of pixels, zeros between rows and between images.
+    """Sums over all images as one line of pixels, with zeros between rows and between images.
 
-    A lag is then a shift of the line, and pairs that a shift makes across a row's end hold a zero, as long as
-    the zeros are as many as the longest lag.
+    A lag is then a shift of the line. Pairs across a row's end contain a zero, since there are as many zeros as the
+    longest lag.
     """
     down, across = _reach(lags)
     line = F.pad(images, (0, across, 0, down)).permute(0, 2, 3, 1)
@@ -163,7 +163,7 @@ def _sums_of_flat_images(images: Tensor, lags: list[tuple[int, int]]) -> list[Te
 
 
 class _Borders:
-    """Sums over the pairs of pixels near the borders, which not every kernel offset reaches.
+    """Sums over pairs of pixels near the borders, which not every kernel offset reads.
 
     Args:
         images: Shape ``(examples, channels, height, width)``.
@@ -175,7 +175,7 @@ class _Borders:
         self._images = images
         self._vertical, self._horizontal = vertical, horizontal
         down, across = range(vertical.taps), range(-horizontal.taps + 1, horizontal.taps)
-        # Of two lags that are each other's mirror image, one is asked for: (0, dx) with dx >= 0.
+        # Of two opposite lags one is enough: (0, dx) with dx >= 0.
         self._rows = {
             dy: self._strips(images, vertical, dy, horizontal, across if dy else range(horizontal.taps)) for dy in down
         }
@@ -185,10 +185,10 @@ class _Borders:
         }
 
     def sums(self, dy: int, dx: int) -> Tensor:
-        """For each pair of first offsets, the sum over the pairs ``(dy, dx)`` apart that they do not reach.
+        """For each pair of first offsets, the sum over the pairs ``(dy, dx)`` apart that they do not read.
 
         Returns:
-            Shape ``(offsets down, offsets across, C, C)``, or what broadcasts to it.
+            Shape ``(offsets down, offsets across, C, C)``, or a shape that broadcasts to it.
         """
         by_row, rows = self._rows[dy]
         by_column, columns = self._columns[dx]
@@ -211,20 +211,20 @@ class _Borders:
         Args:
             images: Shape ``(examples, C, lines, length)``.
             across: The axis of the lines.
-            lag: In offsets; negative where the first pixel of a pair is the farther one.
+            lag: In offsets; negative if the first pixel of a pair is the farther one.
             along: The axis along a line.
-            lags_along: The lags along the line that are wanted, in offsets.
+            lags_along: The wanted lags along the line, in offsets.
 
         Returns:
-            For each first offset and border line whether it is out of reach, ``(offsets, lines)``, and by lag along the
-            line the products, ``(lines, C, C)``.
+            For each first offset and border line a 1 if the offset does not read it, ``(offsets, lines)``, and by lag
+            along the line the products, ``(lines, C, C)``.
         """
         places, outside = across.excluded(abs(lag))
         outside = outside.to(images)
         if not places:
             return outside, {}
         ahead = [place + abs(lag) * across.dilation for place in places]
-        # Zeros between the lines of different examples: a lag is then a shift of all of them at once.
+        # Zeros between the lines of different examples, so that a lag is one shift of all lines.
         reach = (along.taps - 1) * along.dilation
         first = _lines(images, places, reach).flatten(1, 2)
         second = first if lag == 0 else _lines(images, ahead, reach).flatten(1, 2)

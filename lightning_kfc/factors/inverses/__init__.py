@@ -1,4 +1,4 @@
-"""Damped inverses of the Kronecker-factored Fisher, by the names that a user gives them."""
+"""Damped inverses of the Kronecker-factored Fisher matrix, by name."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ __all__ = [
     "StepInverse",
 ]
 
-#: The inverses a user can name.
+#: The values of the option ``inverse``.
 INVERSES: dict[str, type[Inverse]] = {kind.name: kind for kind in (CholeskyInverse, EighInverse, EkfacInverse)}

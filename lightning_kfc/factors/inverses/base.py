@@ -1,4 +1,4 @@
-"""What every inverse answers: factorise once in a while, solve at every step."""
+"""The interface of inverses: ``factorise`` at a refresh, ``solve`` at every step."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ Factors = Mapping[str, Tensor]
 
 
 class FactorisationError(ArithmeticError):
-    """A factor could not be factorised, at any damping that was tried, in float64."""
+    """A factor has no factorisation at any tried damping, in float64."""
 
 
 class Inverse(ABC):
     """A factorised, damped curvature matrix of one layer.
 
-    A subclass is a frozen dataclass whose fields are tensors and numbers: that is what a checkpoint holds.
+    A subclass is a frozen dataclass whose fields are tensors and numbers; a checkpoint holds them.
     """
 
     name: ClassVar[str]
-    #: Whether :meth:`updated` wants the gradients of single examples, for which input rows must be kept.
+    #: Whether the inverse uses gradients of single examples, which require the layers' input rows.
     wants_examples: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
     def factorise(cls, factors: Factors, damping: float) -> Self:
-        """Factorise: the rare, dear call.
+        """Factorise: an expensive call, made at refreshes.
 
         Args:
-            factors: Factors by name, as :meth:`lightning_kfc.factors.statistics.Statistics.factors` makes them.
+            factors: Factors by name, as from :meth:`lightning_kfc.factors.statistics.Statistics.factors`.
                 A factor of two axes, ``(groups, d)``, is diagonal.
             damping: The damping in the units of the Fisher matrix, positive.
 
@@ -46,26 +46,26 @@ class Inverse(ABC):
 
     @abstractmethod
     def solve(self, gradient: Tensor) -> Tensor:
-        """Apply the inverse to a gradient of shape ``(groups, d_out, d_in)``: the call made each step."""
+        """Apply the inverse to a gradient of shape ``(groups, d_out, d_in)``, at every step."""
 
     def at_damping(self, damping: float) -> Inverse:
-        """The inverse at another damping, where that costs nothing; else itself, at the one it was factorised with."""
+        """The inverse with another damping; itself if the damping is part of the factorisation."""
         return self
 
     def for_rows(self, rows: int | None) -> Inverse:
-        """This inverse for a gradient that is made of so many rows, where that can be used; else itself.
+        """A faster form for a gradient that is the sum of few rows' outer products; else itself.
 
         Args:
-            rows: How many; None where that is not known.
+            rows: The number of rows; None if unknown.
         """
         return self
 
     def succeeding(self, previous: Inverse | None) -> Inverse:
-        """This inverse with what the one that it replaces has learnt; itself where that is nothing."""
+        """This inverse with the state of the one that it replaces; itself without such state."""
         return self
 
     def in_precision(self, dtype: torch.dtype) -> Inverse:
-        """This inverse, kept and applied in another precision, where its kind can be; else itself."""
+        """This inverse in another precision; itself if its kind has only one."""
         return self
 
     def state(self) -> dict[str, Tensor | float]:
@@ -74,7 +74,7 @@ class Inverse(ABC):
 
     @classmethod
     def numel(cls, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """The number of elements that an inverse of factors of the given shapes will hold."""
+        """The number of elements of an inverse of factors of the given shapes."""
         return sum(math.prod(shape) for shape in shapes.values())
 
     def nbytes(self) -> int:
@@ -83,16 +83,16 @@ class Inverse(ABC):
 
 
 class StepInverse(Inverse):
-    """An inverse that is made for one step, of what is there already, and is itself never factorised."""
+    """An inverse for one step, made from another one, and never factorised."""
 
     @classmethod
     def factorise(cls, factors: Factors, damping: float) -> Self:
-        """It is not made of factors; see :class:`Inverse`.
+        """Not available; see :class:`Inverse`.
 
         Raises:
             NotImplementedError: Always.
         """
-        raise NotImplementedError(f"{cls.__name__} is made for a step, not of factors")
+        raise NotImplementedError(f"{cls.__name__} is made from another inverse, not from factors")
 
 
 def check_damping(damping: float) -> None:

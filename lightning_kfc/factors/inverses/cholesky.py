@@ -15,13 +15,13 @@ from lightning_kfc.factors.inverses.low_rank import TOLERANCE, FewRows, pays
 from lightning_kfc.factors.products import aligned, sandwich
 from lightning_kfc.factors.statistics import all_finite
 
-#: A factor that will not factorise is tried again in float64, then with its own rounding added to its diagonal
-#: and the damping grown by these ratios.
+#: Attempts at a factorisation: whether in float64, and the factor on the damping. With a factor above 1, the rounding
+#: of the matrix is added to its diagonal.
 RETRIES = ((False, 1.0), (True, 1.0), (True, 10.0), (True, 100.0), (True, 1000.0))
 
 
 def _inverse_by_cholesky(matrix: Tensor) -> Tensor | None:
-    """The inverse of a symmetric positive definite batch, or None where it is not one numerically."""
+    """The inverse of a symmetric batch; None if it is not positive definite numerically."""
     if not all_finite(matrix):
         return None
     if matrix.ndim == 2:
@@ -37,10 +37,9 @@ def _inverse_by_cholesky(matrix: Tensor) -> Tensor | None:
 
 
 def _attempt(factor: Tensor, in_double: bool, growth: float) -> Tensor:
-    """The factor as one of the ``RETRIES`` takes it.
+    """The factor for one of the ``RETRIES``.
 
-    A sum of squares that is singular, and large beside the damping, may have eigenvalues as far below zero as its
-    rounding reaches, a few units in the last place of its trace.
+    A singular factor may have slightly negative eigenvalues, by rounding: a few units in the last place of its trace.
     """
     if growth > 1 and factor.ndim == 3:
         trace = factor.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -49,7 +48,7 @@ def _attempt(factor: Tensor, in_double: bool, growth: float) -> Tensor:
 
 
 def _in_precision_of(factor: Tensor, inverse: Tensor | None) -> Tensor | None:
-    """The inverse in the factor's own precision, or None where that cannot hold it."""
+    """The inverse in the factor's precision; None if it overflows there."""
     if inverse is None or inverse.dtype == factor.dtype:
         return inverse
     inverse = inverse.to(factor.dtype)
@@ -62,9 +61,9 @@ def _failure(damping: float) -> FactorisationError:
 
 @dataclass(frozen=True)
 class CholeskyInverse(Inverse):
-    r"""E4 and E5: :math:`V = G_\lambda^{-1} \nabla\bar W A_\lambda^{-1}`, inverses taken by Cholesky factorisation.
+    r"""E4 and E5: :math:`V = G_\lambda^{-1} \nabla\bar W A_\lambda^{-1}`, with inverses by Cholesky factorisation.
 
-    The damping is part of the factorisation: a schedule's later values count from the next one on.
+    The damping is part of the factorisation, so that a new damping takes effect at the next refresh.
 
     Attributes:
         A_inverse: :math:`A_\lambda^{-1}`, shape ``(groups, d_in, d_in)``, or ``(groups, d_in)`` if diagonal.
@@ -76,7 +75,7 @@ class CholeskyInverse(Inverse):
     name: ClassVar[str] = "cholesky"
 
     def __post_init__(self) -> None:
-        """Align the rows, also of what a checkpoint brings: a resumed run then rounds alike."""
+        """Align the rows, also of a checkpoint's tensors, so that a resumed run rounds alike."""
         object.__setattr__(self, "A_inverse", aligned(self.A_inverse))
         object.__setattr__(self, "G_inverse", aligned(self.G_inverse))
 
@@ -98,7 +97,7 @@ class CholeskyInverse(Inverse):
         return sandwich(self.G_inverse, gradient.to(self.A_inverse.dtype), self.A_inverse).to(gradient.dtype)
 
     def for_rows(self, rows: int | None) -> Inverse:
-        """By way of the gradient's range, where rows are few; on a CPU, where decompositions are cheap."""
+        """A solve within the gradient's range, for few rows; only on a CPU, where decompositions are cheap."""
         A, G = self.A_inverse, self.G_inverse
         usable = A.ndim == G.ndim == 3 and len(A) == 1 and A.device.type == "cpu" and A.dtype in TOLERANCE
         if rows is None or not usable or not pays(rows, G.shape[-1], A.shape[-1]):
@@ -106,7 +105,7 @@ class CholeskyInverse(Inverse):
         return FewRows(A, G, self, rows)
 
     def in_precision(self, dtype: torch.dtype) -> CholeskyInverse:
-        """Both inverses rounded, and the products with them made of rounded numbers; see :class:`Inverse`."""
+        """Both inverses rounded; products with them are computed in that precision. See :class:`Inverse`."""
         if self.A_inverse.dtype == dtype:
             return self
         return CholeskyInverse(self.A_inverse.to(dtype), self.G_inverse.to(dtype))

@@ -17,10 +17,10 @@ from lightning_kfc.factors.running_average import RunningAverage
 
 
 def _decompose(factor: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvectors and eigenvalues, the latter at least 0; a diagonal has the unit vectors, as a diagonal of ones.
+    """Eigenvectors and eigenvalues, at least 0; the vectors of a diagonal are the unit vectors, held as ones.
 
     Raises:
-        FactorisationError: If there is no finite decomposition in the factor's precision, nor in float64.
+        FactorisationError: If neither the factor's precision nor float64 gives a finite decomposition.
     """
     if factor.ndim == 2:
         if bool(torch.isfinite(factor).all()):
@@ -49,12 +49,12 @@ def _decompose_pair(factors: Factors) -> tuple[Eigenbasis, Tensor]:
 class EighInverse(Inverse):
     r"""E6: :math:`V = Q_G [(Q_G^\top \nabla\bar W Q_A) \oslash (\lambda_G \lambda_A^\top + \lambda)] Q_A^\top`.
 
-    It is :math:`(A \otimes G + \lambda I)^{-1}` itself, where E4 only approximates it. The damping is applied when
-    solving, so that a schedule's value counts at its own step.
+    It is exactly :math:`(A \otimes G + \lambda I)^{-1}`, which E4 approximates. The damping is applied when solving, so
+    that a new damping takes effect at once.
 
     Attributes:
-        A_vectors: :math:`Q_A`, shape ``(groups, d_in, d_in)``; ones ``(groups, d_in)`` where A is diagonal.
-        G_vectors: :math:`Q_G`, shape ``(groups, d_out, d_out)``; ones ``(groups, d_out)`` where G is diagonal.
+        A_vectors: :math:`Q_A`, shape ``(groups, d_in, d_in)``; ones ``(groups, d_in)`` for a diagonal A.
+        G_vectors: :math:`Q_G`, shape ``(groups, d_out, d_out)``; ones ``(groups, d_out)`` for a diagonal G.
         values: :math:`\lambda_G \lambda_A^\top`, not negative, shape ``(groups, d_out, d_in)``.
         damping: :math:`\lambda`.
     """
@@ -66,7 +66,7 @@ class EighInverse(Inverse):
     name: ClassVar[str] = "eigh"
 
     def __post_init__(self) -> None:
-        """Align the rows, also of what a checkpoint brings: a resumed run then rounds alike."""
+        """Align the rows, also of a checkpoint's tensors, so that a resumed run rounds alike."""
         object.__setattr__(self, "A_vectors", aligned(self.A_vectors))
         object.__setattr__(self, "G_vectors", aligned(self.G_vectors))
 
@@ -84,7 +84,7 @@ class EighInverse(Inverse):
 
     @classmethod
     def numel(cls, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """See :class:`Inverse`; there is an eigenvalue for every element of the gradient."""
+        """See :class:`Inverse`; with an eigenvalue for every element of the gradient."""
         groups, d_out = shapes["G"][:2]
         return super().numel(shapes) + groups * d_out * shapes["A"][1]
 
@@ -100,14 +100,14 @@ class EighInverse(Inverse):
 
 @dataclass(frozen=True)
 class EkfacInverse(EighInverse):
-    r"""EKFAC (George et al. 2018, arXiv:1806.03884): the eigenbasis of E6 with eigenvalues that fit better.
+    r"""EKFAC (George et al. 2018, arXiv:1806.03884): the eigenbasis of E6 with corrected eigenvalues.
 
-    ``values`` are the running average of :math:`\sum_n (Q_G^\top \nabla_n Q_A)^{\circ 2}` over the examples' own
-    gradients: the diagonal of the Fisher matrix in this basis, hence the best diagonal (in the Frobenius norm)
-    that the basis has. :math:`\lambda_G\lambda_A^\top` stands in until there is one.
+    ``values`` are the running average of :math:`\sum_n (Q_G^\top \nabla_n Q_A)^{\circ 2}` over the examples'
+    gradients. This is the diagonal of the Fisher matrix in the basis, and so the best diagonal in the Frobenius norm.
+    Before the first update they are :math:`\lambda_G\lambda_A^\top`.
 
     Attributes:
-        weight: The mass behind the running average (:attr:`.RunningAverage.weight`); 0 before there is one.
+        weight: The weight of the running average (:attr:`.RunningAverage.weight`); 0 before the first update.
     """
 
     weight: float = 0.0
@@ -115,10 +115,10 @@ class EkfacInverse(EighInverse):
     wants_examples: ClassVar[bool] = True
 
     def succeeding(self, previous: Inverse | None) -> Inverse:
-        r"""Carry the previous running average over into this basis.
+        r"""Transform the previous running average into this basis.
 
-        The matrix that stood for it, :math:`Q\,\mathrm{diag}(s)\,Q^\top`, has in the new basis the diagonal
-        :math:`R_G^{\circ 2}\, s\, (R_A^{\circ 2})^\top`, R the rotation: again the best one, and of the same trace.
+        The previous matrix :math:`Q\,\mathrm{diag}(s)\,Q^\top` has the diagonal
+        :math:`R_G^{\circ 2}\, s\, (R_A^{\circ 2})^\top` in the new basis, with R the rotation between the bases.
         """
         if not isinstance(previous, EkfacInverse) or previous.weight == 0 or not self.basis.fits(previous.basis):
             return self
@@ -126,7 +126,7 @@ class EkfacInverse(EighInverse):
         return replace(self, values=values, weight=previous.weight)
 
     def updated(self, moments: Tensor, decay: float) -> Self:
-        """Fold a step's second moments in, shape ``(groups, d_out, d_in)``, as factors are folded."""
+        """Fold a step's second moments, shape ``(groups, d_out, d_in)``, into the running average."""
         average = (
             RunningAverage(self.values, self.weight).updated(moments, decay)
             if self.weight

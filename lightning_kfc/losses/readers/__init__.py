@@ -1,4 +1,4 @@
-"""Readers of torch's loss functions: each makes a loss term of one call."""
+"""Readers of torch's loss functions: each returns the loss term of one call."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from lightning_kfc.losses.readers import bernoulli, categorical, densities, residuals
 from lightning_kfc.losses.terms import LossTerm
 
-#: The loss functions that are recognised.
+#: The recognised loss functions.
 LOSS_FUNCTIONS: dict[Any, Callable[..., LossTerm | list[LossTerm] | None]] = {
     F.cross_entropy: categorical.cross_entropy,
     F.nll_loss: categorical.nll_loss,

@@ -65,7 +65,7 @@ def soft_margin_loss(
     reduction: str = "mean",
 ) -> LossTerm | None:
     """Read a call of ``F.soft_margin_loss``: a cross entropy of the logits times the targets."""
-    # log(1 + exp(-y z)) is the cross entropy of the logit y z, whose sign the Fisher information forgets.
+    # log(1 + exp(-y z)) is the cross entropy of the logit y z; its Fisher information is even in y.
     result = broadcast(input.shape, target.shape)
     if not input.requires_grad or result != input.shape:
         return None
@@ -92,7 +92,7 @@ def multilabel_soft_margin_loss(
         return None
     logits, reduction = values_of(input), reduction_of(size_average, reduce, reduction)
     own = torch.ones_like(logits) if weight is None else weight.detach().to(logits).expand(logits.shape)
-    # A mean over the classes, and its reduction over what is left.
+    # A mean over the classes, then the reduction over the other axes.
     own = own / max(logits.shape[-1], 1)
     if reduction == "mean":
         own = own / max(logits.shape[:-1].numel(), 1)

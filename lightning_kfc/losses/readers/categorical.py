@@ -36,7 +36,7 @@ def cross_entropy(
 
     edges = ((get_gradient_edge(input), 1.0),)
     layout = _classes_second(input.shape)
-    # A copy: the loss may be made of it in place.
+    # A copy, since the loss may change the result in place.
     result = value.detach().clone()
     return LossTerm(Categorical(), "cross_entropy", logits, edges, layout, result, get_gradient_edge(value), weigh)
 
@@ -52,7 +52,7 @@ def nll_loss(
     reduction: str = "mean",
 ) -> LossTerm | None:
     """Read a call of ``F.nll_loss``: log-probabilities are logits of themselves."""
-    # Log-probabilities are logits of themselves, and a seed that sums to 0 passes log_softmax unchanged.
+    # The back-propagation through log_softmax leaves a seed that sums to 0 unchanged.
     term = cross_entropy(value, input, target, weight, size_average, ignore_index, reduce, reduction)
     return None if term is None else replace(term, function="nll_loss")
 
@@ -66,7 +66,7 @@ def kl_div(
     reduction: str = "mean",
     log_target: bool = False,
 ) -> LossTerm | None:
-    """Read a call of ``F.kl_div``: a cross entropy but for the entropy of the target."""
+    """Read a call of ``F.kl_div``: a cross entropy minus the entropy of the target."""
     if not input.requires_grad:
         return None
     class_dim = _axis_of_probabilities(input)
@@ -84,7 +84,7 @@ def kl_div(
         masses = masses / max(len(input), 1)
 
     def weigh(derivative: Tensor) -> Tensor:
-        # A cross entropy but for the entropy of the target: the weight is the mass that the target has.
+        # The weight of the cross entropy is the sum of the target's probabilities.
         weights = (masses * derivative).sum_to_size(shape).sum(class_dim)
         return weights.unsqueeze(0) if len(shape) == 1 else weights
 
@@ -129,7 +129,7 @@ def _classes_second(shape: torch.Size) -> Callable[[Tensor], Tensor]:
 
 
 def _axis_of_probabilities(log_probabilities: Tensor) -> int | None:
-    """The axis over which log-probabilities are those of one distribution; None if there is none."""
+    """The axis over which the probabilities sum to 1; None without one."""
     if not log_probabilities.numel():
         return None
     probabilities = values_of(log_probabilities).exp()

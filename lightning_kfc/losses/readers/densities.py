@@ -42,7 +42,7 @@ def gaussian_nll_loss(
             )
         )  # fmt: skip
     if isinstance(var, Tensor) and var.requires_grad:
-        # The clamp passes derivatives on as they are. Mean and variance have no Fisher information in common.
+        # torch clamps without a derivative. Mean and variance have no joint Fisher information.
         edges, shape = ((get_gradient_edge(var), 1.0),), var.shape
         information = 1 / (2 * variance.square())
         term = elementwise_term(

@@ -1,8 +1,8 @@
 r"""Readers of ``log_prob`` of torch's distributions.
 
-The curvature of a term is the Fisher information of the distribution's parameters, whatever value the data have. Where
-location and scale have no information in common, each is a term of its own. Where parameters have, one term has
-independent seeds, from which those of the parameters are made: products with a root of the information.
+The curvature of a term is the Fisher information of the distribution's parameters, for any value of the data. Location
+and scale without joint information are separate terms. Parameters with joint information are one term: the seeds of
+the parameters are products of independent seeds with a root of the information.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def categorical(result: Tensor, distribution: Any, value: Tensor) -> list[LossTe
         return weights.reshape(1) if len(shape) == 1 else weights
 
     def layout(seed: Tensor) -> Tensor:
-        # The logits are normalised: a seed that sums to 0 passes that unchanged.
+        # The back-propagation through the normalisation leaves a seed that sums to 0 unchanged.
         return seed.reshape(shape)
 
     values, edges = values_of(logits), ((get_gradient_edge(logits), 1.0),)
@@ -50,7 +50,7 @@ def bernoulli(result: Tensor, distribution: Any, value: Tensor) -> list[LossTerm
 
 
 def binomial(result: Tensor, distribution: Any, value: Tensor) -> list[LossTerm]:
-    """Read the log-probabilities of numbers of successes: as many yes/no outcomes as there are trials."""
+    """Read the log-probabilities of numbers of successes, with one yes/no outcome per trial."""
     trials = distribution.total_count.detach()
     return _of("Binomial", result, distribution.logits, trials, likelihood=likelihoods.Bernoulli())
 
@@ -72,7 +72,7 @@ def location_scale(name: str, of_location: float, of_scale: float) -> Callable[[
     Args:
         name: The distribution's name.
         of_location: The information of the location, in multiples of :math:`1/s^2`.
-        of_scale: That of the scale.
+        of_scale: The information of the scale, likewise.
     """
 
     def read(result: Tensor, distribution: Any, value: Tensor) -> list[LossTerm]:
@@ -82,7 +82,7 @@ def location_scale(name: str, of_location: float, of_scale: float) -> Callable[[
 
 
 def student_t(result: Tensor, distribution: Any, value: Tensor) -> list[LossTerm]:
-    r"""Read log-densities of Student's t with :math:`\nu` degrees of freedom, which are given."""
+    r"""Read log-densities of Student's t with fixed degrees of freedom :math:`\nu`."""
     df = distribution.df
     if df.requires_grad:
         return []
@@ -136,8 +136,8 @@ def multivariate_normal(result: Tensor, distribution: Any, value: Tensor) -> lis
 def gamma(result: Tensor, distribution: Any, value: Tensor) -> list[LossTerm]:
     r"""Read log-densities of Gamma distributions with concentration :math:`\alpha` and rate :math:`\beta`.
 
-    The concentration and the mean :math:`\alpha/\beta` have no information in common: :math:`\psi'(\alpha) - 1/\alpha`
-    and :math:`\beta^2/\alpha`. From their seeds come those of concentration and rate.
+    The concentration and the mean :math:`\alpha/\beta` have no joint information; theirs are
+    :math:`\psi'(\alpha) - 1/\alpha` and :math:`\beta^2/\alpha`. Their seeds give those of concentration and rate.
     """
     concentration, rate = distribution.concentration, distribution.rate
     if value.requires_grad or not (concentration.requires_grad or rate.requires_grad):
@@ -166,14 +166,14 @@ def dirichlet(result: Tensor, distribution: Any, value: Tensor) -> list[LossTerm
 
 
 def beta(result: Tensor, distribution: Any, value: Tensor) -> list[LossTerm]:
-    """Read log-densities of one share, whose two concentrations torch stacks."""
+    """Read log-densities of one share; torch stacks its two concentrations."""
     return _of_shares("Beta", result, distribution._dirichlet.concentration, value)
 
 
 def _of_shares(name: str, result: Tensor, concentration: Tensor, value: Tensor) -> list[LossTerm]:
-    r"""The term of concentrations :math:`\alpha`, of information :math:`D - s\,11^\top`.
+    r"""The term of concentrations :math:`\alpha` with information :math:`D - s\,11^\top`.
 
-    Here :math:`D = \mathrm{diag}(\psi'(\alpha))` and :math:`s = \psi'(\sum\alpha)`. A root of it is
+    Here :math:`D = \mathrm{diag}(\psi'(\alpha))` and :math:`s = \psi'(\sum\alpha)`. A root of the information is
     :math:`D^{1/2}(I - \gamma uu^\top)` with :math:`u = D^{-1/2}1` and
     :math:`\gamma = (1 - \sqrt{1 - s\lVert u\rVert^2}) / \lVert u\rVert^2`.
     """
@@ -201,15 +201,15 @@ def _of(
     likelihood: Likelihood | None = None,
     edges: Edges | None = None,
 ) -> list[LossTerm]:
-    """The term of a parameter whose every element stands alone; none where it has no gradient.
+    """The term of a parameter with independent elements; none if it has no gradient.
 
     Args:
         name: The distribution's name.
         result: The log-probabilities.
         parameter: The parameter.
         information: Its Fisher information, in multiples of the likelihood's.
-        likelihood: The likelihood; None for one of information 1.
-        edges: Where seeds enter the graph; None for the parameter itself.
+        likelihood: The likelihood; None for a likelihood of information 1.
+        edges: The edges of the seeds; None for the parameter itself.
     """
     if not parameter.requires_grad:
         return []
@@ -263,7 +263,7 @@ def _whitened(
     )
 
 
-#: The distributions whose ``log_prob`` is recognised; others are, as far as they are made from these.
+#: The distributions whose ``log_prob`` is recognised; also in compositions of these.
 DISTRIBUTIONS: dict[type, Callable[[Tensor, Any, Tensor], list[LossTerm]]] = {
     distributions.Categorical: categorical,
     distributions.Bernoulli: bernoulli,

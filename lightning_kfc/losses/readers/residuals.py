@@ -89,20 +89,19 @@ def _difference(
 ) -> LossTerm | None:
     r"""A term of a loss :math:`\rho(z - y)`.
 
-    Where it is not a square, its curvature is that of iteratively reweighted least squares, :math:`\rho'(r)/r`:
-    of the parabola that touches :math:`\rho` at the residuals r and -r, and lies nowhere below it. In a quadratic zone
-    that is the second derivative; in a linear one, which has none, it is positive and falls with the residual.
+    The curvature of other losses than squares is :math:`\rho'(r)/r`, as in iteratively reweighted least squares. It
+    belongs to the parabola that touches :math:`\rho` at the residuals r and -r from above. In a quadratic zone it is
+    the second derivative; in a linear zone it is positive and decreases with the residual.
 
     Args:
         function: The loss function's name.
         value: Its result.
         input: Its first argument.
-        target: Its second. The loss is symmetric: a prediction given as the target, or on both sides, is one all the
-            same.
+        target: Its second argument; the prediction may be either argument, or both.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         weight: The weights of the terms.
-        weighted_mean: Whether a mean is divided by the weights' sum instead of their number.
-        curvature: Gives :math:`\rho'(r)/(2r)`, a multiple of the square's, from the absolute residuals.
+        weighted_mean: Whether a mean is divided by the sum of the weights instead of their number.
+        curvature: Returns :math:`\rho'(r)/(2r)`, relative to the square's curvature, from the absolute residuals.
     """
     sides = sides_of(input, target)
     if not sides or input.is_complex() or target.is_complex():
@@ -120,17 +119,17 @@ def _difference(
 
 
 def _absolute(residuals: Tensor) -> Tensor:
-    """The curvature of absolute residuals r in multiples of a square's: 1/(2r), but no more than at their mean.
+    """The curvature of absolute residuals r relative to a square's: 1/(2r), at most its value at their mean.
 
-    The floor makes the sum of curvatures finite, and is in the units of the residuals whatever these are. Near it is
-    the curvature of the expected loss, 2 p(0) for residuals of density p: 1 over the mean, where they are Laplace's.
-    Where all are 0 there is no scale, and no gradient either: the curvature is 0.
+    The bound makes the sum of curvatures finite, in the units of the residuals. It is near the curvature of the
+    expected loss, 2 p(0) for residuals of density p, which is 1 over the mean for Laplace's density. If all residuals
+    are 0, there is no gradient, and the curvature is 0.
     """
     bounds = torch.maximum(residuals, residuals.mean()) if residuals.numel() else residuals
     return torch.where(bounds > 0, 1 / (2 * bounds), torch.where(bounds == 0, 0.0, bounds))
 
 
 def sides_of(input: Tensor, target: Tensor) -> list[tuple[Tensor, float]]:
-    """The arguments of a symmetric loss that are predictions, with signs; none where two do not agree in shape."""
+    """The arguments of a symmetric loss with a gradient, with signs; none for two of different shapes."""
     sides = [(side, sign) for side, sign in ((input, 1.0), (target, -1.0)) if side.requires_grad]
     return [] if len(sides) == 2 and input.shape != target.shape else sides
