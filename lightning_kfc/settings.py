@@ -21,6 +21,7 @@ from lightning_kfc.utilities.checks import (
     check_period,
     check_positive,
     check_positive_or_auto,
+    plain_number,
 )
 
 FISHERS = ("mc", "exact", "empirical")
@@ -217,6 +218,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check every setting."""
+        for entry in fields(self):
+            if entry.init:
+                object.__setattr__(self, entry.name, plain_number(getattr(self, entry.name)))
         if not callable(self.damping):
             check_positive_or_auto("damping", self.damping)
         check_choice("fisher", self.fisher, FISHERS)

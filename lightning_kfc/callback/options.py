@@ -9,7 +9,7 @@ from lightning_kfc.losses.likelihoods import Bernoulli, Categorical, Gaussian
 from lightning_kfc.reporting.options import Logging
 from lightning_kfc.scheduling.refresh_schedule import ExponentialSchedule, LinearSchedule
 from lightning_kfc.settings import Precision, RefreshTiming, Settings, refuse_former, setting_names, settings_of
-from lightning_kfc.utilities.checks import check_flag, check_fraction, check_instance
+from lightning_kfc.utilities.checks import check_flag, check_fraction, check_instance, plain_number
 
 DEFAULT_LOGGING = Logging()
 
@@ -106,7 +106,7 @@ class KFCOptions:
         self._settings = settings_of("KFCCallback", None, {name: given[name] for name in setting_names()})
         if average_weights is not None:
             check_fraction("average_weights", average_weights)
-        self._average_weights = average_weights
+        self._average_weights = plain_number(average_weights)
         check_flag("save_factors", save_factors)
         self._save_factors = save_factors
         check_instance("logging", logging, Logging)

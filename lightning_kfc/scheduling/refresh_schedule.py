@@ -132,10 +132,16 @@ def value_at(value: float | Callable[[int], float], step: int) -> float:
     """A constant, or a schedule's value at a step.
 
     Raises:
-        ValueError: If a schedule's value is not positive and finite.
+        ValueError: If a schedule raises, or its value is not a positive and finite number.
     """
     if not callable(value):
         return float(value)
-    result = float(value(step))
+    try:
+        result = float(value(step))
+    except Exception as error:
+        raise ValueError(
+            f"damping at step {step} could not be computed ({type(error).__name__}: {error}). Give a number, or a "
+            "function of the step that returns one."
+        ) from error
     check_positive(f"damping at step {step}", result)
     return result

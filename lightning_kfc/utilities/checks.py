@@ -8,20 +8,38 @@ from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
 
+#: The largest whole number that torch takes.
+LARGEST = 2**63 - 1
+
+
+def plain_number(value: Any) -> Any:
+    """A number of another package, or a fraction, as Python's own; anything else as it is."""
+    if isinstance(value, bool | int | float) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a real number is finite as a float."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
 
 def check_positive(name: str, value: Any) -> None:
     """Require a positive, finite number."""
     _check_number(name, value)
-    if not (value > 0 and math.isfinite(value)):
+    if not (value > 0 and is_finite(value)):
         raise ValueError(f"{name} must be a positive number, got {value!r}.")
 
 
 def check_positive_or_auto(name: str, value: Any) -> None:
     """Require a positive, finite number, or ``"auto"``."""
-    if isinstance(value, str) and value != "auto":
-        raise TypeError(f"{name} must be a number or 'auto', got {value!r} of type {type(value).__name__}.")
-    if value != "auto":
+    if not isinstance(value, str):
         check_positive(name, value)
+    elif value != "auto":
+        raise TypeError(f"{name} must be a number or 'auto', got {value!r} of type {type(value).__name__}.")
 
 
 def check_fraction(name: str, value: Any) -> None:
@@ -37,14 +55,16 @@ def check_integer(name: str, value: Any, *, minimum: int | None = None) -> None:
         raise TypeError(f"{name} must be a whole number, got {value!r} of type {type(value).__name__}.")
     if minimum is not None and value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value!r}.")
+    if value > LARGEST:
+        raise ValueError(f"{name} must be at most {LARGEST}, which is 2^63 - 1; got more.")
 
 
 def check_period(name: str, value: Any) -> None:
     """Require a whole number of steps, at least 1, or ``"auto"``."""
-    if isinstance(value, str) and value != "auto":
-        raise TypeError(f"{name} must be a whole number or 'auto', got {value!r} of type {type(value).__name__}.")
-    if value != "auto":
+    if not isinstance(value, str):
         check_integer(name, value, minimum=1)
+    elif value != "auto":
+        raise TypeError(f"{name} must be a whole number or 'auto', got {value!r} of type {type(value).__name__}.")
 
 
 def check_flag(name: str, value: Any) -> None:
@@ -84,7 +104,10 @@ def check_patterns(name: str, value: Any) -> tuple[str, ...] | None:
     """Glob patterns as a tuple; a single string is one pattern."""
     if value is None:
         return None
-    patterns = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
+    try:
+        patterns = (value,) if isinstance(value, str) else tuple(value)
+    except TypeError:  # an array of no dimension has iter() as well
+        patterns = (value,)
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(

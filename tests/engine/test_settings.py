@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 from dataclasses import fields, replace
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,6 +19,7 @@ from lightning_kfc import KFC, Gaussian, KFCCallback, LinearSchedule, Logging, P
 from lightning_kfc.settings import CALLBACK_DEFAULTS, FORMER, Options, Settings
 from tests.helpers.nets import classes, data, double, engine, train_step
 
+TARGETS = classes(3, count=2)
 NAN, INF = float("nan"), float("inf")
 
 WRONG: list[tuple[str, Any, type[Exception], str]] = [
@@ -51,6 +55,11 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
     ("timing", {"max_overhead": 0.1}, TypeError, r"timing must be given as timing=RefreshTiming\(...\), got {.*dict"),
     ("timing", Precision(), TypeError, r"timing must be given as timing=RefreshTiming\(...\), got Precision\("),
     ("precision", "bfloat16", TypeError, r"precision must be given as precision=Precision\(...\), got 'bfloat16' of"),
+    *[(name, 10**30, ValueError, f"{name} must be at most 9223372036854775807") for name in ("seed", "warmup_steps")],
+    *[(name, 10**400, ValueError, f"{name} must be a positive number, got 1000") for name in ("damping", "kl_clip")],
+    ("damping", np.ones(2), TypeError, r"damping must be a number, got array\(\[1., 1.\]\) of type ndarray"),
+    ("factor_every_n_steps", np.ones(2), TypeError, r"factor_every_n_steps must be a whole number, got array"),
+    ("include", torch.tensor(3), TypeError, r"include takes glob patterns over module names.*got tensor\(3\) of"),
     ("seed", -1, ValueError, "seed must be at least 0, got -1"),
     ("seed", "0", TypeError, "seed must be a whole number, got '0' of type str"),
     ("include", [3], TypeError, r"include takes glob patterns over module names.*got 3 of type int"),
@@ -128,6 +137,37 @@ def test_a_setting_of_an_earlier_version_is_an_error_naming_it_and_the_way_out(n
         Settings(**{name: None})
     with pytest.raises(TypeError, match=way_out(name)):
         KFCCallback(**{name: None})
+
+
+def test_numbers_of_other_packages_are_taken_as_python_s_own() -> None:
+    given = {"seed": np.int64(3), "damping": Fraction(1, 2), "kl_clip": np.float32(0.5), "warmup_steps": np.int8(2)}
+    settings = Settings(**given)
+    assert {name: (type(value), value) for name in given for value in [getattr(settings, name)]} == {
+        "seed": (int, 3),
+        "damping": (float, 0.5),
+        "kl_clip": (float, 0.5),
+        "warmup_steps": (int, 2),
+    }
+    assert type(KFCCallback(average_weights=Fraction(1, 2)).average_weights) is float
+
+
+@pytest.mark.parametrize("schedule", [lambda step: None, lambda: 0.1, lambda step: [0.1], lambda step: 10**400])
+def test_a_schedule_that_gives_no_number_is_an_error_at_the_first_step(schedule: Any) -> None:
+    model = nn.Linear(2, 2).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"^damping at step 0 could not be computed \(\w+: .*\)\. Give a number, or"):
+        train_step(engine(model, damping=schedule), optimizer, lambda: F.cross_entropy(model(data(3, 2)), TARGETS))
+
+
+def test_a_schedule_that_raises_later_leaves_its_last_value_in_force() -> None:
+    model = nn.Linear(2, 2).double()
+    kfc, optimizer = engine(model, damping=[0.3, 0.2].__getitem__), torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(4):
+        catch = pytest.warns(UserWarning, match="could not be computed") if step == 2 else contextlib.nullcontext()
+        with catch:
+            train_step(kfc, optimizer, lambda: F.cross_entropy(model(data(3, 2)), TARGETS))
+    assert kfc.damping == 0.2
+    assert kfc.events.invalid_dampings == 2
 
 
 def test_a_setting_that_never_was_is_an_error_naming_it() -> None:
