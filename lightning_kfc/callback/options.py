@@ -106,7 +106,7 @@ class KFCOptions:
         self._settings = settings_of("KFCCallback", None, {name: given[name] for name in setting_names()})
         if average_weights is not None:
             check_fraction("average_weights", average_weights)
-        self._average_weights = plain_number(average_weights)
+        self._average_weights: float | None = plain_number(average_weights)
         check_flag("save_factors", save_factors)
         self._save_factors = save_factors
         check_instance("logging", logging, Logging)

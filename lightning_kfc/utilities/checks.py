@@ -55,7 +55,7 @@ def check_integer(name: str, value: Any, *, minimum: int | None = None) -> None:
         raise TypeError(f"{name} must be a whole number, got {value!r} of type {type(value).__name__}.")
     if minimum is not None and value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value!r}.")
-    if value > LARGEST:
+    if int(value) > LARGEST:
         raise ValueError(f"{name} must be at most {LARGEST}, which is 2^63 - 1; got more.")
 
 
