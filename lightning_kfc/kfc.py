@@ -232,7 +232,7 @@ class KFC:
         coming = OptimizerStep.of(self.layers, lr, optimizer, loss_scale, loss_gradients)
         # Until the step is made: it is no part of a loss.
         self.reviewer.pause()
-        with self.times.part("preconditioning"):
+        with self.times.phase("preconditioning"):
             if not self.refreshes.gradients_finite(coming.parameters, coming.rates):
                 self.batches.abandon(coming.rates)
                 self.events.count("nonfinite_gradients")
@@ -293,7 +293,7 @@ class KFC:
         Returns:
             What followed, or None where there was nothing to review.
         """
-        with self.times.part("reviews"):
+        with self.times.phase("reviews"):
             verdict = self.reviewer.review(self.layers.values(), optimizer)
         self.reviewer.resume()
         self._stages.steps.again = False

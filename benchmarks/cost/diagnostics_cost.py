@@ -78,7 +78,7 @@ def clocks(cycles: int = 2000) -> float:
     for _ in range(cycles):
         times.begin_step(torch.device("cpu"))
         for part in ("statistics", "statistics", "inverses", "statistics", "preconditioning", "reviews"):
-            with times.part(part):
+            with times.phase(part):
                 pass
         times.end_step()
     return (time.process_time() - started) / cycles

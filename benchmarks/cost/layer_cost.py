@@ -115,7 +115,7 @@ def pieces(title: str, *, cost_rule: bool) -> Pieces:
     def solve() -> Tensor:
         assert layer.inverse is not None
         with torch.no_grad():
-            return layer.inverse.for_rows(rows).solve(gradient)
+            return layer.inverse.for_low_rank(rows).solve(gradient)
 
     shapes = layer.adapter.factor_shapes()
     form = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())

@@ -210,7 +210,7 @@ class Layer:
         """A new inverse from the running factors, continuing the present one; raises as :meth:`Inverse.factorise`."""
         curvature, own = self.curvature(), self.damping(damping)
         own = own if self.mean_square is None else max(own, least_damping(curvature))
-        return self.inverse_type(inverse).factorise(curvature, own).succeeding(self.inverse)
+        return self.inverse_type(inverse).factorise(curvature, own).continuing_from(self.inverse)
 
     def measure_weights(self) -> None:
         """Note the mean square of the weights, the unit of the automatic damping, once. Collective if sharded."""

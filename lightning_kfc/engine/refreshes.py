@@ -76,12 +76,12 @@ class Refreshes:
         expected = self._factors.expects(names)
         try:
             with full_precision(stages.model):
-                with stages.times.part("statistics"):
+                with stages.times.phase("statistics"):
                     folded = self._factors(layers, step)
                 stages.layers.drop_all(folded.given_up)
                 stages.pending.unseen.update(folded.unusable)
                 self._refresh_inverses(layers, expected)
-                with stages.times.part("statistics"):
+                with stages.times.phase("statistics"):
                     # In the basis that the refresh has left.
                     moments = stages.estimator.examples.second_moments(layers)
                     self._factors.fold_second_moments(layers, step, moments)
@@ -106,5 +106,5 @@ class Refreshes:
         # An automatic damping has no unit before the first loss that is not 0: the inverses stay due.
         if not math.isnan(damping):
             due = set(self._inverses.outdated(dated, damping))
-            with self._stages.times.part("inverses"):
+            with self._stages.times.phase("inverses"):
                 self._inverses([layer for layer in layers if layer.name in due], step, damping)

@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge
 
 from lightning_kfc.distributed.sharded_tensors import whole
 from lightning_kfc.estimation.example_gradients import ExampleGradients
-from lightning_kfc.estimation.graph import Arrivals, explained, loss_edge
+from lightning_kfc.estimation.graph import EdgeGradients, explained, loss_edge
 from lightning_kfc.estimation.recording import Call
 from lightning_kfc.estimation.seeds import Seeds
 from lightning_kfc.estimation.self_test import SelfTest
@@ -102,15 +102,15 @@ def back_propagate(
         if examples and call.layer in examples:
             jointly.setdefault(call.layer, []).append((index, call, arrived))
 
-    arrivals: Arrivals | None = None
+    edge_gradients: EdgeGradients | None = None
     for seeds in passes:
         extra = test.parameters() if test is not None else []
         if not edges and not extra:
             break
         outputs, values = _laid_out(seeds, scale)
-        if arrivals is None:
-            arrivals = Arrivals(outputs, edges)
-        found = explained(arrivals.send, outputs, values, take, extra)
+        if edge_gradients is None:
+            edge_gradients = EdgeGradients(outputs, edges)
+        found = explained(edge_gradients.back_propagate, outputs, values, take, extra)
         if test is not None:
             test.check(calls, found)
         with torch.no_grad():
@@ -140,7 +140,7 @@ def gradient_norm(seeds: Seeds, calls: Sequence[Call]) -> float:
 
     if edges and seeds:
         outputs, values = _laid_out(seeds, 1.0)
-        explained(Arrivals(outputs, edges).send, outputs, values, take)
+        explained(EdgeGradients(outputs, edges).back_propagate, outputs, values, take)
     return math.sqrt(sum(squares))
 
 

@@ -15,7 +15,7 @@ from lightning_kfc.estimation.example_gradients import StepExamples
 from lightning_kfc.estimation.graph import refuse_reentrant_checkpointing
 from lightning_kfc.estimation.loss_statistics import DueLoss, Failures, LossStatistics, StepStatistics
 from lightning_kfc.estimation.random_streams import RandomStreams
-from lightning_kfc.estimation.recording import Call, Recorder, parameter_call
+from lightning_kfc.estimation.recording import Call, ForwardRecorder, parameter_call
 from lightning_kfc.estimation.rest import Rest
 from lightning_kfc.estimation.self_test_progress import SelfTestProgress, layers_with_rows
 from lightning_kfc.estimation.sources import Sources
@@ -75,7 +75,7 @@ class Estimator:
         self._likelihood = likelihood
         self._kind = kind
         self._streams = RandomStreams(seed, group.rank)
-        self._recorder: Recorder | None = None
+        self._recorder: ForwardRecorder | None = None
         self._losses: LossRecorder | None = None
         self.examples = StepExamples(layers, tracker)
         self.self_test = SelfTestProgress(layers, self._streams)
@@ -115,7 +115,7 @@ class Estimator:
             self.release()
             yield
             return
-        self._recorder, self._losses = Recorder(times=self._times), LossRecorder()
+        self._recorder, self._losses = ForwardRecorder(times=self._times), LossRecorder()
         test = self.self_test.prepare(step, self.recorded)
         waiting = set(test.waiting) if test is not None else set()
         handles = []
@@ -231,7 +231,7 @@ class Estimator:
         custom = CustomFunctions()
         try:
             with (
-                self._times.part("statistics"),
+                self._times.phase("statistics"),
                 full_precision(self._model),
                 leaving_no_trace(self._model),
                 sinks_at_rest(loss),

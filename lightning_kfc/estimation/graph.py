@@ -70,10 +70,10 @@ def refuse_reentrant_checkpointing(loss: Tensor) -> None:
 
 
 #: Called with the position of an edge and the derivative there.
-Take = Callable[[int, Tensor], None]
+Receive = Callable[[int, Tensor], None]
 
 
-class Arrivals:
+class EdgeGradients:
     """The edges at which derivatives are wanted.
 
     Args:
@@ -90,11 +90,11 @@ class Arrivals:
         self._watched = [node for node in self._positions if node in above]
         self._lowest = [i for node, positions in self._positions.items() if node not in above for i in positions]
 
-    def send(
+    def back_propagate(
         self,
         outputs: Sequence[GradientEdge],
         values: Sequence[Tensor],
-        take: Take,
+        receive: Receive,
         others: Sequence[GradientEdge] = (),
     ) -> list[Tensor | None]:
         """Back-propagate once; the graph is kept.
@@ -102,27 +102,27 @@ class Arrivals:
         Args:
             outputs: Where to start.
             values: The derivatives there.
-            take: Called with each derivative that arrives, in the order of arrival.
-            others: Edges whose derivatives are returned, after all others have been taken; None where none arrived.
+            receive: Called with each derivative that arrives, in the order of arrival.
+            others: Edges whose derivatives are returned, after all others have been received; None where none arrived.
         """
         inputs = [self._edges[position] for position in self._lowest] + list(others)
         if not inputs:
             return []
         with contextlib.ExitStack() as handles:
             for node in self._watched:
-                handle = node.register_prehook(partial(self._arrived, take, self._positions[node]))
+                handle = node.register_prehook(partial(self._arrived, receive, self._positions[node]))
                 handles.callback(handle.remove)
             found = torch.autograd.grad(outputs, inputs, values, retain_graph=True, allow_unused=True)
         for position, gradient in zip(self._lowest, found, strict=False):
             if gradient is not None:
-                take(position, gradient)
+                receive(position, gradient)
         return list(found[len(self._lowest) :])
 
-    def _arrived(self, take: Take, positions: Sequence[int], gradients: tuple[Any, ...]) -> None:
+    def _arrived(self, receive: Receive, positions: Sequence[int], gradients: tuple[Any, ...]) -> None:
         for position in positions:
             gradient = gradients[self._edges[position].output_nr]
             if gradient is not None:
-                take(position, gradient)
+                receive(position, gradient)
 
 
 def _nodes_above(starts: Sequence[GradientEdge], wanted: dict[Node, list[int]]) -> set[Node]:

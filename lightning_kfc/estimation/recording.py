@@ -157,7 +157,7 @@ class ForwardHook:
 
 
 @dataclass
-class Recorder:
+class ForwardRecorder:
     """Attached to the modules of a due step while its loss is computed; detaches whatever happens.
 
     Attributes:
@@ -223,7 +223,7 @@ class Recorder:
         with torch.no_grad():
             forward = whole_forward(forward)
         inputs = KeptInputs.of(forward) if keep_inputs else None
-        part = self.times.part("statistics")
+        part = self.times.phase("statistics")
         # Autocast would form the statistics in half precision; what looks for the loss would look at each operation.
         off = torch.autocast(output.device.type, enabled=False), torch._C.DisableTorchFunction()
         with part, torch.no_grad(), off[0], off[1], unseen_by_dispatch_modes():

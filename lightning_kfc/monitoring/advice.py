@@ -41,7 +41,7 @@ class Facts:
         below_damping: Layers whose largest curvature was below the damping at each of the last measurements.
         layers: The number of measured layers.
         timed_steps: Timed steps after the warm-up.
-        time_shares: The share of these steps' time by phase, of :data:`lightning_kfc.monitoring.timing.PARTS`.
+        time_shares: The share of these steps' time by phase, of :data:`lightning_kfc.monitoring.timing.PHASES`.
         factor_every_n_steps: The period of statistics.
         inverse_every_n_steps: The period of inverses.
         undone_steps: Steps that were undone.

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 
 #: The phases of a step, in the order of display; the last one is all time outside KFC.
-PARTS = ("statistics", "inverses", "preconditioning", "reviews", "forward, backward and the rest")
-REST = PARTS[-1]
+PHASES = ("statistics", "inverses", "preconditioning", "reviews", "forward, backward and the rest")
+REST = PHASES[-1]
 
 #: Waiting intervals before the marks on the device are read, since each read waits for the device.
 WAITING = 4096
@@ -33,7 +33,7 @@ class StepTimes:
 
     steps: int = 0
     also: StepTimes | None = None
-    _seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    _seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     _running: list[str] = field(default_factory=list)
     _since: Mark = 0.0
     _waiting: list[tuple[str, Mark, Mark]] = field(default_factory=list)
@@ -53,17 +53,17 @@ class StepTimes:
             self.steps += 1
 
     @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> Iterator[None]:
         """Count the time inside this context for a phase of the step."""
         if self.also is None:
-            with self._own_part(name):
+            with self._own_phase(name):
                 yield
         else:
-            with self.also.part(name), self._own_part(name):
+            with self.also.phase(name), self._own_phase(name):
                 yield
 
     @contextlib.contextmanager
-    def _own_part(self, name: str) -> Iterator[None]:
+    def _own_phase(self, name: str) -> Iterator[None]:
         if not self._running:
             yield
             return

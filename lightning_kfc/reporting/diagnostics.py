@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_kfc.curvature.spectra import LayerSpectra, spectra_of
 from lightning_kfc.kfc import KFC
 from lightning_kfc.monitoring.advice import CUT_STEPS, Facts
-from lightning_kfc.monitoring.timing import PARTS, REST
+from lightning_kfc.monitoring.timing import PHASES, REST
 from lightning_kfc.rules.base import ReadyLayer
 
 #: A layer counts as below the damping where it was that at so many looks in a row.
@@ -35,7 +35,7 @@ LOGGED = (
 #: The events that `kfc/nonfinite_events` adds up.
 NONFINITE = ("nonfinite_gradients", "nonfinite_statistics", "nonfinite_updates", "restored_inverses")
 #: The parts of a step as keys have them.
-OURS = PARTS[:-1]
+OURS = PHASES[:-1]
 
 
 @dataclass

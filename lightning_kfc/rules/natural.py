@@ -49,13 +49,13 @@ class NaturalRule(Rule[NaturalUpdates]):
         """Apply the inverses; see :class:`Rule`."""
         chosen = [entry.received or entry.layer.inverse for entry in ready]
         inverses = [
-            inverse.at_damping(entry.layer.damping(damping)).for_rows(entry.layer.rows)
+            inverse.with_damping(entry.layer.damping(damping)).for_low_rank(entry.layer.rows)
             for entry, inverse in zip(ready, chosen, strict=True)
             if inverse is not None
         ]
         previous = [entry.fallback or entry.layer.previous_inverse for entry in ready]
         fallbacks = [
-            inverse and inverse.at_damping(entry.layer.damping(damping))
+            inverse and inverse.with_damping(entry.layer.damping(damping))
             for entry, inverse in zip(ready, previous, strict=True)
         ]
         gradients, rates = [entry.gradient for entry in ready], [entry.learning_rate for entry in ready]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lightning_kfc.distributed.process_group import ProcessGroup
-from lightning_kfc.monitoring.timing import PARTS, REST, StepTimes
+from lightning_kfc.monitoring.timing import PHASES, REST, StepTimes
 from lightning_kfc.scheduling.period_costs import Costs, Periods, choose_periods
 from lightning_kfc.scheduling.refresh_schedule import RefreshSchedule
 
@@ -103,7 +103,7 @@ class PeriodChoice:
     def _note(self, step: int, statistics: bool) -> None:
         assert self._clock is not None
         seconds, schedule = self._clock.seconds(), self._first
-        parts = {name: seconds[name] - self._seen.get(name, 0.0) for name in PARTS}
+        parts = {name: seconds[name] - self._seen.get(name, 0.0) for name in PHASES}
         self._seen = seconds
         warm = step < schedule.warmup_steps
         self._timed.append((statistics, warm and schedule.inverses_due(step), parts))

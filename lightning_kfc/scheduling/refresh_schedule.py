@@ -47,18 +47,18 @@ class RefreshSchedule:
         """The latest step, up to this one, at which statistics are taken."""
         return self._last(self.factors_due, step, self.factor_every_n_steps)
 
-    def last_inverses_due(self, step: int, slot: int | None = None) -> int:
+    def last_inverses_due(self, step: int, offset: int | None = None) -> int:
         """The latest step, up to this one, at which inverses are refreshed.
 
         Args:
             step: Counted from 0.
-            slot: The offset within the period at which they are refreshed once the warm-up is over, the step that ends
-                it included; None for all at the schedule's own dates.
+            offset: At which step of the period they are refreshed once the warm-up is over, the step that ends it
+                included; None for all at the schedule's own dates.
         """
         end = max(self.warmup_steps, 1)
-        if slot is None or step < end:
+        if offset is None or step < end:
             return self._last(self.inverses_due, step, self.inverse_every_n_steps)
-        date = step - (step - slot) % self.inverse_every_n_steps
+        date = step - (step - offset) % self.inverse_every_n_steps
         return date if date >= end else self.last_inverses_due(end - 1)
 
     def _last(self, due: Callable[[int], bool], step: int, period: int) -> int:

@@ -1,8 +1,8 @@
 """At which step of the inverses' period each layer has its turn: a pure function of the layers' costs.
 
-Where all layers are inverted at the same step, that step takes as long as all of them together. A *slot* is an offset
-within the period; the layers are given to as few slots as leave no step dearer than the dearest single layer, which
-cannot be divided. Small layers so stay together, which several ranks factorise side by side.
+Where all layers are inverted at the same step, that step takes as long as all of them together. So each has an *offset*
+within the period: as few offsets are used as leave no step longer than the most expensive single layer, which cannot be
+divided. Small layers so stay together, which several ranks factorise side by side.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from lightning_kfc.scheduling.refresh_schedule import RefreshSchedule
 from lightning_kfc.utilities.load_balancing import longest_first
 
 
-def open_slots(schedule: RefreshSchedule, *, with_statistics: bool) -> Iterator[int]:
-    """The slots of a schedule, in the order in which they are to be filled.
+def open_offsets(schedule: RefreshSchedule, *, with_statistics: bool) -> Iterator[int]:
+    """The offsets of a schedule, in the order in which they are to be filled.
 
     First those just after a date of statistics, so that inverses are made from factors as fresh as can be; last those
-    at such a date, which is dear enough without inverses.
+    at such a date, which is expensive enough without inverses.
 
     Args:
-        schedule: The periods. There are no slots where statistics are taken less often than inverses are due.
-        with_statistics: Whether only slots at dates of statistics are open; there are none where the period of the
+        schedule: The periods. There are no offsets where statistics are taken less often than inverses are due.
+        with_statistics: Whether only offsets at dates of statistics are open; there are none where the period of the
             inverses is no multiple of that of the statistics.
     """
     factors, inverses = schedule.factor_every_n_steps, schedule.inverse_every_n_steps
     if inverses < factors or (with_statistics and inverses % factors):
         return iter(())
     ages = [0] if with_statistics else itertools.chain(range(1, factors), [0])
-    return (slot for age in ages for slot in range(age, inverses, factors))
+    return (offset for age in ages for offset in range(age, inverses, factors))
 
 
-def shared_out(costs: Mapping[str, float], slots: Iterator[int]) -> tuple[list[int], dict[str, int]]:
-    """The slots that are used, and each layer's.
+def shared_out(costs: Mapping[str, float], offsets: Iterator[int]) -> tuple[list[int], dict[str, int]]:
+    """The offsets that are used, and each layer's.
 
     Args:
         costs: Of the layers, by name.
-        slots: Those that are open.
+        offsets: Those that are open.
     """
-    used = list(itertools.islice(slots, len(costs)))
+    used = list(itertools.islice(offsets, len(costs)))
     if not used:
         return [], {}
     longest = max(costs.values())
@@ -55,12 +55,12 @@ def shared_out(costs: Mapping[str, float], slots: Iterator[int]) -> tuple[list[i
 
 
 class StaggeredDates:
-    """The slot of each layer; layers that are found later are added to the slots that have least to do.
+    """The offset of each layer; layers that are found later are added to the offsets that have least to do.
 
     Args:
         schedule: The periods.
-        costs: The cost of each present layer, by name; read anew whenever a layer without a slot comes.
-        staggered: Whether layers have slots of their own.
+        costs: The cost of each present layer, by name; read anew whenever a layer without an offset comes.
+        staggered: Whether layers have offsets of their own.
         with_statistics: Whether inverses are to be made only at dates of statistics.
     """
 
@@ -81,7 +81,7 @@ class StaggeredDates:
         self.clear()
 
     def of(self, layer: str) -> int | None:
-        """A layer's slot; None where layers have no slots of their own."""
+        """A layer's offset; None where layers have no offsets of their own."""
         if not (self._staggered and self._possible):
             return None
         if layer not in self._given:
@@ -91,20 +91,20 @@ class StaggeredDates:
     def _add(self, costs: Mapping[str, float]) -> None:
         if not self._used:
             self._used, self._given = shared_out(costs, self._open())
-        loads = [sum(costs.get(n, 0.0) for n, own in self._given.items() if own == slot) for slot in self._used]
+        loads = [sum(costs.get(n, 0.0) for n, own in self._given.items() if own == offset) for offset in self._used]
         new = {name: cost for name, cost in costs.items() if name not in self._given}
         seats = longest_first(new, len(self._used), loads)
         self._given |= {name: self._used[seat] for name, seat in seats.items()}
 
     def _open(self) -> Iterator[int]:
-        return open_slots(self._schedule, with_statistics=self._with_statistics)
+        return open_offsets(self._schedule, with_statistics=self._with_statistics)
 
     def follow(self, kept: Mapping[str, str]) -> None:
-        """Keep the slots of layers that stay, whose present names are given by those that they had."""
-        self._given = {kept[name]: slot for name, slot in self._given.items() if name in kept}
+        """Keep the offsets of layers that stay, whose present names are given by those that they had."""
+        self._given = {kept[name]: offset for name, offset in self._given.items() if name in kept}
 
     def clear(self, schedule: RefreshSchedule | None = None) -> None:
-        """Give out the slots anew, of another schedule where one is given."""
+        """Give out the offsets anew, of another schedule where one is given."""
         self._schedule = schedule or self._schedule
         self._used, self._given = [], {}
         self._possible = next(self._open(), None) is not None
@@ -114,8 +114,8 @@ class StaggeredDates:
         return {"used": list(self._used), "given": dict(self._given)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave, where the present schedule has these slots; else start anew."""
+        """Take over what :meth:`state_dict` gave, where the present schedule has these offsets; else start anew."""
         self.clear()
-        used = [int(slot) for slot in state.get("used", [])]
+        used = [int(offset) for offset in state.get("used", [])]
         if used == list(itertools.islice(self._open(), len(used))):
-            self._used, self._given = used, {name: int(slot) for name, slot in state.get("given", {}).items()}
+            self._used, self._given = used, {name: int(offset) for name, offset in state.get("given", {}).items()}

@@ -18,15 +18,15 @@ class RefreshTracker:
 
     Args:
         schedule: The dates.
-        slots: At which step of the period each layer's inverse is due after the warm-up, so that no step makes all.
+        offsets: At which step of the period each layer's inverse is due after the warm-up, so that no step makes all.
 
     Attributes:
         started_at: The step from which the schedule counts, so that a restart without statistics warms up again.
     """
 
-    def __init__(self, schedule: RefreshSchedule, slots: StaggeredDates) -> None:
+    def __init__(self, schedule: RefreshSchedule, offsets: StaggeredDates) -> None:
         self._schedule = schedule
-        self._slots = slots
+        self._offsets = offsets
         self.started_at = 0
         self._folded: dict[str, int] = {}
         self._factorised: dict[str, tuple[int, float]] = {}
@@ -90,7 +90,7 @@ class RefreshTracker:
         at, date = self._factorised[layer][0], self._last_inverse_date(layer, step)
         # A date of its own that no statistics have preceded is passed over. Were it made up for when they come, all
         # layers that have passed theirs over would be inverted at that step.
-        return at < date and (self._slot(layer, step) is None or at < self._last_factors_before(date))
+        return at < date and (self._offset(layer, step) is None or at < self._last_factors_before(date))
 
     def inverse_outdated(self, layer: str, damping: float) -> bool:
         """Whether a layer's inverse would not come out as it is: it has new statistics, or another damping."""
@@ -102,7 +102,7 @@ class RefreshTracker:
         self._factorised[layer] = (step, damping)
 
     def _last_dates(self, step: int) -> tuple[int, dict[int | None, int]]:
-        """The latest steps, up to this one, at which statistics and, by slot, inverses were due; the latter as asked.
+        """The latest steps, up to this one, at which statistics and, by offset, inverses were due; the latter as asked.
 
         Kept, since every layer asks at every step.
         """
@@ -117,17 +117,17 @@ class RefreshTracker:
         if self._warms_up(layer, step):
             start = self._own_starts[layer]
             return self._schedule.last_inverses_due(step - start) + start
-        slot, (_, dates) = self._slot(layer, step), self._last_dates(step)
-        if slot not in dates:
-            dates[slot] = self._schedule.last_inverses_due(step - self.started_at, slot) + self.started_at
-        return dates[slot]
+        offset, (_, dates) = self._offset(layer, step), self._last_dates(step)
+        if offset not in dates:
+            dates[offset] = self._schedule.last_inverses_due(step - self.started_at, offset) + self.started_at
+        return dates[offset]
 
-    def _slot(self, layer: str, step: int) -> int | None:
+    def _offset(self, layer: str, step: int) -> int | None:
         # StaggeredDates are given out when the first step has shown which layers stay.
         since = step - self.started_at
         if self._warms_up(layer, step):
             return None
-        return self._slots.of(layer) if since >= self._schedule.warmup_steps and since > 0 else None
+        return self._offsets.of(layer) if since >= self._schedule.warmup_steps and since > 0 else None
 
     def refresh_soon(self, layers: Iterable[str], step: int) -> None:
         """Have layers take statistics and refresh their inverses at their first step from this one on."""
@@ -153,18 +153,18 @@ class RefreshTracker:
         self._waiting = {kept[name]: at for name, at in self._waiting.items() if name in kept}
         self._own_starts = {kept[name]: at for name, at in self._own_starts.items() if name in kept}
         self._own_starts |= dict.fromkeys(new, step)
-        self._slots.follow(kept)
+        self._offsets.follow(kept)
 
     def reschedule(self, schedule: RefreshSchedule) -> None:
         """Follow another schedule from now on."""
         self._schedule, self._dates = schedule, None
-        self._slots.clear(schedule)
+        self._offsets.clear(schedule)
 
     def restart(self, step: int) -> None:
         """Start anew: the warm-up begins at this step."""
         self.started_at = step
         self._dates = None
-        self._slots.clear()
+        self._offsets.clear()
         for kept in (self._folded, self._factorised, self._waiting, self._own_starts):
             kept.clear()
 
@@ -176,7 +176,7 @@ class RefreshTracker:
             "factorised": {name: [at, damping] for name, (at, damping) in self._factorised.items()},
             "waiting": dict(self._waiting),
             "own_starts": dict(self._own_starts),
-            "slots": self._slots.state_dict(),
+            "slots": self._offsets.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -186,5 +186,5 @@ class RefreshTracker:
         self._factorised = {name: (int(at), float(damping)) for name, (at, damping) in state["factorised"].items()}
         self._waiting = {name: int(at) for name, at in state["waiting"].items()}
         self._own_starts = {name: int(at) for name, at in state.get("own_starts", {}).items()}
-        # States of versions without slots have none, and get theirs as at the start.
-        self._slots.load_state_dict(state.get("slots", {}))
+        # States of versions without offsets have none, and get theirs as at the start.
+        self._offsets.load_state_dict(state.get("slots", {}))

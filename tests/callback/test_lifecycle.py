@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import lightning_kfc
 import lightning_kfc.pytorch_lightning
 from lightning_kfc import Categorical, KFCCallback
-from lightning_kfc.estimation.recording import Recorder
+from lightning_kfc.estimation.recording import ForwardRecorder
 from lightning_kfc.losses.recorder import LossRecorder
 from tests.helpers.lightning_nets import (
     QUIET,
@@ -193,7 +193,7 @@ class Copying(Regression):
 def test_copies_of_the_module_made_in_a_due_step_record_nothing(likelihood):
     module = Copying()
     callback = KFCCallback(fisher="exact", likelihood=likelihood, damping=0.01, kl_clip=0.03)
-    with made(Recorder) as module.recorders, made(LossRecorder) as module.losses:
+    with made(ForwardRecorder) as module.recorders, made(LossRecorder) as module.losses:
         trainer(callback).fit(module, loader(vectors(), batch_size=8))
     A, G = regression_factors(module.logits, vectors().tensors[0], torch.full((8,), 1 / 8, dtype=torch.float64))
     assert (module.calls, module.named) == (1, 0 if likelihood == "auto" else 1)

@@ -57,8 +57,8 @@ HOOKS = [
 #: The parts of a due step: where they live, and what they are called there.
 PARTS = [
     "kfc.KFC.capture",
-    "estimation.recording.Recorder.attach",
-    "estimation.recording.Recorder._record",
+    "estimation.recording.ForwardRecorder.attach",
+    "estimation.recording.ForwardRecorder._record",
     "kfc.KFC.back_propagate",
     "estimation.loss_statistics.weighted_terms",
     "estimation.loss_statistics.seed_passes",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from lightning_kfc.estimation.graph import Arrivals
+from lightning_kfc.estimation.graph import EdgeGradients
 from tests.helpers.nets import data
 
 
@@ -29,10 +29,12 @@ def test_every_derivative_that_autograd_finds_arrives_once() -> None:
     edges = [get_gradient_edge(output) for output in outputs]
     seed = torch.ones_like(loss)
     arrived: dict[int, list[Tensor]] = {}
-    sender = Arrivals([get_gradient_edge(loss)], edges)
+    sender = EdgeGradients([get_gradient_edge(loss)], edges)
     for _ in range(2):
         arrived.clear()
-        sender.send([get_gradient_edge(loss)], [seed], lambda i, g: arrived.setdefault(i, []).append(g.clone()))
+        sender.back_propagate(
+            [get_gradient_edge(loss)], [seed], lambda i, g: arrived.setdefault(i, []).append(g.clone())
+        )
     expected = torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)
     assert expected[4] is None
     assert set(arrived) == {i for i, gradient in enumerate(expected) if gradient is not None}
@@ -44,9 +46,9 @@ def test_other_edges_are_returned_and_nothing_stays_attached() -> None:
     middle = weight * 2
     loss = middle.square().sum()
     calls: list[int] = []
-    sender = Arrivals([get_gradient_edge(loss)], [get_gradient_edge(middle)])
+    sender = EdgeGradients([get_gradient_edge(loss)], [get_gradient_edge(middle)])
     start, seed = [get_gradient_edge(loss)], [torch.ones(())]
-    (found,) = sender.send(start, seed, lambda i, g: calls.append(i), [get_gradient_edge(weight)])
+    (found,) = sender.back_propagate(start, seed, lambda i, g: calls.append(i), [get_gradient_edge(weight)])
     assert found is not None
     assert torch.equal(found, torch.full((3,), 8.0))
     assert calls == [0]
@@ -68,8 +70,8 @@ def test_a_derivative_is_let_go_before_the_next_one_arrives() -> None:
         most = max(most, sum(found() is not None for found in alive))
 
     loss = outputs[-1].sum()
-    sender = Arrivals([get_gradient_edge(loss)], [get_gradient_edge(output) for output in outputs])
-    sender.send([get_gradient_edge(loss)], [torch.ones(())], take)
+    sender = EdgeGradients([get_gradient_edge(loss)], [get_gradient_edge(output) for output in outputs])
+    sender.back_propagate([get_gradient_edge(loss)], [torch.ones(())], take)
     assert len(alive) == 5
     assert most <= 2
 
@@ -80,7 +82,7 @@ def test_what_a_taker_raises_comes_through_and_detaches() -> None:
     def fail(position: int, gradient: Tensor) -> None:
         raise KeyError("on purpose")
 
-    sender = Arrivals([get_gradient_edge(loss)], [get_gradient_edge(outputs[0]), get_gradient_edge(outputs[3])])
+    sender = EdgeGradients([get_gradient_edge(loss)], [get_gradient_edge(outputs[0]), get_gradient_edge(outputs[3])])
     with pytest.raises(KeyError, match="on purpose"):
-        sender.send([get_gradient_edge(loss)], [torch.ones_like(loss)], fail)
+        sender.back_propagate([get_gradient_edge(loss)], [torch.ones_like(loss)], fail)
     loss.backward()

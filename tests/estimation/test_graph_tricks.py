@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_kfc import KFC, KFCCallback
-from lightning_kfc.estimation.recording import Recorder
+from lightning_kfc.estimation.recording import ForwardRecorder
 from lightning_kfc.trust_region import region
 from tests.helpers.harness import QUIET, Classifier, Watch, conv_net, dense_net, fit, images, loader, trainer, weights
 from tests.helpers.made import made
@@ -432,7 +432,7 @@ def test_a_copy_made_during_training_carries_no_working_hook() -> None:
     kfc = KFCCallback()
     fit(module, kfc=kfc, max_steps=2)
     before = factors(kfc.kfc)
-    with made(Recorder) as recorders, kfc.kfc.capture():
+    with made(ForwardRecorder) as recorders, kfc.kfc.capture():
         copies[0](images(8).tensors[0])
     assert [recorder.calls for recorder in recorders] == [[]]
     assert torch.equal(factors(kfc.kfc), before)

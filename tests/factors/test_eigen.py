@@ -111,10 +111,10 @@ def test_a_change_of_basis_keeps_the_diagonal_of_the_matrix_that_the_moments_sta
 
     moments = data(groups, d_out, d_in, seed=9).square()
     old, fresh = inverse(1).updated(moments, 0.9), inverse(5)
-    new = fresh.succeeding(old)
+    new = fresh.continuing_from(old)
     assert isinstance(new, EkfacInverse)
     assert new.weight == old.weight == pytest.approx(0.1)
-    assert fresh.succeeding(inverse(1)) is fresh, "eigenvalues that no example stands behind are not carried over"
+    assert fresh.continuing_from(inverse(1)) is fresh, "eigenvalues that no example stands behind are not carried over"
     oracles.assert_equal(new.values, moments_in_basis(moments, old.basis, new.basis), what="carried moments")
     for k in range(groups):
         Q_old, Q_new = basis_matrix(old.basis, k), basis_matrix(new.basis, k)
@@ -134,7 +134,7 @@ def test_the_state_of_an_inverse_makes_the_same_inverse(kind: str, shape: tuple[
 @pytest.mark.parametrize("kind", ["eigh", "ekfac"])
 def test_another_damping_needs_no_other_factorisation(kind: str) -> None:
     factors, gradient = {"A": psd(1, 3, 1), "G": psd(1, 2, 2)}, data(1, 2, 3)
-    again = INVERSES[kind].factorise(factors, 0.5).at_damping(0.01)
+    again = INVERSES[kind].factorise(factors, 0.5).with_damping(0.01)
     F = oracles.kron(factors["A"][0], factors["G"][0])
     expected = torch.linalg.solve(F + 0.01 * torch.eye(6).double(), gradient.reshape(-1))
     oracles.assert_equal(again.solve(gradient).reshape(-1), expected, what="V")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_kfc import KFC
-from lightning_kfc.estimation.recording import Recorder
+from lightning_kfc.estimation.recording import ForwardRecorder
 from lightning_kfc.factors.convolution import patches
 from lightning_kfc.layers import Forward
 from tests.helpers import oracles
@@ -23,7 +23,7 @@ def rebuilt_gradient(kfc: KFC, name: str, loss: Callable[[], Tensor]) -> Tensor:
     """Σ g_r ā_rᵀ over all calls of a layer, its rows read at the time of each call."""
     adapters = kfc.layers[name].adapters
     rows: list[Tensor] = []
-    recorder = Recorder()
+    recorder = ForwardRecorder()
     recorder.attach(name, adapters, None)
     handles = [
         adapter.module.register_forward_hook(

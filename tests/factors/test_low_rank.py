@@ -66,8 +66,8 @@ def test_what_is_not_finite_stays_so() -> None:
 
 def test_the_whole_product_is_made_where_it_is_cheaper_or_rows_are_not_known() -> None:
     inverse = inverse_of(20, 30, torch.Generator().manual_seed(0))
-    assert inverse.for_rows(3) is inverse
-    assert inverse.for_rows(None) is inverse
+    assert inverse.for_low_rank(3) is inverse
+    assert inverse.for_low_rank(None) is inverse
     assert pays(128, 1000, 785)
     assert not pays(512, 1000, 785)
     assert not pays(128, 128, 128)
@@ -105,7 +105,7 @@ def test_a_training_with_small_batches_is_the_one_by_whole_products(monkeypatch:
     for number in range(10):
         few.step(number)
     assert solved == [6] * 10
-    monkeypatch.setattr(CholeskyInverse, "for_rows", lambda self, rows: self)
+    monkeypatch.setattr(CholeskyInverse, "for_low_rank", lambda self, rows: self)
     whole = Loop()
     for number in range(10):
         whole.step(number)

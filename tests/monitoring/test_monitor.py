@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_kfc.monitoring.events import History
-from lightning_kfc.monitoring.timing import PARTS, REST, StepTimes
+from lightning_kfc.monitoring.timing import PHASES, REST, StepTimes
 from lightning_kfc.pictures import snapshots
 from lightning_kfc.pictures.snapshots import SpectraOverTime, shown, spectrum
 from tests.helpers.nets import data
@@ -47,21 +47,21 @@ def test_a_part_inside_another_is_not_counted_to_that_one(clock: Any) -> None:
     for _ in range(2):
         times.begin_step(CPU)
         clock.seconds += 1
-        with times.part("preconditioning"):
+        with times.phase("preconditioning"):
             clock.seconds += 2
-            with times.part("inverses"):
+            with times.phase("inverses"):
                 clock.seconds += 4
             clock.seconds += 8
         clock.seconds += 16
         times.end_step()
         clock.seconds += 1000
     assert times.mean_step() == {"statistics": 0, "inverses": 4, "preconditioning": 10, "reviews": 0, REST: 17}
-    assert tuple(times.mean_step()) == PARTS
+    assert tuple(times.mean_step()) == PHASES
 
 
 def test_nothing_is_counted_outside_of_steps(clock: Any) -> None:
     times = StepTimes()
-    with times.part("inverses"):
+    with times.phase("inverses"):
         clock.seconds += 1
     times.end_step()
     assert times.mean_step() == {}
@@ -72,7 +72,7 @@ def test_an_exception_ends_its_parts_and_a_step_that_it_left_open_is_forgotten(c
     times.begin_step(CPU)
 
     def fail() -> None:
-        with times.part("statistics"):
+        with times.phase("statistics"):
             clock.seconds += 1
             raise RuntimeError
 
@@ -94,7 +94,7 @@ def test_on_a_cuda_device_the_time_is_the_device_s() -> None:
     matrix = torch.randn(4096, 4096, device=device)
     (matrix @ matrix).sum().item()
     times.begin_step(device)
-    with times.part("inverses"):
+    with times.phase("inverses"):
         start = time.perf_counter()
         for _ in range(20):
             matrix @ matrix

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_kfc.scheduling.refresh_schedule import RefreshSchedule
-from lightning_kfc.scheduling.staggering import StaggeredDates, open_slots, shared_out
+from lightning_kfc.scheduling.staggering import StaggeredDates, open_offsets, shared_out
 
 costs = st.dictionaries(st.text(min_size=1, max_size=4), st.integers(1, 1000).map(float), min_size=1, max_size=12)
 schedules = st.builds(RefreshSchedule, st.integers(1, 12), st.integers(1, 30), st.integers(0, 12))
@@ -21,14 +21,14 @@ def test_slots_are_steps_of_the_period_those_with_fresh_factors_first_dates_of_s
     schedule: RefreshSchedule, with_statistics: bool
 ) -> None:
     factors, inverses = schedule.factor_every_n_steps, schedule.inverse_every_n_steps
-    slots = list(open_slots(schedule, with_statistics=with_statistics))
+    offsets = list(open_offsets(schedule, with_statistics=with_statistics))
     if inverses < factors or (with_statistics and inverses % factors):
-        assert slots == []
+        assert offsets == []
     elif with_statistics:
-        assert slots == list(range(0, inverses, factors))
+        assert offsets == list(range(0, inverses, factors))
     else:
-        assert sorted(slots) == list(range(inverses))
-        ages = [(slot - 1) % factors for slot in slots]
+        assert sorted(offsets) == list(range(inverses))
+        ages = [(offset - 1) % factors for offset in offsets]
         assert ages == sorted(ages)
 
 
@@ -40,13 +40,13 @@ def test_no_step_costs_more_than_the_longest_layer_unless_all_steps_are_used(
     assert set(given_to) == set(jobs)
     assert set(given_to.values()) <= set(used)
     loads = Counter[int]()
-    for name, slot in given_to.items():
-        loads[slot] += jobs[name]
+    for name, offset in given_to.items():
+        loads[offset] += jobs[name]
     heaviest, load = loads.most_common(1)[0]
     if len(used) < min(period, len(jobs)):
         assert load == max(jobs.values())
-    # The last layer that a slot was given came when no other slot had less: Graham's argument.
-    last = min(jobs[name] for name, slot in given_to.items() if slot == heaviest)
+    # The last layer that an offset was given came when no other offset had less: Graham's argument.
+    last = min(jobs[name] for name, offset in given_to.items() if offset == heaviest)
     assert load <= max(max(jobs.values()), (sum(jobs.values()) - last) / len(used) + last)
     # As few as that: with one less, some step would have cost more.
     if len(used) > 1:
@@ -76,13 +76,13 @@ def test_slots_do_not_depend_on_the_order_of_the_layers_and_are_kept_in_a_state(
 
 def test_a_later_layer_goes_where_there_is_least_to_do_also_after_a_resume() -> None:
     jobs = {"a": 8.0, "b": 5.0, "c": 4.0}
-    slots = StaggeredDates(RefreshSchedule(1, 2, 0), jobs)
-    assert {name: slots.of(name) for name in jobs} == {"a": 0, "b": 1, "c": 1}
-    state = slots.state_dict()
+    offsets = StaggeredDates(RefreshSchedule(1, 2, 0), jobs)
+    assert {name: offsets.of(name) for name in jobs} == {"a": 0, "b": 1, "c": 1}
+    state = offsets.state_dict()
     jobs |= {"d": 3.0, "e": 1.0}
     resumed = StaggeredDates(RefreshSchedule(1, 2, 0), jobs)
     resumed.load_state_dict(state)
-    for either in (slots, resumed):
+    for either in (offsets, resumed):
         assert {name: either.of(name) for name in jobs} == {"a": 0, "b": 1, "c": 1, "d": 0, "e": 1}
 
 
@@ -94,7 +94,7 @@ def test_a_state_of_other_periods_is_not_taken_over() -> None:
     assert [two.of(name) for name in jobs] == [0, 1, 0]
 
 
-def test_without_staggering_there_are_no_slots() -> None:
+def test_without_staggering_there_are_no_offsets() -> None:
     jobs = {"a": 1.0, "b": 1.0}
     together = StaggeredDates(RefreshSchedule(10, 20), jobs, staggered=False)
     assert [together.of(name) for name in jobs] == [None, None]
@@ -102,24 +102,24 @@ def test_without_staggering_there_are_no_slots() -> None:
 
 @given(schedules, st.integers(0, 29), st.integers(0, 100))
 def test_a_slot_s_dates_are_those_of_the_warm_up_and_then_one_a_period(
-    schedule: RefreshSchedule, slot: int, step: int
+    schedule: RefreshSchedule, offset: int, step: int
 ) -> None:
-    slot %= schedule.inverse_every_n_steps
+    offset %= schedule.inverse_every_n_steps
     dates = [
         s
         for s in range(step + 1)
         if (
             schedule.inverses_due(s)
             if s < max(schedule.warmup_steps, 1)
-            else (s - slot) % schedule.inverse_every_n_steps == 0
+            else (s - offset) % schedule.inverse_every_n_steps == 0
         )
     ]
-    assert schedule.last_inverses_due(step, slot) == dates[-1]
+    assert schedule.last_inverses_due(step, offset) == dates[-1]
 
 
 @pytest.mark.parametrize("never", [10**9])
 def test_periods_without_end_cost_nothing(never: int) -> None:
     jobs = {str(i): 1.0 for i in range(300)}
-    slots = StaggeredDates(RefreshSchedule(10, never), jobs)
-    assert len({slots.of(name) for name in jobs}) == 300
-    assert list(itertools.islice(open_slots(RefreshSchedule(never, never), with_statistics=False), 2)) == [1, 2]
+    offsets = StaggeredDates(RefreshSchedule(10, never), jobs)
+    assert len({offsets.of(name) for name in jobs}) == 300
+    assert list(itertools.islice(open_offsets(RefreshSchedule(never, never), with_statistics=False), 2)) == [1, 2]

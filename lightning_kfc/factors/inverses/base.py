@@ -48,11 +48,11 @@ class Inverse(ABC):
     def solve(self, gradient: Tensor) -> Tensor:
         """Apply the inverse to a gradient of shape ``(groups, d_out, d_in)``, at every step."""
 
-    def at_damping(self, damping: float) -> Inverse:
+    def with_damping(self, damping: float) -> Inverse:
         """The inverse with another damping; itself if the damping is part of the factorisation."""
         return self
 
-    def for_rows(self, rows: int | None) -> Inverse:
+    def for_low_rank(self, rows: int | None) -> Inverse:
         """A faster form for a gradient that is the sum of few rows' outer products; else itself.
 
         Args:
@@ -60,7 +60,7 @@ class Inverse(ABC):
         """
         return self
 
-    def succeeding(self, previous: Inverse | None) -> Inverse:
+    def continuing_from(self, previous: Inverse | None) -> Inverse:
         """This inverse with the state of the one that it replaces; itself without such state."""
         return self
 

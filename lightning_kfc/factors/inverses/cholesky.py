@@ -96,7 +96,7 @@ class CholeskyInverse(Inverse):
         """E5; see :class:`Inverse`."""
         return sandwich(self.G_inverse, gradient.to(self.A_inverse.dtype), self.A_inverse).to(gradient.dtype)
 
-    def for_rows(self, rows: int | None) -> Inverse:
+    def for_low_rank(self, rows: int | None) -> Inverse:
         """A solve within the gradient's range, for few rows; only on a CPU, where decompositions are cheap."""
         A, G = self.A_inverse, self.G_inverse
         usable = A.ndim == G.ndim == 3 and len(A) == 1 and A.device.type == "cpu" and A.dtype in TOLERANCE

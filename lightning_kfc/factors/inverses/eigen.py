@@ -93,7 +93,7 @@ class EighInverse(Inverse):
         basis = self.basis
         return basis.back(basis.project(gradient) / (self.values + self.damping))
 
-    def at_damping(self, damping: float) -> Self:
+    def with_damping(self, damping: float) -> Self:
         """The same decomposition with another damping."""
         return self if damping == self.damping else replace(self, damping=damping)
 
@@ -114,7 +114,7 @@ class EkfacInverse(EighInverse):
     name: ClassVar[str] = "ekfac"
     wants_examples: ClassVar[bool] = True
 
-    def succeeding(self, previous: Inverse | None) -> Inverse:
+    def continuing_from(self, previous: Inverse | None) -> Inverse:
         r"""Transform the previous running average into this basis.
 
         The previous matrix :math:`Q\,\mathrm{diag}(s)\,Q^\top` has the diagonal
