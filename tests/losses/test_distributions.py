@@ -342,4 +342,4 @@ def test_a_distribution_that_is_not_recognised_trains_by_the_losss_own_gradient(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     losses = [float(train_step(kfc, optimizer, lambda: -make(model(x)).log_prob(y).mean())) for _ in range(12)]
     assert losses[-1] < losses[0]
-    assert kfc.statistics_source == "the gradient of the loss itself"
+    assert kfc.batches.sources == "the gradient of the loss itself"
