@@ -1,4 +1,4 @@
-"""The preconditioner: one training step, top to bottom. It knows no Lightning."""
+"""The preconditioner: one training step, top to bottom, without Lightning."""
 
 from __future__ import annotations
 
@@ -43,17 +43,16 @@ class KFC:
         kfc.precondition(optimizer=optimizer)
         optimizer.step()
 
-    With ``kl_clip="auto"``, which the callback has by default, this follows the step::
+    With ``kl_clip="auto"``, the callback's default, also after the step::
 
         kfc.review(optimizer=optimizer)
 
     Args:
         model: The model. Modules that are added or replaced later are found at the next step that takes statistics.
-        process_group: The ranks between which a batch is split, where these are not all: the data-parallel group
-            of a mesh that also has tensor-parallel ranks. It must be the same ranks' group on all of them.
-        settings: Settings that were checked before; options that are given as well replace theirs. None for the
-            defaults.
-        options: Those of :class:`~lightning_kfc.settings.Settings`, by name.
+        process_group: The ranks that split a batch; None for all. With tensor-parallel ranks it is the data-parallel
+            group of the mesh.
+        settings: Checked settings, which ``options`` replace in part; None for the defaults.
+        options: The options of :class:`~lightning_kfc.settings.Settings`, by name.
 
     Raises:
         TypeError: If a setting is of the wrong type, or there is no such setting; for a setting of an earlier version
@@ -70,9 +69,9 @@ class KFC:
         **options: Unpack[Options],
     ) -> None:
         self._model, self._group = model, ProcessGroup(process_group)
-        #: As they were given; :attr:`settings` are those in force, with the rule that was chosen.
+        #: The user's settings; :attr:`settings` are those in force, with the chosen rule.
         self.given_settings = settings_of("KFC", settings, options)
-        #: Where set, called at each step with the layers, their gradients and their updates; both may be views.
+        #: If set, called at each step with the layers, their gradients and their updates; both may be views.
         self.inspect: Inspection | None = None
         self._start()
 
@@ -80,7 +79,7 @@ class KFC:
         self._stages = stages = Stages(self._model, self.given_settings, self._group)
         self.settings, self.rule_choice = stages.settings, stages.rule_choice
         self.events, self.communication = stages.events, stages.communication
-        #: Where the time of a step goes; runs only between its own begin_step() and end_step().
+        #: The time of steps by phase; runs only between its own begin_step() and end_step().
         self.times = stages.times
         #: Holds damping and bound in force, and reviews steps.
         self.reviewer = stages.reviewer
@@ -91,7 +90,7 @@ class KFC:
         self.last_step: StepNumbers | None = None
 
     def restart(self) -> None:
-        """Forget all that was estimated, counted and set since, but :attr:`inspect`; the layers are found anew."""
+        """Forget all state except :attr:`inspect`, and find the layers again."""
         self.batches.resume()
         self._start()
 
@@ -102,7 +101,7 @@ class KFC:
 
     @property
     def schedule(self) -> RefreshSchedule:
-        """When statistics and inverses are due; where a period is ``"auto"``, the default's until it is chosen."""
+        """The dates of statistics and inverses; a period ``"auto"`` has its default until it is chosen."""
         return self._stages.periods.schedule
 
     @property
@@ -121,22 +120,22 @@ class KFC:
         return self.reviewer.kl_clip
 
     def coverage(self) -> Coverage:
-        """Every parameter with how it is treated now, and why; before the first step, how it will be."""
+        """Every parameter with its treatment and the reason; before the first step, the planned treatment."""
         inverse, moments = INVERSES[self.settings.inverse], self._stages.rule.moments_per_parameter
         idle = without_curvature(self.layers.values()) if self._stages.steps.any_made else {}
         return coverage_of(self._model, self.layers, inverse, moments, idle)
 
     def ages(self, layer: str) -> tuple[int | None, int | None]:
-        """Steps since a layer's statistics, and its inverse, were last refreshed; None where they never were."""
+        """Steps since the last refresh of a layer's statistics and of its inverse; None without one."""
         return self._stages.tracker.ages(layer, self.step)
 
     # A step, in the order of its parts.
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[None]:
-        """Record what the forward and the loss of this (micro-)batch show, if this step is due; else do nothing.
+        """Record the forward and the loss of this (micro-)batch if the step is due; else do nothing.
 
-        Compute the loss inside. Compiled code runs eagerly there, and only there.
+        Compute the loss inside this context. Compiled code runs eagerly inside.
         """
         self._begin_step_if_over()
         tracker = self._stages.tracker
@@ -154,36 +153,36 @@ class KFC:
             self._stages.choose_periods()
 
     def follow_structure(self) -> str | None:
-        """Look for what was added to the model, replaced or taken away since; what is known of other layers stays.
+        """Find modules and parameters that were added, replaced or removed; other layers keep their state.
 
-        :meth:`capture` does so at each step that takes statistics. All ranks must do so at the same step.
+        :meth:`capture` calls it at each step that takes statistics. Collective: call on every rank.
 
         Returns:
-            What has changed, in words; None where nothing has.
+            A description of the changes; None without any.
         """
         return self._stages.follow_structure()
 
     def update(
         self, loss: Tensor, *, accumulate: bool = False, loss_scale: float = 1.0, loss_fraction: float = 1.0
     ) -> None:
-        """Take the statistics of this loss and refresh factors and inverses, where due. Call it before backward.
+        """Take the statistics of this loss, and refresh factors and inverses if due. Call it before backward.
 
         Args:
             loss: The scalar whose backward follows.
-            accumulate: Whether more micro-batches of the same optimizer step follow: factors and inverses then
-                wait for the last of them.
-            loss_scale: The factor that a gradient scaler has multiplied ``loss`` by.
-            loss_fraction: The share of ``loss`` in the optimizer step, where the logits were named by
-                ``output_of`` or no term is recognised: 1/k when k micro-batches are accumulated.
+            accumulate: Whether more micro-batches of the same optimizer step follow; factors and inverses are
+                refreshed at the last one.
+            loss_scale: The gradient scaler's factor on ``loss``.
+            loss_fraction: The share of ``loss`` in the optimizer step, 1/k with k accumulated micro-batches; used with
+                ``output_of``, or for a loss without a recognised term.
 
         Raises:
-            LossNotRecognisedError: If the loss holds no term of the ``likelihood`` that was named.
-            SelfTestError: If the first step shows that the rows of a layer do not explain its gradient.
-            RuntimeError: If the step is due but its loss was not computed inside :meth:`capture`, or if its
-                backward has been run.
+            LossNotRecognisedError: If the loss has no term of the given ``likelihood``.
+            SelfTestError: If the rows of a layer do not rebuild its gradient.
+            RuntimeError: If the step is due and its loss was not computed inside :meth:`capture`, or its
+                backward has run.
 
-        From the first optimizer step on, the missing :meth:`capture` alone is an error: what else cannot be used is
-        left out, and counted in :attr:`events`.
+        After the first optimizer step only a missing :meth:`capture` is an error. Other problems are counted in
+        :attr:`events`, and their statistics left out.
         """
         self.batches.require_capture()
         self.back_propagate(loss, loss_scale=loss_scale, loss_fraction=loss_fraction)
@@ -191,14 +190,14 @@ class KFC:
             self.refresh()
 
     def back_propagate(self, loss: Tensor, *, loss_scale: float = 1.0, loss_fraction: float = 1.0) -> None:
-        """The first half of :meth:`update`: send the seeds to the layers while the loss's graph lives."""
+        """The first half of :meth:`update`: back-propagate the seeds, before the loss's backward."""
         self.batches.back_propagate(loss, loss_scale=loss_scale, loss_fraction=loss_fraction)
 
     def refresh(self, optimizer: Optimizer | None = None) -> None:
-        """The second half of :meth:`update`: fold what has been added up into the factors, and refresh inverses.
+        """The second half of :meth:`update`: fold the statistics into the factors, and refresh inverses.
 
         Args:
-            optimizer: Only of the layers that this optimizer steps; None for all.
+            optimizer: The optimizer whose layers are refreshed; None for all layers.
         """
         self.refreshes(self.layers.stepped_by(optimizer))
 
@@ -212,25 +211,24 @@ class KFC:
     ) -> bool:
         """Replace the gradients of the covered parameters by their updates.
 
-        A step whose gradients are not all finite is left alone: its statistics enter no average where they still
-        wait (:meth:`update` with ``accumulate=True``), its gradients stay as they are, and it is not counted as a step.
+        If a gradient is not finite, all gradients stay, pending statistics are dropped, and the step is not counted.
 
         Args:
-            lr: The learning rate of this step, for the KL clip. The rule "adam" then knows of no momentum to take out.
-            optimizer: Instead of ``lr``: the optimizer, each of whose parameter groups has a learning rate; only
-                its own parameters' gradients are replaced.
-            loss_scale: The factor by which the gradients are still multiplied, where a gradient scaler leaves
-                unscaling to a fused optimizer. They are multiplied by it afterwards, too.
-            loss_gradients: By the ``id`` of a parameter: the gradient of the loss, where another engine replaced it.
+            lr: The learning rate of this step, for the KL clip. The rule "adam" then removes no momentum.
+            optimizer: Instead of ``lr``: the optimizer, with a learning rate for each parameter group. Only
+                the gradients of its parameters are replaced.
+            loss_scale: The gradient scaler's factor on the gradients, for a fused optimizer that unscales them itself.
+                The updates are multiplied by it.
+            loss_gradients: The loss's gradient, by the ``id`` of a parameter, if another engine has replaced it.
 
         Returns:
-            Whether the gradients were finite. Where they were not, skip the step, as it would spoil the weights.
+            Whether all gradients were finite. If not, skip the optimizer's step.
 
         Raises:
             ValueError: If neither ``lr`` nor ``optimizer`` is given, or both are.
         """
         coming = OptimizerStep.of(self.layers, lr, optimizer, loss_scale, loss_gradients)
-        # Until the step is made: it is no part of a loss.
+        # No recording until the end of the step, which is no part of a loss.
         self.reviewer.pause()
         with self.times.phase("preconditioning"):
             if not self.refreshes.gradients_finite(coming.parameters, coming.rates):
@@ -254,7 +252,7 @@ class KFC:
             bounded = stages.estimator.never_negative
             most_decrease = self.reviewer.most_decrease(coming.parameters, never_negative=bounded)
         updates = rule.updates(ready, damping, kl_clip, most_decrease)
-        # Until they are written, .grad is still the gradient of the loss.
+        # Before the updates are written: .grad is still the gradient of the loss.
         self.reviewer.before_step(step, updates.quadratic, damping, coming)
         if self.inspect is not None:
             self.inspect(ready, updates.tensors)
@@ -267,31 +265,31 @@ class KFC:
         self.reviewer.stepped(self.layers.parameters(optimizer), optimizer)
 
     def skip(self, optimizer: Optimizer) -> None:
-        """Count a step that an optimizer made without :meth:`precondition`; its layers' statistics are forgotten."""
+        """Count an optimizer's step without :meth:`precondition`, and drop the statistics of its layers."""
         self.batches.skip(self.layers.stepped_by(optimizer))
         self._step_over(optimizer)
 
     def reopen_step(self) -> None:
-        """Take the coming forward for one more of the step that was preconditioned last.
+        """Treat the next forward as a part of the last preconditioned step.
 
-        An optimizer that calls its closure again (SAM) has made no step yet.
+        Call it when an optimizer evaluates its closure again before its step, as SAM does.
         """
         self._stages.steps.reopen()
 
     def review(self, *, optimizer: Optimizer | None = None) -> Verdict | None:
-        """After the optimizer's step: see whether it did what was expected, and adjust the KL clip.
+        """Compare the optimizer's step with the expected decrease of the loss, and adjust the KL clip.
 
-        It is what ``kl_clip="auto"`` adapts to (:mod:`lightning_kfc.trust_region.region`). Only a few steps are
-        reviewed. There :meth:`capture` has recorded the forward as tensor operations, which are
-        replayed with the new weights (:mod:`lightning_kfc.trust_region.tape`); none of the user's code runs again. A
-        step that did much less than expected is shortened to the best point on its way, with the momentum that it
-        leaves, or taken back where there is none.
+        Call it after the step. ``kl_clip="auto"`` needs it (:mod:`lightning_kfc.trust_region.region`). At the few
+        reviewed steps :meth:`capture` records the forward as tensor operations, which are
+        replayed with the new weights (:mod:`lightning_kfc.trust_region.tape`); no user code runs again. A
+        step with much less decrease than expected is shortened, with its momentum, to the best point on its way, or
+        undone if no point is better.
 
         Args:
             optimizer: The optimizer that made the step; its momentum is shortened with the step.
 
         Returns:
-            What followed, or None where there was nothing to review.
+            The verdict; None if no review was due.
         """
         with self.times.phase("reviews"):
             verdict = self.reviewer.review(self.layers.values(), optimizer)
@@ -306,27 +304,27 @@ class KFC:
     # State.
 
     def state_dict(self, *, factors: bool = True) -> dict[str, Any]:
-        """Everything that a resumed run needs, in plain tensors, numbers, strings, dicts and lists.
+        """The state for a resumed run, as plain tensors, numbers, strings, dicts and lists.
 
-        Where layers are held by one rank each (``placement``), every rank must ask, and the first one has the state
-        of all: it is the one to save. A run on any number of ranks can go on with it.
+        Collective: call on every rank, and save the result of the first one. With a ``placement`` other than
+        ``"comm-opt"`` only that one has the state of all layers. A run on any number of ranks can load it.
 
         Args:
-            factors: Whether factors and inverses are in it. Without them a few numbers are left, and a resumed run
-                estimates curvature anew.
+            factors: Whether to include factors and inverses. Without them the state is small, and a resumed run
+                repeats the warm-up.
         """
         return self._stages.state_dict(factors=factors)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
-        """Take over a state; layers that do not fit start anew.
+        """Load a state; layers that do not fit start anew.
 
         Args:
             state: From :meth:`state_dict`, with tensors on any device.
 
         Returns:
-            A sentence for each layer of the state or of the model that was not taken over.
+            A sentence for each layer of the state or of the model that was not loaded.
 
         Raises:
-            ValueError: If the state is of a version that this one does not read.
+            ValueError: If the state has a version that cannot be loaded.
         """
         return self._stages.load_state_dict(state)

@@ -26,10 +26,10 @@ from lightning_kfc.utilities.checks import (
 
 FISHERS = ("mc", "exact", "empirical")
 RULE_NAMES = ("natural", "adam", "auto")
-#: Steps of a warm-up from which periods can be chosen: after the first one, some that take statistics and inverses.
+#: Shortest warm-up for periods that are "auto": it must contain timed steps with statistics and inverses.
 LEAST_WARMUP = 4
 WEIGHT_SHARINGS = ("expand", "reduce")
-#: Settings of earlier versions: what became of each.
+#: Settings of earlier versions, with their replacements.
 FORMER = {
     "background_inverses": "background_inverses was removed: inverses are made at the step that is due. Leave it out.",
     "factor_examples": "factor_examples was removed: statistics come from whole batches. Leave it out.",
@@ -49,14 +49,14 @@ FORMER = {
 
 
 def refuse_former(owner: str, names: Iterable[str]) -> None:
-    """Refuse names that are no settings.
+    """Refuse names that are not settings.
 
     Args:
-        owner: The class that was given them.
+        owner: The class in the message.
         names: The names.
 
     Raises:
-        TypeError: If there is any; for a setting of an earlier version the message names the way out.
+        TypeError: For the first name; for a setting of an earlier version with its replacement.
     """
     for name in names:
         raise TypeError(FORMER.get(name, f"{owner} has no setting {name!r}."))
@@ -64,12 +64,12 @@ def refuse_former(owner: str, names: Iterable[str]) -> None:
 
 @dataclass(frozen=True)
 class RefreshTiming:
-    """When inverses are refreshed within their period, and how much longer steps may take.
+    """The dates of inverses within their period, and the bound on the overhead.
 
     Args:
         stagger_inverses: Whether, after the warm-up, layers refresh their inverses at different steps of the period, so
-            that no step takes as long as all of them together.
-        max_overhead: By which share a step may take longer in the mean, where a period is "auto".
+            that no step refreshes all inverses.
+        max_overhead: The largest mean overhead of a step, as a share of its time, for a period that is "auto".
 
     Raises:
         TypeError: If a value is of the wrong type.
@@ -87,13 +87,13 @@ class RefreshTiming:
 
 @dataclass(frozen=True)
 class Precision:
-    """The precision of inverses, and of what ranks send to each other. Factorisations are in float32 or better.
+    """The precision of inverses, and of statistics sent between ranks. Factorisations are in float32 or better.
 
     Args:
-        inverses: Of inverses, and of the products that each step makes with them: "full", or "bfloat16" (with inverse
-            "cholesky") at half the memory, and faster where the hardware has it.
-        reduction: How statistics travel between ranks. "full": as they are; "bfloat16": at half the bytes, each rank's
-            numbers rounded, their sum made in float32.
+        inverses: The precision of inverses and of their products. "full"; or, with inverse "cholesky", "bfloat16", at
+            half the memory, and faster on hardware that supports it.
+        reduction: The precision of statistics between ranks. "full"; or "bfloat16" at half the bytes, with rounded
+            statistics summed in float32.
 
     Raises:
         ValueError: If a value is none of these.
@@ -132,7 +132,7 @@ class Options(TypedDict, total=False):
     precision: Precision
 
 
-#: Defaults of a training through Lightning, where they are not the engine's own.
+#: Defaults of the callback that differ from the engine's.
 CALLBACK_DEFAULTS: Mapping[str, Any] = {"damping": "auto", "kl_clip": "auto", "rule": "auto"}
 
 
@@ -144,27 +144,28 @@ class Settings:
         damping: :math:`\lambda` of E4, in the units of the Fisher matrix of the loss; a number, or a function of
             the step such as :class:`~lightning_kfc.ExponentialSchedule`; ``"auto"`` is a share of the
             loss, in units of each layer's weights (:mod:`lightning_kfc.trust_region.region`).
-        fisher: Whose targets the curvature is taken with: ``"mc"``: one sample a term from the model's own
-            distribution; ``"exact"``: all its outcomes, one back-propagation each; ``"empirical"``: the data's.
-        likelihood: What the loss is the negative logarithm of. ``"auto"`` recognises it from the loss
-            functions that are called, and takes the empirical Fisher of a loss of which it recognises nothing;
+        fisher: The targets of the curvature: ``"mc"``: one sample a term from the model's own
+            distribution; ``"exact"``: all its outcomes, with one back-propagation each; ``"empirical"``: those of the
+            data.
+        likelihood: The likelihood whose negative logarithm is the loss. ``"auto"`` recognises it from the loss
+            functions that are called, and uses the empirical Fisher of a loss without a recognised term;
             ``"categorical"``, ``"bernoulli"`` and ``"gaussian"`` keep only terms of that kind; a
             :class:`~lightning_kfc.losses.likelihoods.Likelihood` with ``output_of`` names the module whose output is
-            the logits, for losses computed otherwise.
-        factor_every_n_steps: Statistics are taken every so many optimizer steps (the paper's T_cov). ``"auto"``: chosen
-            soon after the warm-up, by the time that the parts of a step have taken, to keep to ``timing.max_overhead``.
-        inverse_every_n_steps: Inverses are refreshed every so many optimizer steps (the paper's T_inv), or ``"auto"``.
-        warmup_steps: During the first so many optimizer steps statistics are taken at every step.
+            the logits, for other losses.
+        factor_every_n_steps: Optimizer steps between statistics (the paper's T_cov). ``"auto"``: chosen
+            soon after the warm-up from measured times, to keep to ``timing.max_overhead``.
+        inverse_every_n_steps: Optimizer steps between refreshes of inverses (the paper's T_inv), or ``"auto"``.
+        warmup_steps: The number of first optimizer steps that all take statistics.
         ema_decay: :math:`\rho`, the decay of the factors' zero-debiased running averages, at least 0, below 1.
-        kl_clip: :math:`\kappa` of E7, the bound on the squared norm of a step in the Fisher metric; ``"auto"`` sets
-            itself by :meth:`~lightning_kfc.KFC.review`; None for none.
-        inverse: How damped factors are inverted: ``"cholesky"`` (E4, E5: damping split over both factors);
+        kl_clip: :math:`\kappa` of E7, the bound on the squared norm of a step in the Fisher metric; ``"auto"`` is set
+            by :meth:`~lightning_kfc.KFC.review`; None for none.
+        inverse: The inverse of damped factors: ``"cholesky"`` (E4, E5: damping split over both factors);
             ``"eigh"`` (E6: exact damping, that of the present step); ``"ekfac"``: E6 with the running second moments of
-            the examples' gradients as eigenvalues (George et al. 2018). That one keeps what the layers read, and the
-            derivatives at their outputs, through the backward of the steps that refresh inverses.
-        rule: How gradients and inverses make an update: ``"natural"``, the paper's KFC-pre; ``"adam"``: Adam in the
-            eigenbasis of the factors (:mod:`lightning_kfc.rules.adam`), which takes the momentum of SGD out of its
-            steps, implies ``inverse="eigh"``, and in which ``damping`` has no part; ``"auto"``, with
+            the examples' gradients as eigenvalues (George et al. 2018). EKFAC keeps the layers' inputs and the
+            derivatives at their outputs through the backward of steps that refresh inverses.
+        rule: The update from gradients and inverses: ``"natural"``, the paper's KFC-pre; ``"adam"``: Adam in the
+            eigenbasis of the factors (:mod:`lightning_kfc.rules.adam`), which removes the momentum of SGD from its
+            steps, implies ``inverse="eigh"``, and does not use ``damping``; ``"auto"``, with
             ``damping="auto"``: ``"adam"`` for models with attention and no wide factors
             (:mod:`lightning_kfc.rules.choice`), else ``"natural"``.
         weight_sharing: ``"expand"``: each use of a weight is a row; ``"reduce"``: each example is one.
@@ -172,17 +173,17 @@ class Settings:
             :meth:`~lightning_kfc.KFC.coverage` shows; None for no bound. The default admits every layer of the
             usual convolutional nets and transformers (d_in 4,609 in a ResNet-50, 9,217 in the widest ResNets), and no
             vocabulary; a factor with its inverse takes 0.8 GB there.
-        rows_per_dim: A is estimated from a part of a batch's rows, at least so many times its dimensions, where there
-            are more: every k-th example gives every k-th of its positions, k at most 16. None for all rows.
+        rows_per_dim: The rows of a batch for each dimension of A. With more rows, A comes from a sample of them: each
+            example gives every k-th of its positions, k at most 16. None for all rows.
         include: Glob patterns over module names; only these are preconditioned. None for all.
         exclude: Glob patterns over module names that are not preconditioned.
         seed: Seed of the sampling of targets; the global random stream is never touched.
-        placement: Which of several ranks hold a layer's factors and inverse: ``"comm-opt"``: all do, so that only
-            refreshes communicate; ``"mem-opt"``: one rank does, and sends the preconditioned gradient at every step; a
-            fraction of the ranks between both (KAISA, Pauloski et al. 2021); ``"auto"``: ``"mem-opt"`` where
-            parameters are sharded, else ``"comm-opt"``.
-        timing: When inverses are refreshed within their period, and how much longer steps may take.
-        precision: The precision of inverses, and of what ranks send to each other.
+        placement: The ranks that hold a layer's factors and inverse: ``"comm-opt"``: all, so that only
+            refreshes communicate; ``"mem-opt"``: one, which sends the preconditioned gradient at every step; a
+            number: that fraction of the ranks (KAISA, Pauloski et al. 2021); ``"auto"``: ``"mem-opt"`` for sharded
+            parameters, else ``"comm-opt"``.
+        timing: The dates of inverses within their period, and the bound on the overhead.
+        precision: The precision of inverses, and of statistics sent between ranks.
 
     Raises:
         TypeError: If an option is of the wrong type.
@@ -234,13 +235,13 @@ class Settings:
         if self.rule == "adam":
             if self.inverse == "ekfac":
                 raise ValueError(
-                    "rule='adam' keeps second moments of its own in the eigenbasis that inverse='eigh' has, and cannot "
-                    "use those of inverse='ekfac'. Leave `inverse` out, or choose rule='natural'."
+                    "rule='adam' does not work with inverse='ekfac': both keep second moments in the eigenbasis. "
+                    "Leave `inverse` out, or choose rule='natural'."
                 )
             if self.placement not in ("auto", "comm-opt", 1):
                 raise ValueError(
-                    f"placement={self.placement!r} leaves ranks without the eigenbases in which rule='adam' keeps its "
-                    "moments. Use placement='comm-opt', or rule='natural'."
+                    f"rule='adam' needs the eigenbases of all layers on all ranks, and placement={self.placement!r} "
+                    "does not keep them there. Use placement='comm-opt', or rule='natural'."
                 )
             # The defaults are for the other rule.
             object.__setattr__(self, "inverse", "eigh")
@@ -255,8 +256,8 @@ class Settings:
         check_instance("precision", self.precision, Precision)
         if self.precision.inverses != "full" and self.inverse != "cholesky":
             raise ValueError(
-                f"precision.inverses={self.precision.inverses!r} rounds too much of an eigenbasis, which inverse="
-                f"{self.inverse!r} keeps. Use inverse='cholesky', or leave precision.inverses out."
+                f"precision.inverses={self.precision.inverses!r} is too coarse for the eigenbasis of inverse="
+                f"{self.inverse!r}. Use inverse='cholesky', or leave precision.inverses out."
             )
         object.__setattr__(self, "include", check_patterns("include", self.include))
         object.__setattr__(self, "exclude", check_patterns("exclude", self.exclude))
@@ -277,7 +278,7 @@ class Settings:
         schedule = RefreshSchedule(**periods, warmup_steps=self.warmup_steps)
         if self.automatic_periods and self.warmup_steps < LEAST_WARMUP:
             raise ValueError(
-                "periods that are 'auto' are chosen by the times of the warm-up, which must have at least "
+                "Periods that are 'auto' are chosen from times in the warm-up, which needs at least "
                 f"{LEAST_WARMUP} steps, got warmup_steps={self.warmup_steps}. Give numbers, or a longer warm-up."
             )
         return schedule
@@ -287,8 +288,8 @@ def settings_of(owner: str, settings: Settings | None, options: Mapping[str, Any
     """Return settings with some of them replaced, checked together.
 
     Args:
-        owner: The class that was given the options.
-        settings: The settings to begin with; None for the defaults.
+        owner: The class in the message.
+        settings: The initial settings; None for the defaults.
         options: The replacements, by name.
 
     Raises:

@@ -1,1 +1,1 @@
-"""What is kept of each layer, and which layers there are."""
+"""The layers of a model, with their factors and inverses."""

@@ -16,7 +16,7 @@ from lightning_kfc.factors.inverses import Inverse
 from lightning_kfc.factors.moments import Moments
 from lightning_kfc.factors.running_average import average_state, averages_of, own_storage, shapes_in
 
-#: What this version writes, and what it reads besides: in 1 factors are whole, in 2 triangles.
+#: The written version, and the versions that are read besides; factors are whole in 1, triangles in 2.
 STATE_VERSION, EARLIER_VERSIONS = 2, (1,)
 
 
@@ -28,7 +28,7 @@ def check_version(state: Mapping[str, Any]) -> None:
     """
     if state.get("version") not in (STATE_VERSION, *EARLIER_VERSIONS):
         raise ValueError(
-            f"KFC cannot read a state of version {state.get('version')!r}, only {STATE_VERSION} and earlier ones. "
+            f"KFC cannot load a state of version {state.get('version')!r}, only {STATE_VERSION} and earlier ones. "
             "Use the version of the package that wrote it, or a newer one."
         )
 
@@ -99,7 +99,7 @@ def _state(layer: Layer) -> dict[str, Any]:
 def _load(
     layer: Layer, state: Mapping[str, Any], kind: type[Inverse], ownership: LayerOwnership, *, with_moments: bool
 ) -> str | None:
-    """Load factors and, where it is of the same kind, the inverse; why they do not fit, or None where they do."""
+    """Load factors and, if of the same kind, the inverse; return the reason if they do not fit, else None."""
     device = layer.parameters()[0].device
     expected, found = layer.adapter.factor_shapes(), shapes_in(state["factors"])
     if found and found != expected:
@@ -112,7 +112,7 @@ def _load(
         inverse = RemoteInverse()
     elif saved_kind == own_kind.name:
         inverse = own_kind(**_on(device, saved))
-        # Moments mean nothing without the basis that they are in.
+        # Moments belong to the basis of the inverse.
         moments = Moments(**_on(device, state["moments"])) if with_moments and "moments" in state else None
     averages = averages_of(state["factors"], device) if ownership.has_factors(layer) else {}
     layer.restore(averages, inverse, moments, state.get("rows"), state.get("mean_square"))
@@ -124,5 +124,5 @@ def _on(device: torch.device, saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _saved(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state as it is saved: inverses have aligned rows, whose gaps a checkpoint would hold as well."""
+    """A state for a checkpoint, without the gaps between aligned rows."""
     return {name: own_storage(value) if isinstance(value, Tensor) else value for name, value in state.items()}

@@ -1,4 +1,4 @@
-"""Which parameters are preconditioned, how, and why the others are not."""
+"""The treatment of each parameter, with the reason."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class CoverageRow:
-    """How one parameter is treated.
+    """The treatment of one parameter.
 
     Attributes:
         parameter: Its name in the model.
@@ -30,8 +30,8 @@ class CoverageRow:
         kind: The kind of layer; the module's class where it has none.
         treatment: ``"kfc"`` (Kronecker factors), ``"block"`` or ``"diagonal"`` (smaller forms of curvature),
             ``"plain"`` (its own gradient) or ``"frozen"``.
-        reason: Why it has not the form of curvature that its kind of layer has, which factor is a diagonal since it
-            would be too large or cost too much, or why its uses are not shared as set; empty where it has.
+        reason: The reason for another form of curvature than that of its kind of layer, for a diagonal factor, or for
+            another weight sharing than the setting's; else empty.
         factor_shapes: The shapes of its layer's factors, by name; a leading axis of groups where there are several.
         bytes: The memory of its layer's factors and inverse, on the layer's first trainable parameter only.
         numel: The number of its elements.
@@ -96,7 +96,7 @@ class Coverage:
         return sum(row.bytes for row in self.rows)
 
     def __str__(self) -> str:
-        """A table of layers, then what has another form of curvature or none, with the reasons."""
+        """A table of layers, then the parameters with other treatments and the reasons."""
         trainable = [row for row in self.rows if row.treatment != "frozen"]
         covered = [row for row in trainable if row.treatment != "plain"]
         lines = []

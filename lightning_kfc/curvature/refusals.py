@@ -1,4 +1,4 @@
-"""Why a module, or a parameter, is no layer."""
+"""Reasons why a module or a parameter is not a layer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def complex_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 
 def left_out(name: str, include: Sequence[str] | None, exclude: Sequence[str] | None) -> str | None:
-    """Why the user's patterns leave a module out, by its name; None where they do not."""
+    """The reason why the user's patterns leave a module out; None if they do not."""
     if include is not None and not _matches(name, include):
         return "not in include"
     if exclude is not None and _matches(name, exclude):
@@ -38,12 +38,12 @@ def left_out(name: str, include: Sequence[str] | None, exclude: Sequence[str] | 
 
 
 def refusal(module: nn.Module) -> str | None:
-    """Why no adapter serves a module; None where one does."""
+    """The reason why a module has no adapter; None if it has one."""
     kind = adapter_for(module)
     if uninitialised(module):
         return UNINITIALISED
     if isinstance(module, nn.utils.parametrize.ParametrizationList):
-        return "a weight that is re-parametrised is computed from it"
+        return "it belongs to a re-parametrised weight"
     if kind is None:
         return f"no adapter for {type(module).__name__}"
     if complex_parameters(module):
@@ -60,7 +60,7 @@ def _computes_its_weight(module: nn.Module) -> bool:
 
 
 def why_not(module: nn.Module, holder: nn.Module) -> str:
-    """Why no part of a module serves a parameter that it, or a module it holds, owns."""
+    """The reason why a parameter of this module, or of a submodule, has no adapter."""
     return refusal(module) or refusal(holder) or f"not a weight of {type(module).__name__}'s layers"
 
 
@@ -110,7 +110,7 @@ def raise_no_layer(
         for name, module in owners.items()
     ]
     raise ValueError(
-        "KFC found no layer to precondition. There must be at least one module with an adapter (such as Linear or "
-        "Conv2d) that is trainable and not left out. The modules with parameters are:\n"
+        "KFC found no layer to precondition. It needs a trainable module with an adapter, such as Linear or Conv2d, "
+        "that `include` and `exclude` do not leave out. The modules with parameters are:\n"
         + ("\n".join(lines) or "  none")
     )

@@ -224,7 +224,7 @@ class Estimator:
         for name, error in self._recorder.failures.items():
             failures.note(name, error)
         if (failure := self._losses.failure) is not None:
-            what = f"a loss function is not read, and counts as not recognised: {type(failure).__name__}: {failure}"
+            what = f"a loss function could not be read and is not recognised: {type(failure).__name__}: {failure}"
             self._events.report("failed_statistics", step, what)
         if micro_batch == 0:
             self._of_losses.never_negative = True

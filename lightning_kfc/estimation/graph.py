@@ -11,36 +11,36 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-#: What torch says where the graph cannot be differentiated once more, and the way out.
+#: Parts of torch's messages for graphs that cannot be differentiated again, with ours.
 UNDIFFERENTIABLE = {
     "backward through the graph a second time": (
-        "KFC needs the graph of the loss, which a backward has freed: call update(loss) before loss.backward()."
+        "KFC needs the graph of the loss, but a backward has freed it. Call update(loss) before loss.backward()."
     ),
     "use_reentrant": (
-        "KFC cannot differentiate through activation checkpointing of the reentrant kind: "
-        "pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
+        "KFC cannot differentiate through reentrant activation checkpointing. "
+        "Pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
     ),
 }
 
 
 def explained(differentiate: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Call what differentiates; where the graph does not allow it, say why and what to do."""
+    """Call a function that differentiates, with a clearer error for graphs that do not allow it."""
     try:
         return differentiate(*arguments, **options)
     except RuntimeError as error:
-        for said, way_out in UNDIFFERENTIABLE.items():
-            if said in str(error):
+        for message, way_out in UNDIFFERENTIABLE.items():
+            if message in str(error):
                 raise RuntimeError(way_out) from error
         raise
 
 
 def loss_edge(loss: Tensor) -> GradientEdge:
-    """The gradient edge of a loss, below the sink that DistributedDataParallel puts on top of a static graph.
+    """The gradient edge of a loss, below the sink of DistributedDataParallel's static graphs.
 
-    Differentiating through the sink would make it count a backward that the other ranks may not make.
+    The sink would count a back-propagation of ours as a backward.
     """
     if not loss.requires_grad:
-        raise ValueError("the loss has no gradient: it was computed without one, or detached.")
+        raise ValueError("The loss has no gradient. Compute it with gradients enabled, and do not detach it.")
     edge = get_gradient_edge(loss)
     while edge.node.name() == "_DDPSinkBackward":
         below = edge.node.next_functions[edge.output_nr]
@@ -63,8 +63,8 @@ def refuse_reentrant_checkpointing(loss: Tensor) -> None:
         seen.add(node)
         if node.name() == "CheckpointFunctionBackward":
             raise RuntimeError(
-                "KFC does not work with torch.utils.checkpoint(..., use_reentrant=True): the region has no graph "
-                "before backward, so its layers cannot be seen. Pass use_reentrant=False: the gradients are the same."
+                "KFC does not work with torch.utils.checkpoint(..., use_reentrant=True), whose regions have no graph "
+                "before the backward. Pass use_reentrant=False; the gradients are the same."
             )
         pending += [below for below, _ in node.next_functions if below is not None]
 

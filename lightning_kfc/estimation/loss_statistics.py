@@ -205,13 +205,13 @@ class LossStatistics:
         """Statistics of a loss, or of the rest of one, by its own gradient."""
         test = self._self_test.running
         if test is not None and self._fisher != "empirical":
-            # A penalty by hand that is no plain sum, for one, is a part of this gradient that no rows explain.
+            # Parts of this gradient, such as a penalty on weights, may come from no rows.
             test.strict = False
         return empirical_statistics(
             seeds, due.calls, loss_fraction=due.fraction, test=test, examples=due.examples, on_failure=failures.note
         )
 
     def report_no_gradient(self, step: int) -> None:
-        """Report a loss that nothing can be learned from."""
-        what = "the gradient of this loss is zero, or there is none; no statistics are taken of it"
+        """Report a loss without a gradient, or with a zero one."""
+        what = "no statistics are taken of this loss: its gradient is zero, or it has none"
         self._events.report("losses_without_gradient", step, what)

@@ -17,10 +17,10 @@ from lightning_kfc.scheduling.tracker import RefreshTracker
 
 
 class PendingStatistics:
-    """Keeps the statistics of a step with the gradient that they belong to.
+    """Keeps the statistics of a step until its refresh.
 
-    A layer is *unseen* while its gradient holds a part of which no statistics were taken: statistics that are taken
-    then would not belong to that gradient.
+    A layer is *unseen* while a part of its gradient has no statistics; its statistics would not belong to the whole
+    gradient, and are dropped.
 
     Args:
         layers: The model's layers.
@@ -50,7 +50,7 @@ class PendingStatistics:
         self.unseen: set[str] = set()
 
     def add(self, statistics: Mapping[str, Statistics]) -> None:
-        """Add the statistics of one more loss of the step, by layer; those of dropped or unseen layers are left out."""
+        """Add the statistics of one more loss of the step, by layer, without dropped or unseen layers."""
         for name, entry in statistics.items():
             if name in self._layers and name not in self.unseen:
                 self._layers[name].add(entry)
@@ -64,13 +64,13 @@ class PendingStatistics:
             self._estimator.recount({name})
 
     def forget(self, names: Iterable[str]) -> None:
-        """Take no statistics of layers until their next step: their gradient gets a part that was not seen."""
+        """Drop the statistics of layers until their next step, since a part of their gradient has none."""
         for name in names:
             self.unseen.add(name)
             self.drop([name])
 
     def skip(self, names: Iterable[str]) -> None:
-        """Drop the statistics of layers whose step was made without them; their next gradient begins anew."""
+        """Drop the statistics of layers after a step without them; their next gradient has statistics again."""
         for name in names:
             self.drop([name])
             self.unseen.discard(name)
@@ -110,8 +110,8 @@ class PendingStatistics:
     def follow_gradients(self) -> None:
         """Drop the statistics of gradients that were set to zero; forget layers that this forward does not record.
 
-        Where a loss passes through a network that another optimizer trains (a generator's loss through the
-        discriminator), that gradient is zeroed before it is ever used.
+        A loss that passes through another optimizer's network (a generator's loss through the discriminator) leaves a
+        gradient there that is zeroed before any step.
         """
         for name, layer in self._layers.items():
             if (layer.pending is not None or name in self.unseen) and layer.gradient_is_zero():
@@ -122,7 +122,7 @@ class PendingStatistics:
     # Gradients without curvature.
 
     def before_step(self, layers: Iterable[Layer], step: int) -> None:
-        """Note layers that are about to step; warn once of each that has no curvature although it was recorded.
+        """Note layers before their step; warn once about each recorded one without curvature.
 
         Args:
             layers: The layers, each of which has a gradient.
@@ -135,15 +135,14 @@ class PendingStatistics:
         self._warned.update(new)
         if distributed.rank() == 0:
             warnings.warn(
-                f"KFC has no curvature for {', '.join(map(repr, new))}: their gradients come from no recorded loss "
-                "term through a recorded forward, and stay as they are. The likely cause is a penalty on their weights "
-                "alone, or a `likelihood` that leaves out the terms which reach them. Add them to "
-                "`exclude` to silence this.",
+                f"KFC has no curvature for {', '.join(map(repr, new))}: no recorded loss term reaches them, and their "
+                "gradients stay unchanged. Likely causes: a penalty on their weights, or a `likelihood` that leaves "
+                "out the terms that reach them. Add them to `exclude` to silence this.",
                 stacklevel=3,
             )
 
     def _without_curvature(self, layer: Layer, step: int) -> bool:
-        """Whether a layer was recorded and yet never had statistics of its gradient."""
+        """Whether a layer was recorded, but its gradient never had statistics."""
         unseen = layer.name in self.unseen
         self.unseen.discard(layer.name)
         known = self._tracker.has_statistics(layer.name)

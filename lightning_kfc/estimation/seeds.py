@@ -27,7 +27,7 @@ class WeightedTerm:
     def is_finite(self) -> bool:
         """Whether logits and weights are finite, so that targets can be drawn and seeds made.
 
-        Minus infinity rules a class out, which is no fault while another one is left.
+        A logit of minus infinity excludes a class, and is allowed while another class is left.
         """
         logits = self.term.logits
         if self.term.likelihood.vector_valued and logits.numel():
@@ -47,7 +47,7 @@ def weighted_terms(
         terms: What was recorded while it was computed.
         loss_scale: The factor that a gradient scaler multiplied the loss by.
         loss_fraction: The share of this backward in the optimizer step (1/k when k micro-batches are
-            accumulated), for terms whose weight cannot be asked of the loss.
+            accumulated), for terms without a derivative in the loss.
     """
     edges = [term.value_edge for term in terms if term.value_edge is not None]
     derivatives: Iterator[Tensor | None] = iter(())
@@ -64,7 +64,7 @@ def weighted_terms(
 
 
 def _outermost(terms: list[WeightedTerm]) -> list[WeightedTerm]:
-    """Leave out terms that reach the loss through another one: a squared difference of cross entropies is a square."""
+    """Leave out terms inside other ones: a squared difference of cross entropies is only a square."""
     calls = {key: weighted for weighted in terms if (key := _value_key(weighted)) is not None}
     if len(calls) < 2:
         return terms
@@ -80,12 +80,12 @@ def _value_key(weighted: WeightedTerm) -> tuple[Node, int] | None:
     return None if edge is None else (edge.node, edge.output_nr)
 
 
-#: What rounding, in half precision too, may leave of a difference, as a share of the loss.
+#: Rounding error of a difference, also in half precision, as a share of the loss.
 ROUNDING = 0.01
 
 
 def never_negative(loss: Tensor, terms: Sequence[WeightedTerm], loss_scale: float) -> bool:
-    """Whether a loss is seen to have no less than 0 in it: recognised terms, none subtracted, and nothing below 0.
+    """Whether a loss is bounded by 0: it has recognised terms, none is subtracted, and its rest is not negative.
 
     Args:
         loss: The loss.
@@ -103,7 +103,7 @@ def never_negative(loss: Tensor, terms: Sequence[WeightedTerm], loss_scale: floa
 
 
 def all_zero(terms: Sequence[WeightedTerm]) -> bool:
-    """Whether terms are there, and each is multiplied by 0; a batch without examples is another matter."""
+    """Whether there are terms with examples, and all have the weight 0."""
     weights = [weighted.weights for weighted in terms if weighted.weights.numel()]
     return bool(weights) and not any(bool(own.any()) for own in weights)
 
@@ -125,7 +125,7 @@ def edges_with_seed(term: LossTerm, seed: Tensor) -> Seeds:
 
 
 def seed_passes(terms: Sequence[WeightedTerm], fisher: str, generator: torch.Generator) -> Iterator[Seeds]:
-    """The seeds of each back-propagation, whose G's are added up.
+    """The seeds of each back-propagation; their G's are summed.
 
     Args:
         terms: The loss terms.
@@ -148,9 +148,9 @@ def seed_passes(terms: Sequence[WeightedTerm], fisher: str, generator: torch.Gen
 
 
 def unusable_seeds(terms: Sequence[WeightedTerm], fisher: str, generator: torch.Generator) -> Iterator[Seeds]:
-    """NaN seeds, for logits or weights that are not finite: every layer's statistics say so, too.
+    """NaN seeds, for logits or weights that are not finite, which make all statistics NaN.
 
-    As many passes as there would be: ranks whose layers talk to each other in a backward must make the same number.
+    The number of passes stays the same, since layers may communicate with other ranks in each pass.
     """
     if fisher == "exact":
         for seeds in seed_passes(terms, fisher, generator):
@@ -166,10 +166,7 @@ def _empirical_seed(weighted: WeightedTerm, generator: torch.Generator) -> Seeds
     """
     term = weighted.term
     if term.value_edge is None:
-        raise ValueError(
-            f"fisher='empirical' needs a loss that is recognised, or none at all; the {term.function} has no targets. "
-            "Leave likelihood='auto'."
-        )
+        raise ValueError(f"fisher='empirical' needs targets, and the {term.function} has none. Use likelihood='auto'.")
     edges = [edge for edge, _ in term.edges]
     gradients = torch.autograd.grad([term.value_edge], edges, [weighted.derivative], retain_graph=True)
     weights = term.weights_in_loss(weighted.derivative)

@@ -49,7 +49,7 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Sums:
-    """What a layer's rows say of its gradient times the direction, ``(groups, d_out)``.
+    """The gradient times the direction, rebuilt from a layer's rows, ``(groups, d_out)``.
 
     Attributes:
         rebuilt: The sum over rows.
@@ -67,7 +67,7 @@ class _Sums:
 
 
 class SelfTest:
-    """One check of every layer, made when seeds first bring it a derivative that is not zero.
+    """One check of every layer, at its first derivative that is not zero.
 
     Args:
         layers: The layers by name.
@@ -124,8 +124,8 @@ class SelfTest:
         probe = call.probe().to(dtype)
         d_out = self._layers[call.layer].adapter.matrix_shape()[1]
         if rows.shape != (*probe.shape, d_out):
-            made = f"{type(call.adapter).__name__}.output_rows() made rows of shape {tuple(rows.shape)}"
-            asked = f"its input rows and its gradient ask for {(*probe.shape, d_out)}"
+            made = f"{type(call.adapter).__name__}.output_rows() returned rows of shape {tuple(rows.shape)}"
+            asked = f"its input rows and its gradient need {(*probe.shape, d_out)}"
             self._fail(call.layer, f"{made} for {call.layer!r}; {asked}.", f"{made}; {asked}")
             return
         sums = _Sums(
@@ -184,7 +184,7 @@ class SelfTest:
             f"The rows that KFC recorded for {layer!r} ({kind}) do not rebuild the gradient of its parameters "
             f"(relative error {error:.2g}). Likely causes: its weight is also used outside the module's forward "
             "(as a functional call, a tied weight, or in a compiled or scripted region); its weight is "
-            "re-parametrised; a hook with another order changes what goes in or comes out. "
+            "re-parametrised; another hook changes its input or output. "
             f"Add {layer!r} to `exclude` to train it with its plain gradient."
         )
         self._fail(layer, said, "its rows do not rebuild its gradient")

@@ -60,6 +60,6 @@ class Sources:
         if new := sorted(functions - self._logged_functions):
             self._logged_functions.update(new)
             inform(
-                f"KFC at step {step}: the backward of the custom autograd functions {listed(new)} uses up what their "
-                "forward saved; it is put back after KFC's own back-propagations."
+                f"KFC at step {step}: the backward of the custom autograd functions {listed(new)} clears their saved "
+                "tensors; KFC restores them after its own back-propagations."
             )

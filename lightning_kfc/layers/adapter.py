@@ -231,7 +231,7 @@ class Adapter(ABC):
         if rows.shape[2:] != direction.shape:
             raise ValueError(
                 f"{type(self).__name__}.weight_input_rows() made rows of shape {tuple(rows.shape)}, the bias's 1 "
-                f"included; the gradient asks for (examples, positions, {', '.join(map(str, direction.shape))})."
+                f"included; the gradient needs (examples, positions, {', '.join(map(str, direction.shape))})."
             )
         return torch.einsum("ntgi,gi->ntg", rows, direction.to(rows))
 

@@ -1,4 +1,4 @@
-"""Which factors of a layer cost too much to be dense: they are cut into blocks, or held as diagonals."""
+"""Find factors that are too expensive to be dense; they become blocks or diagonals."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from lightning_kfc.layers.options import AdapterOptions
 
 
 def blocks_by_cost(shape: tuple[int, int, int], rows: int, options: AdapterOptions) -> tuple[int, float]:
-    """Into how many blocks a layer's larger factor is to be cut, 1 for none, and what a pair of whole ones would cost.
+    """The number of blocks of a layer's larger factor, and the cost of whole factors.
 
     Args:
-        shape: That of the layer's gradient, ``(groups, d_out, d_in)``.
+        shape: The shape of the layer's gradient, ``(groups, d_out, d_in)``.
         rows: The rows of a usual batch.
-        options: The layer's.
+        options: The layer's options.
 
     Returns:
-        The number, and the cost in the mean over a period, the layer's own forward and backward being 1.
+        The number, and the mean cost over a period relative to the layer's forward and backward.
     """
     (groups, d_out, d_in), bound = shape, options.max_factor_dim
     if groups > 1 or bound is None or max(d_out, d_in) > bound:
@@ -25,12 +25,12 @@ def blocks_by_cost(shape: tuple[int, int, int], rows: int, options: AdapterOptio
 
 
 def expensive_side(shape: tuple[int, int, int], rows: int, options: AdapterOptions) -> dict[str, str]:
-    """The larger factor, where dense ones would cost more than the bounds allow, with the reason; else none.
+    """The larger factor with the reason, if dense factors would exceed the bounds on cost; else empty.
 
     Args:
-        shape: That of the layer's gradient, ``(groups, d_out, d_in)``.
+        shape: The shape of the layer's gradient, ``(groups, d_out, d_in)``.
         rows: The rows of a usual batch.
-        options: The layer's.
+        options: The layer's options.
     """
     groups, d_out, d_in = shape
     if groups > 1:

@@ -1,4 +1,4 @@
-"""Which adapter serves which class of module."""
+"""The adapters of classes of modules."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def register_adapter(*module_types: type[nn.Module]) -> Callable[[type[Adapter]]
             raise TypeError(f"register_adapter decorates a subclass of lightning_kfc.layers.Adapter, got {adapter!r}.")
         missing = sorted(getattr(adapter, "__abstractmethods__", ()))
         if missing:
-            raise TypeError(f"{adapter.__name__} must state {' and '.join(f'{name}()' for name in missing)}.")
+            raise TypeError(f"{adapter.__name__} must define {' and '.join(f'{name}()' for name in missing)}.")
         adapter.kind = adapter.kind or module_types[0].__name__
         for module_type in module_types:
             _ADAPTERS[module_type] = adapter

@@ -1,4 +1,4 @@
-"""Whether the uses of a weight by one example are several rows, or one."""
+"""Weight sharing: several rows or one row for the uses of a weight by one example."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ ENOUGH_EXAMPLES = 4
 
 @dataclass(frozen=True)
 class BothForms:
-    """The statistic of A from reduced and from expanded rows, until it is known which of both serves."""
+    """The statistic of A from reduced and from expanded rows, before the test of cancellation."""
 
     reduced: InputStatistic
     expanded: InputStatistic
 
 
 class WeightSharing:
-    """How the weight of one layer is shared; ``"reduce"`` becomes ``"expand"`` where an example's rows cancel.
+    """The weight sharing of one layer; ``"reduce"`` becomes ``"expand"`` if an example's rows cancel.
 
     Args:
         mode: ``"expand"``: one row per use of the weight; ``"reduce"``: one row per example.
         layer: The layer's name, for the message.
-        reason: Why the mode is another one than the setting; empty where it is the setting's.
+        reason: The reason for another mode than the setting's; else empty.
 
     Attributes:
-        mode: The present one.
-        reason: Why it is another one than the setting; empty where it is the setting's.
+        mode: The present mode.
+        reason: The reason for another mode than the setting's; else empty.
     """
 
     def __init__(self, mode: str, layer: str, reason: str = "") -> None:
@@ -41,19 +41,19 @@ class WeightSharing:
 
     @property
     def reduces(self) -> bool:
-        """Whether the mean of an example's rows is its one row."""
+        """Whether an example has one row, the mean of its rows."""
         return self.mode == "reduce"
 
     @property
     def untested(self) -> bool:
-        """Whether rows are reduced that may cancel."""
+        """Whether rows are reduced, and not yet tested for cancellation."""
         return self.reduces and not self._tested
 
     def shared(self, record: InputStatistic | BothForms, rows: Tensor) -> tuple[InputStatistic, Tensor]:
-        """The statistic of A and the output rows of a call, as the weight is shared.
+        """The statistic of A and the output rows of a call, in the present mode.
 
         Args:
-            record: The statistic of A; in both forms if the sharing was :attr:`untested` in the forward.
+            record: The statistic of A; in both forms if the mode was :attr:`untested` in the forward.
             rows: The output rows, one per use of the weight.
         """
         reduced = share_by_reduction(rows, average=False) if self.reduces else rows
@@ -64,7 +64,7 @@ class WeightSharing:
         return (record.reduced, reduced) if self.reduces else (record.expanded, rows)
 
     def _test(self, record: BothForms, rows: Tensor, reduced: Tensor) -> None:
-        """Expand from now on where an example's rows cancel in their sum; once there are enough examples."""
+        """Test once, with enough examples, whether rows cancel in their sum; if so, expand from now on."""
         squares = second_moment_diagonal(rows)
         examples, positions = rows.shape[:2]
         if examples < ENOUGH_EXAMPLES or positions < 2 or not bool(squares.any()):

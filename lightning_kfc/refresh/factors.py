@@ -209,9 +209,9 @@ class FactorRefresh:
             self._events.report(
                 "missing_second_moments",
                 step,
-                f"inverse='ekfac' has no gradients of single examples for {name!r} and goes on with the eigenvalues it "
-                "has: they are not finite, or the layer's input was changed in place after its forward. Make that "
-                "operation out of place, or use inverse='eigh'",
+                f"inverse='ekfac' keeps the old eigenvalues of {name!r}: the gradients of single examples are not "
+                "finite, or the layer's input was changed in place after its forward. Make that operation out of "
+                "place, or use inverse='eigh'",
             )
 
     def _moments_of_all_ranks(self, found: dict[str, Statistics]) -> dict[str, Statistics]:

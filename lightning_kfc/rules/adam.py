@@ -105,7 +105,9 @@ class AdamRule(Rule[AdamUpdates]):
                 unwritten.append(layer.name)
         if updates.failed:
             names = listed(ready[position].layer.name for position in updates.failed)
-            events.report("nonfinite_updates", step, f"the update of {names} is not finite; nothing moves there")
+            events.report(
+                "nonfinite_updates", step, f"the update of {names} is not finite; these parameters do not change"
+            )
         if unwritten:
             what = f"float16 cannot hold the update of {listed(unwritten)}; the gradient is used"
             events.report("nonfinite_updates", step, what)

@@ -72,7 +72,7 @@ def _against_adam(layers: Mapping[str, Layer], settings: Settings) -> str:
     if settings.placement not in ("auto", "comm-opt", 1):
         return f"placement={settings.placement!r} needs the rule 'natural'"
     if settings.damping != "auto":
-        return "damping is not 'auto', and has a part in the rule 'natural' alone"
+        return "damping is not 'auto', and only the rule 'natural' uses it"
     parameters = [parameter for layer in layers.values() for parameter in layer.adapter.parameters().values()]
     if any(map(distributed.is_sharded, parameters)):
         return "its parameters are sharded"

@@ -1,4 +1,4 @@
-r"""A trust region that sets its own radius, from how well steps do what was expected of them.
+r"""A trust region whose radius follows the ratio of actual to expected decreases of the loss.
 
 The radius r bounds :math:`\alpha^2\langle V, \nabla\bar W\rangle`, twice the KL of a step by the approximate Fisher
 matrix (:math:`\kappa` of E7). A step :math:`\delta` is *reviewed* by the reduction ratio
@@ -243,14 +243,14 @@ class TrustRegion:
 
 
 def message_of_fixed(radius: float, reason: str) -> str:
-    """The message that steps are not reviewed any more.
+    """The message about the end of reviews.
 
     Args:
-        radius: The radius that is used instead; NaN where there was no loss yet.
+        radius: The fixed radius; NaN before the first loss.
         reason: Why steps cannot be reviewed.
     """
     value = f"kl_clip={radius:.3g}" if math.isfinite(radius) else f"{FIXED_RADIUS:g} times the loss"
     return (
-        f"KFC cannot review steps, which kl_clip='auto' needs: {reason}. It uses {value}. "
+        f"kl_clip='auto' cannot review steps: {reason}. From now on it is fixed: {value}. "
         "Set kl_clip to silence this message."
     )

@@ -51,8 +51,8 @@ def replayability(tape: Tape | None, losses: Sequence[SeenLoss], device: torch.d
         return Replayability(refused=refusal or "the forward of another rank cannot be replayed")
     if missed:
         return Replayability(
-            missed="the losses of the step were computed outside the recorded training step, or what they depend on "
-            "has been written since"
+            missed="the losses of the step were computed outside the recorded training step, or their inputs "
+            "have changed since"
         )
     return Replayability(with_collectives=with_collectives)
 
@@ -75,7 +75,7 @@ def replay_error(
         again = replayed(losses, values, with_collectives=with_collectives)
         tolerance = max(REPLAY_TOLERANCE, 4 * torch.finfo(losses[0].value.dtype).eps)
         if not abs(again - own) <= tolerance * abs(own):
-            reason = f"replayed without any change, its loss is {again:.9g} and not {own:.9g}"
+            reason = f"a replay with the same weights gives the loss {again:.9g} instead of {own:.9g}"
     except Exception as error:
         reason = str(error) or type(error).__name__
     (failed,) = _any_rank(device, bool(reason))

@@ -100,9 +100,7 @@ class StepReviewer:
     def step_begins(self) -> None:
         """Begin a new step. If the last one was to be reviewed and was not, reviews end with a warning."""
         if self._snapshot is not None:
-            self._end_with_warning(
-                "they need a call of kfc.review(optimizer=optimizer) after each optimizer.step(), and there was none"
-            )
+            self._end_with_warning("kfc.review(optimizer=optimizer) was not called after optimizer.step()")
         self.cancel()
 
     @contextlib.contextmanager

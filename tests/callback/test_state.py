@@ -286,7 +286,7 @@ def test_a_state_of_another_version_is_refused_by_name(tmp_path):
     checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
     checkpoint["callbacks"]["KFCCallback"]["version"] = 99
     torch.save(checkpoint, tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match="cannot read a state of version 99"):
+    with pytest.raises(ValueError, match="cannot load a state of version 99"):
         trainer(KFCCallback(), max_epochs=2).fit(Regression(), loader(vectors()), ckpt_path=tmp_path / "a.ckpt")
 
 

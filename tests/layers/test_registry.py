@@ -107,7 +107,9 @@ def test_rows_of_a_wrong_shape_are_named_with_the_shape_that_is_asked_for() -> N
     with pytest.raises(ValueError, match=r"Inputs.weight_input_rows\(\) made .*\(4, 1, 1, 3\).*positions, 1, 4\)"):
         observe(model, lambda: loss_of(model))
     register_adapter(nn.Linear)(Outputs)
-    with pytest.raises(SelfTestError, match=r"Outputs.output_rows\(\) made .*\(1, 4, 1, 2\) for '0'.*\(4, 1, 1, 2\)"):
+    with pytest.raises(
+        SelfTestError, match=r"Outputs.output_rows\(\) returned .*\(1, 4, 1, 2\) for '0'.*\(4, 1, 1, 2\)"
+    ):
         observe(model, lambda: loss_of(model))
 
 
@@ -124,7 +126,7 @@ def test_what_is_no_module_class_or_no_adapter_is_refused_with_the_way_out() -> 
         register_adapter(DoubledAdapter)  # type: ignore[type-var]  # wrong on purpose
     with pytest.raises(TypeError, match=r"subclass of lightning_kfc\.layers\.Adapter"):
         register_adapter(Doubled)(Doubled)  # type: ignore[type-var]  # wrong on purpose
-    with pytest.raises(TypeError, match=r"Half must state weight_input_rows\(\)"):
+    with pytest.raises(TypeError, match=r"Half must define weight_input_rows\(\)"):
         register_adapter(Doubled)(Half)
 
 

@@ -399,7 +399,7 @@ def test_it_implies_the_eigenbasis_and_refuses_what_it_cannot_use() -> None:
     model = nn.Linear(2, 2)
     assert KFC(model, rule="adam").settings.inverse == "eigh"
     assert KFC(model, rule="adam").settings.placement == "comm-opt"
-    with pytest.raises(ValueError, match="cannot use those of inverse='ekfac'"):
+    with pytest.raises(ValueError, match="does not work with inverse='ekfac'"):
         KFC(model, rule="adam", inverse="ekfac")
-    with pytest.raises(ValueError, match="placement='mem-opt' leaves ranks without the eigenbases"):
+    with pytest.raises(ValueError, match=r"rule='adam' needs the eigenbases .* placement='mem-opt'"):
         KFC(model, rule="adam", placement="mem-opt")

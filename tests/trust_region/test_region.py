@@ -375,7 +375,7 @@ def test_a_loop_without_reviews_is_told_once_and_goes_on_with_the_fixed_values()
         optimizer.step()
 
     unreviewed()
-    with pytest.warns(UserWarning, match=r"need a call of kfc\.review\(.*It uses kl_clip="):
+    with pytest.warns(UserWarning, match=r"kfc\.review\(optimizer=optimizer\) was not called.*it is fixed: kl_clip="):
         unreviewed()
     unreviewed()
     assert not kfc.reviewer.active
