@@ -219,9 +219,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        for entry in fields(self):
-            if entry.init:
-                object.__setattr__(self, entry.name, plain_number(getattr(self, entry.name)))
+        for name in setting_names():
+            object.__setattr__(self, name, plain_number(getattr(self, name)))
         if not callable(self.damping):
             check_positive_or_auto("damping", self.damping)
         check_choice("fisher", self.fisher, FISHERS)
@@ -269,13 +268,11 @@ class Settings:
         return "auto" in (self.factor_every_n_steps, self.inverse_every_n_steps)
 
     def _first_schedule(self) -> RefreshSchedule:
-        periods = {}
-        for name in ("factor_every_n_steps", "inverse_every_n_steps"):
-            value = getattr(self, name)
+        periods = {name: getattr(self, name) for name in ("factor_every_n_steps", "inverse_every_n_steps")}
+        for name, value in periods.items():
             check_period(name, value)
-            if value != "auto":
-                periods[name] = value
-        schedule = RefreshSchedule(**periods, warmup_steps=self.warmup_steps)
+        chosen = {name: value for name, value in periods.items() if value != "auto"}
+        schedule = RefreshSchedule(**chosen, warmup_steps=self.warmup_steps)
         if self.automatic_periods and self.warmup_steps < LEAST_WARMUP:
             raise ValueError(
                 "Periods that are 'auto' are chosen from times in the warm-up, which needs at least "

@@ -16,6 +16,7 @@ from lightning_kfc.curvature.bytes_held import layer_bytes
 from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.curvature.model_layers import ModelLayers
 from lightning_kfc.factors.inverses import Inverse
+from lightning_kfc.monitoring.events import shortened
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -115,7 +116,8 @@ class Coverage:
                 if row.treatment == treatment and row.reason:
                     reasons.setdefault(row.reason, []).append(row.parameter)
             for reason, names in reasons.items():
-                lines += _WRAP.wrap(f"{label} ({reason}): {_shorten(names)}")
+                named = shortened((_cut(name, WIDTH - len("    ,")) for name in names), 8)
+                lines += _WRAP.wrap(f"{label} ({reason}): {named}")
         return "\n".join(lines)
 
 
@@ -200,11 +202,6 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _size(count: int) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
-
-
-def _shorten(names: Sequence[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(_cut(name, WIDTH - len("    ,")) for name in names[:most]) + more
 
 
 #: Why a parameter that the model has only since a moment ago has its plain gradient.

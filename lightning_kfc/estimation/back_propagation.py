@@ -19,9 +19,9 @@ from lightning_kfc.factors.sparse import dense
 from lightning_kfc.factors.statistics import Statistics
 
 
-def derivatives(seeds: Seeds, inputs: Sequence[GradientEdge], scale: float = 1.0) -> list[Tensor | None]:
-    """Back-propagate seeds, scaled, to the inputs; None where they do not arrive."""
-    outputs, values = _laid_out(seeds, scale)
+def derivatives(seeds: Seeds, inputs: Sequence[GradientEdge]) -> list[Tensor | None]:
+    """Back-propagate seeds to the inputs; None where they do not arrive."""
+    outputs, values = _laid_out(seeds, 1.0)
     found = explained(torch.autograd.grad, outputs, inputs, values, retain_graph=True, allow_unused=True)
     return list(found)
 

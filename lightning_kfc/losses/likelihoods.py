@@ -81,10 +81,6 @@ class Likelihood(ABC):
                 seed[:, position] = signed[:, position]
                 yield seed.reshape(logits.shape)
 
-    def exact_passes(self, shape: torch.Size) -> int:
-        """The number of seeds of :meth:`exact_seeds`."""
-        return shape[1:].numel()
-
 
 @dataclass(frozen=True)
 class Categorical(Likelihood):

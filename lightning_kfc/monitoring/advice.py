@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
+from lightning_kfc.monitoring.events import shortened
+
 #: The KL clip sets the step if it shortens the second share of the last steps to less than the first share.
 CUT_TO, CUT_SHARE, CUT_STEPS = 0.1, 0.95, 100
 #: Gradient clipping sets the step if it shortens half of the last updates to less than this share.
@@ -110,7 +112,7 @@ def damping_above_curvature(facts: Facts) -> str | None:
     # Automatic damping follows the loss, and near the end of a training the curvature falls below it.
     if not facts.damped or not facts.below_damping or facts.automatic_damping:
         return None
-    names = _listed(facts.below_damping)
+    names = shortened(facts.below_damping, 4)
     return (
         f"damping ({facts.damping:.3g}) is above the largest curvature of {len(facts.below_damping)} of {facts.layers} "
         f"layers ({names}): their steps are those of plain SGD, with its learning rate divided by the damping. Lower "
@@ -217,8 +219,3 @@ class Adviser:
         self._silent = [rule for rule in self._silent if rule not in found]
         self.given += found.values()
         return list(found.values())
-
-
-def _listed(names: Sequence[str], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
