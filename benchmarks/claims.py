@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.away.records import Record
-from benchmarks.contest.report import Results
+from benchmarks.contest.report import Results, time_cell
 from benchmarks.contest.tasks import TASKS
 from benchmarks.paths import RESULTS, ROOT
 
@@ -74,14 +74,7 @@ def row(title: str, batch_size: int, reached: Reached) -> str:
     """A line of the table; the least time is bold."""
     cells = [f"{title}, batch {batch_size:,}"]
     least = min((value[1] for value in reached.values() if value is not None), default=math.inf)
-    for value in reached.values():
-        if value is None:
-            cells.append("")
-        elif math.isinf(value[0]):
-            cells.append("never")
-        else:
-            text = f"{value[0]:.0f} / {value[1]:.1f}"
-            cells.append(f"**{text}**" if value[1] == least else text)
+    cells += [time_cell(value, least, "never") for value in reached.values()]
     return "| " + " | ".join(cells) + " |"
 
 

@@ -104,35 +104,36 @@ def _entry(content: dict[str, Any]) -> Entry:
 
 
 def table(records: Sequence[Record], names: Sequence[str], seeds: Sequence[int]) -> str:
-    """Iterations / CPU seconds to the target: KFC's columns first, without and with averages, then the peers'."""
-    columns = [(name, average) for name in names if name in KFC_VARIANTS for average in AVERAGES]
-    columns += [(name, None) for name in names if name not in KFC_VARIANTS]
+    """Iterations / CPU seconds to the target: KFC's rows first, without and with averages, then the peers'."""
+    rows = [(name, average) for name in names if name in KFC_VARIANTS for average in AVERAGES]
+    rows += [(name, None) for name in names if name not in KFC_VARIANTS]
     titles = {name: entry.title for record in records for name, entry in record.entries.items()}
-    columns = [column for column in columns if column[0] in titles]
-    heads = [titles[name] + ("" if average in (None, NONE) else f", averaged {average}") for name, average in columns]
-    lines = ["| task, batch, loss | " + " | ".join(heads) + " |", "|---|" + "---|" * len(columns)]
+    cells = {(name, average): _title(titles[name], average) for name, average in rows if name in titles}
     for record in records:
-        cells: dict[tuple[str, str | None], str] = {}
-        reached: dict[tuple[str, str | None], float] = {}
-        for name, average in columns:
+        column: dict[tuple[str, str | None], tuple[float, float] | None] = {}
+        chosen: dict[tuple[str, str | None], str | None] = {}
+        for name, average in cells:
             entry = record.entries.get(name)
-            chosen = average if average is not None or entry is None else entry.average
-            values = entry.medians(chosen, seeds) if entry is not None and chosen is not None else None
-            reached[name, average] = math.inf if values is None else values[0]
-            cells[name, average] = "" if values is None else _cell(values)
-            if values is not None and average is None and chosen != NONE:
-                cells[name, average] += f" ({chosen})"
-        fewest = min(reached.values(), default=math.inf)
-        marked = [
-            f"**{cells[column]}**" if reached[column] == fewest and math.isfinite(fewest) else cells[column]
-            for column in columns
-        ]
-        lines.append(f"| {record.task}, {record.batch_size}, {record.target:g} | " + " | ".join(marked) + " |")
-    return "\n".join(lines)
+            of = chosen[name, average] = average if average is not None or entry is None else entry.average
+            column[name, average] = entry.medians(of, seeds) if entry is not None and of is not None else None
+        fewest = min((value[0] for value in column.values() if value is not None), default=math.inf)
+        for key, value in column.items():
+            text = "" if value is None else _cell(value)
+            if value is not None and key[1] is None and chosen[key] != NONE:
+                text += f" ({chosen[key]})"
+            best = value is not None and value[0] == fewest and math.isfinite(fewest)
+            cells[key] += f" | **{text}**" if best else f" | {text}"
+    heads = [f"{record.task.replace('_', ' ')}, {record.batch_size}, {record.target:.4g}" for record in records]
+    lines = ["| task, batch, loss | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    return "\n".join([*lines, *(f"| {row} |" for row in cells.values())])
+
+
+def _title(title: str, average: str | None) -> str:
+    return title if average in (None, NONE) else f"{title}, averaged {average}"
 
 
 def _cell(values: tuple[float, float]) -> str:
-    return "-" if math.isinf(values[0]) else f"{values[0]:.0f} / {values[1]:.1f}"
+    return "-" if math.isinf(values[0]) else f"{values[0]:.0f}\u00a0/\u00a0{values[1]:.1f}"
 
 
 def _peers(record: Record, names: Sequence[str], seeds: Sequence[int]) -> dict[str, tuple[float, float]]:

@@ -22,7 +22,7 @@ from benchmarks.contest.contestants import CONTESTANTS, USUAL
 from benchmarks.contest.harness import compete
 from benchmarks.contest.optimizers import Contestant
 from benchmarks.contest.pieces import parser_of_pieces
-from benchmarks.contest.plots import plot_convergence
+from benchmarks.contest.plots import plot_all
 from benchmarks.contest.report import Results, markdown, overview
 from benchmarks.contest.tasks import TASKS, Task
 from benchmarks.contest.tuning import Tuning, tune
@@ -177,7 +177,7 @@ def write_tables(folder: Path, plots: Path) -> str:
     for results in complete:
         label = f"contest_{results.task}_b{results.batch_size}"
         (folder / f"{label}.md").write_text(markdown(results) + "\n")
-        plot_convergence(results, plots / f"{label}.svg")
+    plot_all(complete, plots)
     text = overview(complete, (*USUAL, "kfc_adam", "kfc_natural"))
     (folder / "contest.md").write_text(text + "\n")
     return text

@@ -32,6 +32,11 @@ OTHER_COLOURS = ("#000000", "#F0E442", "#7F3C8D", "#A5AA99", "#5D4037")
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "lightning-kfc", "font.size": 10, "axes.grid": True, "grid.alpha": 0.3}
 
 
+#: The picture of the documentation's first page: its contest and whom it shows.
+FIRST_PAGE = ("conv", 512)
+SHOWN_FIRST = ("sgd", "adam", "muon", "soap", "kfc")
+
+
 def median_curve(curves: Sequence[Curve]) -> Curve:
     """The medians over seeds, at the iterations that all of them evaluated."""
     shared = set.intersection(*(set(curve.iterations) for curve in curves))
@@ -73,6 +78,31 @@ def plot_convergence(results: Results, path: Path) -> None:
         plt.close(figure)
 
 
+def plot_first_page(results: Results, path: Path) -> None:
+    """Medians of a few contestants, with letters that can still be read on a phone."""
+    with mpl.rc_context({**STYLE, "font.size": 12}):
+        figure, axes = plt.subplots(1, 2, figsize=(6.4, 3.8), sharey=True, layout="constrained")
+        for name in (name for name in SHOWN_FIRST if name in results.curves):
+            middle = median_curve(results.of(name))
+            for axis, unit in zip(axes, ("iterations", "seconds"), strict=True):
+                label = "KFC" if name == "kfc" else results.titles[name].split(",")[0]
+                axis.plot(getattr(middle, unit), middle.losses, color=COLOURS[name], linewidth=2, label=label)
+        axes[0].set(yscale="log", ylabel="training loss", xlabel="iterations")
+        axes[1].set(xlabel="CPU seconds")
+        axes[0].set_ylim(top=_sensible_top(results))
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, handlelength=1.2)
+        figure.savefig(path, metadata={"Date": None, "Creator": None})
+        plt.close(figure)
+
+
+def plot_all(contests: Sequence[Results], plots: Path) -> None:
+    """The plot of every contest, and that of the first page."""
+    for results in contests:
+        plot_convergence(results, plots / f"contest_{results.task}_b{results.batch_size}.svg")
+        if (results.task, results.batch_size) == FIRST_PAGE:
+            plot_first_page(results, plots / "first_page.svg")
+
+
 def _sensible_top(results: Results) -> float:
     """A little above the highest start, so that a run that blows up does not flatten the others."""
     starts = [curve.losses[0] for name in results.curves for curve in results.of(name)]
@@ -80,5 +110,4 @@ def _sensible_top(results: Results) -> float:
 
 
 if __name__ == "__main__":
-    for source in sorted(RESULTS.glob("contest_*.json")):
-        plot_convergence(Results.load(source), PLOTS / f"{source.stem}.svg")
+    plot_all([Results.load(source) for source in sorted(RESULTS.glob("contest_*.json"))], PLOTS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -172,34 +172,54 @@ def _choices(results: Results) -> Iterable[str]:
 
 
 def overview(all_results: Sequence[Results], names: Sequence[str]) -> str:
-    """Iterations and CPU seconds to the hardest target: a row a task, a column a contestant; the fastest is bold."""
-    # First those called KFC: a reader of a narrow screen sees the first columns without scrolling.
+    """Iterations and CPU seconds to the hardest target: a row a contestant, KFC first; the least time is bold."""
+    columns = [{name: _time_to_hardest(results, name) for name in results.curves} for results in all_results]
     ordered = sorted(names, key=lambda name: not name.startswith("kfc"))
     titles = {name: results.titles[name] for name in ordered for results in all_results if name in results.titles}
-    lines = [
-        "Iterations / CPU seconds to each task's hardest training loss, medians; bold: the least time; -: never met.",
-        "",
-        "| task | batch | training loss | " + " | ".join(titles.values()) + " |",
-        "|---|---|---|" + "---|" * len(titles),
-    ]
-    for results in all_results:
-        target = results.targets[-1]
-        medians = {}
-        for name in titles:
-            reached = [curve.reach(target) for curve in results.of(name)] if name in results.curves else []
-            if reached:
-                medians[name] = median(r.iterations for r in reached), median(r.seconds for r in reached)
-        least = min((seconds for _, seconds in medians.values()), default=math.inf)
-        cells = [results.title, str(results.batch_size), f"{target:g}"]
-        for name in titles:
-            if name not in medians:
-                cells.append("")
-                continue
-            iterations, seconds = medians[name]
-            cell = "-" if math.isinf(iterations) else f"{iterations:.0f} / {seconds:.1f}"
-            cells.append(f"**{cell}**" if seconds == least and math.isfinite(least) else cell)
-        lines.append("| " + " | ".join(cells) + " |")
+    heads = [f"{results.title.split(',')[0]}, {results.batch_size}, {results.targets[-1]:g}" for results in all_results]
+    return (
+        "Iterations / CPU seconds, medians; bold: the least time; -: never met.\n\n"
+        f"{times_table('task, batch, training loss', heads, titles, columns)}"
+    )
+
+
+def _time_to_hardest(results: Results, name: str) -> tuple[float, float]:
+    reached = [curve.reach(results.targets[-1]) for curve in results.of(name)]
+    return median(reach.iterations for reach in reached), median(reach.seconds for reach in reached)
+
+
+def times_table(
+    corner: str,
+    heads: Sequence[str],
+    titles: Mapping[str, str],
+    columns: Sequence[Mapping[str, tuple[float, float] | None]],
+) -> str:
+    """A row a contestant, a column a task: iterations / CPU seconds to a loss.
+
+    Args:
+        corner: What the heads of the columns say.
+        heads: A task each.
+        titles: Of the rows, by contestant.
+        columns: For each task, iterations and seconds by contestant, infinite where never; missing where not measured.
+    """
+    lines = [f"| {corner} | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for name, title in titles.items():
+        cells = []
+        for column in columns:
+            least = min((value[1] for value in column.values() if value is not None), default=math.inf)
+            cells.append(time_cell(column.get(name), least))
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def time_cell(value: tuple[float, float] | None, least: float, never: str = "-") -> str:
+    """Iterations / CPU seconds, bold where they are the least time; empty where not measured."""
+    if value is None:
+        return ""
+    if math.isinf(value[0]):
+        return never
+    text = f"{value[0]:.0f}\u00a0/\u00a0{value[1]:.1f}"
+    return f"**{text}**" if value[1] == least else text
 
 
 def _finite(value: float) -> float:

@@ -560,12 +560,14 @@ def test_table_names_the_runs_that_failed_behind_a_good_median() -> None:
     assert "SGD: 1 of 3 runs never reached 0.1, 1 ended above their first loss" in markdown(results)
 
 
-def test_overview_has_a_row_a_task_and_marks_the_fastest() -> None:
-    rows = overview([made_up_results()], ["kfc", "soap", "sgd"]).splitlines()
-    assert "| task | batch | training loss | KFC | SGD |" in rows
-    assert "| made up | 8 | 0.001 | **12 / 3.6** | - |" in rows
-    # Without scrolling, a narrow screen shows KFC.
-    assert overview([made_up_results()], ["sgd", "soap", "kfc"]).splitlines() == rows
+def test_overview_has_a_row_a_contestant_kfc_first_and_marks_the_fastest() -> None:
+    rows = overview([made_up_results()], ["soap", "sgd", "kfc"]).replace("\u00a0", " ").splitlines()
+    assert rows[-4:] == [
+        "| task, batch, training loss | made up, 8, 0.001 |",
+        "|---|---|",
+        "| KFC | **12 / 3.6** |",
+        "| SGD | - |",
+    ]
 
 
 def test_results_survive_their_file_and_count_only_seeds_that_all_ran(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_the_least_time_is_bold_and_what_was_not_reached_is_never_bold(tmp_path:
     }
     Record("gru", "a net", 64, 1.0, 300, entries).save(tmp_path / "away_gru.json")
     rows = claims.claims(tmp_path).splitlines()
-    assert rows[-1] == "| GRU, batch 64 | **210 / 1.2** | never |  | 55 / 2.2 |"
+    assert rows[-1].replace("\u00a0", " ") == "| GRU, batch 64 | **210 / 1.2** | never |  | 55 / 2.2 |"
     assert rows[2].startswith("| **At home**")
     assert len(rows) == 5
 
