@@ -1,6 +1,7 @@
 """Settings of the documentation; build it with ``make docs``."""
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from lightning_kfc.version import __version__
@@ -11,7 +12,17 @@ copyright = author
 version = release = __version__
 
 sys.path.insert(0, str(Path(__file__).parent))
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "mathml", "breaks"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "mathml",
+    "breaks",
+    "foreign_names",
+]
+# Without the package the pages only lack their copy buttons.
+extensions += ["sphinx_copybutton"] if find_spec("sphinx_copybutton") else []
 html_math_renderer = "mathml"
 exclude_patterns = ["_build"]
 
@@ -33,3 +44,21 @@ html_static_path = ["_static"]
 html_css_files = ["custom.css"]
 html_copy_source = False
 html_show_sphinx = False
+
+# Prompts and what a program prints are not copied.
+copybutton_exclude = ".linenos, .gp, .go"
+copybutton_selector = "div:not(.highlight-text) > div.highlight > pre"
+
+# Every reference leads somewhere, but for the types of what the engine hands from one part to the next.
+nitpicky = True
+nitpick_ignore = [
+    ("py:class", "lightning_kfc.trust_region.recording.Slot"),
+    ("py:class", "lightning_kfc.trust_region.recording.Recording"),
+    ("py:class", "lightning_kfc.factors.statistics.Statistics"),
+    ("py:class", "lightning_kfc.factors.statistics.InputStatistic"),
+    ("py:class", "lightning_kfc.factors.inverses.base.Inverse"),
+    ("py:class", "LayerOwnership"),
+    ("py:class", "Options"),
+    ("py:class", "Spectra"),
+    ("py:class", "torch.utils.hooks.RemovableHandle"),
+]

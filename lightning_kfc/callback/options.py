@@ -135,6 +135,6 @@ class KFCOptions:
 
     @property
     def state_key(self) -> str:
-        """The name of this callback's state in checkpoints: two callbacks of one trainer differ in `include`."""
+        """The name of this callback's state in checkpoints; two callbacks of one trainer differ in ``include``."""
         include = self._settings.include
         return "KFCCallback" if include is None else f"KFCCallback{{include={list(include)!r}}}"

@@ -89,7 +89,7 @@ class Estimator:
 
     @property
     def sources(self) -> Sequence[str]:
-        """What the last statistics came from: loss functions, the gradient of the rest, or of the whole loss."""
+        """The source of the last statistics, such as loss functions, or the gradient of the whole loss."""
         return self._sources.last
 
     @property

@@ -168,7 +168,7 @@ class Adapter(ABC):
         """The factors, by name, that are held as diagonals instead of dense, with the reason.
 
         A factor is, where it has more dimensions than ``max_factor_dim``; and the larger one of a pair, or of all
-        pairs of a layer with several groups, that would cost more than :mod:`lightning_kfc.factors.cost` allows.
+        pairs of a layer with several groups, that would cost more than ``lightning_kfc.factors.cost`` allows.
         """
         if self.options.max_factor_dim is None:
             return {}

@@ -360,6 +360,8 @@ def test_hooks_on_parameters_see_the_gradient_of_the_loss_and_nothing_else() -> 
 # Scripted modules, memory formats, late construction.
 
 
+# Deprecated from torch 2.14 on, and still in use.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:FutureWarning")
 def test_scripted_submodules_train_and_are_listed_with_the_reason() -> None:
     scripted = torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.Tanh()))
     module = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(36, 8), scripted, nn.Linear(8, 3)))

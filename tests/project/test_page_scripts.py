@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -107,3 +108,16 @@ def test_bars_in_formulas_neither_grow_nor_keep_a_distance(monkeypatch: pytest.M
     norm = to_mathml(r"\lVert A\rVert_F^2", "inline")
     assert norm.count('<mo stretchy="false" lspace="0" rspace="0">&#x02016;</mo>') == 2
     assert '<mi>log</mi><mspace width="0.17em"/><mi>p</mi>' in to_mathml(r"\log p", "inline")
+
+
+def test_foreign_names_are_those_of_objects_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    from foreign_names import ALIASES, PAGES
+
+    for name, page in PAGES.items():
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute), name
+        address, _, anchor = page.partition("#")
+        assert address.startswith("https://"), page
+        assert anchor.rpartition(".")[2] == attribute, page
+    assert set(ALIASES.values()) <= set(PAGES)
