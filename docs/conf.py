@@ -57,8 +57,12 @@ nitpick_ignore = [
     ("py:class", "lightning_kfc.factors.statistics.Statistics"),
     ("py:class", "lightning_kfc.factors.statistics.InputStatistic"),
     ("py:class", "lightning_kfc.factors.inverses.base.Inverse"),
+    ("py:class", "AdapterOptions"),
     ("py:class", "LayerOwnership"),
     ("py:class", "Options"),
     ("py:class", "Spectra"),
+    ("py:class", "Stages"),
+    ("py:class", "lightning_kfc.curvature.model_layers.ModelLayers"),
+    ("py:class", "lightning_kfc.scheduling.refresh_schedule.RefreshSchedule"),
     ("py:class", "torch.utils.hooks.RemovableHandle"),
 ]

@@ -37,7 +37,7 @@ class Batches:
 
     @property
     def sources(self) -> str:
-        """What the last statistics came from: the loss functions, or the gradient of the loss itself."""
+        """The source of the last statistics, such as the loss functions, or the gradient of the loss itself."""
         return ", ".join(self._estimator.sources) or "nothing so far"
 
     def step_begins(self) -> None:
