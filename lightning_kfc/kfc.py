@@ -90,7 +90,7 @@ class KFC:
         self.last_step: StepNumbers | None = None
 
     def restart(self) -> None:
-        """Forget all state except :attr:`inspect`, and find the layers again."""
+        """Forget all state except ``inspect``, and find the layers again."""
         self.batches.resume()
         self._start()
 
@@ -279,9 +279,9 @@ class KFC:
     def review(self, *, optimizer: Optimizer | None = None) -> Verdict | None:
         """Compare the optimizer's step with the expected decrease of the loss, and adjust the KL clip.
 
-        Call it after the step. ``kl_clip="auto"`` needs it (:mod:`lightning_kfc.trust_region.region`). At the few
+        Call it after the step. ``kl_clip="auto"`` needs it (``lightning_kfc.trust_region.region``). At the few
         reviewed steps :meth:`capture` records the forward as tensor operations, which are
-        replayed with the new weights (:mod:`lightning_kfc.trust_region.tape`); no user code runs again. A
+        replayed with the new weights (``lightning_kfc.trust_region.tape``); no user code runs again. A
         step with much less decrease than expected is shortened, with its momentum, to the best point on its way, or
         undone if no point is better.
 

@@ -143,7 +143,7 @@ class Settings:
     Args:
         damping: :math:`\lambda` of E4, in the units of the Fisher matrix of the loss; a number, or a function of
             the step such as :class:`~lightning_kfc.ExponentialSchedule`; ``"auto"`` is a share of the
-            loss, in units of each layer's weights (:mod:`lightning_kfc.trust_region.region`).
+            loss, in units of each layer's weights (``lightning_kfc.trust_region.region``).
         fisher: The targets of the curvature: ``"mc"``: one sample a term from the model's own
             distribution; ``"exact"``: all its outcomes, with one back-propagation each; ``"empirical"``: those of the
             data.
@@ -164,10 +164,10 @@ class Settings:
             the examples' gradients as eigenvalues (George et al. 2018). EKFAC keeps the layers' inputs and the
             derivatives at their outputs through the backward of steps that refresh inverses.
         rule: The update from gradients and inverses: ``"natural"``, the paper's KFC-pre; ``"adam"``: Adam in the
-            eigenbasis of the factors (:mod:`lightning_kfc.rules.adam`), which removes the momentum of SGD from its
+            eigenbasis of the factors (``lightning_kfc.rules.adam``), which removes the momentum of SGD from its
             steps, implies ``inverse="eigh"``, and does not use ``damping``; ``"auto"``, with
             ``damping="auto"``: ``"adam"`` for models with attention and no wide factors
-            (:mod:`lightning_kfc.rules.choice`), else ``"natural"``.
+            (``lightning_kfc.rules.choice``), else ``"natural"``.
         weight_sharing: ``"expand"``: each use of a weight is a row; ``"reduce"``: each example is one.
         max_factor_dim: A factor of more dimensions is held as its diagonal, which
             :meth:`~lightning_kfc.KFC.coverage` shows; None for no bound. The default admits every layer of the
