@@ -1,6 +1,6 @@
 """Pictures of what training does: pure functions from numbers to a matplotlib figure.
 
-They need the extra ``pictures``: ``pip install "lightning-kfc[pictures]"``.
+They need matplotlib: ``pip install matplotlib``.
 """
 
 from lightning_kfc.pictures.canvas import check_matplotlib, png, svg
