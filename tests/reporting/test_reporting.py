@@ -183,7 +183,7 @@ def test_numbers_over_time_are_those_that_were_logged(run: Any) -> None:
     assert {"train/loss", "kfc/damping", "kfc/kl_clip_factor", "kfc/kl"} <= set(series)
     (log,) = (run.folder / "tb").rglob("events.out.tfevents.*")
     scalars = EventAccumulator(str(log), size_guidance={"scalars": 0}).Reload()
-    for key in ("train/loss", "kfc/kl"):
+    for key in ("train/loss", "kfc/cosine"):
         logged = [(event.step, event.value) for event in scalars.Scalars(key)]
         assert [step for step, _ in series[key]] == [step for step, _ in logged]
         assert [value for _, value in series[key]] == pytest.approx([value for _, value in logged], rel=1e-6)
