@@ -232,6 +232,16 @@ CASES = {
         Recipe("rule='natural'", batch_size=4, epochs=1),
         Recipe("rule='adam'", batch_size=4, epochs=1, callback={"rule": "adam"}),
     ),
+    "one_example": Case(
+        "steps of one example",
+        Recipe("batch_size=1", batch_size=1, epochs=1),
+        Recipe("accumulate_grad_batches=16", trainer={"accumulate_grad_batches": 16}, batch_size=1, epochs=1),
+    ),
+    "two_examples": Case(
+        "steps of two examples",
+        Recipe("batch_size=2", batch_size=2, epochs=1),
+        Recipe("accumulate_grad_batches=8", trainer={"accumulate_grad_batches": 8}, batch_size=2, epochs=1),
+    ),
     "short_run": Case(
         "a run shorter than the warm-up and a period",
         Recipe("warmup_steps=10", epochs=1),

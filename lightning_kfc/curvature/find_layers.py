@@ -10,9 +10,11 @@ from torch import nn
 from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.curvature.refusals import (
     COMPLEX,
+    EMPTY,
     UNINITIALISED,
     check_patterns_match,
     complex_parameters,
+    empty_parameters,
     left_out,
     raise_no_layer,
     refusal,
@@ -106,6 +108,7 @@ def find_layers(model: nn.Module, options: LayerOptions | None = None, *, strict
             found.plain.update(dict.fromkeys(_identities(module._parameters), (type(module).__name__, reason)))
         if reason is None:
             found.plain.update({id(p): (type(module).__name__, COMPLEX) for p in complex_parameters(module)})
+            found.plain.update({id(p): (type(module).__name__, EMPTY) for p in empty_parameters(module)})
         if name not in held:
             parts = {
                 part: adapter

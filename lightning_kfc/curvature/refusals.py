@@ -17,6 +17,9 @@ UNINITIALISED = "not initialised before the first forward"
 #: Why a complex parameter has no curvature. All factors are real.
 COMPLEX = "complex: there is no curvature for complex values"
 
+#: Why a parameter without elements has no curvature.
+EMPTY = "empty: it has no elements"
+
 
 def uninitialised(module: nn.Module) -> bool:
     """Whether a lazy module has not seen an input yet."""
@@ -26,6 +29,11 @@ def uninitialised(module: nn.Module) -> bool:
 def complex_parameters(module: nn.Module) -> list[nn.Parameter]:
     """A module's own complex parameters."""
     return [p for p in module._parameters.values() if p is not None and p.is_complex()]
+
+
+def empty_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """A module's own parameters that have no elements."""
+    return [p for p in module._parameters.values() if p is not None and not is_lazy(p) and not p.numel()]
 
 
 def left_out(name: str, include: Sequence[str] | None, exclude: Sequence[str] | None) -> str | None:
@@ -48,6 +56,8 @@ def refusal(module: nn.Module) -> str | None:
         return f"no adapter for {type(module).__name__}"
     if complex_parameters(module):
         return "its module has complex parameters"
+    if empty_parameters(module):
+        return "its module has parameters without elements"
     if _computes_its_weight(module):
         return "its weight is re-parametrised"
     return kind.refusal(module)

@@ -123,6 +123,11 @@ def output_edge(output: Tensor) -> GradientEdge:
     return get_gradient_edge(output)
 
 
+def _has_no_rows(output: Tensor) -> bool:
+    """Whether a call is one of ``torch.func``'s own, or has nested tensors."""
+    return output.is_nested or torch._C._functorch.is_functorch_wrapped_tensor(output)
+
+
 def parameter_call(layer: str, adapter: Adapter) -> Call:
     """A parameter that no forward call explains, as if it were one: the derivative arrives at the parameter itself."""
     (parameter,) = adapter.own_parameters().values()
@@ -218,7 +223,7 @@ class ForwardRecorder:
     ) -> None:
         # Asked at each call: a toggled optimizer freezes the other optimizers' parameters for a while.
         frozen = not adapter.own_parameters()
-        if self.paused or frozen or not torch.is_grad_enabled() or not output.requires_grad:
+        if self.paused or frozen or not torch.is_grad_enabled() or not output.requires_grad or _has_no_rows(output):
             return
         with torch.no_grad():
             forward = whole_forward(forward)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lightning_kfc import KFC, SelfTestError, register_adapter
 from lightning_kfc.layers import Adapter, Forward
 from tests.helpers import oracles
-from tests.helpers.nets import classes, data, double, engine, kronecker_layers, observe
+from tests.helpers.nets import classes, data, double, engine, kronecker_layers, observe, train_step
 
 TARGET = classes(4, count=3)
 
@@ -44,13 +44,23 @@ class Unseen(nn.Module):
 
 
 @pytest.mark.parametrize("fisher", ["mc", "exact", "empirical"])
-def test_a_weight_also_used_outside_its_module_is_an_error_naming_the_layer(fisher: str) -> None:
+def test_a_weight_also_used_outside_its_module_gets_a_diagonal_which_is_said_once(fisher: str) -> None:
     model = Twice().double()
-    with pytest.raises(SelfTestError, match=r"'first' \(Linear\).*also used outside the module.*'first' to `exclude`"):
-        observe(model, lambda: F.cross_entropy(model(data(4, 3)), TARGET), fisher=fisher)
+    kfc, optimizer = engine(model, fisher=fisher), torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def loss() -> Tensor:
+        return F.cross_entropy(model(data(4, 3)), TARGET)
+
+    with pytest.warns(UserWarning, match=r"'first': its rows do not rebuild.*also used otherwise.*`exclude`") as said:
+        first = float(train_step(kfc, optimizer, loss))
+    assert len(said) == 1
+    assert kronecker_layers(kfc) == ["head"]
+    last = [float(train_step(kfc, optimizer, loss)) for _ in range(8)][-1]
+    assert last < first
+    assert {row.treatment for row in kfc.coverage()} == {"kfc", "diagonal"}
 
 
-def test_a_layer_that_is_excluded_as_the_error_says_is_no_error() -> None:
+def test_a_layer_that_is_excluded_as_the_warning_says_is_no_warning() -> None:
     model = Twice().double()
     kfc = observe(model, lambda: F.cross_entropy(model(data(4, 3)), TARGET), exclude=["first"])
     assert kronecker_layers(kfc) == ["head"]
