@@ -22,7 +22,6 @@ from lightning_kfc.factors.inverses import INVERSES
 from lightning_kfc.monitoring.events import StepNumbers
 from lightning_kfc.monitoring.messages import inform
 from lightning_kfc.rules.base import Inspection
-from lightning_kfc.rules.ready import ready_layers
 from lightning_kfc.rules.update_exchange import received_updates
 from lightning_kfc.scheduling.refresh_schedule import RefreshSchedule
 from lightning_kfc.settings import Options, Settings, settings_of
@@ -246,7 +245,7 @@ class KFC:
         layers = [self.layers[name] for name in coming.rates]
         gradients = {layer: own for layer in layers if (own := layer.gradients()) is not None}
         stages.pending.before_step(gradients, step)
-        ready = received_updates(stages.ownership, ready_layers(rule, gradients, coming), damping)
+        ready = received_updates(stages.ownership, rule.ready(gradients, coming), damping)
         most_decrease = None
         if rule.bounds_decrease:
             bounded = stages.estimator.never_negative

@@ -60,13 +60,12 @@ class Batches:
     def capture(self) -> Iterator[None]:
         """Record the forward and the loss of one batch, where they are due."""
         steps = self._stages.steps
-        self._estimator.forgiving = steps.any_made
         if steps.again:
             self._estimator.record_nothing()
             self._reviewer.release()
             yield
             return
-        with self._reviewer.record(steps.number), self._estimator.capture(steps.number):
+        with self._reviewer.record(steps.number), self._estimator.capture():
             try:
                 yield
             finally:
@@ -86,7 +85,6 @@ class Batches:
         # In manual optimization the forward is still being recorded.
         self.pause()
         steps, expected = self._stages.steps, set(self.recorded)
-        self._estimator.forgiving = steps.any_made
         try:
             before = set(self._stages.layers)
             self._give_up(self._estimator.differentiated(loss))
@@ -95,7 +93,6 @@ class Batches:
             expected.update(self.recorded)
             found = self._estimator.statistics(
                 loss,
-                steps.number,
                 self.losses,
                 loss_scale=loss_scale,
                 loss_fraction=loss_fraction,

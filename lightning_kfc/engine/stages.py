@@ -73,6 +73,7 @@ class Stages:
             self.layers,
             self.tracker,
             group,
+            self.steps,
             self.times,
             self.events,
             fisher=settings.fisher,

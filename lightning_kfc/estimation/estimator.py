@@ -26,6 +26,7 @@ from lightning_kfc.losses.recorder import LossRecorder
 from lightning_kfc.losses.selection import attach_named_output
 from lightning_kfc.monitoring.events import Events
 from lightning_kfc.monitoring.timing import StepTimes
+from lightning_kfc.scheduling.step_counter import StepCounter
 from lightning_kfc.scheduling.tracker import RefreshTracker
 from lightning_kfc.utilities.isolation import eager_compiled_code, full_precision, leaving_no_trace, sinks_at_rest
 
@@ -41,6 +42,7 @@ class Estimator:
         layers: The model's layers, which may change.
         tracker: The dates of each layer.
         group: The ranks between which the batch is split; each of them samples targets of its own.
+        steps: The number of the step. Before the first optimizer step is made, errors are raised.
         times: Adds up the time that all this takes.
         events: Counts losses that cannot be used as they are.
         fisher: Whose targets the curvature is taken with.
@@ -49,7 +51,6 @@ class Estimator:
         seed: Seed of the sampling of targets.
 
     Attributes:
-        forgiving: Whether an optimizer step has been made: from then on no loss is an error, and none of its layers.
         recorded: The layers whose statistics are taken at this step.
         examples: The gradients of single examples of this step.
         self_test: The test of every layer's rows.
@@ -61,6 +62,7 @@ class Estimator:
         layers: Mapping[str, Layer],
         tracker: RefreshTracker,
         group: ProcessGroup,
+        steps: StepCounter,
         times: StepTimes,
         events: Events,
         *,
@@ -69,7 +71,7 @@ class Estimator:
         kind: type[Inverse],
         seed: int,
     ) -> None:
-        self._model, self._layers, self._tracker = model, layers, tracker
+        self._model, self._layers, self._tracker, self._steps = model, layers, tracker, steps
         self._times = times
         self._events = events
         self._likelihood = likelihood
@@ -84,7 +86,6 @@ class Estimator:
         self._of_losses = LossStatistics(
             layers, self.examples, self.self_test, self._sources, events, fisher, likelihood
         )
-        self.forgiving = False
         self.recorded: list[str] = []
 
     @property
@@ -108,8 +109,9 @@ class Estimator:
         return self._recorder is not None
 
     @contextlib.contextmanager
-    def capture(self, step: int) -> Iterator[None]:
+    def capture(self) -> Iterator[None]:
         """Record what the forward and the loss of this (micro-)batch show, if this step is due; else do nothing."""
+        step = self._steps.number
         self.recorded = self._tracker.recorded_at(step, self._layers)
         if not self.recorded:
             self.release()
@@ -128,7 +130,7 @@ class Estimator:
                 handles += attach_named_output(self._model, self._likelihood, self._losses)
             except ValueError:
                 # Later its loss is reported as one that has no term of the likelihood.
-                if not self.forgiving:
+                if not self._steps.any_made:
                     raise
             with eager_compiled_code(), self._losses:
                 yield
@@ -193,7 +195,6 @@ class Estimator:
     def statistics(
         self,
         loss: Tensor,
-        step: int,
         micro_batch: int,
         *,
         loss_scale: float,
@@ -204,7 +205,6 @@ class Estimator:
 
         Args:
             loss: The scalar whose backward follows.
-            step: The optimizer step.
             micro_batch: The number of losses of this step that came before.
             loss_scale: The factor that a gradient scaler has multiplied ``loss`` by.
             loss_fraction: The share of ``loss`` in the optimizer step, where its terms do not tell.
@@ -217,15 +217,15 @@ class Estimator:
         """
         if self._recorder is None or self._losses is None:
             return StepStatistics()
-        if self.forgiving and not loss.requires_grad:
-            self._of_losses.report_no_gradient(step)
+        if self._steps.any_made and not loss.requires_grad:
+            self._of_losses.report_no_gradient(self._steps.number)
             return StepStatistics()
-        failures = Failures(forgiving=self.forgiving)
+        failures = Failures(forgiving=self._steps.any_made)
         for name, error in self._recorder.failures.items():
             failures.note(name, error)
         if (failure := self._losses.failure) is not None:
             what = f"a loss function could not be read and is not recognised: {type(failure).__name__}: {failure}"
-            self._events.report("failed_statistics", step, what)
+            self._events.report("failed_statistics", self._steps.number, what)
         if micro_batch == 0:
             self._of_losses.never_negative = True
         custom = CustomFunctions()
@@ -237,7 +237,7 @@ class Estimator:
                 sinks_at_rest(loss),
                 custom.kept(loss) if loss.requires_grad else contextlib.nullcontext(),
             ):
-                return self._statistics(loss, step, micro_batch, loss_scale, loss_fraction, unseen, failures)
+                return self._statistics(loss, micro_batch, loss_scale, loss_fraction, unseen, failures)
         except Exception as error:
             if custom.failed is None:
                 raise
@@ -245,14 +245,13 @@ class Estimator:
             failure = RuntimeError(f"{what}: {type(error).__name__}: {error}")
             return StepStatistics(failed=dict.fromkeys(self.recorded, failure))
         finally:
-            self._sources.report_used_up(custom.used_up, step)
+            self._sources.report_used_up(custom.used_up, self._steps.number)
 
     # Parts of a due step.
 
     def _statistics(
         self,
         loss: Tensor,
-        step: int,
         micro_batch: int,
         loss_scale: float,
         loss_fraction: float,
@@ -261,7 +260,7 @@ class Estimator:
     ) -> StepStatistics:
         assert self._recorder is not None
         assert self._losses is not None
-        recorded = list(self._recorder.calls)
+        step, recorded = self._steps.number, list(self._recorder.calls)
         calls = recorded + self._parameter_calls()
         names = {call.layer for call in recorded if call.inputs is not None}
         examples = self.examples.of(names - unseen, step)

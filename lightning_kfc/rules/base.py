@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_kfc.curvature.layer import Layer
+from lightning_kfc.curvature.optimizer_step import OptimizerStep
 from lightning_kfc.factors.inverses import Inverse
 from lightning_kfc.monitoring.events import Events
 
@@ -77,6 +78,23 @@ class Rule(ABC, Generic[U]):
             optimizer: The optimizer that is about to step; None where it is not known, and has no momentum.
         """
         return dict(rates)
+
+    def ready(self, gradients: Mapping[Layer, Mapping[str, Tensor]], coming: OptimizerStep) -> list[ReadyLayer]:
+        """Return the layers that have an inverse and the gradient that it is for.
+
+        Args:
+            gradients: By layer: the gradients of its parameters.
+            coming: The coming step. Gradients are multiplied by its loss scale; the matrices are not.
+        """
+        usable = {
+            layer: own for layer, own in gradients.items() if layer.inverse is not None and tuple(own) == layer.roles
+        }
+        adjusted = self.learning_rates({layer: coming.rates[layer.name] for layer in usable}, coming.optimizer)
+        ready, scale = [], coming.loss_scale
+        for layer, own in usable.items():
+            matrix = layer.matrix(own)
+            ready.append(ReadyLayer(layer, matrix if scale == 1 else matrix / scale, adjusted[layer]))
+        return ready
 
     @abstractmethod
     def updates(
