@@ -368,7 +368,7 @@ def test_an_update_after_the_backward_is_an_error_that_tells_the_order() -> None
         with kfc.capture():
             loss = loss_of()
         loss.backward()
-        with pytest.raises(RuntimeError, match=r"call update\(loss\) before loss\.backward\(\)"):
+        with pytest.raises(RuntimeError, match=r"Call update\(loss\) before loss\.backward\(\)"):
             kfc.update(loss)
 
 

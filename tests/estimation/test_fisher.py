@@ -191,7 +191,7 @@ def test_empirical_needs_a_recognised_loss_or_none() -> None:
     kfc = engine(model, fisher="empirical", likelihood=Categorical(output_of="0"))
     with kfc.capture():
         loss = model(x).logsumexp(1).mean()
-    with pytest.raises(ValueError, match=r"output of '0' has no targets.*likelihood='auto'"):
+    with pytest.raises(ValueError, match=r"output of '0' has none.*likelihood='auto'"):
         kfc.update(loss)
 
 
