@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tomllib
 import yaml
 
@@ -40,12 +41,21 @@ def test_the_declared_minimums_are_the_versions_that_the_tests_run_on() -> None:
         assert numbers(declared[name]) == numbers(oldest[name]) == numbers(everyday[name]), name
 
 
-def test_the_page_states_the_versions_of_both_constraints_files() -> None:
-    page = (ROOT / "docs" / "compatibility.md").read_text("utf-8")
+def test_the_page_has_the_table_of_the_constraints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import generate_versions_table as generator
+
+    assert generator.PAGE.read_text("utf-8") == generator.page(), "run: python docs/generate_versions_table.py"
     oldest, newest = pins("constraints-oldest.txt"), pins("constraints-newest.txt")
-    for name in CLAIMED:
-        assert re.search(rf"^\| .*\b{name}\b.* \| {oldest[name]} \| {newest[name]} \|$", page, re.MULTILINE), name
-    assert f"| Python | {PROJECT['requires-python'].removeprefix('>=')} |" in page
+    assert f"| torch | {oldest['torch']} | {newest['torch']} |" in generator.table()
+    assert f"| Python | {PROJECT['requires-python'].removeprefix('>=')} |" in generator.table()
+
+
+def test_badges_name_the_lowest_versions() -> None:
+    badges = dict(re.findall(r"badge/(\w+)-([\d.]+)-", (ROOT / "README.md").read_text("utf-8")))
+    lowest = {**minimums(), "python": PROJECT["requires-python"].removeprefix(">=")}
+    assert set(badges) == {"python", "torch", "lightning"}
+    assert badges == {name: lowest[name] for name in badges}
 
 
 def test_the_version_is_written_in_one_place() -> None:
