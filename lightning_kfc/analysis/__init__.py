@@ -1,4 +1,4 @@
-"""What KFC approximates, measured on a small network and a batch; ``python -m lightning_kfc.analysis`` shows it."""
+"""Measure KFC's approximations on a small network and a batch; ``python -m lightning_kfc.analysis`` is a demo."""
 
 from lightning_kfc.analysis.assumptions import Assumption
 from lightning_kfc.analysis.compare import compare_curvature

@@ -1,4 +1,4 @@
-r"""Which of KFC's three assumptions costs how much, on one layer and one batch.
+r"""The errors of KFC's three assumptions on one layer and one batch.
 
 The paper's theorem 1 (arXiv:1602.01407) comes from :math:`F = E[\sum_{tt'} a_t a_{t'}^\top \otimes
 g_t g_{t'}^\top]` in three steps; here they are taken one after the other, expectations being means over the batch:
@@ -24,7 +24,7 @@ from lightning_kfc.estimation.recording import ForwardHook, output_edge
 from lightning_kfc.estimation.seeds import WeightedTerm, edges_with_seed
 from lightning_kfc.layers import Adapter, Forward
 
-#: Above so many multiply-adds a layer's assumptions are not looked at one by one.
+#: Most multiply-adds for separate tests of a layer's assumptions.
 MAX_OPERATIONS = 1e12
 
 

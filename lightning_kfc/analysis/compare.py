@@ -1,4 +1,4 @@
-"""The dense Fisher block of each layer against what training uses in its place."""
+"""Compare the dense Fisher block of each layer with its approximations."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def compare_curvature(
     check_positive("damping", damping)
     check_integer("max_parameters", max_parameters, minimum=1)
     with leaving_no_trace(model), torch.enable_grad():
-        # Where nothing is recognised, an engine would go on with the empirical Fisher, which is no Fisher to compare.
+        # Without a recognised term an engine would use the empirical Fisher, which is another matrix.
         evaluate(model, loss, likelihood)
     expand = _observed(model, loss, layers, likelihood, "expand")
     chosen, skipped = _choose(expand.layers, max_parameters)

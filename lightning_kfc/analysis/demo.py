@@ -1,4 +1,4 @@
-"""A small digit classifier, trained for a while: what ``python -m lightning_kfc.analysis`` looks at."""
+"""A small trained digit classifier, for ``python -m lightning_kfc.analysis``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_kfc.pictures.snapshots import SpectraOverTime, shown_factors
 
 @dataclass(frozen=True, eq=False)
 class Demo:
-    """A trained network and the batch to look at it with.
+    """A trained network and a batch for its analysis.
 
     Attributes:
         model: The network, in float64.

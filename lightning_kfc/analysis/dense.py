@@ -18,7 +18,7 @@ from lightning_kfc.losses.likelihoods import Likelihood
 from lightning_kfc.losses.recorder import LossRecorder
 from lightning_kfc.losses.selection import LossNotRecognisedError, attach_named_output, unrecognised, wanted_terms
 
-#: A dense Fisher matrix takes so many back-propagations at most: a small batch shows as much.
+#: Most back-propagations of a dense Fisher matrix; a small batch is enough.
 MAX_PASSES = 20_000
 
 

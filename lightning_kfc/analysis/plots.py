@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 #: Eigenvalues are drawn down to this share of the largest exact one.
 SMALLEST_SHARE = 1e-8
-#: A line of a spectrum has so many points at most, more than the panel has pixels to tell apart.
+#: Most points of a spectrum's line.
 MOST_POINTS = 60
 
 

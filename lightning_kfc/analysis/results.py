@@ -1,4 +1,4 @@
-"""What a comparison of curvature matrices has found."""
+"""Results of a comparison of curvature matrices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_kfc.analysis.assumptions import Assumption
 
-#: What each approximation is called in tables and plots.
+#: Labels of the approximations in tables and plots.
 TITLES = {
     "kfc": "KFC (expand)",
     "reduce": "K-FAC reduce",
@@ -88,7 +88,7 @@ class Comparison:
     Attributes:
         layers: By name.
         damping: :math:`\lambda` of the preconditioned gradients.
-        seeds: How many back-propagations the dense matrix is the sum of.
+        seeds: The number of back-propagations in the dense matrix.
         skipped: Layers that were left out, with the reason.
     """
 
@@ -102,7 +102,7 @@ class Comparison:
         return self.layers[layer]
 
     def __str__(self) -> str:
-        """A table with a line for each layer and approximation, then what each assumption costs."""
+        """A table with a line for each layer and approximation, then the costs of the assumptions."""
         width = max([5, *(len(f"{name} ({entry.parameters:,})") for name, entry in self.layers.items())])
         columns = f"{'Error':>8}{'rescaled':>10}{'Cosine':>8}{'split':>8}{'Distance':>10}"
         header = f"{'Layer':<{width}}  {'Curvature':<13}{columns}"

@@ -1,4 +1,4 @@
-"""The paper's sec. 5.1 on a network and a batch: are derivatives uncorrelated over space, and locations alike?"""
+"""Tests of the paper's sec. 5.1 on a network and a batch: uncorrelated derivatives, and homogeneity over space."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def spatial_statistics(
         radius: The largest offset along each axis, at least 1.
         fisher: ``"exact"``: all outcomes of every term, one back-propagation each; ``"mc"``: one sample a term.
         likelihood: As the option of :class:`~lightning_kfc.KFC`.
-        max_examples: At most so many examples of the batch are looked at.
+        max_examples: The largest number of used examples of the batch.
 
     Raises:
         LossNotRecognisedError: If the loss holds no recognised term.

@@ -16,7 +16,7 @@ def layer_bytes(layer: Layer, inverse: type[Inverse], moments: int = 0) -> int:
     Args:
         layer: The layer.
         inverse: The user's kind of inverse.
-        moments: How many numbers the rule keeps for each parameter.
+        moments: The rule's numbers per parameter.
     """
     if layer.averages and layer.inverse is not None:
         kept = layer.moments.nbytes() if layer.moments is not None else 0

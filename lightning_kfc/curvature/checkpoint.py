@@ -65,7 +65,7 @@ def load_layers(
         layers: The model's layers.
         states: From :func:`layers_state`, with tensors on any device.
         kind: The user's kind of inverse.
-        ownership: Which rank holds what.
+        ownership: The ranks that hold factors and inverses.
         with_moments: Whether the rule has moments.
     """
     problems = [f"layer {name!r} of the checkpoint is not in the model" for name in states if name not in layers]

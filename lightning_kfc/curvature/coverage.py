@@ -121,7 +121,7 @@ class Coverage:
         return "\n".join(lines)
 
 
-#: Columns of a terminal, which a table keeps to but for numbers that need more beside :data:`SHORTEST_NAME` of a name.
+#: Columns of a terminal, the width of a table unless its numbers and :data:`SHORTEST_NAME` of a name need more.
 WIDTH, SHORTEST_NAME = 80, 12
 
 _WRAP = textwrap.TextWrapper(WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
@@ -181,7 +181,7 @@ def _sides(shapes: Shapes) -> str:
 
 
 def _cut(name: str, width: int) -> str:
-    """A long name without its middle: its beginning and its end tell layers apart."""
+    """A long name without its middle; beginning and end distinguish layers."""
     if len(name) <= width:
         return name
     kept = max(width - 3, 2)
@@ -204,11 +204,11 @@ def _size(count: int) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
 
 
-#: Why a parameter that the model has only since a moment ago has its plain gradient.
+#: The reason for the plain gradient of a new parameter.
 TO_BE_FOUND = "new: found at the next step that takes statistics"
 
 
-#: Why layers that could have a curvature have their plain gradient at present.
+#: Reasons for the plain gradient of layers without curvature at present.
 NO_STATISTICS = "no statistics so far: no loss that was seen reaches it"
 NO_INVERSE = "no inverse so far: made with the next refresh"
 OTHER_PARAMETERS = "frozen or unfrozen since its last statistics: taken anew at the next step that takes statistics"
@@ -239,7 +239,7 @@ def coverage_of(
         model: The model.
         found: Its layers.
         inverse: The user's kind of inverse.
-        moments: How many numbers the rule keeps for each parameter; they count as memory of the inverse.
+        moments: The rule's numbers per parameter, which count as memory of the inverse.
         idle: Layers that have no curvature at present, by name, with the reason.
     """
     idle = idle or {}

@@ -1,4 +1,4 @@
-"""Finds the layers of a model, and an adapter for each."""
+"""Find the layers of a model, and an adapter for each."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lightning_kfc.settings import Settings
 
 @dataclass(frozen=True)
 class LayerOptions:
-    """Which layers are found, and how their statistics are taken.
+    """The options for finding layers and taking their statistics.
 
     Attributes:
         include: Glob patterns over module names: only these are preconditioned; None for all.
@@ -39,7 +39,7 @@ class LayerOptions:
         rows_per_dim: Statistics are taken from a part of a batch's rows that has so many times a factor's dimensions;
             None for all rows.
         inverse_precision: That of Cholesky inverses: ``"full"`` or ``"bfloat16"``.
-        every: Statistics are taken, and inverses refreshed, every so many steps.
+        every: The periods of statistics and of inverses, in steps.
     """
 
     include: Sequence[str] | None = None
@@ -85,7 +85,7 @@ def find_layers(model: nn.Module, options: LayerOptions | None = None, *, strict
 
     Args:
         model: The model.
-        options: Which layers, and how their statistics are taken.
+        options: The options.
         strict: Whether it is an error that a pattern matches nothing, or that there is no layer.
 
     Raises:
@@ -137,8 +137,8 @@ def parameter_layers(model: nn.Module, reasons: Mapping[int, str], options: Laye
 
     Args:
         model: The model.
-        reasons: Why each parameter, by ``id``, has no Kronecker factors.
-        options: How statistics are taken.
+        reasons: The reason for no Kronecker factors, by ``id`` of the parameter.
+        options: The options of statistics.
     """
     layers = {}
     # In the model's order: the ranks of a process group must come to the same order, which that of ids is not.
@@ -151,7 +151,7 @@ def parameter_layers(model: nn.Module, reasons: Mapping[int, str], options: Laye
 
 
 class _Uses:
-    """Which adapters use which parameters."""
+    """The adapters that use each parameter."""
 
     def __init__(self) -> None:
         self._uses: dict[object, dict[str, list[Adapter]]] = {}

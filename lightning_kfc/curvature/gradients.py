@@ -13,7 +13,7 @@ from lightning_kfc.layers import Adapter
 
 
 def is_zero(gradient: Tensor) -> bool:
-    """Whether a gradient is zero in every element; a sparse one is looked at as it is."""
+    """Whether a gradient is zero in every element; of a sparse one, in its stored values."""
     return not bool((gradient._values() if gradient.is_sparse else gradient).any())
 
 

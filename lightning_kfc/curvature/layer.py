@@ -23,12 +23,12 @@ from lightning_kfc.layers import Adapter
 
 
 class Layer:
-    """What :class:`~lightning_kfc.KFC` keeps for one layer.
+    """The state of one layer of :class:`~lightning_kfc.KFC`.
 
     Args:
         name: The name of its (first) module in the model.
         adapters: The adapters of all modules that share the layer's parameters, the first one's first.
-        reason: Why the layer has no Kronecker factors; empty where it has.
+        reason: The reason for no Kronecker factors; empty for a layer with factors.
         inverse_precision: That of a Cholesky inverse, and of the products with it: ``"full"`` or ``"bfloat16"``.
     """
 
@@ -41,7 +41,7 @@ class Layer:
         self.inverse: Inverse | None = None
         #: The last inverse that gave a usable update, until the present one has given one.
         self.previous_inverse: Inverse | None = None
-        #: What the rule "adam" remembers, in the eigenbasis of the inverse.
+        #: The moments of the rule "adam", in the eigenbasis of the inverse.
         self.moments: Moments | None = None
         # A sharded module shows the whole parameters from its forward to its backward: the gradients, and the
         # optimizer, are of the parts.
@@ -127,7 +127,7 @@ class Layer:
         self._pending_roles = tuple(self.adapter.own_parameters())
 
     def drop_pending(self) -> None:
-        """Forget what the micro-batches of the step have brought."""
+        """Drop the statistics of the step's micro-batches."""
         self.pending = None
 
     def seen_rows(self, rows: int) -> None:
@@ -138,7 +138,7 @@ class Layer:
         """Fold a step's statistics into the running averages.
 
         Returns:
-            False where the averages had to start anew, since parameters were frozen or unfrozen.
+            False if the averages started anew, since parameters were frozen or unfrozen.
         """
         factors = statistics.factors()
         kept = not self.averages or (
@@ -159,7 +159,7 @@ class Layer:
         """Note that another rank, which has the running averages, folds a step's statistics into them.
 
         Returns:
-            False where they start anew, as in :meth:`fold`.
+            False if they start anew, as in :meth:`fold`.
         """
         kept = self.roles in ((), self._pending_roles)
         if not kept:
@@ -202,7 +202,7 @@ class Layer:
         return float(estimated_quadratic_form(self.curvature(), delta))
 
     def curvature(self) -> Mapping[str, Tensor]:
-        """The factors that are inverted: the running ones, or what the adapter makes of them."""
+        """The factors that are inverted: the running ones, as changed by the adapter."""
         draws = min(average.draws for average in self.averages.values())
         return self.adapter.estimate(self.factors, draws)
 
@@ -272,7 +272,7 @@ class Layer:
     def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Tensors with the shapes of the parameters, by role, as one matrix ``(groups, d_out, d_in)``.
 
-        It is in float32 or better; of sharded tensors it is the whole, for which all ranks must ask together.
+        It is in float32 or better; of sharded tensors it is the whole. Collective for those: call on every rank.
         """
         joint = self.adapter.matrix({role: whole(tensor) for role, tensor in tensors.items()})
         return joint.to(torch.promote_types(joint.dtype, torch.float32))
@@ -286,7 +286,7 @@ class Layer:
     def gradient_is_zero(self) -> bool:
         """Whether the layer's parameters have no gradient, or one that is zero in every element."""
         parameters = {**self.adapter.parameters(), **self._shards}.values()
-        # A rank's part of a sharded gradient says nothing about the other ranks' parts.
+        # Other ranks may have nonzero parts of a sharded gradient.
         return all(g is None or (type(g) is Tensor and is_zero(g)) for g in (p.grad for p in parameters))
 
     def write(self, matrix: Tensor) -> bool:

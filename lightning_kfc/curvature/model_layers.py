@@ -1,4 +1,4 @@
-"""The layers of a model that is trained, which may change meanwhile."""
+"""The layers of a model, which may change during training."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ class ModelLayers(Mapping[str, Layer]):
 
     Args:
         model: The model.
-        options: Which layers, and how their statistics are taken.
+        options: The options.
 
     Attributes:
         plain: The parameters that keep their plain gradient, by ``id``: their module's kind, and why.
-        dropped: Why layers without Kronecker factors were given up, by name: their rows do not explain their gradient.
+        dropped: By name of a layer without Kronecker factors, the reason why its rows do not rebuild its gradient.
 
     Raises:
         ValueError: If a pattern matches nothing, or no layer is left.
@@ -127,11 +127,11 @@ class ModelLayers(Mapping[str, Layer]):
     # Layers that are given up.
 
     def drop(self, name: str, reason: str) -> None:
-        """Give each parameter of a layer a diagonal curvature, as long as the layer stays what it is.
+        """Give each parameter of a layer a diagonal curvature, until the layer changes.
 
         Args:
             name: The layer's name.
-            reason: Why its rows do not explain its gradient.
+            reason: The reason why its rows do not rebuild its gradient.
         """
         self._dropped_as[self._layers[name].found_as] = reason
         self.dropped[name] = reason
@@ -141,7 +141,7 @@ class ModelLayers(Mapping[str, Layer]):
         """Drop layers, and warn on rank zero, once for each reason.
 
         Args:
-            reasons: Why the rows of each layer, by name, do not explain its gradient.
+            reasons: The reason why its rows do not rebuild its gradient, by name of the layer.
         """
         for reason in dict.fromkeys(reasons.values()):
             alike = [layer for layer, own in reasons.items() if own == reason]
@@ -150,8 +150,8 @@ class ModelLayers(Mapping[str, Layer]):
                     self.drop(layer, reason)
             if distributed.rank() == 0:
                 warnings.warn(
-                    f"KFC has no Kronecker factors for {listed(alike)}: {reason}. Its parameters get a diagonal "
-                    "curvature; add it to `exclude` to give them their plain gradient and to silence this.",
+                    f"KFC has no Kronecker factors for {listed(alike)}: {reason}. Their parameters get a diagonal "
+                    "curvature. Add them to `exclude` for their plain gradient, without this warning.",
                     stacklevel=2,
                 )
 

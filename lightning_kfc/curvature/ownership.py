@@ -1,4 +1,4 @@
-"""Which rank holds the factors and the inverse of which layer."""
+"""The ranks that hold the factors and the inverse of each layer."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class LayerOwnership:
 
     @property
     def placement(self) -> Placement:
-        """The placement of this run's ranks; made when first asked for, when all of them are there."""
+        """The placement of this run's ranks, made at its first use, after all ranks have started."""
         if self._placement is None or self._placement.grid.ranks != self.group.size:
             asked = self._asked
             if asked == "auto":
@@ -90,7 +90,7 @@ class LayerOwnership:
         return owner is None or self.placement.grid.holds(owner, self.group.rank)
 
     def sum(self, own: float) -> float:
-        """What the ranks find together, each for the layers whose factors it holds. Collective: call on every rank."""
+        """The sum of a number over the ranks that hold factors. Collective: call on every rank."""
         if self.replicated:
             return own
         device = next(iter(self._layers.values())).parameters()[0].device
@@ -121,13 +121,13 @@ class LayerOwnership:
     # Messages.
 
     def broadcast(self, flat: Tensor, source: int, ranks: tuple[int, ...], what: str) -> Callable[[], None]:
-        """Begin to send a buffer from one rank to some; what is returned waits for it.
+        """Begin to send a buffer from one rank to some; return a function that waits for it.
 
         Args:
             flat: The buffer, filled on the source.
             source: The rank that sends.
             ranks: All that take part, the source among them.
-            what: What the bytes are counted as.
+            what: The kind of message, for the count of bytes.
         """
         if len(ranks) == 1:
             return lambda: None

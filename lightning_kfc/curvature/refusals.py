@@ -11,10 +11,10 @@ from torch.nn.parameter import is_lazy
 
 from lightning_kfc.layers import adapter_for
 
-#: Why the parameters of a lazy module have no curvature before it has seen an input.
+#: The reason for no curvature of a lazy module before its first input.
 UNINITIALISED = "not initialised before the first forward"
 
-#: Why a complex parameter has no curvature. All factors are real.
+#: The reason for no curvature of a complex parameter. All factors are real.
 COMPLEX = "complex: there is no curvature for complex values"
 
 #: Why a parameter without elements has no curvature.
@@ -22,7 +22,7 @@ EMPTY = "empty: it has no elements"
 
 
 def uninitialised(module: nn.Module) -> bool:
-    """Whether a lazy module has not seen an input yet."""
+    """Whether a lazy module is not initialised yet."""
     return any(parameter is not None and is_lazy(parameter) for parameter in module._parameters.values())
 
 
@@ -64,7 +64,7 @@ def refusal(module: nn.Module) -> str | None:
 
 
 def _computes_its_weight(module: nn.Module) -> bool:
-    # Without reading it: a spectral norm goes on with its power iteration whenever it is read.
+    # Without reading the weight, since each read continues the power iteration of a spectral norm.
     held = module.__dict__.get("weight", module._buffers.get("weight"))
     return held is not None or nn.utils.parametrize.is_parametrized(module, "weight")
 

@@ -1,4 +1,4 @@
-"""How ill-conditioned a layer's factors are, and how many directions they have, estimated at a small cost."""
+"""Condition numbers and effective ranks of a layer's factors, estimated at a small cost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_kfc.factors.spectrum import effective_rank, largest_eigenvalues
 
 @dataclass(frozen=True)
 class LayerSpectra:
-    r"""What is known of a layer's spectra without decomposing its factors.
+    r"""Numbers of a layer's spectra, without a decomposition of its factors.
 
     Attributes:
         largest_curvature: :math:`\lambda_{\max}(A)\,\lambda_{\max}(G)`, or that of the layer's blocks; the largest of
@@ -77,7 +77,7 @@ def spectra_of(layers: Mapping[str, Layer], damping: float) -> dict[str, LayerSp
 
 
 def _smallest_damped(layer: Layer, key: str, share: Tensor, top_of_inverse: Tensor | None) -> Tensor | None:
-    """The smallest eigenvalue of a damped factor, by what its inverse knows; None where that is not here."""
+    """The smallest eigenvalue of a damped factor, from its inverse; None if it is not available."""
     if top_of_inverse is not None:
         return 1 / top_of_inverse
     factor, inverse = layer.factors[key], layer.inverse

@@ -1,4 +1,4 @@
-"""The unit in which a layer's weights are measured."""
+"""The unit of a layer's weights."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""On which rank things are, and what ranks send each other."""
+"""Collectives, and the placement of layers on ranks."""

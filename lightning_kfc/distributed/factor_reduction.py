@@ -29,14 +29,14 @@ PRECISIONS = ("full", "bfloat16")
 
 @dataclass(frozen=True)
 class StatisticsLayout:
-    """What every rank knows of a layer's statistics before any is there.
+    """The layout of a layer's statistics, the same on every rank.
 
     Attributes:
         name: The layer.
         shapes: Of its statistics, by factor name.
         means: The names of those that are divided by a number of rows; the others are plain sums.
         dtype: The precision they are in.
-        device: Where they are.
+        device: Their device.
         owner: The rank of the group that keeps the sum; None where all do.
         symmetric: Whether those of three axes are symmetric matrices, of which a triangle is sent.
     """
@@ -98,10 +98,10 @@ class FactorReduction:
     Args:
         group: The ranks.
         outlines: The layers, the same and in the same order on every rank.
-        statistics: What this rank has, by layer.
+        statistics: The statistics of this rank, by layer.
         flags: Layers whose flag this rank raises.
         precision: ``"full"``, or ``"bfloat16"``: numbers are rounded to bfloat16 before they are sent, added up in
-            their own precision, and, where all ranks get the sum, rounded once more.
+            their own precision, and rounded again if all ranks get the sum.
         bucket_bytes: The size at which a buffer is sent; None for the default.
     """
 

@@ -1,4 +1,4 @@
-r"""Who factorises what, and who holds it: a pure function of the layers' costs (KAISA, Pauloski et al. 2021).
+r"""The ranks that factorise and hold each layer: a pure function of the layers' costs (KAISA, Pauloski et al. 2021).
 
 The W ranks form W/k groups of k *gradient workers*. Each layer has an owner, that factorises it; all workers of the
 owner's group get the inverse and precondition the layer's gradient, and each of them sends the result to one
@@ -20,7 +20,7 @@ PLACEMENTS = ("auto", "comm-opt", "mem-opt")
 
 
 def check_placement(placement: Any, inverse: str) -> None:
-    """Require a placement that exists, and that gives every rank what the inverse asks for.
+    """Require a valid placement that suits the inverse.
 
     Args:
         placement: The user's.
@@ -44,7 +44,7 @@ def check_placement(placement: Any, inverse: str) -> None:
 
 
 def gradient_workers(placement: str | float, ranks: int) -> int:
-    """The number k of ranks that hold each inverse: the divisor of ``ranks`` nearest to what is asked for.
+    """The number k of ranks that hold each inverse: the divisor of ``ranks`` nearest to the placement.
 
     Args:
         placement: ``"comm-opt"`` (all), ``"mem-opt"`` (one), or the fraction k/W.

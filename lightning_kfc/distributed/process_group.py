@@ -91,7 +91,7 @@ class Communication:
     total: int = 0
 
     def begin(self, *what: str) -> None:
-        """Begin to count anew for one more refresh, or step."""
+        """Reset the counts for the next refresh, or step."""
         for name in what:
             setattr(self, name, 0)
 
@@ -117,11 +117,11 @@ def own_part(tensor: Any) -> Tensor:
 
 
 def all_finite(gradients: Sequence[Tensor]) -> bool:
-    """Whether no gradient holds a NaN or an infinity; sparse ones are looked at as they are.
+    """Whether all gradients are finite; of sparse ones the stored values.
 
     Args:
-        gradients: What the ranks have reduced already, so that all of them give the same answer. Of sharded ones
-            each rank sees a part: there every rank must ask, and all get the answer for the whole.
+        gradients: Reduced gradients, for the same result on all ranks. For sharded ones, of which
+            each rank has a part, the call is collective, and the result is that of the whole.
     """
     parts = [own_part(gradient) for gradient in gradients]
     dense = [gradient._values() if gradient.is_sparse else gradient for gradient in parts]

@@ -13,7 +13,7 @@ from lightning_kfc.factors.inverses import Factors, Inverse, StepInverse
 
 @dataclass(frozen=True)
 class RemoteInverse(Inverse):
-    """An inverse that another rank holds: it can only be asked for its updates."""
+    """An inverse that another rank holds; only that rank computes updates with it."""
 
     name: ClassVar[str] = "elsewhere"
 
@@ -43,5 +43,5 @@ class ReceivedUpdate(StepInverse):
     name: ClassVar[str] = "solved"
 
     def solve(self, gradient: Tensor) -> Tensor:
-        """What has arrived."""
+        """The received update."""
         return self.update

@@ -10,7 +10,7 @@ from lightning_kfc.distributed.process_group import is_sharded
 
 
 def whole(tensor: Any) -> Any:
-    """A sharded tensor as a plain one, which all ranks of its mesh must ask for together; anything else as it is."""
+    """A sharded tensor as a plain one, other tensors unchanged. Collective: call on every rank of its mesh."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 

@@ -1,1 +1,1 @@
-"""What the steps of :class:`~lightning_kfc.KFC` are made of; the only room that imports several stages."""
+"""The parts of :class:`~lightning_kfc.KFC`; the only room that imports several stages."""

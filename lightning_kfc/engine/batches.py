@@ -77,7 +77,7 @@ class Batches:
         Args:
             loss: The scalar whose backward follows.
             loss_scale: The factor that a gradient scaler has multiplied ``loss`` by.
-            loss_fraction: The share of ``loss`` in the optimizer step, where its terms do not tell.
+            loss_fraction: The share of ``loss`` in the optimizer step, for terms without a known weight.
         """
         self._reviewer.note_loss(loss, loss_scale)
         if not self._estimator.active:
@@ -115,13 +115,13 @@ class Batches:
         if self._stages.group.size == 1:
             self._stages.layers.drop_all(reasons)
         else:
-            # The next refresh of factors returns them, when all ranks know.
+            # The next refresh of factors drops them on all ranks.
             self._stages.factors.give_up_together(reasons)
 
     def pause(self) -> None:
         """Record nothing until :meth:`resume`: a backward re-runs checkpointed forwards, which belong to no loss."""
         if self._estimator.active or self._reviewer.recording:
-            # What ran eagerly in the forward, a checkpoint must run eagerly again in the backward.
+            # Activation checkpointing must run the same code, eagerly, in the backward.
             self._backward.enter_context(eager_compiled_code())
         self._estimator.pause()
         self._reviewer.pause()
@@ -133,7 +133,7 @@ class Batches:
         self._reviewer.resume()
 
     def release(self) -> None:
-        """Let go of what was recorded of the last forward and its graph."""
+        """Release the last recorded forward and its graph."""
         self._estimator.release()
         self._reviewer.release()
         self._stages.factors.abandon()
@@ -143,13 +143,13 @@ class Batches:
         self._pending.forget(layers)
 
     def skip(self, layers: Collection[str]) -> None:
-        """Forget the statistics of layers that were stepped without them; their next gradient begins anew."""
+        """Drop the statistics of layers after a step without them."""
         self._pending.skip(layers)
         self._stages.factors.discard(layers)
         self._reviewer.cancel()
 
     def abandon(self, layers: Collection[str]) -> None:
-        """Forget the statistics and losses of a step whose gradients are not finite: it is made anew, of others."""
+        """Drop the statistics and losses of a step whose gradients are not finite."""
         self._pending.drop(layers)
         self._stages.factors.discard(layers)
         self._reviewer.forget_losses()

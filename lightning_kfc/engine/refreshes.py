@@ -26,7 +26,7 @@ class Refreshes:
         self._factors, self._inverses, self._reviewer = stages.factors, stages.inverses, stages.reviewer
 
     def begin(self, optimizer: Optimizer) -> None:
-        """Begin to add up over ranks what a step's losses have brought; the next refresh waits for it.
+        """Begin the sum of a step's statistics over ranks; the next refresh waits for it.
 
         Args:
             optimizer: Of the layers that this optimizer steps.
@@ -37,7 +37,7 @@ class Refreshes:
                 self._factors.begin([layers[name] for name in layers.stepped_by(optimizer)])
 
     def if_finite(self, optimizer: Optimizer) -> None:
-        """Refresh, unless a gradient says that the step will be skipped; between due steps nothing happens.
+        """Refresh if due, unless a gradient is not finite and the step will be skipped.
 
         Args:
             optimizer: Of the layers that this optimizer steps.
@@ -59,13 +59,13 @@ class Refreshes:
         """
         stages = self._stages
         finite = all_finite([p.grad for p in parameters if p.grad is not None])
-        # Where messages follow, no rank may be the only one to wait for them, whatever its own gradients are.
+        # If messages follow, all ranks must take part, whatever their own gradients are.
         if stages.group.size > 1 and (self._reviewer.active or self._sends(names)):
             return stages.group.all_agree(finite, next(stages.model.parameters()).device)
         return finite
 
     def __call__(self, names: Collection[str]) -> None:
-        """Fold what the losses of a step have brought into the factors of layers, and refresh their inverses.
+        """Fold the statistics of a step into the factors of layers, and refresh their inverses.
 
         Args:
             names: The layers.
@@ -86,7 +86,7 @@ class Refreshes:
                     moments = stages.estimator.examples.second_moments(layers)
                     self._factors.fold_second_moments(layers, step, moments)
         except Exception as error:
-            # With several ranks the others wait for what this one has not sent, so that it cannot go on alone.
+            # With several ranks the others wait for messages of this one, which must not continue alone.
             if not stages.steps.any_made or stages.group.size > 1:
                 raise
             stages.pending.leave_out({layer.name: error for layer in layers}, step)

@@ -33,7 +33,7 @@ from lightning_kfc.trust_region.review import StepReviewer
 
 
 class Stages:
-    """The stages of a step, in their order, and what they share.
+    """The stages of a step, in their order, and their common objects.
 
     Args:
         model: The model.
@@ -104,12 +104,12 @@ class Stages:
             self._ranks_agree = True
 
     def follow_structure(self) -> str | None:
-        """Look for what was added to the model, replaced or taken away since; what is known of other layers stays.
+        """Find modules and parameters that were added, replaced or removed; other layers keep their state.
 
         All ranks must do so at the same step.
 
         Returns:
-            What has changed, in words; None where nothing has.
+            A description of the changes; None without any.
         """
         if not self.layers.changed():
             return None
@@ -173,5 +173,5 @@ class Stages:
         return list(loaded.problems)
 
     def _with_state(self) -> dict[str, Any]:
-        """What is restored once the periods are known, by name in a state."""
+        """The objects that are restored after the periods, by name in a state."""
         return {"due": self.tracker, "events": self.events, "trust_region": self.reviewer.region}

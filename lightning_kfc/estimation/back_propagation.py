@@ -145,7 +145,7 @@ def gradient_norm(seeds: Seeds, calls: Sequence[Call]) -> float:
 
 
 def _factors(calls: Sequence[Call], scale: float, mean_fraction: float | None) -> list[float]:
-    """What products of two derivatives at each call's output are to be multiplied by."""
+    """The factor on products of two derivatives at each call's output."""
     if mean_fraction is None:
         return [1.0 / scale**2] * len(calls)
     sizes = {index: _examples(call) for index, call in enumerate(calls) if call.adapter.has_rows}
@@ -155,7 +155,7 @@ def _factors(calls: Sequence[Call], scale: float, mean_fraction: float | None) -
 
 
 def _examples(call: Call) -> int:
-    """The number of examples of a call, which its adapter alone can tell from positions and channels."""
+    """The number of examples of a call, from its adapter."""
     return call.adapter.output_rows(torch.empty(call.output_shape, device="meta")).shape[0]
 
 
@@ -171,7 +171,7 @@ def empirical_statistics(
     r"""The empirical Fisher of a loss, or of a part of it, that is taken to be a mean over examples.
 
     Args:
-        seeds: What brings the derivative of the loss, or of the part, to every edge.
+        seeds: The seeds of the loss, or of a part of it.
         calls: What was recorded in the forward.
         loss_fraction: The loss's fraction of the optimizer step.
         test: As in :func:`back_propagate`.

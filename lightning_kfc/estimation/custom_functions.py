@@ -1,4 +1,4 @@
-"""Custom autograd functions whose backward uses up, or overwrites, what their forward has saved.
+"""Custom autograd functions whose backward clears or overwrites their saved tensors.
 
 Such a backward runs once only: a second one fails, or gives another gradient. The estimator's back-propagations come
 before the user's, so that what a custom function holds is put back after each of them.
@@ -21,7 +21,7 @@ class CustomFunctions:
     """The custom autograd functions in the graph of a loss.
 
     Attributes:
-        used_up: The names of functions whose backward has changed what they held.
+        used_up: The names of functions whose backward has changed their state.
         failed: The name of the function whose backward has raised, or None.
     """
 
@@ -31,7 +31,7 @@ class CustomFunctions:
 
     @contextlib.contextmanager
     def kept(self, loss: Tensor) -> Iterator[None]:
-        """Put back, after each back-propagation, what the functions in a loss's graph hold."""
+        """Restore, after each back-propagation, the state of the custom functions in a loss's graph."""
         self.failed = None
         contexts = [_Context(node) for node in _custom_nodes(loss)]
         with contextlib.ExitStack() as handles:
@@ -52,7 +52,7 @@ class CustomFunctions:
 
 
 class _Context:
-    """What one call of a custom function holds: attributes, and tensors that it has saved."""
+    """The state of one call of a custom function: attributes, and saved tensors."""
 
     def __init__(self, node: Any) -> None:
         self.node = node
@@ -65,12 +65,12 @@ class _Context:
 
     @torch.no_grad()
     def save(self, *_: Any) -> None:
-        """Note what is there, just before the backward runs."""
+        """Save the state before the backward."""
         self._attributes = dict(vars(self.node))
         try:
             saved = list(self.node.saved_tensors)
         except RuntimeError:
-            # Changed in place since the forward: the backward says so itself.
+            # Changed in place since the forward: the backward raises its own error.
             saved = []
         held = [value for value in (*saved, *self._attributes.values()) if isinstance(value, Tensor)]
         for tensor in {id(tensor): tensor for tensor in held}.values():
@@ -85,7 +85,7 @@ class _Context:
 
     @torch.no_grad()
     def restore(self, *_: Any) -> None:
-        """Put back what the backward has changed."""
+        """Restore the state after the backward."""
         self.running = False
         del self.node.maybe_clear_saved_tensors
         now = vars(self.node)

@@ -30,7 +30,7 @@ from lightning_kfc.scheduling.step_counter import StepCounter
 from lightning_kfc.scheduling.tracker import RefreshTracker
 from lightning_kfc.utilities.isolation import eager_compiled_code, full_precision, leaving_no_trace, sinks_at_rest
 
-#: Why layers have no Kronecker factors whose weights are used in derivatives of the network.
+#: The reason for no Kronecker factors of layers whose weights are used in derivatives of the network.
 DIFFERENTIATED = "the loss holds derivatives of the network, in which weights are used outside their layers"
 
 
@@ -46,7 +46,7 @@ class Estimator:
         times: Adds up the time that all this takes.
         events: Counts losses that cannot be used as they are.
         fisher: Whose targets the curvature is taken with.
-        likelihood: What the loss is the negative logarithm of, or ``"auto"``.
+        likelihood: The likelihood of the loss, or ``"auto"``.
         kind: The user's kind of inverse: the gradients of single examples are kept for some.
         seed: Seed of the sampling of targets.
 
@@ -95,17 +95,17 @@ class Estimator:
 
     @property
     def never_negative(self) -> bool:
-        """Whether no loss of the last step that was looked at has less than 0 in it, as far as is seen."""
+        """Whether all losses of the last step with statistics are bounded by 0."""
         return self._of_losses.never_negative
 
     def restore(self, *, self_test_done: bool, never_negative: bool) -> None:
-        """Take over what a saved state holds of the estimation."""
+        """Restore the state of the estimation."""
         self.self_test.restart(done=self_test_done)
         self._of_losses.never_negative = never_negative
 
     @property
     def active(self) -> bool:
-        """Whether a forward was recorded and not yet let go of."""
+        """Whether a recorded forward is held."""
         return self._recorder is not None
 
     @contextlib.contextmanager
@@ -145,7 +145,7 @@ class Estimator:
         self.release()
 
     def release(self) -> None:
-        """Let go of what was recorded of the last forward and its graph."""
+        """Release the last recorded forward and its graph."""
         self._recorder = self._losses = None
 
     def pause(self) -> None:
@@ -165,7 +165,7 @@ class Estimator:
             counted.difference_update([i for i in counted if calls[i].layer in layers])
 
     def follow(self, kept: Mapping[str, str], new: Iterable[str], step: int) -> None:
-        """Follow a model whose layers have changed: test those that are new beside those that still wait for it.
+        """Follow a model whose layers have changed, and test the new ones.
 
         Args:
             kept: The present name of each layer that stays, by the name that it had.
@@ -176,7 +176,7 @@ class Estimator:
         self.self_test.follow(kept, new, step)
 
     def differentiated(self, loss: Tensor) -> dict[str, str]:
-        """Why layers whose weights are used in derivatives of the network are to be given up, before their statistics.
+        """The layers whose weights are used in derivatives of the network, with the reason to drop them.
 
         Args:
             loss: The scalar whose backward follows.
@@ -207,7 +207,7 @@ class Estimator:
             loss: The scalar whose backward follows.
             micro_batch: The number of losses of this step that came before.
             loss_scale: The factor that a gradient scaler has multiplied ``loss`` by.
-            loss_fraction: The share of ``loss`` in the optimizer step, where its terms do not tell.
+            loss_fraction: The share of ``loss`` in the optimizer step, for terms without a known weight.
             unseen: Layers whose examples are not to be collected.
 
         Raises:

@@ -25,7 +25,7 @@ class _Rows:
     """One back-propagation's rows in calls that see the same examples.
 
     Attributes:
-        inputs: What each call read.
+        inputs: The input of each call.
         outputs: Each call's output rows, ``(examples, positions, groups, d_out)``.
         factor: Undoes the scale of the seeds, in the squares.
     """
@@ -55,7 +55,7 @@ class _Rows:
         )
 
     def smaller_as_gradients(self, d_in: int) -> bool:
-        """Whether the examples' gradients take less memory than these rows with what the calls read."""
+        """Whether the examples' gradients take less memory than these rows and the calls' inputs."""
         examples, _, groups, d_out = self.outputs[0].shape
         held = sum(rows.numel() for rows in self.outputs) + sum(kept.numel() for _, kept in self.inputs)
         return examples * groups * d_out * d_in < held
@@ -87,7 +87,7 @@ class ExampleGradients:
 
         Args:
             arrived: Calls, and the derivative at the output of each.
-            factor: What the squares are to be multiplied by.
+            factor: The factor on the squares.
         """
         self.reached = True
         by_size: dict[int, list[tuple[Call, Tensor]]] = {}
@@ -163,7 +163,7 @@ class StepExamples:
         for name in names:
             if name in self._layers and name not in self._by_layer:
                 layer = self._layers[name]
-                # Where the step ends with a new basis, the gradients themselves are kept for it.
+                # If the step ends with a new basis, the gradients are kept for it.
                 basis = None if self._tracker.new_inverse(name, step) else layer.basis_of_examples()
                 self._by_layer[name] = ExampleGradients(basis, layer.adapter.matrix_shape())
         return {name: self._by_layer[name] for name in names if name in self._by_layer}

@@ -77,8 +77,8 @@ class EdgeGradients:
     """The edges at which derivatives are wanted.
 
     Args:
-        starts: Where back-propagation may start.
-        edges: Where derivatives are wanted.
+        starts: The possible starts of back-propagation.
+        edges: The edges of the wanted derivatives.
     """
 
     def __init__(self, starts: Sequence[GradientEdge], edges: Sequence[GradientEdge]) -> None:
@@ -100,7 +100,7 @@ class EdgeGradients:
         """Back-propagate once; the graph is kept.
 
         Args:
-            outputs: Where to start.
+            outputs: The starts.
             values: The derivatives there.
             receive: Called with each derivative that arrives, in the order of arrival.
             others: Edges whose derivatives are returned, after all others have been received; None where none arrived.

@@ -40,7 +40,7 @@ class DueLoss:
         loss: The scalar whose backward follows.
         step: The optimizer step.
         scale: The factor that a gradient scaler has multiplied ``loss`` by.
-        fraction: The share of ``loss`` in the optimizer step, where its terms do not tell.
+        fraction: The share of ``loss`` in the optimizer step, for terms without a known weight.
         losses: The loss functions that were called in the forward.
         calls: The calls of layers in the forward.
         examples: Collect the gradients of single examples, by layer.
@@ -82,7 +82,7 @@ class StepStatistics:
 
     Attributes:
         by_layer: The statistics, by layer.
-        unexplained: Why the rows of layers do not explain their gradient; these layers are to be given up.
+        unexplained: By layer, the reason why its rows do not rebuild its gradient; these layers are dropped.
         failed: The error that was raised while a layer's statistics were taken.
     """
 
@@ -101,10 +101,10 @@ class LossStatistics:
         sources: Notes what statistics came from.
         events: Counts losses that cannot be used as they are.
         fisher: Whose targets the curvature is taken with.
-        likelihood: What the loss is the negative logarithm of, or ``"auto"``.
+        likelihood: The likelihood of the loss, or ``"auto"``.
 
     Attributes:
-        never_negative: Whether no loss of the last step that was looked at has less than 0 in it, as far as is seen.
+        never_negative: Whether all losses of the last step with statistics are bounded by 0.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class LossStatistics:
             seeds = unusable_seeds(kept, fisher, source)
             found = back_propagate(seeds, calls, 1.0, None, examples, on_failure=failures.note)
         elif all_zero(kept) and not mixed:
-            # What is multiplied by 0, to skip a batch, is no reason to forget the curvature that there was.
+            # A loss times 0, to skip a batch, must not change the curvature.
             self.report_no_gradient(due.step)
             found = {}
         elif source is not None and not all_zero(kept):

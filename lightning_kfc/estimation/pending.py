@@ -88,7 +88,7 @@ class PendingStatistics:
             if self._group.size == 1:
                 self.forget([name])
             else:
-                # The other ranks wait for them: what is not finite is dropped by all.
+                # The other ranks wait for them; all ranks drop statistics that are not finite.
                 self._layers[name].drop_pending()
                 self._layers[name].add(_not_finite(self._layers[name]))
                 self._estimator.examples.spoil(name)

@@ -1,4 +1,4 @@
-"""Records, during the forward of a due step, what each layer read and where its output's derivative arrives."""
+"""Record the layers' inputs and the gradient edges of their outputs, in the forward of a due step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_kfc.utilities.isolation import unseen_by_dispatch_modes
 
 @dataclass(frozen=True)
 class KeptInputs:
-    """What a module read, by reference: autograd keeps it anyway, for the weight's gradient.
+    """A module's input, by reference: autograd keeps it anyway, for the weight's gradient.
 
     Attributes:
         forward: The inputs, detached, and an output that has a shape only.
@@ -84,11 +84,11 @@ class Call:
     Attributes:
         layer: The layer's name.
         adapter: The adapter of the module that was called.
-        record: What the adapter recorded in the forward.
-        edge: Where the derivative at the module's own output arrives.
+        record: The adapter's record of the forward.
+        edge: The gradient edge of the module's own output.
         output_shape: The shape of that output.
         probe: Gives input rows times the self-test's direction; None when no self-test is due.
-        inputs: What the module read, where the gradients of single examples are wanted.
+        inputs: The module's input, if gradients of single examples are needed.
     """
 
     layer: str
@@ -170,7 +170,7 @@ class ForwardRecorder:
         paused: Whether calls pass unrecorded. A backward re-runs checkpointed forwards, which are none of ours.
         counted: The positions of the calls whose input rows have entered a statistic.
         times: Adds up the time that recording takes.
-        failures: What was raised while a call was recorded, by layer. The forward is the user's, and goes on.
+        failures: The error while a call was recorded, by layer; the user's forward continues.
     """
 
     calls: list[Call] = field(default_factory=list)

@@ -1,4 +1,4 @@
-r"""The part of a loss's gradient that no recognised term accounts for.
+r"""The part of a loss's gradient without the recognised terms.
 
 A loss :math:`h = \sum_t c_t h_t + u` has recognised terms :math:`h_t` and a rest u: a regulariser by hand, a second
 head whose loss is not recognised. The rest's derivative at any edge is the loss's minus that of the recognised terms.
@@ -51,7 +51,7 @@ def _below(node: Node) -> Iterator[GradientEdge]:
 
 
 class Rest:
-    """What a loss is made of besides its recognised terms.
+    """The part of a loss besides its recognised terms.
 
     Args:
         loss: The loss.

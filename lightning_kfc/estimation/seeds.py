@@ -44,7 +44,7 @@ def weighted_terms(
 
     Args:
         loss: The loss of this backward.
-        terms: What was recorded while it was computed.
+        terms: The recorded terms.
         loss_scale: The factor that a gradient scaler multiplied the loss by.
         loss_fraction: The share of this backward in the optimizer step (1/k when k micro-batches are
             accumulated), for terms without a derivative in the loss.

@@ -23,7 +23,7 @@ from lightning_kfc.layers import Adapter
 #: The relative error that rounding may leave, by the precision of the derivatives.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 1e-1}
 
-#: At most so many bytes of derivatives are squared at a time.
+#: Most bytes of derivatives that are squared at a time.
 CHUNK_BYTES = 2**20
 
 
@@ -37,7 +37,7 @@ class SelfTestError(RuntimeError):
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a parameter's derivative arrives, and how it will look."""
+    """The edge of a parameter's derivative, with its shape, precision and device."""
 
     edge: GradientEdge
     shape: torch.Size
@@ -59,7 +59,7 @@ class _Sums:
     Attributes:
         rebuilt: The sum over rows.
         spread: The sum of the squares of its terms.
-        tolerance: What the derivatives' precision allows, relative.
+        tolerance: The relative tolerance for the derivatives' precision.
     """
 
     rebuilt: Tensor
@@ -94,11 +94,11 @@ class SelfTest:
         self.never_called: list[str] = []
         #: Whether a layer that fails is an error, if the user registered its adapter; else :attr:`unexplained` has it.
         self.strict = True
-        #: Why layers have failed.
+        #: The reasons of failed layers.
         self.unexplained: dict[str, str] = {}
 
     def parameters(self) -> list[GradientEdge]:
-        """Where the derivatives by parameters arrive that the next check needs; it begins anew with this call."""
+        """Begin a check; return the edges of the parameters whose derivatives it needs."""
         self._arrived.clear()
         self._owners = [
             (layer, role, place)
@@ -113,7 +113,7 @@ class SelfTest:
 
     def direction(self, layer: str) -> Tensor:
         """The layer's direction u, shape ``(groups, d_in)`` for the parameters that are trainable now."""
-        # Asked for in the forward, where a sharded module has the whole parameter that the graph will know.
+        # Called in the forward, in which a sharded module has the whole parameter of the graph.
         self._used[layer] = self._places(layer)
         groups, _, d_in = self._layers[layer].adapter.matrix_shape()
         if layer not in self._directions or self._directions[layer].shape != (groups, d_in):
@@ -121,7 +121,7 @@ class SelfTest:
         return self._directions[layer]
 
     def take(self, call: Call, gradient: Tensor) -> None:
-        """Take the derivative that arrived at a call's output, for the next check."""
+        """Add the derivative at a call's output to the next check."""
         if call.probe is None or call.layer in self.unexplained:
             return
         dtype = factor_dtype(gradient.dtype)
@@ -141,7 +141,7 @@ class SelfTest:
         self._arrived[call.layer] = sums if earlier is None else earlier + sums
 
     def check(self, calls: Sequence[Call], of_parameters: Sequence[Tensor | None]) -> None:
-        """Compare the gradients rebuilt from the rows of what was taken with autograd's own.
+        """Compare the gradients rebuilt from the rows with autograd's own.
 
         Args:
             calls: What was recorded in the forward.
@@ -172,11 +172,11 @@ class SelfTest:
 
     @torch.no_grad()
     def _check_layer(self, layer: str, sums: _Sums, own: Mapping[str, Tensor]) -> bool:
-        """Whether there was anything to compare: derivatives of 0 (dead units, ignored targets) show nothing."""
+        """Check a layer; return False if all derivatives are 0 (dead units, ignored targets)."""
         expected_matrix = self._layers[layer].adapter.matrix(own)
         expected_matrix = expected_matrix.to(factor_dtype(expected_matrix.dtype))
         expected = torch.einsum("goi,gi->go", expected_matrix, self.direction(layer).to(expected_matrix))
-        # Rounding grows with the terms of the sum, which may all but cancel in it.
+        # Rounding grows with the terms of the sum, which may nearly cancel.
         size = float(expected.norm()) + float(sums.spread.sum().sqrt())
         error = float((sums.rebuilt - expected).norm())
         if error > sums.tolerance * size:

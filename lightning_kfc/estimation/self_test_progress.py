@@ -1,4 +1,4 @@
-"""Which layers still wait for the self-test, while layers come and go."""
+"""The layers that wait for the self-test, in a model that may change."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class SelfTestProgress:
         return test if test is not None and any(name in self._layers for name in test.waiting) else None
 
     def restart(self, *, done: bool) -> None:
-        """Test no more, or anew from the next forward on."""
+        """End the self-test, or start it again at the next forward."""
         self._test, self._done = None, done
 
     def prepare(self, step: int, recorded: Iterable[str]) -> SelfTest | None:

@@ -1,4 +1,4 @@
-"""What statistics came from, with one line of the log for each new mixture."""
+"""The sources of statistics, with one line of information for each new mixture."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_kfc.monitoring.messages import inform
 
 
 class Sources:
-    """Holds what the last statistics came from, and logs each mixture once.
+    """Holds the sources of the last statistics, and logs each mixture once.
 
     Attributes:
         last: Loss functions, the gradient of the rest, or of the whole loss.

@@ -1,4 +1,4 @@
-"""Adapters: what each kind of layer needs to take part, one file a kind."""
+"""Adapters of the kinds of layers, one file per kind."""
 
 import importlib
 import pkgutil

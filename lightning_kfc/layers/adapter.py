@@ -1,4 +1,4 @@
-"""What every layer kind answers: its canonical rows, and its gradient as one matrix."""
+"""The interface of adapters: canonical rows, and the gradient as one matrix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``torch.nn.MultiheadAttention``: its query, key, value and output projections, each a layer of its own.
+"""``torch.nn.MultiheadAttention``: its query, key, value and output projections, each as a separate layer.
 
 The module calls no submodule: all its products are made inside
 :func:`torch.nn.functional.multi_head_attention_forward`. On due steps the code of that very function runs with other

@@ -1,4 +1,4 @@
-"""Transposed convolutions, as the plain convolutions of a spread-out input that they are."""
+"""Transposed convolutions, as plain convolutions of an input with zeros between its pixels."""
 
 from __future__ import annotations
 

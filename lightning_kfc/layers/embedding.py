@@ -76,7 +76,7 @@ class _TableAdapter(Adapter):
 class EmbeddingAdapter(_TableAdapter):
     r"""Rows are one-hot: A is the diagonal of the tokens' frequencies, exactly; padding has no rows.
 
-    Each position is a row, whatever ``weight_sharing`` says: the mean of one-hot rows would have a dense A.
+    Each position is a row for any ``weight_sharing``, since the mean of one-hot rows would have a dense A.
     """
 
     kind = "Embedding"

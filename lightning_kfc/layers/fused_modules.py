@@ -1,4 +1,4 @@
-"""Modules that multiply by their weights inside one function: their forward, shown product by product."""
+"""Modules that multiply by their weights inside one function: their forward as separate products."""
 
 from __future__ import annotations
 

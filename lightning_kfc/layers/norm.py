@@ -135,7 +135,7 @@ class BatchNormAdapter(ScaleShiftAdapter):
         return _moments(node._saved_result1, node._saved_result2, m.eps)
 
     def couples_examples(self, context: _Moments | None) -> bool:
-        """Where the batch's own moments are yet to be taken."""
+        """Whether the batch's own moments are not yet computed."""
         return context is None
 
     def normalised(self, input: Tensor, context: _Moments | None) -> Tensor:
@@ -154,7 +154,7 @@ class SyncBatchNormAdapter(BatchNormAdapter):
     module: nn.SyncBatchNorm
 
     def context(self, forward: Forward) -> _Moments | None:
-        """The moments of all ranks' batch, read from autograd: computing them would ask for another exchange."""
+        """The moments over all ranks, read from autograd: computing them would take another exchange."""
         node = getattr(forward.output, "grad_fn", None)
         if node is None or node.name() != "SyncBatchNormBackward":
             return super().context(forward)

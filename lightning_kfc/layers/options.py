@@ -1,4 +1,4 @@
-"""How the statistics of a module are taken."""
+"""Options of a module's statistics."""
 
 from __future__ import annotations
 

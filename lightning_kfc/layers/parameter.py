@@ -1,4 +1,4 @@
-"""Parameters that no layer's rows explain: gates, position embeddings, weights used in other ways."""
+"""Parameters without rows of a layer: gates, position embeddings, weights of functional calls."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from lightning_kfc.layers.weight_sharing import WeightSharing
 class GateAdapter(LinearAdapter):
     """One product of a recurrent module, of all its gates together.
 
-    Each step is a row, whatever ``weight_sharing`` says: how many there are is only known when the last is over.
+    Each step is a row for any ``weight_sharing``, since the number of steps is known only after the last one.
 
     Args:
         module: The recurrent module.

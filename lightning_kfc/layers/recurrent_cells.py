@@ -1,4 +1,4 @@
-"""The recurrences of LSTM, GRU and RNN, step by step from linear products that can be seen."""
+"""The recurrences of LSTM, GRU and RNN, step by step, with visible linear products."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ CELLS: dict[Any, Cell] = {
 
 
 def suffix(layer: int, direction: int) -> str:
-    """How torch ends the names of the weights of a layer and direction."""
+    """The suffix of torch's names for the weights of a layer and direction."""
     return f"l{layer}" + ("_reverse" if direction else "")
 
 

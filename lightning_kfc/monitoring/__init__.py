@@ -1,1 +1,1 @@
-"""What happened, as numbers and sentences."""
+"""Events, times and advice."""

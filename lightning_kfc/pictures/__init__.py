@@ -1,4 +1,4 @@
-"""Pictures of what training does: pure functions from numbers to a matplotlib figure.
+"""Pictures of a training: pure functions from numbers to a matplotlib figure.
 
 They need matplotlib: ``pip install matplotlib``.
 """

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: A heat map has so many pixels a side at most; larger matrices are averaged down.
+#: Most pixels per side of a heat map; larger matrices are averaged.
 HEAT_MAP_PIXELS = 128
 #: Eigenvalues below this share of the largest one are rounding in float32, and are not drawn.
 SMALLEST_SHARE = 1e-7
@@ -52,9 +52,9 @@ UNITS: Mapping[str, str] = {
     "kfc/effective_rank_A": "directions",
     "kfc/effective_rank_G": "directions",
 }
-#: What the module logs has units that only its author knows.
+#: The axis of the module's own metrics, whose units are unknown.
 UNITS_OF_OTHERS = "as logged"
-#: A line has so many points at most: a panel has not many more pixels.
+#: Most points of a line; a panel has few more pixels.
 MOST_POINTS = 80
 
 Spectra = Mapping[str, Mapping[str, Sequence[tuple[int, Tensor]]]]
@@ -219,7 +219,7 @@ def _panels(
 
 
 def _spread(count: int) -> list[int]:
-    """At most :data:`MOST_POINTS` of so many places, evenly spread, the first and the last one among them."""
+    """At most :data:`MOST_POINTS` indices, evenly spread, including the first and the last one."""
     if count <= MOST_POINTS:
         return list(range(count))
     return [round(i * (count - 1) / (MOST_POINTS - 1)) for i in range(MOST_POINTS)]
@@ -246,7 +246,7 @@ def _logarithmic(axis: Axes) -> None:
     axis.yaxis.set_minor_locator(NullLocator())
     low, high = axis.get_ylim()
     if high < 100 * low:
-        # At least one whole decade, so that two ticks tell the scale.
+        # At least one whole decade, for two ticks.
         axis.set_ylim(10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high)))
 
 

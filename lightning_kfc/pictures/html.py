@@ -1,4 +1,4 @@
-"""One HTML file that says what a training did; it opens offline and refers to nothing outside itself."""
+"""The report of a training as one HTML file, without references to other files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Section:
 
     Attributes:
         title: Its heading.
-        text: What it shows, and how to read it; plain text.
+        text: The explanation, in plain text.
         body: Its content as HTML; empty for none.
     """
 
@@ -69,7 +69,7 @@ def as_image(figure: Figure, alternative: str) -> str:
 
     Args:
         figure: The figure.
-        alternative: What is said in its place where it is not seen.
+        alternative: The alternative text.
     """
     data = base64.b64encode(svg(figure).encode()).decode()
     kind = ' class="wide"' if figure.get_figwidth() > _WIDE else ""

@@ -1,4 +1,4 @@
-"""What a report keeps of a training's layers: the spectra of their factors over time."""
+"""Spectra of the layers' factors over time, for the report."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class SpectraOverTime:
                 if values is not None:
                     own.setdefault(key, []).append((step, values))
         if len(self._times) > MOST_TIMES:
-            # The first one stays: where training began is what the others are compared with.
+            # The first one stays, for comparison.
             self._times = self._times[::2]
             for own in self._taken.values():
                 for key, snapshots in own.items():

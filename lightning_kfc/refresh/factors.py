@@ -100,7 +100,7 @@ class FactorRefresh:
 
         Args:
             kept: The present name of each layer that stays, by the name that it had. Statistics that wait under another
-                name are asked for no more.
+                name are left out from now on.
         """
         self.discard([name for name in self._expected if kept.get(name) != name])
         self._given_up = {kept[name]: reason for name, reason in self._given_up.items() if name in kept}
@@ -166,7 +166,7 @@ class FactorRefresh:
             }
         found: dict[str, ReducedStatistics] = {}
         self.begin(layers)
-        # Once more where what was begun before the backward was not of all these layers.
+        # A second sum, if the one from before the backward did not include all these layers.
         while self._begun is not None:
             if not found:
                 self._communication.begin("factors")

@@ -1,1 +1,1 @@
-"""Shows what a training did, and changes nothing."""
+"""Numbers, pictures and the report of a training."""

@@ -1,4 +1,4 @@
-"""The numbers of a training: counts at every step, and what costs something at the steps that are logged."""
+"""The numbers of a training: counts at every step, and more expensive numbers at logged steps."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from lightning_kfc.monitoring.advice import CUT_STEPS, Facts
 from lightning_kfc.monitoring.timing import PHASES, REST
 from lightning_kfc.rules.base import ReadyLayer
 
-#: A layer counts as below the damping where it was that at so many looks in a row.
+#: Measurements in a row at which a layer's curvature must be below the damping to count as such.
 LOOKS = 3
-#: What loggers get without ``logging.layers``.
+#: The numbers for loggers without ``logging.layers``.
 LOGGED = (
     "kfc/kl_clip_factor",
     "kfc/clipped_share",
@@ -112,7 +112,7 @@ class Diagnostics:
 
     def _look_at_factors(self) -> None:
         kfc = self._kfc
-        # Only what an inverse was made from since the last look is looked at again.
+        # Only layers with a new inverse are measured again.
         new = {
             name: layer
             for name, layer in kfc.layers.items()
@@ -128,7 +128,7 @@ class Diagnostics:
         }
         self._looks.append(below)
 
-    # What was found.
+    # Results.
 
     def numbers(self) -> dict[str, float]:
         """The numbers of the last step under the names that loggers show; empty before there was one."""
@@ -193,7 +193,7 @@ class Diagnostics:
 
         Args:
             gradient_scaler: Whether a gradient scaler is at work.
-            gradient_clip_factors: What clipping has left of the last updates.
+            gradient_clip_factors: The share of its length that clipping left of each of the last updates.
             momentum: The highest momentum of an optimizer.
         """
         kfc = self._kfc
@@ -228,7 +228,7 @@ class Diagnostics:
         return self._kfc.events.state_dict()[event] - self._first_events[event]
 
     def count_from_here(self) -> None:
-        """Count from now what a checkpoint has counted before."""
+        """Count events from now on, without those before the checkpoint."""
         self._first_events = self._kfc.events.state_dict()
 
 

@@ -32,9 +32,9 @@ class MapWatcher:
     Args:
         modules: The modules by layer name, all of :data:`SPATIAL_MODULES`.
         radius: The largest offset along each axis.
-        max_examples: At most so many examples of a batch are kept.
-        max_channels: At most so many channels are kept, evenly spread; None for all.
-        max_passes: At most so many back-propagations are kept (several where all targets are taken); None for all.
+        max_examples: The largest number of kept examples of a batch.
+        max_channels: The largest number of kept channels, evenly spread; None for all.
+        max_passes: The largest number of kept back-propagations, of which all targets take several; None for all.
     """
 
     def __init__(

@@ -57,18 +57,18 @@ class MeasuredNumbers:
         self._add(step, fresh)
 
     def validation_ends(self, step: int) -> None:
-        """Keep what a validation after this step has measured, since :meth:`ignore` was called."""
+        """Keep the numbers of a validation after this step, since the call of :meth:`ignore`."""
         fresh = self._fresh()
         self._of_validation |= fresh.keys()
         self._add(step, fresh)
 
     def epoch_ends(self, step: int) -> None:
-        """Keep what was measured over an epoch of training that ended with this step."""
+        """Keep the numbers of a training epoch that ended with this step."""
         by_now = self._of_steps | self._of_validation
         self._add(step, {key: value for key, value in self._fresh().items() if key not in by_now})
 
     def ignore(self) -> None:
-        """Let go of what was measured until now."""
+        """Drop the numbers so far."""
         self._fresh()
 
     def moving(self) -> dict[str, Sequence[tuple[int, float]]]:

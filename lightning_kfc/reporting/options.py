@@ -1,4 +1,4 @@
-"""Options of what is logged and drawn of a training."""
+"""Options of logging, pictures and the report."""
 
 from __future__ import annotations
 

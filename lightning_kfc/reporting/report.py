@@ -100,7 +100,7 @@ class Report:
 
     def numbers(self, step: int, numbers: Mapping[str, float]) -> None:
         """Keep numbers that are logged at a step, for the report."""
-        # Of what there is a number of for each layer, a picture has room for the median.
+        # Of numbers of layers only the median is drawn.
         drawn = {k: v for k, v in numbers.items() if not k.endswith(("_min", "_max")) and _of_all(k)}
         self.measured.numbers(step, drawn)
 
@@ -124,13 +124,13 @@ class Report:
 
     def _take(self, done: int, step: int) -> None:
         every = self._options.pictures_every_n_steps
-        # Without a period: at steps that lie ever further apart, since what a report compares moves ever more slowly.
+        # Without a period: at growing distances, since changes become slower.
         self._due_at = max(1, 2 * done) if every is None else (done // every + 1) * every
         self._spectra.take(done, self._kfc.layers)
         if every is not None:
             self._send(step)
 
-    # What is drawn, and where it goes.
+    # Pictures.
 
     def figures(self) -> dict[str, Figure]:
         """All pictures as of now, by name."""
@@ -166,7 +166,7 @@ class Report:
         """Write the report, once; None where there is none to write.
 
         Args:
-            interrupted_by: What ended the training before its time.
+            interrupted_by: The exception that ended the training early.
         """
         if not self._active:
             return None
@@ -183,7 +183,7 @@ class Report:
         return path if _write(path, render(title, shown).encode()) else None
 
     def _missing(self) -> dict[str, str]:
-        """Why some pictures have nothing to show."""
+        """The reason for pictures without content."""
         missing = {}
         if not self.measured.history.series():
             missing["numbers"] = "No numbers were logged: see log_every_n_steps."
@@ -200,13 +200,13 @@ def _of_all(key: str) -> bool:
 
 
 def _write(path: Path, content: bytes) -> bool:
-    """Write a file whole or not at all; training goes on where that fails, with a warning."""
+    """Write a file whole or not at all; a failure is a warning."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.part")
         part.write_bytes(content)
         part.replace(path)
     except OSError as error:
-        warnings.warn(f"KFCCallback could not write {str(path)!r}: {error}.", stacklevel=2)
+        warnings.warn(f"KFCCallback could not write {str(path)!r}: {error}. Training continues.", stacklevel=2)
         return False
     return True

@@ -25,7 +25,7 @@ TITLES = {
     "factors": "Factors",
 }
 
-#: How to read each picture, by its name in logs and files.
+#: Explanations of the pictures, by their names in logs and files.
 CAPTIONS = {
     "numbers": "What was logged, at the optimizer steps where it was measured; the callback's begin with kfc/. "
     "Those that never changed are in the table below the charts.",

@@ -31,7 +31,7 @@ def received_updates(ownership: LayerOwnership, ready: Sequence[ReadyLayer], dam
     Collective: call on every rank.
 
     Args:
-        ownership: Which rank holds the inverse of which layer.
+        ownership: The ranks that hold each inverse.
         ready: The layers that are about to step.
         damping: In force at this step.
 

@@ -1,1 +1,1 @@
-"""When statistics and inverses are due."""
+"""Dates of statistics and inverses."""

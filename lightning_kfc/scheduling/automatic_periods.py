@@ -1,4 +1,4 @@
-"""Times the parts of the first steps and chooses the periods that are "auto"."""
+"""Choose the periods that are "auto" from times of the first steps."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class PeriodChoice:
         )
 
     def step_begins(self, since: int, *, statistics: bool, device: torch.device) -> str | None:
-        """A step begins; the one before it is over. Every rank must ask, at the same steps.
+        """Begin a step, and end the one before it. Collective: call on every rank at the same steps.
 
         Args:
             since: The number of the new step, counted from the start of the warm-up, at least 1.
@@ -121,9 +121,9 @@ class PeriodChoice:
         own = choose_periods(costs, self._budget, self._factors, self._inverses)
         # Those of rank 0 for all: each has measured something else.
         everyone = ProcessGroup()
-        told = torch.tensor([own.factors, own.inverses, own.overhead], dtype=torch.float64, device=device)
-        told = everyone.max(told if everyone.rank == 0 else torch.zeros_like(told))
-        self.chosen = Periods(int(told[0]), int(told[1]), float(told[2]))
+        chosen = torch.tensor([own.factors, own.inverses, own.overhead], dtype=torch.float64, device=device)
+        chosen = everyone.max(chosen if everyone.rank == 0 else torch.zeros_like(chosen))
+        self.chosen = Periods(int(chosen[0]), int(chosen[1]), float(chosen[2]))
         self._timed.clear()
         return self._described(costs)
 

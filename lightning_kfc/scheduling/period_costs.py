@@ -1,4 +1,4 @@
-"""Periods that keep the overhead within a budget: a pure function of what the parts of a step cost.
+"""Periods that keep the overhead within a budget: a pure function of the costs of a step's phases.
 
 Of the pairs of periods that do, the one with the youngest curvature: an inverse in use is T_inv / 2 steps old in the
 mean, and the statistics that it was made from T_cov / 2 more.

@@ -1,4 +1,4 @@
-"""What is due at a step, and values that change over the steps; nothing here keeps state."""
+"""The schedule of refreshes, and values that depend on the step; both without state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_kfc.utilities.checks import check_integer, check_positive
 
 @dataclass(frozen=True)
 class RefreshSchedule:
-    """When statistics and inverses are refreshed.
+    """The dates of statistics and inverses.
 
     During warm-up the factors are refreshed at every step, and the inverses at steps 0, 1, 2, 3, then at
     every second one, and at the step that ends it: curvature moves fastest at the start, and the first
@@ -64,7 +64,7 @@ class RefreshSchedule:
     def _last(self, due: Callable[[int], bool], step: int, period: int) -> int:
         if step > self.warmup_steps:
             return max(step - step % period, self._last(due, self.warmup_steps, period))
-        # Step 0 is a date of both kinds, so that this ends.
+        # The search ends: step 0 is a date of both kinds.
         return next(past for past in range(step, -1, -1) if due(past))
 
 

@@ -1,4 +1,4 @@
-"""At which step of the inverses' period each layer has its turn: a pure function of the layers' costs.
+"""The offset of each layer within the inverses' period: a pure function of the layers' costs.
 
 Where all layers are inverted at the same step, that step takes as long as all of them together. So each has an *offset*
 within the period: as few offsets are used as leave no step longer than the most expensive single layer, which cannot be

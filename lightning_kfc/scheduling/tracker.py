@@ -1,4 +1,4 @@
-"""Which layers' statistics and inverses are due at a step.
+"""Track which layers' statistics and inverses are due at a step.
 
 The schedule alone would do if every layer were trained at every step. Where several optimizers take turns (a
 generator stepped at every fifth batch), a layer can miss each of its dates, so that what it missed is made up for.

@@ -1,1 +1,1 @@
-"""How long a step may be, and how much is damped."""
+"""The bound on steps, and the damping."""

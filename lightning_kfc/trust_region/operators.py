@@ -20,7 +20,7 @@ REPOINTS = ("aten::set_", "aten::set_data")
 
 @dataclass(frozen=True)
 class Traits:
-    """What is known of an operator.
+    """Traits of an operator.
 
     Attributes:
         is_plain: Whether it is made of tensor operations, as higher-order operators are not.

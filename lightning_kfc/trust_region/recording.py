@@ -52,7 +52,7 @@ class Outside:
     Attributes:
         tensor: The tensor.
         alias: Another one on the memory that it had when it was read; its ``.data`` may be exchanged later.
-        version: How often it had been written when it was read.
+        version: Its number of in-place writes when it was read.
     """
 
     tensor: Tensor
@@ -105,7 +105,7 @@ class Recording:
 
         Args:
             slot: The tensor.
-            length: The number of recorded operations that are looked at.
+            length: The number of considered operations.
             with_collectives: Whether all recorded collectives are in it.
         """
         key = slot, length, with_collectives

@@ -33,14 +33,14 @@ DAMPING = 3e-6
 #: A loss that may be negative may come close to 0: its magnitude falls by no more than this factor between refreshes.
 SLOWEST_FALL = 0.5
 
-#: Every one of the first steps is reviewed, then one in so many.
+#: The number of first steps that are all reviewed, and the period of reviews afterwards.
 REVIEWED_AT_FIRST = 10
 REVIEW_EVERY_N_STEPS = 5
 
 POOR, GOOD = 0.25, 0.75
 #: A step is undone if the loss has grown by more than this share of the decrease that its slope foretold.
 TOLERATED_GROWTH = 0.1
-#: The slope of a step may promise at most so many times the loss, where the loss cannot fall below 0. At its minimum, a
+#: The largest slope of a step, as a multiple of a loss that cannot fall below 0. At its minimum, a
 #: quadratic model has decreased by half of what its slope promised: a longer step promises more than the whole loss.
 MOST_PROMISED = 2.0
 #: A step this many times its running (geometric) mean in size comes from an inverse that no longer fits.
@@ -73,7 +73,7 @@ class Outcome:
 
     @property
     def ratio(self) -> float:
-        r""":math:`\rho`, 1 for a step that did what was expected; NaN where there was nothing to expect."""
+        r""":math:`\rho`, 1 for a step as expected; NaN if no change was expected."""
         expected = self.expected
         return (self.loss_after - self.loss_before) / expected if expected else math.nan
 
@@ -95,11 +95,11 @@ class Verdict:
 
     Attributes:
         ratio: The reduction ratio.
-        undo: Whether the loss has grown by more than is tolerated, so that the step is to be taken back.
+        undo: Whether the loss has increased by more than the tolerance.
         refresh: Whether statistics and inverses are to be refreshed at the next step.
         predicted_decrease: Of the loss, by the model of the curvature; NaN where it is not known.
         actual_decrease: Of the loss; negative where it grew.
-        kept_share: The share of the step that is kept: 1 for all of it, 0 where it is taken back as a whole.
+        kept_share: The share of the step that is kept: 1 for the whole step, 0 for none.
     """
 
     ratio: float
@@ -207,7 +207,7 @@ class TrustRegion:
         r"""Draw the consequences of a reviewed step.
 
         Args:
-            outcome: What it did.
+            outcome: The losses and the expected change.
             size: :math:`\alpha^2\langle V, \nabla\bar W\rangle` before clipping.
         """
         ratio = outcome.ratio

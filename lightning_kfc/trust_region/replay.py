@@ -37,7 +37,7 @@ class RecordedLoss:
         """Evaluate the loss again.
 
         Args:
-            values: What is read in the place of a parameter, by the parameter's ``id``.
+            values: Replacements of parameters, by the parameter's ``id``.
             with_collectives: Whether the recorded collectives run whether or not the loss depends on them. All ranks
                 must decide alike.
         """
@@ -66,8 +66,8 @@ def replay(
     Args:
         recording: The recording.
         slot: The tensor.
-        length: The number of recorded operations that are looked at.
-        parameters: What is read in the place of a parameter, by the parameter's ``id``.
+        length: The number of considered operations.
+        parameters: Replacements of parameters, by the parameter's ``id``.
         with_collectives: Whether all recorded collectives are run.
 
     Returns:

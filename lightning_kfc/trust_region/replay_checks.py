@@ -23,8 +23,8 @@ class Replayability:
     """Whether the losses of a step can be replayed, on all ranks alike.
 
     Attributes:
-        refused: Why recordings can never be replayed; empty where they can.
-        missed: Why the losses of this step alone cannot be replayed; empty where they can.
+        refused: The reason why no recording can be replayed; empty if they can.
+        missed: The reason why the losses of this step cannot be replayed; empty if they can.
         with_collectives: Whether the losses of some rank depend on what other ranks send.
     """
 
@@ -66,7 +66,7 @@ def replay_error(
 
     Args:
         losses: The losses of the step.
-        values: What is read in the place of a parameter, by the parameter's ``id``.
+        values: Replacements of parameters, by the parameter's ``id``.
         device: A device that the process group can send from.
         with_collectives: Whether recorded collectives run whether or not a loss depends on them.
     """
@@ -101,5 +101,5 @@ def replayed_step(before: StepSnapshot, device: torch.device) -> tuple[float, fl
 
 
 def _any_rank(device: torch.device, *facts: bool) -> list[bool]:
-    """Which of the facts hold on any rank. Collective."""
+    """Whether each fact holds on any rank. Collective: call on every rank."""
     return [share > 0 for share in distributed.mean([float(fact) for fact in facts], device)]

@@ -26,7 +26,7 @@ from lightning_kfc.trust_region.snapshot import StepSnapshot
 from lightning_kfc.trust_region.tape import Tape
 from lightning_kfc.utilities.isolation import eager_compiled_code, full_precision
 
-#: Reviews end after so many steps in turn that were to be reviewed and could not be.
+#: Missed reviews in a row that end all reviews.
 MISSES_ALLOWED = 5
 
 
@@ -39,7 +39,7 @@ class StepReviewer:
         damping: The user's damping: a number, a function of the step, or ``"auto"`` for that of the region.
         kl_clip: The user's bound: a number, None for none, or ``"auto"`` for the radius of the region.
         events: Counts missed, shortened and undone steps.
-        ownership: Which rank holds the factors of which layer.
+        ownership: The ranks that hold each layer's factors.
 
     Attributes:
         region: The trust region.
@@ -69,7 +69,7 @@ class StepReviewer:
         self._misses = 0
         self.last: Verdict | None = None
 
-    # What is in force.
+    # Damping and bound in force.
 
     def damping_at(self, step: int) -> float:
         """The damping in force at a step."""
@@ -287,7 +287,7 @@ class StepReviewer:
         """Review no step from now on.
 
         Args:
-            reason: Why steps cannot be reviewed.
+            reason: The reason for the end.
 
         Returns:
             A message for the user, with the bound that is used; empty where it was not ``"auto"``.

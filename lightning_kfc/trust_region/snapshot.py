@@ -101,7 +101,7 @@ class StepSnapshot:
     def can_shorten(self) -> bool:
         """Whether the optimizer's state can be shortened together with the weights.
 
-        Lookahead or schedule-free optimizers hold other weights beside the model's: these alone must not be moved.
+        Lookahead and schedule-free optimizers hold further weights, which must change together with the model's.
         """
         return self.optimizer is None or type(self.optimizer).__module__.startswith("torch.optim")
 

@@ -14,7 +14,7 @@ def storage_address(tensor: Tensor) -> int | None:
 
 
 def version(tensor: Tensor) -> int:
-    """How often a tensor has been written in place."""
+    """A tensor's number of in-place writes."""
     # A tensor made under inference mode has none.
     return 0 if tensor.is_inference() else tensor._version
 

@@ -33,7 +33,7 @@ class Tape(TorchDispatchMode):
     are overwritten, but no intermediate result.
 
     Attributes:
-        refusal: Why the recording cannot be replayed; None where it can.
+        refusal: The reason why the recording cannot be replayed; None if it can.
         paused: Whether operations pass unrecorded.
     """
 
@@ -44,7 +44,7 @@ class Tape(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         self.refusal: str | None = None
         self.paused = False
-        # What a replay needs; the attributes of the recording that are read most often have names of their own here.
+        # The data of a replay; attributes that are read often have short names here.
         self._recording = Recording()
         self._operations, self._slot_storage = self._recording.operations, self._recording.slot_storage
         self._outside, self._overwritten = self._recording.outside, self._recording.overwritten
@@ -141,7 +141,7 @@ class Tape(TorchDispatchMode):
         return found
 
     def _refuse(self, reason: str) -> None:
-        """Stop recording, and drop what was recorded."""
+        """Stop recording, and drop the recording."""
         self.refusal = reason
         self._recording.clear()
         self._known = {}

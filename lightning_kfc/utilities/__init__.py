@@ -1,1 +1,1 @@
-"""Checks and contexts that know nothing of KFC."""
+"""Checks and contexts that are independent of KFC."""

@@ -1,4 +1,4 @@
-"""Checks of the settings that a user gives, with errors that name the setting, the value and the way out."""
+"""Checks of the user's settings, with errors that name the setting, the value and the way out."""
 
 from __future__ import annotations
 

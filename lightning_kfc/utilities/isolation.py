@@ -1,4 +1,4 @@
-"""Contexts that keep what a due step does from showing in the user's model, compiler and random streams."""
+"""Contexts that isolate a due step from the user's model, compiler and random streams."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _EAGER_STANCE = _EagerStance()
 
 @contextlib.contextmanager
 def eager_compiled_code() -> Iterator[None]:
-    """Run compiled code eagerly, so that hooks fire and the loss is seen; what is compiled stays compiled."""
+    """Run compiled code eagerly, so that hooks and the recording of losses work; nothing is compiled again."""
     if "torch._dynamo" not in sys.modules:
         # Nothing can have been compiled, and importing the compiler would cost seconds.
         yield

@@ -1,4 +1,4 @@
-"""Share out jobs of known cost, so that none of those who do them has much more to do than the others."""
+"""Distribute jobs of known cost evenly."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def longest_first(costs: Mapping[str, float], ranks: int, loads: list[float] | N
     Args:
         costs: The jobs' costs by name.
         ranks: The number of ranks.
-        loads: What each rank has to do already; grows by what it is given.
+        loads: The load of each rank; the jobs are added to it.
 
     Returns:
         The rank of each job, the same on every rank: ties go by the order of the names and of the ranks.
