@@ -278,7 +278,7 @@ AT_START = frozenset(
         "very_short_run",
     )
 )
-IN_COURSE = frozenset(("clip_0.01", "clip_0.03", "clip_0.1", "clip_0.3"))
+IN_COURSE = frozenset(("clip_0.01", "clip_0.03", "clip_0.1", "clip_0.3", "one_example", "two_examples"))
 
 
 class Digits(pl.LightningModule):

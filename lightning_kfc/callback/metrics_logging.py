@@ -10,7 +10,7 @@ from lightning_kfc.callback.clipping_watch import ClippingWatch
 from lightning_kfc.callback.lightning_internals import logged_step
 from lightning_kfc.callback.loss_scale import gradient_scaler
 from lightning_kfc.kfc import KFC
-from lightning_kfc.monitoring.advice import Adviser
+from lightning_kfc.monitoring.advice import FIRST_STEPS, Adviser
 from lightning_kfc.monitoring.messages import inform
 from lightning_kfc.reporting.diagnostics import LOGGED, Diagnostics
 from lightning_kfc.reporting.options import Logging
@@ -69,6 +69,8 @@ class MetricsLogger:
         if self._options.progress_bar and step is not None:
             bar = {"kfc_nu": step.kl_clip_factor, "kfc_damping": step.damping}
             pl_module.log_dict(bar, prog_bar=True, logger=False, on_step=True, on_epoch=False)
+        if self._kfc.step == FIRST_STEPS:
+            self.advise()
         if not self._due() or step is None:
             return
         numbers = self._diagnostics.numbers()

@@ -24,6 +24,10 @@ TIMED_STEPS = 50
 MANY, MANY_SHARE, MANY_UNDONE_SHARE = 5, 0.05, 0.1
 #: With a gradient scaler, which skips some steps at the start to find its scale.
 MANY_SCALED = 10
+#: The rows of a step up to which a layer's factors are so singular that training is clearly worse.
+FEW_ROWS = 2
+#: Steps before the first advice.
+FIRST_STEPS = 20
 #: The share of trainable parameters below which coverage is small.
 COVERED_SHARE = 0.5
 
@@ -55,6 +59,9 @@ class Facts:
         gradient_clip_factors: The share of its length that gradient clipping left of each of the last
             :data:`CLIPPED_STEPS` updates; empty without clipping.
         momentum: The highest momentum of an optimizer.
+        fewest_rows: The rows of a step (examples times positions) of the layer with Kronecker factors that has the
+            fewest; None where that is not known.
+        layer_of_fewest_rows: The name of that layer.
     """
 
     steps: int = 0
@@ -78,6 +85,8 @@ class Facts:
     gradient_scaler: bool = False
     gradient_clip_factors: Sequence[float] = ()
     momentum: float = 0.0
+    fewest_rows: int | None = None
+    layer_of_fewest_rows: str = ""
 
 
 def clip_sets_the_step(facts: Facts) -> str | None:
@@ -187,6 +196,17 @@ def many_nonfinite_steps(facts: Facts) -> str | None:
     return f"{found}. Look for a NaN in the data or the loss, or lower the learning rate."
 
 
+def few_rows(facts: Facts) -> str | None:
+    """Statistics come from one or two examples a step."""
+    rows = facts.fewest_rows
+    if rows is None or rows > FEW_ROWS or facts.steps < FIRST_STEPS:
+        return None
+    return (
+        f"the factors of {facts.layer_of_fewest_rows!r} come from {rows} row(s) a step, and are nearly singular. Set "
+        f"Trainer(accumulate_grad_batches={16 // rows}), or use larger batches."
+    )
+
+
 Rule = Callable[[Facts], str | None]
 
 RULES: tuple[Rule, ...] = (
@@ -198,6 +218,7 @@ RULES: tuple[Rule, ...] = (
     many_undone_steps,
     small_coverage,
     many_nonfinite_steps,
+    few_rows,
 )
 
 

@@ -198,6 +198,8 @@ class Diagnostics:
         """
         kfc = self._kfc
         trainable = [row for row in kfc.coverage() if row.treatment != "frozen"]
+        rows = {name: e.rows for name, e in kfc.layers.items() if e.rows and e.adapter.treatment == "kfc"}
+        fewest = min(rows, key=lambda name: rows[name], default="")
         started = self._first_seconds is not None
         full = len(self._looks) == LOOKS
         return Facts(
@@ -222,6 +224,8 @@ class Diagnostics:
             gradient_scaler=gradient_scaler,
             gradient_clip_factors=gradient_clip_factors,
             momentum=momentum,
+            fewest_rows=rows.get(fewest),
+            layer_of_fewest_rows=fewest,
         )
 
     def _events_since(self, event: str) -> int:

@@ -20,6 +20,7 @@ from lightning_kfc.monitoring.advice import (
     Facts,
     clip_sets_the_step,
     damping_above_curvature,
+    few_rows,
     gradient_clipping_sets_the_step,
     inverses_take_long,
     longer_period,
@@ -276,3 +277,28 @@ def test_advice_is_said_once_and_is_in_the_report(tmp_path: Path, caplog: pytest
 def test_a_training_that_gives_no_occasion_has_none_in_its_report(tmp_path: Path) -> None:
     assert advice(KFCCallback(logging=Logging(report_dir=str(tmp_path))), steps=6) == []
     assert "<h2>Advice</h2><p>None.</p>" in (tmp_path / "report.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("rows", "steps", "speaks"), [(1, 20, True), (2, 20, True), (1, 19, False), (3, 1000, False), (None, 1000, False)]
+)
+def test_the_rule_of_few_rows_speaks_of_steps_of_one_or_two_examples(
+    rows: int | None, steps: int, speaks: bool
+) -> None:
+    said = few_rows(Facts(fewest_rows=rows, layer_of_fewest_rows="head", steps=steps))
+    assert (said is not None) == speaks
+    if said is not None and rows is not None:
+        assert f"the factors of 'head' come from {rows} row(s) a step" in said
+        assert f"accumulate_grad_batches={16 // rows}" in said
+
+
+@pytest.mark.parametrize(("batch_size", "accumulated", "speaks"), [(1, 1, True), (1, 3, False), (3, 1, False)])
+def test_steps_of_one_example_are_advised_on_once(
+    batch_size: int, accumulated: int, speaks: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    data = loader(images(90), batch_size=batch_size)
+    fit(Classifier(), kfc=KFCCallback(), data=data, max_steps=25, accumulate_grad_batches=accumulated)
+    said = [message for message in caplog.messages if "accumulate_grad_batches" in message]
+    assert len(said) == speaks
+    assert all("'net.3'" in line for line in said)
