@@ -116,7 +116,7 @@ def test_the_report_prints_a_line_for_each_quantity_and_names_what_it_has() -> N
     assert report.of("2", "derivatives").examples == 4
     with pytest.raises(KeyError, match="layer '5'"):
         report.of("5", "derivatives")
-    with pytest.raises(ValueError, match="no Conv2d"):
+    with pytest.raises(ValueError, match="need a Conv2d"):
         spatial_statistics(model, loss, layers="5")
 
 
