@@ -16,7 +16,8 @@ from torch.nn.parallel import distributed
 PACKAGE = Path(__file__).resolve().parents[2] / "lightning_kfc"
 #: Names of modules, and of what modules hold.
 IN_MODULES = {
-    "torch._C": "DisableTorchFunction _len_torch_dispatch_stack",
+    "torch._C": "DisableTorchFunction _functorch _len_torch_dispatch_stack",
+    "torch._C._functorch": "is_functorch_wrapped_tensor",
     "torch._C._autograd": "_top_saved_tensors_default_hooks",
     "torch._ops": "OpOverload",
     "torch": "_VF _foreach_lerp_ _neg_view",
