@@ -37,10 +37,10 @@ class FactorRefresh:
 
     Args:
         ema_decay: The decay of the running averages.
-        reduce_precision: How statistics travel between ranks: ``"full"`` or ``"bfloat16"``.
+        reduce_precision: The precision of statistics between ranks: ``"full"`` or ``"bfloat16"``.
         tracker: The dates of each layer.
-        events: Counts what goes other than planned.
-        ownership: Which rank holds what.
+        events: Counts irregular events.
+        ownership: The ranks that hold factors and inverses.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class FactorRefresh:
         self._begun: tuple[list[Layer], FactorReduction] | None = None
         self._summed: list[Layer] = []
 
-    # What all ranks must know of each other before they fold.
+    # Agreement of the ranks before they fold.
 
     def expect(self, layers: Iterable[str]) -> None:
         """Note that statistics of these layers may have been found on some rank: all ranks will ask for them."""
@@ -74,7 +74,7 @@ class FactorRefresh:
         return self._begun is not None or not self._expected.isdisjoint(layers)
 
     def give_up_together(self, reasons: Mapping[str, str]) -> None:
-        """Have all ranks give layers up with the next statistics, though only this one may have the reasons."""
+        """Drop layers on all ranks with the next statistics, for reasons that may exist only on this rank."""
         self._given_up.update(reasons)
 
     def begin(self, layers: Sequence[Layer]) -> None:
@@ -106,7 +106,7 @@ class FactorRefresh:
         self._given_up = {kept[name]: reason for name, reason in self._given_up.items() if name in kept}
 
     def abandon(self) -> None:
-        """Forget a sum that is still on its way, as an exception has left it."""
+        """Forget an unfinished sum, after an exception."""
         self._begun = None
 
     def __call__(self, layers: Sequence[Layer], step: int) -> FoldedStatistics:
@@ -126,7 +126,7 @@ class FactorRefresh:
             layer, reduced = by_name[name], found[name]
             layer.drop_pending()
             statistics = reduced.statistics
-            # Let go of each when it is folded: together they are as large as all factors.
+            # Released one by one: together they are as large as all factors.
             found[name] = replace(reduced, statistics=None)
             if reduced.present == 0:
                 continue
@@ -149,7 +149,7 @@ class FactorRefresh:
         return FoldedStatistics({*unusable, *empty}, self._flagged(found, by_name))
 
     def _finite_on_their_owners(self, found: Mapping[str, ReducedStatistics]) -> dict[str, bool]:
-        """Whether each sum is finite, which only the ranks that keep it can see."""
+        """Whether each sum is finite, from the ranks that hold it."""
         kept = {name: reduced.statistics for name, reduced in found.items()}
         finite = {name: total is None or total.is_finite() for name, total in kept.items()}
         if self._group.size == 1 or self._ownership.replicated or not found:

@@ -1,4 +1,4 @@
-"""Refresh the inverses of layers, where due."""
+"""Refresh the inverses of layers, if due."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lightning_kfc.scheduling.tracker import RefreshTracker
 
 
 class InverseRefresh:
-    """Refreshes inverses, where due; a failed one leaves the last good inverse in use.
+    """Refreshes inverses, if due; after a failure the last good inverse stays in use.
 
     Args:
         kind: The user's kind of inverse.
         tracker: The dates of each layer.
-        events: Counts what goes other than planned.
-        ownership: Which rank holds what.
+        events: Counts irregular events.
+        ownership: The ranks that hold factors and inverses.
     """
 
     def __init__(self, kind: type[Inverse], tracker: RefreshTracker, events: Events, ownership: LayerOwnership) -> None:
@@ -36,16 +36,16 @@ class InverseRefresh:
         return [name for name in layers if self._tracker.has_statistics(name) and self._tracker.new_inverse(name, step)]
 
     def outdated(self, dated: Iterable[str], damping: float) -> list[str]:
-        """Those of such layers whose inverses would not come out as they are."""
+        """Those layers whose inverses would change."""
         return [name for name in dated if self._tracker.inverse_outdated(name, damping)]
 
     def __call__(self, layers: Sequence[Layer], step: int, damping: float) -> None:
-        """Refresh the inverses of layers, those that have factors. Collective: call on every rank.
+        """Refresh the inverses of layers with factors. Collective: call on every rank.
 
         Args:
             layers: The layers that are due.
             step: The optimizer step.
-            damping: In force at this step.
+            damping: The damping in force at this step.
         """
         due = [layer for layer in layers if layer.averages or not self._ownership.has_factors(layer)]
         if not due:

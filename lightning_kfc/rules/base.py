@@ -24,7 +24,7 @@ class ReadyLayer:
         layer: The layer, which has an inverse.
         gradient: Shape ``(groups, d_out, d_in)``, in float32 or better.
         learning_rate: The rule's learning rate for the layer's parameters in this step.
-        received: Used instead of the layer's inverse, where another rank may have computed the update.
+        received: Used instead of the layer's inverse, if another rank may have computed the update.
         fallback: Used instead of the layer's previous inverse, likewise.
     """
 
@@ -41,8 +41,8 @@ class Updates:
 
     Attributes:
         tensors: Per layer, shaped as the gradients.
-        clip: The factor by which all updates were shortened to keep within the bound; 1 where they were not.
-        quadratic: The squared norm of the step in the Fisher metric before that, twice its KL.
+        clip: The factor on all updates that keeps them within the bound; 1 if they are shorter.
+        quadratic: The squared norm of the step in the Fisher metric before the clip, twice its KL.
         failed: The positions of the layers without a usable update.
     """
 
@@ -59,7 +59,7 @@ U = TypeVar("U", bound=Updates)
 
 
 class Rule(ABC, Generic[U]):
-    """Computes the updates of a step, then writes them in the place of the gradients.
+    """Computes the updates of a step, then replaces the gradients by them.
 
     Two phases: between them, the gradients can still be read. A rule holds no state: what it keeps of a layer from step
     to step is held by :class:`~lightning_kfc.curvature.layer.Layer`.
@@ -100,12 +100,12 @@ class Rule(ABC, Generic[U]):
     def updates(
         self, ready: Sequence[ReadyLayer], damping: float, kl_clip: float | None, most_decrease: float | None = None
     ) -> U:
-        """Compute the updates; gradients and layers stay as they are.
+        """Compute the updates, without a change of gradients or layers.
 
         Args:
             ready: The layers.
             damping: In force at this step, for inverses that can follow it.
-            kl_clip: The bound of E7, or None.
+            kl_clip: The bound of E7; None for none.
             most_decrease: The bound on the decrease of the loss that the slope of the step promises, or None.
         """
 
@@ -119,19 +119,19 @@ class Rule(ABC, Generic[U]):
         step: int,
         events: Events,
     ) -> None:
-        """Replace each layer's gradient by what makes the optimizer step by the update.
+        """Replace each layer's gradient so that the optimizer steps by the update.
 
         Args:
             ready: The layers.
             updates: What :meth:`updates` returned for them.
             optimizer: The optimizer that is about to step; None where it is not known, and has no momentum.
-            loss_scale: Updates are multiplied by it, since a gradient scaler will divide by it.
+            loss_scale: A factor on the updates, by which a gradient scaler will divide.
             step: The number of the step, for warnings.
-            events: Counts updates that were not usable.
+            events: Counts unusable updates.
         """
 
     def forget_momentum(self, layers: Iterable[Layer]) -> None:
-        """Drop the momentum that the rule keeps of these layers, where it has one."""
+        """Drop the rule's own momentum of these layers, if any."""
 
 
 def write_update(layer: Layer, update: Tensor, loss_scale: float) -> bool:

@@ -25,7 +25,7 @@ WIDEST = 512
 
 @dataclass(frozen=True)
 class RuleChoice:
-    """A rule.
+    """The chosen rule.
 
     Attributes:
         rule: ``"natural"`` or ``"adam"``.
@@ -45,7 +45,7 @@ def choose_rule(model: nn.Module, layers: Mapping[str, Layer], settings: Setting
 
     Args:
         model: The model.
-        layers: Those of its layers that are preconditioned.
+        layers: Its preconditioned layers.
         settings: The settings.
     """
     if settings.rule != "auto":
@@ -66,7 +66,7 @@ def with_rule(settings: Settings, choice: RuleChoice) -> Settings:
 
 
 def _against_adam(layers: Mapping[str, Layer], settings: Settings) -> str:
-    """The reason not to use the rule "adam"; empty where there is none."""
+    """The reason not to use the rule "adam"; empty without one."""
     if settings.inverse == "ekfac" or settings.precision.inverses != "full":
         return "inverse='ekfac' and precision.inverses='bfloat16' need the rule 'natural'"
     if settings.placement not in ("auto", "comm-opt", 1):

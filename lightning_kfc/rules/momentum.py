@@ -1,4 +1,4 @@
-"""Take SGD's momentum out of its step, for rules that have their own."""
+"""Remove SGD's momentum from its step, for rules with their own."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lightning_kfc.factors.sparse import dense
 
 
 def is_sgd(optimizer: Optimizer) -> bool:
-    """Whether an optimizer is torch's SGD, or one made of it."""
+    """Whether an optimizer is torch's SGD or a subclass."""
     return any(cls.__name__ == "SGD" for cls in type(optimizer).__mro__)
 
 
 def momenta(optimizer: Optimizer | None) -> dict[int, float]:
-    """The momentum of each parameter by its identity, where it can be taken out."""
+    """The removable momentum of each parameter, by its ``id``."""
     if optimizer is None or not is_sgd(optimizer):
         return {}
     return {
@@ -37,9 +37,9 @@ def take_momentum_out(optimizer: Optimizer, parameters: Iterable[nn.Parameter], 
     Nesterov's momentum. Weight decay, which the momentum would have added up, acts as strongly as before.
 
     Args:
-        optimizer: One of :func:`is_sgd`.
-        parameters: Those whose gradient is an update.
-        loss_scale: The factor by which updates are multiplied, since a gradient scaler will divide by it.
+        optimizer: An optimizer of :func:`is_sgd`.
+        parameters: The parameters whose gradient is an update.
+        loss_scale: A factor on the updates, by which a gradient scaler will divide.
     """
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     with torch.no_grad():
@@ -51,13 +51,13 @@ def take_momentum_out(optimizer: Optimizer, parameters: Iterable[nn.Parameter], 
             state = optimizer.state.get(parameter, {})
             buffer = state.get("momentum_buffer")
             if buffer is not None and buffer.is_sparse:
-                # The optimizer cannot add a dense gradient to it.
+                # A dense gradient cannot be added to it.
                 buffer = state["momentum_buffer"] = buffer.to_dense()
             parameter.grad = (_gradient_for(update, parameter, buffer, group) * loss_scale).to(parameter.grad.dtype)
 
 
 def _gradient_for(update: Tensor, parameter: Tensor, buffer: Tensor | None, group: Mapping[str, Any]) -> Tensor:
-    """The gradient by which SGD's step, before its learning rate, is the update and all that weight decay does."""
+    """The gradient for which SGD's step, before its learning rate, is the update with weight decay."""
     momentum, decay = float(group["momentum"]), float(group.get("weight_decay", 0))
     sign = -1.0 if group.get("maximize") else 1.0
     wanted = sign * update + (decay / (1 - momentum)) * parameter if decay else sign * update
@@ -65,7 +65,7 @@ def _gradient_for(update: Tensor, parameter: Tensor, buffer: Tensor | None, grou
         # The step is d + momentum (momentum b + d).
         direction = wanted / (1 + momentum) if buffer is None else (wanted - momentum**2 * buffer) / (1 + momentum)
     else:
-        # A first step takes no part in the dampening: its buffer is d.
+        # The first step has no dampening: its buffer is d.
         own = 1.0 if buffer is None else 1 - float(group.get("dampening", 0))
         direction = (wanted if buffer is None else wanted - momentum * buffer) / own
     return sign * (direction - decay * parameter if decay else direction)

@@ -15,7 +15,7 @@ from lightning_kfc.factors.inverses import CholeskyInverse, FewRows, Inverse
 from lightning_kfc.monitoring.events import Events, listed
 from lightning_kfc.rules.base import ReadyLayer, Rule, Updates, write_update
 
-#: Wider layers have products of their own: copying their inverses side by side costs more than starting a product.
+#: The widest layers in a batch: for wider ones a copy of the inverses costs more than separate products.
 LARGEST_BATCHED = 512
 
 
@@ -25,8 +25,8 @@ class NaturalUpdates(Updates):
 
     Attributes:
         tensors: :math:`\nu V` per layer, shaped as the gradients, and shortened to the decrease that may be promised;
-            the gradient itself where no V was usable.
-        clip: :math:`\nu`, 1 where nothing was clipped.
+            the gradient itself without a usable V.
+        clip: :math:`\nu`, 1 without clipping.
         quadratic: :math:`\sum \alpha^2 \langle V, \nabla\bar W\rangle`, twice the KL of the step before it was
             clipped, and after it was shortened to the decrease that may be promised.
         failed: The positions of the layers for which no inverse gave a usable V.
@@ -70,7 +70,7 @@ class NaturalRule(Rule[NaturalUpdates]):
         step: int,
         events: Events,
     ) -> None:
-        """Write the updates, and confirm inverses or go back; see :class:`Rule`."""
+        """Write the updates, and confirm or restore inverses; see :class:`Rule`."""
         forget_rows(ready, updates)
         plain = []
         for position, (entry, update) in enumerate(zip(ready, updates.tensors, strict=True)):
@@ -145,7 +145,7 @@ def natural_step(
         updates[i], products[i] = (gradients[i], 0.0) if found is None else found
     quadratic = sum(rate**2 * product for rate, product in zip(learning_rates, products, strict=True))
     promised = sum(rate * product for rate, product in zip(learning_rates, products, strict=True))
-    # First, so that the radius is held against the step that there would be without it.
+    # Before the clip, so that the radius bounds the shortened step.
     within = most_decrease / promised if most_decrease is not None and promised > most_decrease else 1.0
     quadratic *= within**2
     clip = clip_factor(quadratic, kl_clip)
@@ -192,7 +192,7 @@ def solve_all(
 
 
 def _solve_alone(inverse: Inverse, gradient: Tensor) -> tuple[Tensor, bool]:
-    """V, and whether the gradient has a higher rank than the rows explain that the inverse was made for."""
+    """V, and whether the gradient has a higher rank than the number of rows of the inverse."""
     if not isinstance(inverse, FewRows):
         return inverse.solve(gradient), False
     update = inverse.solve_by_range(gradient)
@@ -208,12 +208,12 @@ def _batch_key(inverse: Inverse, gradient: Tensor) -> object:
 
 
 def clip_factor(quadratic: float, kl_clip: float | None) -> float:
-    r""":math:`\nu` of E7, which brings a step of this squared norm within the bound."""
+    r""":math:`\nu` of E7 for a step of this squared norm."""
     return math.sqrt(kl_clip / quadratic) if kl_clip is not None and quadratic > kl_clip else 1.0
 
 
 def _dot(update: Tensor, gradient: Tensor) -> Tensor:
-    """Their inner product, in one pass where both lie in one piece."""
+    """Their inner product, in one pass if both are contiguous."""
     if update.is_contiguous() and gradient.is_contiguous():
         return torch.dot(update.view(-1), gradient.view(-1))
     return torch.sum(update * gradient)
@@ -224,7 +224,7 @@ def _is_usable(product: float) -> bool:
 
 
 def _solve_with_care(inverse: Inverse, gradient: Tensor) -> tuple[Tensor, float] | None:
-    """V and its product with the gradient, summed in float64; None where V is not usable."""
+    """V and its product with the gradient, summed in float64; None if V is not usable."""
     update = inverse.solve(gradient)
     product = float(torch.sum(update.double() * gradient.double()))
     return (update, product) if _is_usable(product) else None

@@ -24,17 +24,17 @@ Timed = tuple[bool, bool, dict[str, float]]
 
 
 class PeriodChoice:
-    """Chooses the periods, once; until then, and where none is "auto", the first schedule is in force.
+    """Chooses the periods once; before that, and without "auto", the first schedule is in force.
 
     Args:
         schedule: The schedule until periods are chosen.
-        factors: The period of statistics; None where it is chosen.
-        inverses: The period of inverses; None where it is chosen.
+        factors: The period of statistics; None to choose it.
+        inverses: The period of inverses; None to choose it.
         max_overhead: The share by which a step may take longer.
-        times: Told where the time goes; runs a clock of ours as long as we need it.
+        times: The clock of the engine's phases, to which one of our own is attached until the choice.
 
     Attributes:
-        chosen: What was chosen; None before that.
+        chosen: The chosen periods; None before the choice.
 
     Raises:
         ValueError: If a period is "auto" with deterministic algorithms.
@@ -66,7 +66,7 @@ class PeriodChoice:
 
     @property
     def schedule(self) -> RefreshSchedule:
-        """The schedule that is in force."""
+        """The schedule in force."""
         if self.chosen is None or not self._automatic:
             return self._first
         return replace(
@@ -89,7 +89,7 @@ class PeriodChoice:
         if not self._automatic or self.chosen is not None:
             return None
         if self._clock is None:
-            # The first step, with what it sets up, is over.
+            # The first step, with its setup, is not timed.
             self._clock = self._times.also = StepTimes()
         else:
             self._clock.end_step()
@@ -138,8 +138,8 @@ class PeriodChoice:
             return f"{found} (timing.max_overhead={budget:g})."
         alone = costs.each_step / costs.plain
         return (
-            f"{found}: more than timing.max_overhead={budget:g}, though they are the longest that make sense. "
-            f"Preconditioning and reviews alone, which no period changes, take {100 * alone:.0f}%."
+            f"{found}. This exceeds timing.max_overhead={budget:g}, although these are the longest useful periods. "
+            f"Preconditioning and reviews alone take {100 * alone:.0f}%."
         )
 
     def state_dict(self) -> dict[str, Any]:

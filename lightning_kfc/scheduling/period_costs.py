@@ -16,11 +16,11 @@ SHORTEST, LONGEST = (5, 10), (50, 200)
 
 @dataclass(frozen=True)
 class Costs:
-    """What a step costs, in seconds.
+    """The costs of a step, in seconds.
 
     Attributes:
-        plain: A step without us.
-        each_step: What each step costs besides, whatever the periods: preconditioning, and reviews in the mean.
+        plain: A step without the callback.
+        each_step: Costs of each step for any periods: preconditioning, and reviews in the mean.
         statistics: Taking statistics once.
         inverses: Refreshing all inverses once.
     """
@@ -31,7 +31,7 @@ class Costs:
     inverses: float
 
     def overhead(self, factors: int, inverses: int) -> float:
-        """The share by which a step takes longer in the mean, at two periods in steps."""
+        """The mean overhead as a share of a plain step, at two periods in steps."""
         return (self.each_step + self.statistics / factors + self.inverses / inverses) / self.plain
 
 
@@ -42,7 +42,7 @@ class Periods:
     Attributes:
         factors: T_cov, in steps.
         inverses: T_inv, in steps.
-        overhead: The share by which a step takes longer with them in the mean.
+        overhead: The mean overhead with them, as a share of a plain step.
     """
 
     factors: int
@@ -53,13 +53,13 @@ class Periods:
 def choose_periods(
     costs: Costs, max_overhead: float, factors: int | None = None, inverses: int | None = None
 ) -> Periods:
-    """The periods whose overhead is within a budget, or the longest ones where none is.
+    """The shortest periods with an overhead within a budget, or the longest ones if there are none.
 
     Args:
-        costs: Measured.
+        costs: The measured costs.
         max_overhead: The budget, as a share of a plain step.
-        factors: T_cov where it is given, else it is chosen.
-        inverses: T_inv where it is given, else it is chosen.
+        factors: T_cov; None to choose it.
+        inverses: T_inv; None to choose it.
     """
     pairs = list(candidates(factors, inverses))
     within = [pair for pair in pairs if costs.overhead(*pair) <= max_overhead]
@@ -68,7 +68,7 @@ def choose_periods(
 
 
 def candidates(factors: int | None = None, inverses: int | None = None) -> Iterator[tuple[int, int]]:
-    """Pairs T_cov, T_inv to choose from; where both are free, T_inv is a multiple of T_cov.
+    """Pairs T_cov, T_inv to choose from; if both are free, T_inv is a multiple of T_cov.
 
     Args:
         factors: T_cov where it is given.
@@ -78,7 +78,7 @@ def candidates(factors: int | None = None, inverses: int | None = None) -> Itera
         yield factors, inverses
         return
     if inverses is not None:
-        # Statistics that are rarer than inverses would leave most of these without anything new.
+        # With rarer statistics most inverses would not change.
         yield from ((t, inverses) for t in range(min(SHORTEST[0], inverses), min(LONGEST[0], inverses) + 1))
         return
     for t in (factors,) if factors is not None else range(SHORTEST[0], LONGEST[0] + 1):

@@ -17,7 +17,7 @@ from lightning_kfc.utilities.load_balancing import longest_first
 
 
 def open_offsets(schedule: RefreshSchedule, *, with_statistics: bool) -> Iterator[int]:
-    """The offsets of a schedule, in the order in which they are to be filled.
+    """The offsets of a schedule, in the order of filling.
 
     First those just after a date of statistics, so that inverses are made from factors as fresh as can be; last those
     at such a date, which is expensive enough without inverses.
@@ -35,11 +35,11 @@ def open_offsets(schedule: RefreshSchedule, *, with_statistics: bool) -> Iterato
 
 
 def shared_out(costs: Mapping[str, float], offsets: Iterator[int]) -> tuple[list[int], dict[str, int]]:
-    """The offsets that are used, and each layer's.
+    """The used offsets, and the offset of each layer.
 
     Args:
-        costs: Of the layers, by name.
-        offsets: Those that are open.
+        costs: The layers' costs, by name.
+        offsets: The open offsets.
     """
     used = list(itertools.islice(offsets, len(costs)))
     if not used:
@@ -55,13 +55,13 @@ def shared_out(costs: Mapping[str, float], offsets: Iterator[int]) -> tuple[list
 
 
 class StaggeredDates:
-    """The offset of each layer; layers that are found later are added to the offsets that have least to do.
+    """The offset of each layer; later layers are added to the offsets with the least cost.
 
     Args:
         schedule: The periods.
-        costs: The cost of each present layer, by name; read anew whenever a layer without an offset comes.
-        staggered: Whether layers have offsets of their own.
-        with_statistics: Whether inverses are to be made only at dates of statistics.
+        costs: The cost of each present layer, by name; read again for a layer without an offset.
+        staggered: Whether layers have different offsets.
+        with_statistics: Whether inverses are refreshed only at dates of statistics.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class StaggeredDates:
         self.clear()
 
     def of(self, layer: str) -> int | None:
-        """A layer's offset; None where layers have no offsets of their own."""
+        """A layer's offset; None without staggering."""
         if not (self._staggered and self._possible):
             return None
         if layer not in self._given:
@@ -100,11 +100,11 @@ class StaggeredDates:
         return open_offsets(self._schedule, with_statistics=self._with_statistics)
 
     def follow(self, kept: Mapping[str, str]) -> None:
-        """Keep the offsets of layers that stay, whose present names are given by those that they had."""
+        """Keep the offsets of remaining layers, given their present names by their former names."""
         self._given = {kept[name]: offset for name, offset in self._given.items() if name in kept}
 
     def clear(self, schedule: RefreshSchedule | None = None) -> None:
-        """Give out the offsets anew, of another schedule where one is given."""
+        """Assign the offsets again, for another schedule if given."""
         self._schedule = schedule or self._schedule
         self._used, self._given = [], {}
         self._possible = next(self._open(), None) is not None
@@ -114,7 +114,7 @@ class StaggeredDates:
         return {"used": list(self._used), "given": dict(self._given)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave, where the present schedule has these offsets; else start anew."""
+        """Restore a state if the present schedule has its offsets; else assign the offsets again."""
         self.clear()
         used = [int(offset) for offset in state.get("used", [])]
         if used == list(itertools.islice(self._open(), len(used))):

@@ -18,7 +18,7 @@ class RefreshTracker:
 
     Args:
         schedule: The dates.
-        offsets: At which step of the period each layer's inverse is due after the warm-up, so that no step makes all.
+        offsets: The step of the period at which each layer's inverse is due after the warm-up.
 
     Attributes:
         started_at: The step from which the schedule counts, so that a restart without statistics warms up again.
@@ -31,12 +31,12 @@ class RefreshTracker:
         self._folded: dict[str, int] = {}
         self._factorised: dict[str, tuple[int, float]] = {}
         self._waiting: dict[str, int] = {}
-        # Where layers that were found later began; each has a warm-up of its own.
+        # The first step of each later layer, which has its own warm-up.
         self._own_starts: dict[str, int] = {}
         self._dates: tuple[int, int, dict[int | None, int]] | None = None
 
     def statistics_due(self, step: int) -> bool:
-        """Whether a step is one at which all layers' statistics are taken."""
+        """Whether a step takes the statistics of all layers."""
         return self._schedule.factors_due(step - self.started_at)
 
     def recorded_at(self, step: int, layers: Iterable[str]) -> list[str]:
@@ -57,7 +57,7 @@ class RefreshTracker:
         ]
 
     def _warms_up(self, layer: str, step: int) -> bool:
-        """Whether a step is one of a layer's own warm-up, the one that ends it not included."""
+        """Whether a step is in a layer's own warm-up, without its last step."""
         return layer in self._own_starts and step - self._own_starts[layer] < self._schedule.warmup_steps
 
     def factors_refreshed(self, layer: str, step: int) -> None:
@@ -70,7 +70,7 @@ class RefreshTracker:
         return layer in self._folded
 
     def ages(self, layer: str, step: int) -> tuple[int | None, int | None]:
-        """Steps since a layer's statistics, and its inverse, were last refreshed; None where they never were."""
+        """Steps since the last refresh of a layer's statistics and of its inverse; None without one."""
         folded, inverse = self._folded.get(layer), self._factorised.get(layer)
         return None if folded is None else step - folded, None if inverse is None else step - inverse[0]
 
@@ -93,7 +93,7 @@ class RefreshTracker:
         return at < date and (self._offset(layer, step) is None or at < self._last_factors_before(date))
 
     def inverse_outdated(self, layer: str, damping: float) -> bool:
-        """Whether a layer's inverse would not come out as it is: it has new statistics, or another damping."""
+        """Whether a refresh would change a layer's inverse, by new statistics or another damping."""
         at, used = self._factorised.get(layer, (-1, None))
         return self._folded.get(layer, -1) > at or damping != used
 
@@ -102,7 +102,7 @@ class RefreshTracker:
         self._factorised[layer] = (step, damping)
 
     def _last_dates(self, step: int) -> tuple[int, dict[int | None, int]]:
-        """The latest steps, up to this one, at which statistics and, by offset, inverses were due; the latter as asked.
+        """The latest steps, up to this one, at which statistics and, by offset, inverses were due.
 
         Kept, since every layer asks at every step.
         """
@@ -123,14 +123,14 @@ class RefreshTracker:
         return dates[offset]
 
     def _offset(self, layer: str, step: int) -> int | None:
-        # StaggeredDates are given out when the first step has shown which layers stay.
+        # Offsets are assigned after the first step, when dropped layers are known.
         since = step - self.started_at
         if self._warms_up(layer, step):
             return None
         return self._offsets.of(layer) if since >= self._schedule.warmup_steps and since > 0 else None
 
     def refresh_soon(self, layers: Iterable[str], step: int) -> None:
-        """Have layers take statistics and refresh their inverses at their first step from this one on."""
+        """Let layers take statistics and refresh their inverses at their next step, from this one on."""
         for layer in layers:
             self._waiting[layer] = step
             self._factorised.pop(layer, None)
@@ -144,8 +144,8 @@ class RefreshTracker:
         """Follow a model whose layers have changed.
 
         Args:
-            kept: The present name of each layer that stays, by the name that it had.
-            new: Layers that begin at this step, with a warm-up of their own.
+            kept: The present name of each remaining layer, by its former name.
+            new: Layers that begin their own warm-up at this step.
             step: The optimizer step.
         """
         self._folded = {kept[name]: at for name, at in self._folded.items() if name in kept}
@@ -156,7 +156,7 @@ class RefreshTracker:
         self._offsets.follow(kept)
 
     def reschedule(self, schedule: RefreshSchedule) -> None:
-        """Follow another schedule from now on."""
+        """Use another schedule from now on."""
         self._schedule, self._dates = schedule, None
         self._offsets.clear(schedule)
 
@@ -180,11 +180,11 @@ class RefreshTracker:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave."""
+        """Restore a state of :meth:`state_dict`."""
         self.restart(int(state["started_at"]))
         self._folded = {name: int(at) for name, at in state["folded"].items()}
         self._factorised = {name: (int(at), float(damping)) for name, (at, damping) in state["factorised"].items()}
         self._waiting = {name: int(at) for name, at in state["waiting"].items()}
         self._own_starts = {name: int(at) for name, at in state.get("own_starts", {}).items()}
-        # States of versions without offsets have none, and get theirs as at the start.
+        # States of versions without offsets get them as at the start.
         self._offsets.load_state_dict(state.get("slots", {}))
