@@ -75,7 +75,7 @@ class Rule(ABC, Generic[U]):
 
         Args:
             rates: The optimizer's learning rate for each layer.
-            optimizer: The optimizer that is about to step; None where it is not known, and has no momentum.
+            optimizer: The optimizer of the step; None if unknown, as one without momentum.
         """
         return dict(rates)
 
@@ -124,7 +124,7 @@ class Rule(ABC, Generic[U]):
         Args:
             ready: The layers.
             updates: What :meth:`updates` returned for them.
-            optimizer: The optimizer that is about to step; None where it is not known, and has no momentum.
+            optimizer: The optimizer of the step; None if unknown, as one without momentum.
             loss_scale: A factor on the updates, by which a gradient scaler will divide.
             step: The number of the step, for warnings.
             events: Counts unusable updates.
