@@ -96,6 +96,13 @@ def test_coverage_states_that_a_complex_parameter_keeps_its_plain_gradient() -> 
     assert (row.treatment, row.reason) == ("plain", "complex: there is no curvature for complex values")
 
 
+def test_the_report_at_the_start_has_one_line_on_complex_parameters(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        train(pairs=False, lr=0.5)
+    lines = [line for message in caplog.messages for line in message.splitlines() if "complex" in line]
+    assert lines == ["Plain gradient (complex: there is no curvature for complex values): net.2.weight"]
+
+
 def test_a_linear_layer_of_complex_weights_is_plain_beside_layers_that_are_not() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
