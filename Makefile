@@ -9,21 +9,21 @@ WORKERS ?= 2
 .PHONY: demo test test-fast coverage lint types docs examples dist oldest newest check clean help
 
 help:
-	@echo "make demo      install, and train on 5,000 real MNIST digits with SGD and with KFC"
+	@echo "make demo      install, and train on 5,000 real MNIST digits with SGD, AdamW and KFC"
 	@echo "make test      install, and run the tests"
 	@echo "make test-fast install, and run the tests that are not marked slow (a minute and a half)"
 	@echo "make coverage  install, run all tests once, and require 97 % of lines and branches"
 	@echo "make lint      ruff and the import contract"
 	@echo "make types     mypy"
 	@echo "make docs      build the documentation into docs/_build/html"
-	@echo "make examples  run every example in small"
+	@echo "make examples  run every example"
 	@echo "make dist      build sdist and wheel into dist/, and try the wheel in an environment of its own"
 	@echo "make oldest    the tests on the oldest supported torch and lightning, in .venv-oldest"
 	@echo "make newest    the tests on the newest torch and lightning that were tried, in .venv-newest"
 	@echo "make check     coverage, lint, types, docs, examples and dist"
 
 demo: $(VENV)/installed
-	@echo "==> Training on 5,000 MNIST digits, with SGD alone and with KFCCallback added"
+	@echo "==> Training on 5,000 MNIST digits with SGD, with AdamW, and with SGD and KFCCallback"
 	$(BIN)/python examples/mnist_demo.py
 
 test: $(VENV)/installed
@@ -53,7 +53,7 @@ docs: $(VENV)/installed
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 
 examples: $(VENV)/installed
-	@echo "==> Running every example in small"
+	@echo "==> Running every example"
 	$(BIN)/python examples/run_all.py
 
 dist: $(VENV)/installed

@@ -1,8 +1,7 @@
-"""Runs every example in small, each in a process of its own, and fails if one fails: ``make examples``.
+"""Runs every example, each in a process of its own, and fails if one fails: ``make examples``.
 
-A new example needs nothing here if ``--quick`` makes it short, or if it is a LightningCLI program with its
-configuration beside it (``name.py`` and ``name.yaml``), which is fitted for one epoch. Other arguments go into
-``ARGUMENTS``. Files whose names begin with an underscore are parts of examples.
+A new example needs nothing here if it runs without arguments, or if it is a LightningCLI program with its configuration
+beside it (``name.py`` and ``name.yaml``), which is fitted. Other arguments go into ``ARGUMENTS``.
 """
 
 from __future__ import annotations
@@ -16,9 +15,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-#: The arguments that make an example short, where neither rule does; ``{examples}`` is this folder. An example
-#: that is run in several ways has several lists.
-ARGUMENTS: Mapping[str, Sequence[Sequence[str]]] = {}
+#: The arguments of other examples; ``{examples}`` is this folder. One that is run in several ways has several lists.
+ARGUMENTS: Mapping[str, Sequence[Sequence[str]]] = {"mnist_demo.py": [("--quick",)]}
 TIMEOUT_SECONDS = 300
 
 
@@ -29,20 +27,20 @@ def commands(folder: Path) -> list[list[str]]:
         ValueError: If arguments are given for a file that is not there.
     """
     own = Path(__file__).name
-    examples = sorted(p for p in folder.glob("*.py") if p.name != own and not p.name.startswith("_"))
+    examples = sorted(p for p in folder.glob("*.py") if p.name != own)
     missing = ARGUMENTS.keys() - {path.name for path in examples}
     if missing:
         raise ValueError(f"ARGUMENTS names examples that are not in {folder}: {', '.join(sorted(missing))}.")
     return [
         [sys.executable, str(path), *(argument.format(examples=folder) for argument in arguments)]
         for path in examples
-        for arguments in ARGUMENTS.get(path.name) or [_quick(path)]
+        for arguments in ARGUMENTS.get(path.name) or [_arguments(path)]
     ]
 
 
-def _quick(example: Path) -> Sequence[str]:
+def _arguments(example: Path) -> Sequence[str]:
     config = example.with_suffix(".yaml")
-    return ("fit", "--config", str(config), "--trainer.max_epochs=1") if config.exists() else ("--quick",)
+    return ("fit", "--config", str(config)) if config.exists() else ()
 
 
 def run(command: Sequence[str]) -> bool:

@@ -1,25 +1,27 @@
-"""The examples' shared table and data, and the page that lists them; ``examples/run_all.py`` runs each one in small."""
+"""The examples: short, on the page that lists them, with the outcome that they were seen to have."""
 
 from __future__ import annotations
 
 import ast
+import json
 import re
-from types import ModuleType
+from pathlib import Path
 
 import pytest
-import torch
 
-from tests.project.test_demo import ROOT, load_example
+from benchmarks import examples_outcome
+from tests.project.test_demo import ROOT
 
 pytestmark = pytest.mark.slow
 
-EXAMPLES = sorted(p for p in (ROOT / "examples").glob("*.py") if p.name != "run_all.py" and not p.name.startswith("_"))
+EXAMPLES = sorted(p for p in (ROOT / "examples").glob("*.py") if p.name != "run_all.py")
+SHORT = [path for path in EXAMPLES if path.name != "mnist_demo.py"]
 PAGE = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
+FOUND = json.loads((ROOT / "benchmarks" / "results" / "examples.json").read_text("utf-8"))["found"]
 
 
-@pytest.fixture(scope="module")
-def shared() -> ModuleType:
-    return load_example("_shared")
+def described(path: Path) -> str:
+    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
 
 
 def test_page_lists_every_example_with_its_command_and_no_other() -> None:
@@ -27,48 +29,57 @@ def test_page_lists_every_example_with_its_command_and_no_other() -> None:
     assert sorted(set(listed)) == [path.name for path in EXAMPLES]
 
 
+def test_the_outcome_of_every_example_was_measured() -> None:
+    assert set(examples_outcome.EXAMPLES) == set(FOUND) == {path.stem for path in EXAMPLES}
+    assert (
+        examples_outcome.markdown(FOUND) == (ROOT / "benchmarks" / "results" / "examples.md").read_text("utf-8").strip()
+    )
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_example_says_how_it_is_run(path) -> None:
-    described = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
-    assert described is not None
-    assert f"python examples/{path.name}" in described or "make demo" in described
+def test_example_says_how_it_is_run(path: Path) -> None:
+    assert f"python examples/{path.name}" in described(path) or "make demo" in described(path)
 
 
-def test_table_shows_each_run_at_five_moments_and_its_seconds(shared: ModuleType) -> None:
-    def history(offset: float, seconds: float):
-        rows = [(step, {"loss": step + offset}) for step in range(10, 101, 10)]
-        return shared.History(rows, seconds)
-
-    rows = shared.table({"one": history(0.25, 1.5), "two": history(0.5, 20.0)}).splitlines()
-    assert rows[0].split() == ["one", "two"]
-    assert [row.split()[1:] for row in rows[1:6]] == [
-        ["step", str(step), f"{step}.2500", f"{step}.5000"] for step in (10, 30, 50, 80, 100)
-    ]
-    assert rows[6].split() == ["seconds", "1.5", "20.0"]
+@pytest.mark.parametrize("path", SHORT, ids=lambda path: path.stem)
+def test_example_is_below_60_lines_needs_no_other_file_and_states_the_measured_outcome(path: Path) -> None:
+    text = path.read_text("utf-8")
+    assert len(text.splitlines()) < 60
+    modules = {node.module for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
+    assert not modules & {other.stem for other in EXAMPLES}
+    assert f"Outcome: {FOUND[path.stem]['outcome']}" in " ".join(described(path).split())
 
 
-def test_runs_start_from_the_same_random_state_and_keep_their_own_history(shared: ModuleType, capsys) -> None:
-    drawn, given = [], []
+def test_an_outcome_is_the_last_line_and_a_failure_shows_what_was_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "good.py").write_text(
+        "import sys; sum(range(3 * 10**7)); print('first'); print(f'  last {sys.argv[1]}  ')"
+    )
+    (tmp_path / "bad.py").write_text("print('why'); raise SystemExit(3)")
+    monkeypatch.setattr(examples_outcome, "FOLDER", tmp_path)
+    monkeypatch.setattr(examples_outcome, "EXAMPLES", {"good": ("7",), "bad": ()})
+    found = examples_outcome.measure("good")
+    assert found["outcome"] == "last 7"
+    assert 0.1 <= found["seconds"] < 30
+    assert examples_outcome.markdown({"good": found}).splitlines()[-1].startswith("| `good.py` | last 7 | ")
+    with pytest.raises(RuntimeError, match="status 3:\nwhy"):
+        examples_outcome.measure("bad")
 
-    def fit(optimizer, callbacks) -> None:
-        drawn.append(torch.rand(3))
-        given.append((optimizer, callbacks[1:]))
-        callbacks[0].rows.append((1, {"loss": float(len(drawn))}))
 
-    state = torch.random.get_rng_state()
-    histories = shared.compare({"a": ("A", ["callback"]), "b": ("B", [])}, fit)
-    torch.random.set_rng_state(state)
-    assert torch.equal(drawn[0], drawn[1])
-    assert given == [("A", ["callback"]), ("B", [])]
-    assert [history.rows for history in histories.values()] == [[(1, {"loss": 1.0})], [(1, {"loss": 2.0})]]
-    assert "1.0000                  2.0000" in capsys.readouterr().out
-
-
-def test_digits_to_train_on_and_those_held_out_are_apart_and_even(shared: ModuleType) -> None:
-    train_images, train_labels, test_images, test_labels = shared.mnist_split(4096)
-    assert (train_images.shape, test_images.shape) == ((4096, 1, 28, 28), (904, 1, 28, 28))
-    assert (float(train_images.min()), float(train_images.max())) == (0.0, 1.0)
-    assert set(train_labels.bincount().tolist()) <= {409, 410}
-    assert set(test_labels.bincount().tolist()) <= {90, 91}
-    rows = {row.numpy().tobytes() for row in train_images}
-    assert not rows & {row.numpy().tobytes() for row in test_images}
+def test_outcomes_are_measured_in_pieces_and_again_where_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+    monkeypatch.setattr(examples_outcome, "EXAMPLES", {"one": (), "two": ()})
+    monkeypatch.setattr(
+        examples_outcome, "measure", lambda name: measured.append(name) or {"outcome": name, "seconds": 1.0}
+    )
+    folder = ["--results", str(tmp_path)]
+    assert examples_outcome.main([*folder, "--pieces", "1"]) == 3
+    assert examples_outcome.main(folder) == 0
+    assert examples_outcome.main(folder) == 0
+    assert measured == ["one", "two"]
+    assert examples_outcome.main([*folder, "--again", "one"]) == 0
+    assert measured == ["one", "two", "one"]
+    assert list(json.loads((tmp_path / "examples.json").read_text())["found"]) == ["one", "two"]

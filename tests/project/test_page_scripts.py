@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import json
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from benchmarks import examples_outcome
 from benchmarks.cost import quickstart_time
 
 pytestmark = pytest.mark.slow
@@ -35,58 +31,6 @@ def test_a_command_of_the_quickstart_that_fails_says_why(tmp_path: Path) -> None
     seconds, printed = quickstart_time.timed("pwd", tmp_path)
     assert 0 < seconds < 30
     assert printed.strip() == str(tmp_path)
-
-
-def outcome(*finals: float) -> dict[str, Any]:
-    def run(final: float, seconds: float) -> dict[str, Any]:
-        return {"seconds": seconds, "steps": [1, 5, 9], "metrics": {"Frechet distance": [3.0, 2.0, final]}}
-
-    names = ("with KFCCallback()", "SGD alone", "Adam alone")
-    return {"wall": 10.0, "runs": {n: run(f, s) for n, f, s in zip(names, finals, (3.0, 2.0, 2.0), strict=True)}}
-
-
-def test_outcomes_of_examples_are_medians_over_seeds_and_a_run_that_diverged_is_the_worst() -> None:
-    found = {"gan": {"0": outcome(0.5, 0.7, 0.9), "1": outcome(0.3, 0.1, 0.2), "2": outcome(0.4, float("nan"), 0.25)}}
-    text = examples_outcome.markdown(found)
-    assert text.startswith("Medians of 3 seeds")
-    rows = [row for row in text.splitlines() if row.startswith("| `gan` | Frechet")]
-    assert [row.split(" | ")[2] for row in rows] == ["1", "5", "9"]
-    assert rows[-1].replace("\u2060\u2013\u2060", " to ").replace("\u00a0", " ") == (
-        "| `gan` | Frechet distance | 9 | 0.4 (0.3 to 0.5) | 0.7 (0.1 to diverged) | **0.25** (0.2 to 0.9) | 1.5 |"
-    )
-    assert text.splitlines()[-1] == "| `gan` | 10 |"
-
-
-def test_every_example_is_run_whole_once_or_with_each_seed() -> None:
-    examples = {p.stem for p in (ROOT / "examples").glob("*.py") if p.stem != "run_all" and not p.stem.startswith("_")}
-    assert {name for name, _ in examples_outcome.pieces()} == examples
-    assert not set(examples_outcome.COMPARISONS) & set(examples_outcome.OTHERS)
-
-
-def test_an_example_is_recorded_with_its_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shared = """
-SEED = 0
-class History:
-    def __init__(self): self.rows = [(4, {"loss": 0.5 + SEED}), (8, {"loss": 0.25})]
-def compare(runs, fit):
-    for name in runs: fit(name)
-    return {name: History() for name in runs}
-"""
-    (tmp_path / "_shared.py").write_text(shared)
-    (tmp_path / "one.py").write_text("from _shared import compare\ncompare({'a': 1, 'b': 2}, lambda name: name)")
-    monkeypatch.setattr(examples_outcome, "EXAMPLES", tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "argv", list(sys.argv))
-    monkeypatch.delitem(sys.modules, "_shared", raising=False)
-    try:
-        examples_outcome.record("one", 7, tmp_path / "out.json")
-    finally:
-        sys.modules.pop("_shared", None)
-    runs = json.loads((tmp_path / "out.json").read_text())
-    assert list(runs) == ["a", "b"]
-    assert runs["a"]["steps"] == [4, 8]
-    assert runs["a"]["metrics"] == {"loss": [7.5, 0.25]}
-    assert runs["a"]["seconds"] >= 0
 
 
 def test_names_in_code_may_break_at_their_joints_and_numbers_not(monkeypatch: pytest.MonkeyPatch) -> None:
