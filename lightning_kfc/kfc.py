@@ -120,9 +120,9 @@ class KFC:
 
     def coverage(self) -> Coverage:
         """Every parameter with its treatment and the reason; before the first step, the planned treatment."""
-        inverse, moments = INVERSES[self.settings.inverse], self._stages.rule.moments_per_parameter
+        inverse, kept = INVERSES[self.settings.inverse], self._stages.rule.moments_per_parameter + self.reviewer.active
         idle = without_curvature(self.layers.values()) if self._stages.steps.any_made else {}
-        return coverage_of(self._model, self.layers, inverse, moments, idle)
+        return coverage_of(self._model, self.layers, inverse, kept, idle)
 
     def ages(self, layer: str) -> tuple[int | None, int | None]:
         """Steps since the last refresh of a layer's statistics and of its inverse; None without one."""
@@ -241,16 +241,22 @@ class KFC:
         return True
 
     def _replace_gradients(self, coming: OptimizerStep) -> None:
-        stages, rule, step, damping, kl_clip = self._stages, self._stages.rule, self.step, self.damping, self.kl_clip
+        stages, rule, step, damping = self._stages, self._stages.rule, self.step, self.damping
         layers = [self.layers[name] for name in coming.rates]
         gradients = {layer: own for layer in layers if (own := layer.gradients()) is not None}
         stages.pending.before_step(gradients, step)
         ready = received_updates(stages.ownership, rule.ready(gradients, coming), damping)
-        most_decrease = None
+        # A gradient from elsewhere than where the step ends, as SAM's second one, does not judge the last step.
+        if first := not stages.steps.again:
+            self.reviewer.last_updates.follow({entry.layer.name: entry.gradient for entry in ready})
+        kl_clip, most_decrease = self.kl_clip, None
         if rule.bounds_decrease:
             bounded = stages.estimator.never_negative
             most_decrease = self.reviewer.most_decrease(coming.parameters, never_negative=bounded)
         updates = rule.updates(ready, damping, kl_clip, most_decrease)
+        if first:
+            rates = {entry.layer.name: entry.learning_rate for entry in ready}
+            self.reviewer.last_updates.keep(rates, updates.tensors, updates.slope)
         # Before the updates are written: .grad is still the gradient of the loss.
         self.reviewer.before_step(step, updates.quadratic, damping, coming)
         if self.inspect is not None:

@@ -1,4 +1,4 @@
-"""The bytes that a layer's factors, inverse and moments hold."""
+"""The bytes that a layer's factors, its inverse, its moments and its last update hold."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from lightning_kfc.factors.running_average import stored_nbytes
 from lightning_kfc.factors.statistics import factor_dtype
 
 
-def layer_bytes(layer: Layer, inverse: type[Inverse], moments: int = 0) -> int:
+def layer_bytes(layer: Layer, inverse: type[Inverse], kept: int = 0) -> int:
     """Bytes that a layer holds, or will hold once it has factors and an inverse.
 
     Args:
         layer: The layer.
         inverse: The user's kind of inverse.
-        moments: The rule's numbers per parameter.
+        kept: The numbers that are kept per parameter from step to step.
     """
-    if layer.averages and layer.inverse is not None:
-        kept = layer.moments.nbytes() if layer.moments is not None else 0
-        return sum(average.nbytes for average in layer.averages.values()) + layer.inverse.nbytes() + kept
     dtype = factor_dtype(layer.parameters()[0].dtype)
+    held = kept * math.prod(layer.adapter.matrix_shape()) * dtype.itemsize
+    if layer.averages and layer.inverse is not None:
+        return held + sum(average.nbytes for average in layer.averages.values()) + layer.inverse.nbytes()
     shapes, kind = layer.adapter.factor_shapes(), layer.inverse_type(inverse)
-    kept = sum(stored_nbytes(shape, dtype) for shape in shapes.values())
-    kept += kind.numel(shapes) * (layer.inverse_dtype if kind is CholeskyInverse else dtype).itemsize
-    return kept + moments * math.prod(layer.adapter.matrix_shape()) * dtype.itemsize
+    held += sum(stored_nbytes(shape, dtype) for shape in shapes.values())
+    return held + kind.numel(shapes) * (layer.inverse_dtype if kind is CholeskyInverse else dtype).itemsize

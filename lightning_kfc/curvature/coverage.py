@@ -230,7 +230,7 @@ def coverage_of(
     model: nn.Module,
     found: ModelLayers,
     inverse: type[Inverse],
-    moments: int = 0,
+    kept: int = 0,
     idle: Mapping[str, str] | None = None,
 ) -> Coverage:
     """Make the coverage of a model from its layers; the model may have changed since.
@@ -239,7 +239,7 @@ def coverage_of(
         model: The model.
         found: Its layers.
         inverse: The user's kind of inverse.
-        moments: The rule's numbers per parameter, which count as memory of the inverse.
+        kept: The numbers that are kept per parameter from step to step, which count as memory of the inverse.
         idle: Layers that have no curvature at present, by name, with the reason.
     """
     idle = idle or {}
@@ -264,7 +264,7 @@ def coverage_of(
             row = CoverageRow(name, module, layers[0].adapter.kind, "plain", reason, {}, 0, numel)
         elif layers:
             adapter = layers[0].adapter
-            held = sum(layer_bytes(layer, inverse, moments) for layer in layers if layer.name not in counted)
+            held = sum(layer_bytes(layer, inverse, kept) for layer in layers if layer.name not in counted)
             counted |= {layer.name for layer in layers}
             why = layers[0].reason or adapter.approximation()
             shapes = _shapes(layers)
@@ -275,16 +275,16 @@ def coverage_of(
             row = CoverageRow(name, module, kind, "plain", reason, {}, 0, numel)
         rows.append(row)
     covered = [layer for layer in present if layer.name not in idle]
-    return Coverage(tuple(rows), tuple(_lines(covered, inverse, moments)))
+    return Coverage(tuple(rows), tuple(_lines(covered, inverse, kept)))
 
 
-def _lines(layers: Iterable[Layer], inverse: type[Inverse], moments: int) -> Iterator[_Line]:
+def _lines(layers: Iterable[Layer], inverse: type[Inverse], kept: int) -> Iterator[_Line]:
     for layer in layers:
         adapter = layer.adapter
         if adapter.own_parameters():
             factors = _sides(adapter.factor_shapes())
             numel = sum(adapter.select(role, p).numel() for role, p in adapter.own_parameters().items())
-            held = layer_bytes(layer, inverse, moments)
+            held = layer_bytes(layer, inverse, kept)
             yield _Line(layer.name, adapter.kind, adapter.treatment, factors, numel, held)
 
 

@@ -144,6 +144,7 @@ class Stages:
             "dropped": dict(self.layers.dropped),
             "self_test_done": self.estimator.self_test.done,
             "never_negative": self.estimator.never_negative,
+            "last_updates": self.reviewer.last_updates.state() if factors else [],
             **{name: part.state_dict() for name, part in self._with_state().items()},
         }
 
@@ -161,6 +162,7 @@ class Stages:
         self.tracker.reschedule(self.periods.schedule)
         for name, part in self._with_state().items():
             part.load_state_dict(state.get(name, {}))
+        self.reviewer.last_updates.load(state.get("last_updates", ()), next(self.model.parameters()).device)
         if state["layers"] is None:
             self.tracker.restart(self.steps.number)
             return ["the state holds no factors: curvature is estimated anew, beginning with a warm-up"]

@@ -248,11 +248,11 @@ def summary(by_layer: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def bytes_held(kfc: KFC) -> int:
-    """Bytes of factors, inverses and the moments of the rule "adam" on this rank.
+    """Bytes of factors, inverses, the moments of the rule "adam" and the last updates on this rank.
 
     Inverses that are kept until the next ones have proved usable are among them.
     """
-    held = 0
+    held = kfc.reviewer.last_updates.nbytes()
     for layer in kfc.layers.values():
         held += sum(average.nbytes for average in layer.averages.values())
         held += sum(inverse.nbytes() for inverse in (layer.inverse, layer.previous_inverse) if inverse is not None)

@@ -171,7 +171,7 @@ def adam_step(
         learning_rates: Per layer, :math:`\eta` of this step, by which the optimizer will multiply the update.
         kl_clip: :math:`\kappa > 0`, or None for no bound.
     """
-    updates, after, quadratics = [], [], []
+    updates, after, quadratics, products = [], [], [], []
     for gradient, before, inverse, curvature in zip(gradients, moments, inverses, curvatures, strict=True):
         basis = eigenbasis(inverse)
         # Squares must not overflow: a second moment of infinity would never come down again.
@@ -186,17 +186,20 @@ def adam_step(
             update = basis.back(update)
         else:
             quadratics.append(quadratic_form(curvature, update))
+        products.append(torch.sum(update * gradient))
         updates.append(update)
         after.append(new)
     if not updates:
         return AdamUpdates((), 1.0, 0.0)
-    sizes = torch.stack([size.double() for size in quadratics]).tolist()
+    sizes, slopes = torch.stack([torch.stack(part).double() for part in (quadratics, products)]).tolist()
     failed = tuple(i for i, size in enumerate(sizes) if not math.isfinite(size))
     for i in failed:
         old = moments[i]
-        updates[i], after[i], sizes[i] = torch.zeros_like(updates[i]), old or Moments.none(updates[i]), 0.0
+        updates[i], after[i] = torch.zeros_like(updates[i]), old or Moments.none(updates[i])
+        sizes[i] = slopes[i] = 0.0
     quadratic = sum(rate**2 * size for rate, size in zip(learning_rates, sizes, strict=True))
     clip = clip_factor(quadratic, kl_clip)
     if clip < 1:
         updates = [update * clip for update in updates]
-    return AdamUpdates(tuple(updates), clip, quadratic, failed, tuple(after))
+    slope = clip * sum(rate * product for rate, product in zip(learning_rates, slopes, strict=True))
+    return AdamUpdates(tuple(updates), clip, quadratic, failed, slope, moments=tuple(after))

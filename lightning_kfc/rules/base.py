@@ -37,19 +37,21 @@ class ReadyLayer:
 
 @dataclass(frozen=True)
 class Updates:
-    """The updates of one step.
+    r"""The updates of one step.
 
     Attributes:
         tensors: Per layer, shaped as the gradients.
         clip: The factor on all updates that keeps them within the bound; 1 if they are shorter.
         quadratic: The squared norm of the step in the Fisher metric before the clip, twice its KL.
         failed: The positions of the layers without a usable update.
+        slope: :math:`\sum\alpha\langle V, \nabla\rangle`, the decrease that the updates promise to first order.
     """
 
     tensors: tuple[Tensor, ...]
     clip: float
     quadratic: float
     failed: tuple[int, ...] = ()
+    slope: float = 0.0
 
 
 #: Called with the layers of a step and their updates, while gradients are still those of the loss.

@@ -151,7 +151,15 @@ def natural_step(
     clip = clip_factor(quadratic, kl_clip)
     if clip * within < 1:
         updates = [update if i in failed else update.mul_(clip * within) for i, update in enumerate(updates)]
-    return NaturalUpdates(tuple(updates), clip, quadratic, tuple(failed), tuple(restored), tuple(rank_exceeded))
+    return NaturalUpdates(
+        tuple(updates),
+        clip,
+        quadratic,
+        tuple(failed),
+        promised * within * clip,
+        restored=tuple(restored),
+        rank_exceeded=tuple(rank_exceeded),
+    )
 
 
 def solve_all(

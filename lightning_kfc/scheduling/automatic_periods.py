@@ -14,7 +14,7 @@ from lightning_kfc.monitoring.timing import PHASES, REST, StepTimes
 from lightning_kfc.scheduling.period_costs import Costs, Periods, choose_periods
 from lightning_kfc.scheduling.refresh_schedule import RefreshSchedule
 
-#: So many steps without statistics are timed after the warm-up; every fifth step is reviewed.
+#: So many steps without statistics are timed after the warm-up; every tenth step is reviewed.
 BETWEEN = 5
 #: The choice is made after so many steps that follow the warm-up at the latest: those of the period until then.
 ENOUGH = 20

@@ -35,9 +35,13 @@ SLOWEST_FALL = 0.5
 
 #: The number of first steps that are all reviewed, and the period of reviews afterwards.
 REVIEWED_AT_FIRST = 10
-REVIEW_EVERY_N_STEPS = 5
+REVIEW_EVERY_N_STEPS = 10
+#: The radius follows c, the slope of the last step on the next batch, by exp(NEXT_SLOPE c) a step.
+NEXT_SLOPE = 0.35
 
 POOR, GOOD = 0.25, 0.75
+#: The radius does not grow beyond this many times the size of a step: there it bounds nothing.
+MOST_ROOM = 8.0
 #: A step is undone if the loss has grown by more than this share of the decrease that its slope foretold.
 TOLERATED_GROWTH = 0.1
 #: The largest slope of a step, as a multiple of a loss that cannot fall below 0. At its minimum, a
@@ -203,6 +207,23 @@ class TrustRegion:
         known = math.isfinite(self.log_size)
         self.log_size = SIZE_DECAY * self.log_size + (1 - SIZE_DECAY) * log_size if known else log_size
 
+    def follow_next_slope(self, share: float) -> None:
+        r"""Let the radius follow how the last step fits the next batch.
+
+        Args:
+            share: c of :mod:`~lightning_kfc.trust_region.next_slope`; one that is not finite counts as -1.
+        """
+        if not self.adapts_radius or not math.isfinite(self.radius):
+            return
+        share = min(max(share, -1.0), 1.0) if math.isfinite(share) else -1.0
+        if share > 0 and self.radius > MOST_ROOM * math.exp(self.log_size):
+            return
+        self.radius *= math.exp(NEXT_SLOPE * share)
+        self._limit_radius()
+
+    def _limit_radius(self) -> None:
+        self.radius = min(max(self.radius, SMALLEST_RADIUS * self.loss), LARGEST_RADIUS * self.loss)
+
     def judge(self, outcome: Outcome, size: float) -> Verdict:
         r"""Draw the consequences of a reviewed step.
 
@@ -219,8 +240,8 @@ class TrustRegion:
             if poor:
                 self.radius = 0.5 * min(self.radius, size)
             elif ratio > GOOD:
-                self.radius = 2 * min(self.radius, 4 * size)
-            self.radius = min(max(self.radius, SMALLEST_RADIUS * self.loss), LARGEST_RADIUS * self.loss)
+                self.radius = min(2 * self.radius, MOST_ROOM * size)
+            self._limit_radius()
         self.review_next = self.review_next or poor
         # A step whose slope leads uphill, as with momentum, is kept unless the loss has grown.
         shorten = undo or (poor and outcome.slope < 0)

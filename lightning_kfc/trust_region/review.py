@@ -19,6 +19,7 @@ from lightning_kfc.curvature.ownership import LayerOwnership
 from lightning_kfc.distributed import process_group as distributed
 from lightning_kfc.monitoring.events import Events
 from lightning_kfc.trust_region.losses_seen import LossesSeen, SeenLoss
+from lightning_kfc.trust_region.next_slope import LastUpdates
 from lightning_kfc.trust_region.region import TrustRegion, Verdict, message_of_fixed
 from lightning_kfc.trust_region.replay_checks import replay_error, replayability, replayed_step
 from lightning_kfc.trust_region.scheduled_damping import ScheduledDamping
@@ -44,6 +45,7 @@ class StepReviewer:
     Attributes:
         region: The trust region.
         last: The last verdict.
+        last_updates: Let the region follow how the last step fits the next batch.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class StepReviewer:
         self._checked = False
         self._misses = 0
         self.last: Verdict | None = None
+        self.last_updates = LastUpdates(region)
 
     # Damping and bound in force.
 
@@ -266,6 +269,7 @@ class StepReviewer:
             if not self._reproduces(before.losses, before.values_by_id, with_collectives=before.with_collectives):
                 return None
             before.shorten(verdict.kept_share)
+            self.last_updates.forget()
             self._events.count("undone_steps" if verdict.undo else "shortened_steps")
         self.last = verdict
         return verdict
@@ -284,14 +288,12 @@ class StepReviewer:
             warnings.warn(message, stacklevel=2)
 
     def end(self, reason: str) -> str:
-        """Review no step from now on.
-
-        Args:
-            reason: The reason for the end.
+        """Review no step from now on, since ``reason`` forbids it.
 
         Returns:
             A message for the user, with the bound that is used; empty where it was not ``"auto"``.
         """
         adapted = self.region.fix()
         self.forget_losses()
+        self.last_updates.forget()
         return message_of_fixed(self.region.radius, reason) if adapted else ""

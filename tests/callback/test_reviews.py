@@ -64,6 +64,7 @@ def test_a_run_does_not_notice_its_reviews(tmp_path, monkeypatch, options):
         return Verdict(outcome.ratio, undo=False, refresh=False)
 
     monkeypatch.setattr(TrustRegion, "judge", indifferent)
+    monkeypatch.setattr(region, "NEXT_SLOPE", 0.0)
     # It is not by a review that a step is kept from promising more than the loss that there is.
     monkeypatch.setattr(region, "MOST_PROMISED", math.inf)
     settings = {"ema_decay": 0.5}

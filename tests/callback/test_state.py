@@ -35,6 +35,8 @@ def differences(first, second, path="state"):
         if first.keys() != second.keys():
             return [f"{path}: {first.keys() ^ second.keys()}"]
         return [d for key in first for d in differences(first[key], second[key], f"{path}.{key}")]
+    if isinstance(first, list) and len(first) == len(second):
+        return [d for i in range(len(first)) for d in differences(first[i], second[i], f"{path}[{i}]")]
     same = torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
     return [] if same else [f"{path}: {first} != {second}"]
 
@@ -241,8 +243,9 @@ def test_without_factors_a_checkpoint_is_small_and_a_resumed_run_warms_up_and_sa
 
 
 def tensors_in(state):
-    if isinstance(state, dict):
-        return [tensor for value in state.values() for tensor in tensors_in(value)]
+    if isinstance(state, dict | list):
+        values = state.values() if isinstance(state, dict) else state
+        return [tensor for value in values for tensor in tensors_in(value)]
     return [state] if isinstance(state, torch.Tensor) else []
 
 

@@ -1,0 +1,160 @@
+"""The slope of the last step on the next batch, and the radius that follows it."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_kfc import KFC
+from lightning_kfc.trust_region.next_slope import LastUpdates
+from lightning_kfc.trust_region.region import LARGEST_RADIUS, MOST_ROOM, NEXT_SLOPE, SMALLEST_RADIUS, TrustRegion
+
+
+def region(**changes):
+    return TrustRegion(**{"adapts_radius": True, "radius": 0.1, "loss": 1.0, "log_size": 0.0, **changes})
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def batch(seed, size=32):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(size, 4, dtype=torch.float64, generator=generator)
+    return x, torch.randint(0, 3, (size,), generator=generator)
+
+
+def make_step(kfc, model, optimizer, x, y):
+    optimizer.zero_grad()
+    with kfc.capture():
+        loss = F.cross_entropy(model(x), y)
+    kfc.back_propagate(loss)
+    loss.backward()
+    kfc.precondition(optimizer=optimizer)
+
+
+def slope_along(model, direction, x, y, h=1e-5):
+    """The derivative of the batch's loss along a direction, by central differences."""
+    values = [p.detach().clone() for p in model.parameters()]
+    found = []
+    with torch.no_grad():
+        for sign in (1, -1):
+            for p, value, d in zip(model.parameters(), values, direction, strict=True):
+                p.copy_(value + sign * h * d)
+            found.append(float(F.cross_entropy(model(x), y)))
+        for p, value in zip(model.parameters(), values, strict=True):
+            p.copy_(value)
+    return (found[0] - found[1]) / (2 * h)
+
+
+@pytest.mark.parametrize("rule", ["natural", "adam"])
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_the_radius_follows_the_slope_of_the_last_update_on_the_next_batch(rule, momentum, monkeypatch):
+    # Reviews change nothing here, so that the radius is moved by the slope alone.
+    monkeypatch.setattr(TrustRegion, "review_planned", lambda self, step: False)
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=momentum)
+    kfc = KFC(model, damping="auto", kl_clip="auto", rule=rule)
+    updates, own = [], math.nan
+    kfc.inspect = lambda ready, tensors: updates.append(
+        [rows for e, u in zip(ready, tensors, strict=True) for rows in (u[0, :, :-1].clone(), u[0, :, -1].clone())]
+    )
+    for step in range(4):
+        x, y = batch(step)
+        now = slope_along(model, updates[-1], x, y) if updates else None
+        radius = kfc.reviewer.region.radius
+        make_step(kfc, model, optimizer, x, y)
+        if step > 0:
+            share = min(max(now / own, -1.0), 1.0)
+            assert kfc.reviewer.region.radius == pytest.approx(radius * math.exp(NEXT_SLOPE * share), rel=1e-6)
+        own = slope_along(model, updates[-1], x, y)
+        optimizer.step()
+        kfc.review(optimizer=optimizer)
+
+
+@given(st.floats(-5, 5), st.floats(0.01, 10), st.floats(1e-3, 10))
+def test_a_share_moves_the_radius_within_its_limits(share, size, radius):
+    trust = region(radius=radius, log_size=math.log(size))
+    trust.follow_next_slope(share)
+    if share > 0 and radius > MOST_ROOM * size:
+        assert trust.radius == radius
+    else:
+        wanted = radius * math.exp(NEXT_SLOPE * max(-1.0, min(share, 1.0)))
+        assert trust.radius == pytest.approx(min(max(wanted, SMALLEST_RADIUS), LARGEST_RADIUS))
+
+
+def test_a_share_that_is_not_finite_shortens_and_a_fixed_radius_stays():
+    trust = region()
+    trust.follow_next_slope(math.nan)
+    assert trust.radius == pytest.approx(0.1 * math.exp(-NEXT_SLOPE))
+    fixed = region(adapts_radius=False)
+    fixed.follow_next_slope(-1.0)
+    assert fixed.radius == 0.1
+
+
+def test_only_the_gradients_of_the_same_layers_are_compared():
+    trust = region()
+    last = LastUpdates(trust)
+    ones = torch.ones(1, 2, 2, dtype=torch.float64)
+    last.keep({"a": 0.5}, [ones], 2.0)
+    for gradients in ({"b": ones}, {"a": ones, "b": ones}, {"a": torch.ones(1, 2, 3)}, {}):
+        last.follow(gradients)
+        assert trust.radius == 0.1
+    # 0.5 * <1, -1> / 2.
+    last.follow({"a": -ones})
+    assert trust.radius == pytest.approx(0.1 * math.exp(-NEXT_SLOPE))
+
+
+def test_two_optimizers_have_a_last_step_each():
+    trust = region()
+    last = LastUpdates(trust)
+    ones = torch.ones(1, 2, 2)
+    last.keep({"a": 1.0}, [ones], 4.0)
+    last.keep({"b": 1.0}, [ones], 4.0)
+    assert last.nbytes() == 2 * 4 * 4
+    last.follow({"a": ones / 2})
+    last.follow({"b": -ones / 2})
+    assert trust.radius == pytest.approx(0.1)
+    # The same layers in other company take the place of both.
+    last.keep({"a": 1.0, "b": 1.0}, [ones, ones], 8.0)
+    assert last.nbytes() == 2 * 4 * 4
+    last.follow({"a": ones})
+    assert trust.radius == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("slope", [0.0, -1.0, math.nan, math.inf])
+def test_a_step_that_does_not_lead_downhill_has_no_share(slope):
+    trust = region()
+    last = LastUpdates(trust)
+    last.keep({"a": 1.0}, [torch.ones(1, 1, 1)], slope)
+    last.follow({"a": torch.ones(1, 1, 1)})
+    assert trust.radius == 0.1
+
+
+def test_a_step_that_was_shortened_has_no_share_and_a_state_goes_on():
+    trust, other = region(), region()
+    last, loaded = LastUpdates(trust), LastUpdates(other)
+    last.keep({"a": 1.0}, [torch.ones(1, 1, 1)], 2.0)
+    loaded.load(last.state(), torch.device("cpu"))
+    last.forget()
+    last.follow({"a": torch.ones(1, 1, 1)})
+    loaded.follow({"a": torch.ones(1, 1, 1)})
+    assert trust.radius == 0.1
+    assert other.radius == pytest.approx(0.1 * math.exp(NEXT_SLOPE / 2))
+
+
+def test_a_second_gradient_in_one_step_judges_nothing():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    kfc = KFC(model, damping="auto", kl_clip="auto")
+    make_step(kfc, model, optimizer, *batch(0))
+    radius = kfc.reviewer.region.radius
+    # As SAM does: the second gradient is of elsewhere.
+    kfc.reopen_step()
+    make_step(kfc, model, optimizer, *batch(1))
+    assert kfc.reviewer.region.radius == radius
