@@ -214,10 +214,8 @@ class KFC:
 
         Args:
             lr: The learning rate of this step, for the KL clip. The rule "adam" then removes no momentum.
-            optimizer: Instead of ``lr``: the optimizer, with a learning rate for each parameter group. Only
-                the gradients of its parameters are replaced.
-            loss_scale: The gradient scaler's factor on the gradients, for a fused optimizer that unscales them itself.
-                The updates are multiplied by it.
+            optimizer: Instead of ``lr``: the optimizer. Only the gradients of its parameters are replaced.
+            loss_scale: A gradient scaler's factor on the gradients, which the updates keep (fused optimizers unscale).
             loss_gradients: The loss's gradient, by the ``id`` of a parameter, if another engine has replaced it.
 
         Returns:
@@ -284,11 +282,9 @@ class KFC:
     def review(self, *, optimizer: Optimizer | None = None) -> Verdict | None:
         """Compare the optimizer's step with the expected decrease of the loss, and adjust the KL clip.
 
-        Call it after the step. ``kl_clip="auto"`` needs it (``lightning_kfc.trust_region.region``). At the few
-        reviewed steps :meth:`capture` records the forward as tensor operations, which are
-        replayed with the new weights (``lightning_kfc.trust_region.tape``); no user code runs again. A
-        step with much less decrease than expected is shortened, with its momentum, to the best point on its way, or
-        undone if no point is better.
+        Call it after the step, for ``kl_clip="auto"``. At the few reviewed steps :meth:`capture` has recorded the
+        forward as tensor operations, which are replayed with the new weights; no user code runs again. A step with
+        much less decrease than expected is shortened to the best point on its way, or undone if none is better.
 
         Args:
             optimizer: The optimizer that made the step; its momentum is shortened with the step.
