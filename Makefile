@@ -28,15 +28,14 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	@echo "==> Running the tests"
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(TEST_OPTIONS)
 
 test-fast: $(VENV)/installed
 	@echo "==> Running the tests that are not marked slow"
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
 
-coverage: $(VENV)/installed
-	@echo "==> Running the tests with coverage"
-	$(BIN)/python -m pytest -n $(WORKERS) --cov
+coverage:
+	$(MAKE) test TEST_OPTIONS=--cov
 
 lint: $(VENV)/installed
 	@echo "==> Linting"

@@ -262,8 +262,9 @@ def test_a_report_of_layers_and_checkpoint_size_is_printed_when_training_starts(
         fitted.fit(ConvNet(), loader(images()))
     (report,) = (record.getMessage() for record in caplog.records if "KFC preconditions" in record.getMessage())
     line = next(line.split() for line in report.splitlines() if line.startswith("body.0"))
-    # 10 inputs of a patch with its bias, 2 channels; two matrices and two inverses in float64: 1664 bytes.
-    assert line == ["body.0", "Conv", "20", "A", "10,", "G", "2", "1.7", "kB"], report
+    # 10 inputs of a patch with its bias, 2 channels; two matrices and two inverses in float64: 1664 bytes,
+    # and the last update of 20 numbers.
+    assert line == ["body.0", "Conv", "20", "A", "10,", "G", "2", "1.8", "kB"], report
     assert "Plain gradient (in exclude): head.weight, head.bias" in report
     size = sum(row.bytes for row in fitted.callbacks[0].kfc.coverage()) / 1e6
     assert f"Each checkpoint holds {size:.3f} MB of factors and inverses" in report
