@@ -16,7 +16,7 @@ from benchmarks.contest.contestants import CONTESTANTS, hidden_matrices
 from benchmarks.contest.optimizers import Contestant, PlainStepper, Stepper
 
 #: KFC with everything "auto", and with each of its rules; nothing of it is searched.
-KFC_VARIANTS = ("kfc", "kfc_adam", "kfc_natural")
+KFC_VARIANTS = ("kfc", "kfc_adam", "kfc_natural", "kfc_ekfac")
 
 
 def thirds(middle: float) -> tuple[float, ...]:

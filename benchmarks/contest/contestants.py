@@ -129,6 +129,7 @@ PEERS = (
 ABLATION = (
     kfc("kfc_adam", "KFC, rule adam", rule="adam"),
     kfc("kfc_natural", "KFC, rule natural", rule="natural"),
+    kfc("kfc_ekfac", "KFC, inverse ekfac", rule="natural", inverse="ekfac"),
     kfc("kfc_slow", "KFC, decay 0.95", ema_decay=0.95),
     kfc("kfc_all_rows", "KFC, statistics of all rows of all examples", rows_per_dim=None),
     kfc("kfc_averaged", "KFC, averaged weights", average=0.9),
