@@ -75,3 +75,10 @@ def estimated_trace(multiply: Callable[[Tensor], Tensor], groups: int, dimension
     inside, outside = products[..., : basis.shape[-1]], products[..., basis.shape[-1] :]
     exact = torch.sum(basis * inside, dtype=torch.float64)
     return exact + torch.sum(rest * outside, dtype=torch.float64) / COLUMNS
+
+
+def inner_product(update: Tensor, gradient: Tensor) -> Tensor:
+    """Their inner product, in one pass if both are contiguous."""
+    if update.is_contiguous() and gradient.is_contiguous():
+        return torch.dot(update.view(-1), gradient.view(-1))
+    return torch.sum(update * gradient)

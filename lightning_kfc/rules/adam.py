@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.factors.inverses import EighInverse, Inverse
 from lightning_kfc.factors.moments import Moments, eigenbasis
-from lightning_kfc.factors.quadratic_form import quadratic_form
+from lightning_kfc.factors.quadratic_form import inner_product, quadratic_form
 from lightning_kfc.monitoring.events import Events, listed
 from lightning_kfc.rules.base import ReadyLayer, Rule, Updates, write_update
 from lightning_kfc.rules.momentum import momenta, take_momentum_out
@@ -186,7 +186,7 @@ def adam_step(
             update = basis.back(update)
         else:
             quadratics.append(quadratic_form(curvature, update))
-        products.append(torch.sum(update * gradient))
+        products.append(inner_product(update, gradient))
         updates.append(update)
         after.append(new)
     if not updates:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_kfc.factors.inverses import CholeskyInverse, FewRows, Inverse
+from lightning_kfc.factors.quadratic_form import inner_product
 from lightning_kfc.monitoring.events import Events, listed
 from lightning_kfc.rules.base import ReadyLayer, Rule, Updates, write_update
 
@@ -131,7 +132,7 @@ def natural_step(
     updates, rank_exceeded = solve_all(inverses, gradients, batched=batched)
     if not updates:
         return NaturalUpdates((), 1.0, 0.0)
-    products = torch.stack([_dot(*pair).double() for pair in zip(updates, gradients, strict=True)]).tolist()
+    products = torch.stack([inner_product(*pair).double() for pair in zip(updates, gradients, strict=True)]).tolist()
     failed, restored = [], []
     for i, product in enumerate(products):
         if _is_usable(product):
@@ -218,13 +219,6 @@ def _batch_key(inverse: Inverse, gradient: Tensor) -> object:
 def clip_factor(quadratic: float, kl_clip: float | None) -> float:
     r""":math:`\nu` of E7 for a step of this squared norm."""
     return math.sqrt(kl_clip / quadratic) if kl_clip is not None and quadratic > kl_clip else 1.0
-
-
-def _dot(update: Tensor, gradient: Tensor) -> Tensor:
-    """Their inner product, in one pass if both are contiguous."""
-    if update.is_contiguous() and gradient.is_contiguous():
-        return torch.dot(update.view(-1), gradient.view(-1))
-    return torch.sum(update * gradient)
 
 
 def _is_usable(product: float) -> bool:

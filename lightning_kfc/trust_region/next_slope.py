@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_kfc.factors.quadratic_form import inner_product
 from lightning_kfc.trust_region.region import TrustRegion
 
 
@@ -42,7 +43,7 @@ class LastUpdate:
             return None
         if any(gradients[name].shape != update.shape for name, update in self.updates.items()):
             return None
-        products = [torch.sum(gradients[name] * update) * self.rates[name] for name, update in self.updates.items()]
+        products = [inner_product(update, gradients[name]) * self.rates[name] for name, update in self.updates.items()]
         return float(torch.stack([product.double() for product in products]).sum()) / self.slope
 
 
