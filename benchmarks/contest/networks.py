@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -92,4 +93,45 @@ def resnet20(classes: int = 10, width: int = 16) -> nn.Sequential:
         for position in range(3):
             layers.append(BasicBlock(channels, stage, stride=2 if position == 0 and stage > width else 1))
             channels = stage
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions with batch norm, four times as wide at the end (He et al. 2016, fig. 5).
+
+    The stride is the 3x3 convolution's. Where the shape changes, the shortcut is a 1x1 convolution with batch norm.
+    """
+
+    def __init__(self, c_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *(nn.Conv2d(c_in, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()),
+            *(nn.Conv2d(width, width, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()),
+            *(nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)),
+        )
+        self.shortcut = nn.Sequential()
+        if stride > 1 or c_in != 4 * width:
+            self.shortcut.append(nn.Conv2d(c_in, 4 * width, 1, stride, bias=False)).append(nn.BatchNorm2d(4 * width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape ``(N, c_in, H, W)`` to ``(N, 4 width, H / stride, W / stride)``."""
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+def resnet50(classes: int = 1000, width: int = 64, blocks: Sequence[int] = (3, 4, 6, 3)) -> nn.Sequential:
+    """ResNet-50 for 3-channel images (He et al. 2016, table 1); at its width of 64, 25.6 million parameters.
+
+    Args:
+        classes: Outputs.
+        width: Channels of the first stage's 3x3 convolutions; each later stage has twice as many as the one before.
+        blocks: Of each stage.
+    """
+    layers: list[nn.Module] = [nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(width)]
+    layers += [nn.ReLU(), nn.MaxPool2d(3, 2, padding=1)]
+    channels = width
+    for stage, count in enumerate(blocks):
+        inner = width * 2**stage
+        for position in range(count):
+            layers.append(Bottleneck(channels, inner, stride=2 if position == 0 and stage > 0 else 1))
+            channels = 4 * inner
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))

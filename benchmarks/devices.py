@@ -1,0 +1,48 @@
+"""What benchmarks need to run on a CPU and on accelerators alike."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from benchmarks.contest.report import measured_with
+
+
+def clock(device: torch.device) -> float:
+    """Wall-clock seconds, once the device has done all that it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def device_of(trainer: pl.Trainer) -> torch.device:
+    """The device that a trainer trains on."""
+    return trainer.strategy.root_device
+
+
+def measured_on(device: torch.device) -> dict[str, Any]:
+    """Versions, threads and the device, to stand beside numbers."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {**measured_with(), "threads": torch.get_num_threads(), "device": name}
+
+
+def quiet_trainer(accelerator: str, **options: Any) -> pl.Trainer:
+    """A trainer on one device that prints, logs and saves nothing.
+
+    Args:
+        accelerator: Lightning's name of it; ``"auto"``: one that there is, else the CPU.
+        options: Of the trainer.
+    """
+    return pl.Trainer(
+        accelerator=accelerator,
+        devices=1,
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
