@@ -64,7 +64,7 @@ dist: $(VENV)/installed
 
 oldest newest: %: .venv-%/installed
 	@echo "==> Running the tests with constraints-$@.txt"
-	.venv-$@/bin/python -m pytest -n $(WORKERS)
+	.venv-$@/bin/python -m pytest -n $(WORKERS) $(TEST_OPTIONS)
 
 .venv-%/installed: pyproject.toml constraints-%.txt
 	$(PYTHON) -m venv .venv-$*

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_kfc.utilities.torch_internals import AnyBatchNorm, plain_name
 
 
 class AveragedStatistics:
@@ -24,7 +25,7 @@ class AveragedStatistics:
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        groups: dict[tuple[torch.device, torch.dtype], dict[str, _BatchNorm]] = defaultdict(dict)
+        groups: dict[tuple[torch.device, torch.dtype], dict[str, AnyBatchNorm]] = defaultdict(dict)
         layer: Any
         for name, layer in module.named_modules():
             if _has_statistics(layer):
@@ -60,7 +61,7 @@ class AveragedStatistics:
 class _Group:
     """The layers of one device and one precision, their channels concatenated for few operations."""
 
-    def __init__(self, layers: dict[str, _BatchNorm], decay: float) -> None:
+    def __init__(self, layers: dict[str, AnyBatchNorm], decay: float) -> None:
         self._layers, self._decay = layers, decay
         self._sizes = [layer.num_features for layer in layers.values()]
         self.before = self.running()
@@ -130,14 +131,9 @@ class _Group:
 
 def _has_statistics(layer: nn.Module) -> bool:
     """Whether a layer is an initialised batch norm with running statistics of single precision or better."""
-    if not isinstance(layer, _BatchNorm) or not layer.track_running_stats:
+    if not isinstance(layer, AnyBatchNorm) or not layer.track_running_stats:
         return False
     mean, seen = layer.running_mean, layer.num_batches_tracked
     if mean is None or seen is None or nn.parameter.is_lazy(mean):
         return False
     return mean.dtype in (torch.float32, torch.float64)
-
-
-def plain_name(name: str) -> str:
-    """A name that is the same whether a module is compiled or not."""
-    return name.replace("_orig_mod.", "")

@@ -11,11 +11,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
 
-from lightning_kfc.callback.averaged_statistics import AveragedStatistics, plain_name
+from lightning_kfc.callback.averaged_statistics import AveragedStatistics
 from lightning_kfc.callback.options import KFCOptions
 from lightning_kfc.distributed.process_group import is_sharded
+from lightning_kfc.utilities.torch_internals import interpolate, plain_name, tree_map
 
 #: Callbacks of Lightning that average weights themselves; subclasses count.
 OTHER_AVERAGES = {"WeightAveraging", "StochasticWeightAveraging"}
@@ -77,7 +77,7 @@ class AveragedWeights:
             averages.append(average.value)
             values.append(p.detach())
         for (_, _, weight), (averages, values) in alike.items():
-            torch._foreach_lerp_(averages, values, weight)
+            interpolate(averages, values, weight)
         self._statistics.update()
 
     def follow_structure(self) -> None:

@@ -1,11 +1,9 @@
-"""All private names of Lightning, and of torch's gradient scaler, that the callback uses."""
+"""All private names of Lightning that the callback uses."""
 
 from __future__ import annotations
 
 import os
 from typing import Any
-
-from torch.optim import Optimizer
 
 #: Prefixes of the checkpoints that Lightning's finders write, restore and remove.
 FINDERS_CHECKPOINTS = (".lr_find_", ".scale_batch_size_")
@@ -28,11 +26,6 @@ def data_parallel_group(strategy: Any) -> Any:
     """
     mesh = getattr(strategy, "_device_mesh", None)
     return mesh["data_parallel"].get_group() if mesh is not None else None
-
-
-def unscales_in_step(optimizer: Optimizer) -> bool:
-    """Whether an optimizer divides its gradients by the loss scale in its step, as fused ones do."""
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def resumed_from(trainer: Any) -> str | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_kfc.callback.lightning_internals import unscales_in_step
+from lightning_kfc.utilities.torch_internals import unscales_in_step
 
 
 def gradient_scaler(trainer: Any) -> Any:

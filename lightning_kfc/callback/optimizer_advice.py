@@ -16,6 +16,7 @@ from lightning_kfc.callback.schedule_preview import Planned, Schedule, preview
 from lightning_kfc.monitoring.advice import LONG_MOMENTUM
 from lightning_kfc.rules.momentum import is_sgd
 from lightning_kfc.settings import Settings
+from lightning_kfc.utilities.torch_internals import inner_schedulers
 
 #: The optimizer to return from ``configure_optimizers``, with either rule.
 RATE, MOMENTUM = 0.5, 0.5
@@ -199,4 +200,4 @@ def _flat(schedulers: Iterable[Any]) -> Iterator[Any]:
     """Schedulers, each followed by its inner ones."""
     for scheduler in schedulers:
         yield scheduler
-        yield from _flat(getattr(scheduler, "_schedulers", ()))
+        yield from _flat(inner_schedulers(scheduler))

@@ -15,6 +15,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from lightning_kfc.utilities.torch_internals import custom_scale, inner_schedulers, mark_as_stepped
+
 #: The longest preview, in steps; it takes some 0.1 seconds.
 MOST_STEPS = 5_000
 #: Modules whose schedulers are copied and stepped; other code may have side effects.
@@ -83,13 +85,11 @@ class _StandIn:
         ]
         self.param_groups = copy.deepcopy(self.param_groups)
         self.defaults = dict(optimizer.defaults)
-        # Without this attribute and the mark below, a scheduler warns that it steps before its optimizer.
-        self._opt_called = True
 
         def step() -> None: ...
 
-        step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # as torch marks it
         self.step = step
+        mark_as_stepped(self)
 
 
 def preview(
@@ -133,11 +133,11 @@ def preview(
 def _is_known(scheduler: Any) -> bool:
     if type(scheduler).__module__ not in KNOWN or type(scheduler).__name__ == "ReduceLROnPlateau":
         return False
-    functions = [*getattr(scheduler, "lr_lambdas", ()), getattr(scheduler, "_scale_fn_custom", None)]
+    functions = [*getattr(scheduler, "lr_lambdas", ()), custom_scale(scheduler)]
     functions += [getattr(scheduler, "anneal_func", None)] if hasattr(scheduler, "swa_lrs") else []
     if not all(function is None or _is_repeatable(function) for function in functions):
         return False
-    return all(_is_known(inner) for inner in getattr(scheduler, "_schedulers", ()))
+    return all(_is_known(inner) for inner in inner_schedulers(scheduler))
 
 
 def _is_repeatable(value: Any, depth: int = 5) -> bool:

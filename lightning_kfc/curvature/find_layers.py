@@ -25,6 +25,7 @@ from lightning_kfc.layers import Adapter, ParameterAdapter, adapter_for
 from lightning_kfc.layers.blocks import in_blocks
 from lightning_kfc.layers.options import AdapterOptions
 from lightning_kfc.settings import Settings
+from lightning_kfc.utilities.torch_internals import parameters_of
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def find_layers(model: nn.Module, options: LayerOptions | None = None, *, strict
     options = options or LayerOptions()
     include, exclude = options.include, options.exclude
     # A norm layer without scale and shift has the names of both, and None for each.
-    owners = {n: m for n, m in model.named_modules() if any(p is not None for p in m._parameters.values())}
+    owners = {n: m for n, m in model.named_modules() if any(p is not None for p in parameters_of(m).values())}
     if strict:
         check_patterns_match("include", include, owners)
         check_patterns_match("exclude", exclude, owners)
@@ -105,7 +106,7 @@ def find_layers(model: nn.Module, options: LayerOptions | None = None, *, strict
     for name, module in owners.items():
         reason = reasons[name] or (UNINITIALISED if uninitialised(module) else None)
         if reason is not None:
-            found.plain.update(dict.fromkeys(_identities(module._parameters), (type(module).__name__, reason)))
+            found.plain.update(dict.fromkeys(_identities(parameters_of(module)), (type(module).__name__, reason)))
         if reason is None:
             found.plain.update({id(p): (type(module).__name__, COMPLEX) for p in complex_parameters(module)})
             found.plain.update({id(p): (type(module).__name__, EMPTY) for p in empty_parameters(module)})
@@ -118,7 +119,7 @@ def find_layers(model: nn.Module, options: LayerOptions | None = None, *, strict
             uses.add(parts)
             served = {identity for adapter in parts.values() for identity in _identities(adapter.parameters())}
             for holder in (name, *(child for child, parent in held.items() if parent == name)):
-                others = [i for i in _identities(owners[holder]._parameters) if i not in served]
+                others = [i for i in _identities(parameters_of(owners[holder])) if i not in served]
                 uses.add_other(holder, others, reasons[holder] or why_not(module, owners[holder]))
     for use in uses.explained():
         for name, adapters in use.items():

@@ -10,11 +10,12 @@ from torch import Tensor
 from lightning_kfc.distributed.process_group import is_sharded
 from lightning_kfc.distributed.sharded_tensors import part_of
 from lightning_kfc.layers import Adapter
+from lightning_kfc.utilities.torch_internals import values_of
 
 
 def is_zero(gradient: Tensor) -> bool:
     """Whether a gradient is zero in every element; of a sparse one, in its stored values."""
-    return not bool((gradient._values() if gradient.is_sparse else gradient).any())
+    return not bool(values_of(gradient).any())
 
 
 def write_matrix(adapter: Adapter, matrix: Tensor, gradients: Mapping[str, Tensor]) -> bool:

@@ -16,6 +16,7 @@ from lightning_kfc.distributed import process_group as distributed
 from lightning_kfc.distributed.process_group import is_sharded
 from lightning_kfc.monitoring.events import listed, shortened
 from lightning_kfc.utilities.load_balancing import factorisation_cost
+from lightning_kfc.utilities.torch_internals import parameters_of
 
 
 @dataclass(frozen=True)
@@ -247,8 +248,8 @@ def _outline(model: nn.Module) -> tuple[object, ...]:
             name,
             id(module),
             type(module),
-            *((own, id(p), p is not None and is_lazy(p)) for own, p in module._parameters.items()),
+            *((own, id(p), p is not None and is_lazy(p)) for own, p in parameters_of(module).items()),
         )
         for name, module in model.named_modules()
-        if module._parameters
+        if parameters_of(module)
     )

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_kfc.layers import adapter_for
+from lightning_kfc.utilities.torch_internals import buffers_of, parameters_of
 
 #: The reason for no curvature of a lazy module before its first input.
 UNINITIALISED = "not initialised before the first forward"
@@ -23,17 +24,17 @@ EMPTY = "empty: it has no elements"
 
 def uninitialised(module: nn.Module) -> bool:
     """Whether a lazy module is not initialised yet."""
-    return any(parameter is not None and is_lazy(parameter) for parameter in module._parameters.values())
+    return any(parameter is not None and is_lazy(parameter) for parameter in parameters_of(module).values())
 
 
 def complex_parameters(module: nn.Module) -> list[nn.Parameter]:
     """A module's own complex parameters."""
-    return [p for p in module._parameters.values() if p is not None and p.is_complex()]
+    return [p for p in parameters_of(module).values() if p is not None and p.is_complex()]
 
 
 def empty_parameters(module: nn.Module) -> list[nn.Parameter]:
     """A module's own parameters that have no elements."""
-    return [p for p in module._parameters.values() if p is not None and not is_lazy(p) and not p.numel()]
+    return [p for p in parameters_of(module).values() if p is not None and not is_lazy(p) and not p.numel()]
 
 
 def left_out(name: str, include: Sequence[str] | None, exclude: Sequence[str] | None) -> str | None:
@@ -65,7 +66,7 @@ def refusal(module: nn.Module) -> str | None:
 
 def _computes_its_weight(module: nn.Module) -> bool:
     # Without reading the weight, since each read continues the power iteration of a spectral norm.
-    held = module.__dict__.get("weight", module._buffers.get("weight"))
+    held = module.__dict__.get("weight", buffers_of(module).get("weight"))
     return held is not None or nn.utils.parametrize.is_parametrized(module, "weight")
 
 

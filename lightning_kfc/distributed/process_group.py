@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from lightning_kfc.utilities.torch_internals import values_of
+
 
 def initialised() -> bool:
     """Whether there is a process group."""
@@ -124,7 +126,7 @@ def all_finite(gradients: Sequence[Tensor]) -> bool:
             each rank has a part, the call is collective, and the result is that of the whole.
     """
     parts = [own_part(gradient) for gradient in gradients]
-    dense = [gradient._values() if gradient.is_sparse else gradient for gradient in parts]
+    dense = [values_of(gradient) for gradient in parts]
     some = [gradient for gradient in dense if gradient.numel()]
     # Both norms keep NaN and infinity. The sum of squares is many times cheaper on a CPU, but may itself overflow.
     finite = any(bool(torch.isfinite(torch.nn.utils.get_total_norm(some, order))) for order in (2.0, math.inf))

@@ -17,6 +17,7 @@ from lightning_kfc.estimation.seeds import Seeds
 from lightning_kfc.estimation.self_test import SelfTest
 from lightning_kfc.factors.sparse import dense
 from lightning_kfc.factors.statistics import Statistics
+from lightning_kfc.utilities.torch_internals import gradient_shape_and_type
 
 
 def derivatives(seeds: Seeds, inputs: Sequence[GradientEdge]) -> list[Tensor | None]:
@@ -30,8 +31,8 @@ def _laid_out(seeds: Seeds, scale: float) -> tuple[list[GradientEdge], list[Tens
     """The edges of seeds, and the seeds, scaled, as back-propagation takes them there."""
     values = []
     for edge, seed in seeds:
-        metadata = edge.node._input_metadata[edge.output_nr]
-        values.append((seed * scale).to(metadata.dtype).reshape(metadata.shape))
+        shape, dtype = gradient_shape_and_type(edge)
+        values.append((seed * scale).to(dtype).reshape(shape))
     return [edge for edge, _ in seeds], values
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import _unsafe_preserve_version_counter  # type: ignore[attr-defined]  # private
 
 from lightning_kfc.estimation.graph import loss_edge
+from lightning_kfc.utilities.torch_internals import custom_function, version_kept, version_of
 
 
 class CustomFunctions:
@@ -33,7 +33,7 @@ class CustomFunctions:
     def kept(self, loss: Tensor) -> Iterator[None]:
         """Restore, after each back-propagation, the state of the custom functions in a loss's graph."""
         self.failed = None
-        contexts = [_Context(node) for node in _custom_nodes(loss)]
+        contexts = [_Context(node, function) for node, function in _custom_nodes(loss)]
         with contextlib.ExitStack() as handles:
             for context in contexts:
                 for handle in (
@@ -54,9 +54,9 @@ class CustomFunctions:
 class _Context:
     """The state of one call of a custom function: attributes, and saved tensors."""
 
-    def __init__(self, node: Any) -> None:
+    def __init__(self, node: Any, function: type) -> None:
         self.node = node
-        self.name: str = type(node)._forward_cls.__name__
+        self.name: str = function.__name__
         self.changed = False
         self.running = False
         self._attributes: dict[str, Any] = {}
@@ -75,8 +75,8 @@ class _Context:
         held = [value for value in (*saved, *self._attributes.values()) if isinstance(value, Tensor)]
         for tensor in {id(tensor): tensor for tensor in held}.values():
             size = tensor.untyped_storage().nbytes()
-            self._tensors.append((tensor, tensor._version, size, tensor.detach().clone()))
-            self._versions.enter_context(_unsafe_preserve_version_counter(tensor))
+            self._tensors.append((tensor, version_of(tensor), size, tensor.detach().clone()))
+            self._versions.enter_context(version_kept(tensor))
         self.node.maybe_clear_saved_tensors = self._asked_to_clear
         self.running = True
 
@@ -95,7 +95,7 @@ class _Context:
             now.update(self._attributes)
         for tensor, version, size, values in self._tensors:
             storage = tensor.untyped_storage()
-            if tensor._version != version or storage.nbytes() != size:
+            if version_of(tensor) != version or storage.nbytes() != size:
                 self.changed = True
                 storage.resize_(size)
                 tensor.detach().copy_(values)
@@ -103,16 +103,16 @@ class _Context:
         self._versions.close()
 
 
-def _custom_nodes(loss: Tensor) -> list[Any]:
-    """The nodes of custom functions in a loss's graph, but for torch's own."""
+def _custom_nodes(loss: Tensor) -> list[tuple[Any, type]]:
+    """The nodes of custom functions in a loss's graph, each with its function, but for torch's own."""
     start = loss_edge(loss).node
     pending: list[Any] = [start]
     seen, found = {start}, []
     while pending:
         node = pending.pop()
-        function = getattr(type(node), "_forward_cls", None)
+        function = custom_function(node)
         if function is not None and not function.__module__.startswith("torch."):
-            found.append(node)
+            found.append((node, function))
         for below, _ in node.next_functions:
             if below is not None and below not in seen:
                 seen.add(below)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from lightning_kfc.utilities.torch_internals import is_sink
+
 #: Parts of torch's messages for graphs that cannot be differentiated again, with ours.
 UNDIFFERENTIABLE = {
     "backward through the graph a second time": (
@@ -42,7 +44,7 @@ def loss_edge(loss: Tensor) -> GradientEdge:
     if not loss.requires_grad:
         raise ValueError("The loss has no gradient. Compute it with gradients enabled, and do not detach it.")
     edge = get_gradient_edge(loss)
-    while edge.node.name() == "_DDPSinkBackward":
+    while is_sink(edge.node):
         below = edge.node.next_functions[edge.output_nr]
         assert below[0] is not None
         edge = GradientEdge(below[0], below[1])

@@ -17,7 +17,13 @@ from lightning_kfc.factors.sparse import dense
 from lightning_kfc.layers import Adapter, Forward
 from lightning_kfc.layers.forward import Probe
 from lightning_kfc.monitoring.timing import StepTimes
-from lightning_kfc.utilities.isolation import unseen_by_dispatch_modes
+from lightning_kfc.utilities.torch_internals import (
+    DisableTorchFunction,
+    base_of,
+    is_wrapped,
+    unseen_by_dispatch_modes,
+    version_of,
+)
 
 
 @dataclass(frozen=True)
@@ -73,8 +79,7 @@ def _tensors(forward: Forward) -> list[Tensor]:
 
 
 def _versions(forward: Forward) -> tuple[int, ...]:
-    # A tensor made under inference mode has no version, and cannot be changed outside it.
-    return tuple(0 if tensor.is_inference() else tensor._version for tensor in _tensors(forward))
+    return tuple(version_of(tensor) for tensor in _tensors(forward))
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ def output_edge(output: Tensor) -> GradientEdge:
     is a view of all of its base (a Linear with bias on 3-D input), an in-place operation on it re-creates
     the view's node, and only the base's edge still receives a derivative.
     """
-    base = output._base
+    base = base_of(output)
     if (
         base is not None
         and base.requires_grad
@@ -125,7 +130,7 @@ def output_edge(output: Tensor) -> GradientEdge:
 
 def _has_no_rows(output: Tensor) -> bool:
     """Whether a call is one of ``torch.func``'s own, or has nested tensors."""
-    return output.is_nested or torch._C._functorch.is_functorch_wrapped_tensor(output)
+    return output.is_nested or is_wrapped(output)
 
 
 def parameter_call(layer: str, adapter: Adapter) -> Call:
@@ -230,7 +235,7 @@ class ForwardRecorder:
         inputs = KeptInputs.of(forward) if keep_inputs else None
         part = self.times.phase("statistics")
         # Autocast would form the statistics in half precision; what looks for the loss would look at each operation.
-        off = torch.autocast(output.device.type, enabled=False), torch._C.DisableTorchFunction()
+        off = torch.autocast(output.device.type, enabled=False), DisableTorchFunction()
         with part, torch.no_grad(), off[0], off[1], unseen_by_dispatch_modes():
             recorded = adapter.record(forward)
             probe = None if direction is None else adapter.probe(forward, recorded, direction())

@@ -20,6 +20,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from lightning_kfc.estimation.graph import explained, loss_edge
 from lightning_kfc.estimation.recording import Call
 from lightning_kfc.estimation.seeds import Seeds, WeightedTerm
+from lightning_kfc.utilities.torch_internals import gradient_shape_and_type
 
 #: Operations on scalars that pass a sum's terms on, each times a number.
 ADDITIVE = (
@@ -163,7 +164,7 @@ def _penalties(start: GradientEdge, outputs: Set[Node], weights: Set[Node]) -> I
         if not node.name().startswith(ADDITIVE) or (node.name().startswith(("Mul", "Div")) and len(below) > 1):
             continue
         for edge in below:
-            if edge.node in seen or len(edge.node._input_metadata[edge.output_nr].shape) > 1:
+            if edge.node in seen or len(gradient_shape_and_type(edge)[0]) > 1:
                 continue
             seen.add(edge.node)
             found = _nodes_from(edge.node, outputs)

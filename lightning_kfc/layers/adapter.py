@@ -25,6 +25,7 @@ from lightning_kfc.layers.expensive_factors import expensive_side
 from lightning_kfc.layers.forward import Forward, ForwardHook, Probe
 from lightning_kfc.layers.options import AdapterOptions
 from lightning_kfc.layers.weight_sharing import BothForms, WeightSharing
+from lightning_kfc.utilities.torch_internals import parameters_of
 
 
 class Adapter(ABC):
@@ -99,7 +100,7 @@ class Adapter(ABC):
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The module's parameters that the rows explain, by role."""
-        named = {role: self.module._parameters.get(role) for role in ("weight", "bias")}
+        named = {role: parameters_of(self.module).get(role) for role in ("weight", "bias")}
         return {role: parameter for role, parameter in named.items() if parameter is not None}
 
     def own_parameters(self) -> dict[str, nn.Parameter]:

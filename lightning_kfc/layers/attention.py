@@ -24,6 +24,7 @@ from lightning_kfc.layers.linear import LinearAdapter, leading_rows
 from lightning_kfc.layers.options import AdapterOptions
 from lightning_kfc.layers.registry import register_adapter
 from lightning_kfc.layers.weight_sharing import WeightSharing
+from lightning_kfc.utilities.torch_internals import ATTENTION_PROJECTIONS, has_packed_projections, parameters_of
 
 PROJECTIONS = ("q", "k", "v")
 
@@ -54,8 +55,9 @@ class ProjectionAdapter(LinearAdapter):
     def refusal(cls, module: nn.Module) -> str | None:
         """Weights that are computed from other parameters are not the module's own."""
         assert isinstance(module, nn.MultiheadAttention)
-        own = ("in_proj_weight",) if module._qkv_same_embed_dim else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-        return None if all(name in module._parameters for name in own) else "its weight is re-parametrised"
+        packed = has_packed_projections(module)
+        own = ["in_proj_weight"] if packed else [f"{part}_proj_weight" for part in PROJECTIONS]
+        return None if all(name in parameters_of(module) for name in own) else "its weight is re-parametrised"
 
     @classmethod
     def held(cls, module: nn.Module) -> tuple[str, ...]:
@@ -67,7 +69,7 @@ class ProjectionAdapter(LinearAdapter):
         """The four projections."""
         assert isinstance(module, nn.MultiheadAttention)
         watch = Watch(module, _run)
-        names = [*PROJECTIONS, *(["out_proj"] if "weight" in module.out_proj._parameters else [])]
+        names = [*PROJECTIONS, *(["out_proj"] if "weight" in parameters_of(module.out_proj) else [])]
         return {name: cls(module, options, watch, name) for name in names}
 
     def attach(self, hook: ForwardHook) -> RemovableHandle:
@@ -77,10 +79,10 @@ class ProjectionAdapter(LinearAdapter):
     def parameters(self) -> dict[str, nn.Parameter]:
         """The projection's weight and bias, which the projections of query, key and value may share."""
         if self._part == "out_proj":
-            own, names = self.module.out_proj._parameters, {"weight": "weight", "bias": "bias"}
+            own, names = parameters_of(self.module.out_proj), {"weight": "weight", "bias": "bias"}
         else:
-            weight = "in_proj_weight" if self.module._qkv_same_embed_dim else f"{self._part}_proj_weight"
-            own, names = self.module._parameters, {"weight": weight, "bias": "in_proj_bias"}
+            weight = "in_proj_weight" if has_packed_projections(self.module) else f"{self._part}_proj_weight"
+            own, names = parameters_of(self.module), {"weight": weight, "bias": "in_proj_bias"}
         found = {role: own.get(name) for role, name in names.items()}
         return {role: parameter for role, parameter in found.items() if parameter is not None}
 
@@ -94,7 +96,7 @@ class ProjectionAdapter(LinearAdapter):
 
     def select(self, role: str, tensor: Tensor) -> Tensor:
         """A third of what is packed."""
-        if self._part == "out_proj" or (role == "weight" and not self.module._qkv_same_embed_dim):
+        if self._part == "out_proj" or (role == "weight" and not has_packed_projections(self.module)):
             return tensor
         return tensor.chunk(3)[PROJECTIONS.index(self._part)]
 
@@ -142,8 +144,7 @@ def _with_shown_projections(function: Any, watch: Watch) -> Callable[..., Any]:
         **function.__globals__,
         # It would hand the call to the modes once more, and they the real function, instead of running this copy.
         "has_torch_function": lambda _: False,
-        "_in_projection_packed": project_in("_in_projection_packed"),
-        "_in_projection": project_in("_in_projection"),
+        **{name: project_in(name) for name in ATTENTION_PROJECTIONS},
         "linear": project_out,
     }
     shown = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)

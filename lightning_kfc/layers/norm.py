@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from lightning_kfc.layers.forward import Forward
 from lightning_kfc.layers.registry import register_adapter, register_adapter_by_name
 from lightning_kfc.layers.scale_shift import ScaleShiftAdapter
+from lightning_kfc.utilities.torch_internals import dimensions_of_one_example, saved_moments, saved_tensor_hooks
 
 _Moments = tuple[Tensor, Tensor]
 
@@ -91,7 +92,7 @@ class InstanceNormAdapter(ScaleShiftAdapter):
         return super()._rows(self._batched(tensor))
 
     def _batched(self, tensor: Tensor) -> Tensor:
-        return tensor.unsqueeze(0) if tensor.ndim == self.module._get_no_batch_dim() else tensor
+        return tensor.unsqueeze(0) if tensor.ndim == dimensions_of_one_example(self.module) else tensor
 
     def context(self, forward: Forward) -> _Moments | None:
         """The running averages, where they normalise."""
@@ -128,11 +129,11 @@ class BatchNormAdapter(ScaleShiftAdapter):
         if not own:
             return _running_moments(m)
         node = getattr(forward.output, "grad_fn", None)
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None or node is None:
+        if saved_tensor_hooks() is not None or node is None:
             return None
         if node.name() not in ("NativeBatchNormBackward0", "CudnnBatchNormBackward0"):
             return None
-        return _moments(node._saved_result1, node._saved_result2, m.eps)
+        return _moments(*saved_moments(node), m.eps)
 
     def couples_examples(self, context: _Moments | None) -> bool:
         """Whether the batch's own moments are not yet computed."""

@@ -25,6 +25,7 @@ from lightning_kfc.layers.options import AdapterOptions
 from lightning_kfc.layers.recurrent_cells import CELLS, SEQUENCES, one_step, packed, padded, suffix
 from lightning_kfc.layers.registry import register_adapter
 from lightning_kfc.layers.weight_sharing import WeightSharing
+from lightning_kfc.utilities.torch_internals import parameters_of, saved_tensor_hooks
 
 
 @register_adapter(nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
@@ -55,7 +56,7 @@ class GateAdapter(LinearAdapter):
     def refusal(cls, module: nn.Module) -> str | None:
         """Weights that are computed from other parameters are not the module's own."""
         names = (f"weight_{part}" for part in _part_names(module))
-        return None if all(name in module._parameters for name in names) else "its weight is re-parametrised"
+        return None if all(name in parameters_of(module) for name in names) else "its weight is re-parametrised"
 
     @classmethod
     def sublayers(cls, module: nn.Module, options: AdapterOptions) -> dict[str, Adapter]:
@@ -78,7 +79,7 @@ class GateAdapter(LinearAdapter):
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The product's weight and bias."""
-        found = {role: self.module._parameters.get(f"{role}_{self._part}") for role in ("weight", "bias")}
+        found = {role: parameters_of(self.module).get(f"{role}_{self._part}") for role in ("weight", "bias")}
         return {role: parameter for role, parameter in found.items() if parameter is not None}
 
 
@@ -99,7 +100,7 @@ def _run(watch: Watch, forward: Callable[..., Any], args: tuple[Any, ...], kwarg
 
 
 def _inside_checkpoint() -> bool:
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks = saved_tensor_hooks()
     return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import _VF, Tensor
+from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_kfc.layers.fused_modules import Watch
+from lightning_kfc.utilities.torch_internals import fused_recurrence
 
 #: Hidden state first, then the LSTM's cell state.
 State = tuple[Tensor, ...]
@@ -40,16 +41,16 @@ def _rnn_relu(from_input: Tensor, from_state: Tensor, state: State) -> State:
 
 #: The fused functions over sequences, and those of one step.
 SEQUENCES: dict[Any, Cell] = {
-    _VF.lstm: _lstm,
-    _VF.gru: _gru,
-    _VF.rnn_tanh: _rnn_tanh,
-    _VF.rnn_relu: _rnn_relu,
+    fused_recurrence.lstm: _lstm,
+    fused_recurrence.gru: _gru,
+    fused_recurrence.rnn_tanh: _rnn_tanh,
+    fused_recurrence.rnn_relu: _rnn_relu,
 }
 CELLS: dict[Any, Cell] = {
-    _VF.lstm_cell: _lstm,
-    _VF.gru_cell: _gru,
-    _VF.rnn_tanh_cell: _rnn_tanh,
-    _VF.rnn_relu_cell: _rnn_relu,
+    fused_recurrence.lstm_cell: _lstm,
+    fused_recurrence.gru_cell: _gru,
+    fused_recurrence.rnn_tanh_cell: _rnn_tanh,
+    fused_recurrence.rnn_relu_cell: _rnn_relu,
 }
 
 

@@ -15,6 +15,7 @@ from lightning_kfc.factors.statistics import Statistics, factor_dtype, second_mo
 from lightning_kfc.layers.adapter import Adapter
 from lightning_kfc.layers.forward import Forward, Probe
 from lightning_kfc.layers.registry import register_adapter
+from lightning_kfc.utilities.torch_internals import version_of
 
 #: At most so many bytes of normalised inputs are formed at a time.
 CHUNK_BYTES = 2**20
@@ -30,7 +31,7 @@ class _Recorded:
 
     def unchanged_input(self) -> Tensor:
         assert self.input is not None
-        if self.input._version != self.version:
+        if version_of(self.input) != self.version:
             raise RuntimeError(
                 "the input of a norm layer was changed in place between forward and backward; "
                 "its gradient cannot be computed any more."
@@ -141,7 +142,7 @@ class ScaleShiftAdapter(Adapter):
         if "weight" not in self.own_parameters():
             return _Recorded(None, 0, None)
         kept = _only(forward)
-        return _Recorded(kept, kept._version, self.context(forward))
+        return _Recorded(kept, version_of(kept), self.context(forward))
 
     def statistics(self, record: Any, output_gradient: Tensor) -> Statistics:
         """The sum over examples of the outer products of their gradients, a block a unit."""

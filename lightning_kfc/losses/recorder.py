@@ -17,7 +17,7 @@ from lightning_kfc.losses.likelihoods import Categorical, Likelihood
 from lightning_kfc.losses.readers import LOSS_FUNCTIONS
 from lightning_kfc.losses.readers.distributions import DISTRIBUTIONS
 from lightning_kfc.losses.terms import LossTerm, values_of, with_outputs
-from lightning_kfc.utilities.isolation import unseen_by_dispatch_modes
+from lightning_kfc.utilities.torch_internals import DisableTorchFunction, unseen_by_dispatch_modes
 
 
 def _with_the_weight_that_torch_drops(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class LossRecorder(TorchFunctionMode):
             return
         off = torch.autocast(result.device.type, enabled=False)
         try:
-            with torch.no_grad(), off, torch._C.DisableTorchFunction(), unseen_by_dispatch_modes():
+            with torch.no_grad(), off, DisableTorchFunction(), unseen_by_dispatch_modes():
                 found = read(result, *args, **kwargs)
         except Exception as error:
             self.failure = self.failure or error

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.nn import _reduction as _Reduction
 
 from lightning_kfc.factors.statistics import factor_dtype
 from lightning_kfc.losses.likelihoods import Likelihood
+from lightning_kfc.utilities.torch_internals import legacy_reduction
 
 
 @dataclass(frozen=True)
@@ -136,4 +136,4 @@ def reduction_of(size_average: bool | None, reduce: bool | None, reduction: str)
     """The reduction, given torch's two deprecated arguments."""
     if size_average is None and reduce is None:
         return reduction
-    return str(_Reduction.legacy_get_string(size_average, reduce, emit_warning=False))
+    return legacy_reduction(size_average, reduce)

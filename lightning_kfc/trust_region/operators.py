@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-#: Operators of torch.distributed. Their schemas do not mark the tensors that they write.
-COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional")
+from lightning_kfc.utilities.torch_internals import COLLECTIVES, schema_of
 
 #: Operators that change the size of a tensor's memory.
 RESIZES = ("aten::resize_", "aten::resize_as_", "aten::_resize_output_")
@@ -42,15 +41,17 @@ class Traits:
 @functools.cache
 def traits_of(function: Any) -> Traits:
     """The traits of an operator, by its schema."""
-    if not isinstance(function, torch._ops.OpOverload):
+    schema = schema_of(function)
+    if schema is None:
         return Traits(is_plain=False)
-    name, collective = function._schema.name, function.namespace in COLLECTIVES
+    name, collective = schema.name, function.namespace in COLLECTIVES
     written = tuple(
         (position, argument.name)
-        for position, argument in enumerate(function._schema.arguments)
+        for position, argument in enumerate(schema.arguments)
         if (argument.alias_info is not None and argument.alias_info.is_write)
         # The schemas of batch norms do not mark their running statistics as written.
         or argument.name.startswith("running_")
+        # Nor do those of torch.distributed.
         or collective
     )
     seeded = torch.Tag.nondeterministic_seeded in function.tags

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_kfc.trust_region.operators import traits_of
 from lightning_kfc.trust_region.random_draws import RandomDraw
-from lightning_kfc.trust_region.storages import version
+from lightning_kfc.utilities.torch_internals import version_of
 
 
 class Slot(int):
@@ -92,7 +92,7 @@ class Recording:
     def written_unseen(self, slot: Slot) -> bool:
         """Whether a tensor from outside was written later, by no recorded operation."""
         outside = self.outside[slot]
-        return self.slot_storage[slot] not in self.overwritten and version(outside.tensor) != outside.version
+        return self.slot_storage[slot] not in self.overwritten and version_of(outside.tensor) != outside.version
 
     def is_stale(self, slot: Slot, length: int) -> bool:
         """Whether anything that a tensor depends on was written later, unrecorded."""

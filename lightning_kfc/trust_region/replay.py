@@ -14,7 +14,8 @@ from lightning_kfc.trust_region.operators import flat, traits_of
 from lightning_kfc.trust_region.random_draws import RandomDraw
 from lightning_kfc.trust_region.recording import Operation, Recording, Slot
 from lightning_kfc.trust_region.storages import on_storage
-from lightning_kfc.utilities.isolation import random_states_kept, set_random_state, unseen_by_dispatch_modes
+from lightning_kfc.utilities.isolation import random_states_kept, set_random_state
+from lightning_kfc.utilities.torch_internals import unseen_by_dispatch_modes
 
 
 @dataclass(frozen=True)

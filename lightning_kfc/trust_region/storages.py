@@ -7,16 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_kfc.utilities.torch_internals import address_of, free, negated_view, weak_reference
+
 
 def storage_address(tensor: Tensor) -> int | None:
     """The identity of a tensor's storage; None for tensors without one (sparse ones)."""
-    return int(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else None
-
-
-def version(tensor: Tensor) -> int:
-    """A tensor's number of in-place writes."""
-    # A tensor made under inference mode has none.
-    return 0 if tensor.is_inference() else tensor._version
+    return address_of(tensor.untyped_storage()) if tensor.layout is torch.strided else None
 
 
 def on_storage(tensor: Tensor, storage: torch.UntypedStorage) -> Tensor:
@@ -24,7 +20,7 @@ def on_storage(tensor: Tensor, storage: torch.UntypedStorage) -> Tensor:
     moved = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     moved.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
     moved = moved.conj() if tensor.is_conj() else moved
-    return torch._neg_view(moved) if tensor.is_neg() else moved
+    return negated_view(moved) if tensor.is_neg() else moved
 
 
 class StorageReferences:
@@ -38,12 +34,12 @@ class StorageReferences:
 
     def hold(self, storage: torch.UntypedStorage) -> None:
         """Hold a reference to a storage, which does not keep its memory."""
-        self._references.append(storage._weak_ref())
+        self._references.append(weak_reference(storage))
 
     def release(self) -> None:
         """Drop all references."""
         while self._references:
-            torch.UntypedStorage._free_weak_ref(self._references.pop())  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+            free(self._references.pop())
 
     def __del__(self) -> None:
         self.release()

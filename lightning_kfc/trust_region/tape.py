@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_kfc.trust_region.operators import Traits, flat, traits_of
 from lightning_kfc.trust_region.random_draws import RandomDraw
 from lightning_kfc.trust_region.recording import Operation, Outside, Recording, Slot
 from lightning_kfc.trust_region.replay import RecordedLoss
-from lightning_kfc.trust_region.storages import StorageReferences, storage_address, version
-from lightning_kfc.utilities.isolation import unseen_by_dispatch_modes
+from lightning_kfc.trust_region.storages import StorageReferences, storage_address
+from lightning_kfc.utilities.torch_internals import TorchDispatchMode, unseen_by_dispatch_modes, version_of
 
 AS_STRIDED, COPY = torch.ops.aten.as_strided.default, torch.ops.aten.copy_.default
 
@@ -238,7 +237,7 @@ class Tape(TorchDispatchMode):
         self._outside_storages.add(self._slot_storage[slot])
         if tensor.requires_grad:
             self._trained.add(self._slot_storage[slot])
-        self._outside[slot] = Outside(tensor, tensor.detach(), version(tensor))
+        self._outside[slot] = Outside(tensor, tensor.detach(), version_of(tensor))
         return slot
 
     def _new_slot(self, tensor: Tensor, address: int | None) -> Slot:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.utils._python_dispatch import _disable_current_modes
+
+from lightning_kfc.utilities.torch_internals import buffers_of, hooks_of, is_sink, set_hooks, set_sink_waits, sink_waits
 
 
 class _EagerStance:
@@ -53,13 +54,6 @@ def eager_compiled_code() -> Iterator[None]:
         _EAGER_STANCE.leave()
 
 
-def unseen_by_dispatch_modes() -> contextlib.AbstractContextManager[Any]:
-    """Keep torch dispatch modes, the user's and our own, from seeing the operations within."""
-    if torch._C._len_torch_dispatch_stack() == 0:
-        return contextlib.nullcontext()
-    return _disable_current_modes()
-
-
 def full_precision(model: nn.Module) -> torch.autocast:
     """A plain loop may call us under autocast, which would form factors and updates in half precision."""
     return torch.autocast(next(model.parameters()).device.type, enabled=False)
@@ -86,15 +80,14 @@ def sinks_at_rest(loss: Tensor) -> Iterator[None]:
     if not (dist.is_available() and dist.is_initialized()) or loss.grad_fn is None:
         yield
         return
-    waiting = "_static_graph_delay_allreduce_enqueued"
-    at_work = [ddp for ddp in _data_parallel_sinks(loss) if not getattr(ddp, waiting, True)]
+    at_work = [ddp for ddp in _data_parallel_sinks(loss) if not sink_waits(ddp)]
     try:
         for ddp in at_work:
-            setattr(ddp, waiting, True)
+            set_sink_waits(ddp, True)
         yield
     finally:
         for ddp in at_work:
-            setattr(ddp, waiting, False)
+            set_sink_waits(ddp, False)
 
 
 def _data_parallel_sinks(loss: Tensor) -> list[Any]:
@@ -105,7 +98,7 @@ def _data_parallel_sinks(loss: Tensor) -> list[Any]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if node.name() == "_DDPSinkBackward":
+        if is_sink(node):
             found.append(node.ddp_weakref())  # type: ignore[attr-defined]  # DDP's own node has it
         pending += [below for below, _ in node.next_functions]
     return [ddp for ddp in found if ddp is not None]
@@ -118,7 +111,7 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
         (module, name, buffer, buffer.clone())
         for module in model.modules()
         if module.training
-        for name, buffer in module._buffers.items()
+        for name, buffer in buffers_of(module).items()
         if buffer is not None
     ]
     try:
@@ -127,7 +120,7 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
         for module, name, buffer, value in kept:
             # Through .data: the graph may hold the buffer, and its backward must not take it for changed.
             buffer.data.copy_(value)
-            module._buffers[name] = buffer
+            buffers_of(module)[name] = buffer
 
 
 def random_state(device: torch.device) -> Tensor:
@@ -173,11 +166,11 @@ def _random_streams_kept(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _parameter_hooks_set_aside(model: nn.Module) -> Iterator[None]:
     """Keep hooks on parameters from seeing, and from changing, derivatives that are not the loss's gradient."""
-    kept = [(parameter, parameter._backward_hooks) for parameter in model.parameters() if parameter._backward_hooks]
+    kept = [(parameter, hooks_of(parameter)) for parameter in model.parameters() if hooks_of(parameter)]
     for parameter, _ in kept:
-        parameter._backward_hooks = None
+        set_hooks(parameter, None)
     try:
         yield
     finally:
         for parameter, hooks in kept:
-            parameter._backward_hooks = hooks
+            set_hooks(parameter, hooks)

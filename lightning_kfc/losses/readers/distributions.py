@@ -19,6 +19,7 @@ from lightning_kfc.losses import likelihoods
 from lightning_kfc.losses.likelihoods import Gaussian, Likelihood, PoissonRate
 from lightning_kfc.losses.readers.residuals import sides_of
 from lightning_kfc.losses.terms import LossTerm, elementwise_term, values_of
+from lightning_kfc.utilities.torch_internals import concentrations_of, scale_tril_of
 
 Edges = tuple[tuple[Any, float], ...]
 
@@ -110,7 +111,7 @@ def multivariate_normal(result: Tensor, distribution: Any, value: Tensor) -> lis
     Seeds are made for the whitened mean :math:`L^{-1}\mu`, whose information is 1, and for :math:`L^{-1}\,dL`, whose
     elements have the information 2 on the diagonal and 1 below.
     """
-    name, factor = "MultivariateNormal", distribution._unbroadcasted_scale_tril
+    name, factor = "MultivariateNormal", scale_tril_of(distribution)
     sides = sides_of(value, distribution.loc)
     if not sides and (value.requires_grad or distribution.loc.requires_grad):
         return []
@@ -167,7 +168,7 @@ def dirichlet(result: Tensor, distribution: Any, value: Tensor) -> list[LossTerm
 
 def beta(result: Tensor, distribution: Any, value: Tensor) -> list[LossTerm]:
     """Read log-densities of one share; torch stacks its two concentrations."""
-    return _of_shares("Beta", result, distribution._dirichlet.concentration, value)
+    return _of_shares("Beta", result, concentrations_of(distribution), value)
 
 
 def _of_shares(name: str, result: Tensor, concentration: Tensor, value: Tensor) -> list[LossTerm]:
