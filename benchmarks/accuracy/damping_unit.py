@@ -6,18 +6,13 @@ home, and some of the contest. Run it by ``python -m benchmarks.accuracy.damping
 
 from __future__ import annotations
 
-import argparse
-import math
-from statistics import median
+from typing import Any
 from unittest import mock
 
-import torch
-
-from benchmarks.away.tasks import AWAY, CHOOSING
+from benchmarks.accuracy.variants import count, measure
 from benchmarks.contest.contestants import kfc
 from benchmarks.contest.harness import Run
 from benchmarks.contest.tasks import TASKS, Task
-from benchmarks.paths import RESULTS
 from lightning_kfc.trust_region import region
 
 CONSTANTS = (3e-7, 1e-6, 3e-6, 1e-5, 3e-5)
@@ -26,7 +21,7 @@ NUMBER = 0.003
 DECAY = 0.9
 
 
-def iterations(task: Task, seed: int, **settings: object) -> float:
+def iterations(task: Task, seed: int, **settings: Any) -> float:
     """Iterations to the hardest target; infinity where the budget ends before."""
     run = Run(task, kfc("kfc", "KFC", average=DECAY, rule="natural", **settings), 0.5, seed)
     target = task.targets[-1]
@@ -35,42 +30,20 @@ def iterations(task: Task, seed: int, **settings: object) -> float:
     return run.curve.reach(target).iterations
 
 
-def row(task: Task, seeds: int) -> list[float]:
-    """Medians of the seeds: for the number, then for each constant."""
-    found = [median(iterations(task, seed, damping=NUMBER) for seed in range(seeds))]
+def row(task: Task, seeds: int) -> list[str]:
+    """The cells of a task: for the number, then for each constant."""
+    found = [count([iterations(task, seed, damping=NUMBER) for seed in range(seeds)])]
     for constant in CONSTANTS:
         with mock.patch.object(region, "DAMPING", constant):
-            found.append(median(iterations(task, seed) for seed in range(seeds)))
+            found.append(count([iterations(task, seed) for seed in range(seeds)]))
     return found
 
 
-def table(rows: dict[str, list[float]], seeds: int) -> str:
-    """The table; ``-`` where the budget ended before the target."""
-    head = [f"damping {NUMBER}", *(f"{constant:g} h / w²" for constant in CONSTANTS)]
-    lines = [
-        f"Iterations to the hardest target, weights averaged with decay {DECAY}; medians of {seeds} seeds.",
-        "",
-        "| task | " + " | ".join(head) + " |",
-        "|" + "---|" * (len(head) + 1),
-    ]
-    for name, values in rows.items():
-        cells = (f"{value:.0f}" if math.isfinite(value) else "-" for value in values)
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
-    """Measure, and write the table after each task."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+    """Measure, and write the table."""
     home = (TASKS["conv"].at(512), TASKS["conv"].at(128), TASKS["conv_autoencoder"], TASKS["resnet"])
-    rows: dict[str, list[float]] = {}
-    for task in (*(AWAY[name] for name in CHOOSING), *home):
-        rows[task.label] = row(task, options.seeds)
-        (RESULTS / "damping_unit.md").write_text(table(rows, options.seeds))
-        print(table(rows, options.seeds), flush=True)
+    variants = [f"damping {NUMBER}", *(f"{constant:g} h / w²" for constant in CONSTANTS)]
+    measure(__doc__, "damping_unit.md", f"weights averaged with decay {DECAY}", variants, row, home)
 
 
 if __name__ == "__main__":

@@ -6,18 +6,12 @@ The tasks are those that choose constants, as in :mod:`benchmarks.accuracy.dampi
 
 from __future__ import annotations
 
-import argparse
-import math
-from statistics import median
 from unittest import mock
 
-import torch
-
+from benchmarks.accuracy.variants import count, measure
 from benchmarks.away.averages import AVERAGES, AveragedRun
-from benchmarks.away.tasks import AWAY, CHOOSING
 from benchmarks.contest.contestants import kfc
 from benchmarks.contest.tasks import TASKS, Task
-from benchmarks.paths import RESULTS
 from lightning_kfc.trust_region import region
 
 NEVER = 10**9
@@ -41,40 +35,20 @@ def iterations(task: Task, seed: int) -> dict[str, float]:
 
 
 def row(task: Task, seeds: int) -> list[str]:
-    """For each variant the medians of the seeds, without and with an average."""
+    """The cells of a task: for each variant, without and with an average."""
     cells = []
     for exponent, every in VARIANTS.values():
         with mock.patch.multiple(region, NEXT_SLOPE=exponent, REVIEW_EVERY_N_STEPS=every):
             found = [iterations(task, seed) for seed in range(seeds)]
-        medians = (median(entry[name] for entry in found) for name in SHOWN)
-        cells.append(" · ".join(f"{value:.0f}" if math.isfinite(value) else "-" for value in medians))
+        cells.append(" · ".join(count([entry[name] for entry in found]) for name in SHOWN))
     return cells
 
 
-def table(rows: dict[str, list[str]], seeds: int) -> str:
-    """The table; ``-`` where the budget ended before the target."""
-    lines = [
-        f"Iterations to the hardest target, rule natural, without · with averaged weights; medians of {seeds} seeds.",
-        "",
-        "| task | " + " | ".join(VARIANTS) + " |",
-        "|" + "---|" * (len(VARIANTS) + 1),
-    ]
-    lines += [f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items()]
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
-    """Measure, and write the table after each task."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+    """Measure, and write the table."""
     home = (TASKS["conv"].at(128), TASKS["conv_autoencoder"], TASKS["resnet"])
-    rows: dict[str, list[str]] = {}
-    for task in (*(AWAY[name] for name in CHOOSING), *home):
-        rows[task.label] = row(task, options.seeds)
-        (RESULTS / "next_slope.md").write_text(table(rows, options.seeds))
-        print(table(rows, options.seeds), flush=True)
+    title = "rule natural, without · with averaged weights (0.9)"
+    measure(__doc__, "next_slope.md", title, list(VARIANTS), row, home)
 
 
 if __name__ == "__main__":

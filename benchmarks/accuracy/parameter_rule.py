@@ -25,6 +25,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import torch
@@ -77,9 +78,9 @@ class Transformer(nn.Module):
 class _OwnLSTM(nn.LSTM):
     """Of no class that an adapter serves: a class with a forward of its own never is."""
 
-    def forward(self, input: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(self, input: Any, hx: Any = None) -> Any:
         """The class's own."""
-        return super().forward(input)
+        return super().forward(input, hx)
 
 
 class LSTM(nn.Module):
@@ -213,7 +214,7 @@ def iterations(net: str, rule: str, seed: int, steps: int, lr: float, damping: f
     if rule == "plain":
         for layer in kfc.layers.values():
             if layer.adapter.treatment == "diagonal":
-                layer.take = lambda fresh: None  # type: ignore[method-assign]  # the layer is left plain
+                layer.take = lambda fresh, step: None  # type: ignore[method-assign]  # the layer is left plain
     step_rule = matched_step if rule == "matched" else natural_step
     with (
         mock.patch.object(Layer, "refreshed", refreshed_by(RULES[rule], kfc.settings.ema_decay)),

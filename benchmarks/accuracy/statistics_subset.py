@@ -78,7 +78,12 @@ def trained(batches: Callable[[], Batch], steps: int) -> nn.Module:
 
 def engine(model: nn.Module, rows_per_dim: int | None, decay: float, seed: int = 0) -> KFC:
     """An engine that takes statistics at every step."""
-    options = {"factor_every_n_steps": 1, "inverse_every_n_steps": 1, "ema_decay": decay, "kl_clip": None}
+    options: dict[str, Any] = {
+        "factor_every_n_steps": 1,
+        "inverse_every_n_steps": 1,
+        "ema_decay": decay,
+        "kl_clip": None,
+    }
     return KFC(model, rows_per_dim=rows_per_dim, seed=seed, **options)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -40,16 +41,13 @@ def errors(batch_size: int) -> list[float]:
     stepper = CONTESTANTS["kfc"].make(model, 0.5, 0)
     batches = task.batches(0)
     found = []
-    layers.estimated_quadratic_form = compared
-    try:
+    with mock.patch.object(layers, "estimated_quadratic_form", compared):
         for _ in range(STEPS):
             inputs, targets = next(batches)
             stepper.step(BatchLoss(model, task.loss, inputs, targets))
             if pairs:
                 found.append(sum(pair[0] for pair in pairs) / sum(pair[1] for pair in pairs) - 1)
             pairs.clear()
-    finally:
-        layers.estimated_quadratic_form = estimated_quadratic_form
     return found
 
 

@@ -80,13 +80,14 @@ def search(task: Task, contestant: Contestant, entry: Entry) -> None:
     missing = list(contestant.grid)
     for _ in range(EXTENSIONS + 1):
         trials.run(missing)
-        entry.lr = min(trials.trials, key=score)
-        if len(contestant.grid) == 1 or not at_edge(entry.lr, list(trials.trials)):
+        best = min(trials.trials, key=score)
+        if len(contestant.grid) == 1 or not at_edge(best, list(trials.trials)):
             break
-        missing = [beyond(list(trials.trials), entry.lr)]
+        missing = [beyond(list(trials.trials), best)]
     target = task.targets[-1]
     reached = {lr: {name: run.curves[name].reach(target).iterations for name in AVERAGES} for lr, run in runs.items()}
-    entry.average = min(AVERAGES, key=lambda name: (reached[entry.lr][name], runs[entry.lr].curves[name].losses[-1]))
+    entry.lr = best
+    entry.average = min(AVERAGES, key=lambda name: (reached[best][name], runs[best].curves[name].losses[-1]))
     entry.search = {f"{lr:.3g}": {name: _or_none(reached[lr][name]) for name in AVERAGES} for lr in sorted(reached)}
 
 
@@ -98,6 +99,7 @@ def compete(task: Task, contestants: Sequence[Contestant], record: Record, seed:
     runs = []
     for contestant in contestants:
         lr = record.entries[contestant.name].lr
+        assert lr is not None, f"no learning rate of {contestant.name} is known"
         runs.append(AveragedRun(task, contestant, lr, seed, task.goal.seconds))
     reported = {name: AVERAGES if entry.average is None else (entry.average,) for name, entry in record.entries.items()}
     interleave(runs, until=lambda run: all(run.arrived(average) for average in reported[run.contestant.name]))

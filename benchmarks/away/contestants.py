@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +30,9 @@ class ScheduleFreeStepper(PlainStepper):
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         super().__init__(optimizer)
-        self._model, self._optimizer = model, optimizer
+        self._model = model
+        # torch's own optimizers have no train and eval.
+        self._optimizer: Any = optimizer
 
     @property
     def averaged(self) -> nn.Module:

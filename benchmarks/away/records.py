@@ -105,7 +105,9 @@ def _entry(content: dict[str, Any]) -> Entry:
 
 def table(records: Sequence[Record], names: Sequence[str], seeds: Sequence[int]) -> str:
     """Iterations / CPU seconds to the target: KFC's rows first, without and with averages, then the peers'."""
-    rows = [(name, average) for name in names if name in KFC_VARIANTS for average in AVERAGES]
+    rows: list[tuple[str, str | None]] = [
+        (name, average) for name in names if name in KFC_VARIANTS for average in AVERAGES
+    ]
     rows += [(name, None) for name in names if name not in KFC_VARIANTS]
     titles = {name: entry.title for record in records for name, entry in record.entries.items()}
     cells = {(name, average): _title(titles[name], average) for name, average in rows if name in titles}

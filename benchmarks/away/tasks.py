@@ -80,7 +80,7 @@ def _tasks() -> dict[str, AwayTask]:
         name: str,
         title: str,
         make_model: Callable[[], nn.Module],
-        loss: Callable[[Tensor, Tensor], Tensor],
+        loss: Callable[..., Tensor],
         examples: Callable[[], Split],
         batch_size: int,
         budget: int,

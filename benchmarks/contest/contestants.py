@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from benchmarks.contest.optimizers import AveragingStepper, Contestant, KFCStepper, PlainStepper, Stepper
@@ -33,7 +33,7 @@ def _adamw(model: nn.Module, lr: float, seed: int) -> Stepper:
     return PlainStepper(torch.optim.AdamW(model.parameters(), lr=lr))
 
 
-def hidden_matrices(model: nn.Module) -> tuple[list[Parameter], list[Parameter]]:
+def hidden_matrices(model: nn.Module) -> tuple[list[Tensor], list[Parameter]]:
     """Weights of linear and convolutional layers, and all other parameters.
 
     A layer named ``head`` and embeddings are among the others, as Muon's author advises

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ import torch
 from benchmarks.contest.curves import Curve
 from benchmarks.contest.optimizers import BatchLoss, Contestant
 from benchmarks.contest.tasks import Task
+
+R = TypeVar("R", bound="Run")
 
 #: Steps that one run makes before the next one's turn: a disturbance of the machine then meets them all.
 BLOCK = 5
@@ -135,7 +138,7 @@ class Run:
         return self._exhausted() or self.curve.diverged()
 
 
-def interleave(runs: Sequence[Run], until: Callable[[Run], bool] = Run.over, block: int = BLOCK) -> None:
+def interleave(runs: Sequence[R], until: Callable[[R], bool] = Run.over, block: int = BLOCK) -> None:
     """Advance all runs by turns, a block of steps each, until all are over or where the caller wants them."""
     going = list(runs)
     while going:

@@ -36,13 +36,12 @@ class BatchLoss:
 
 
 class Stepper(ABC):
-    """Makes training steps.
+    """Makes training steps."""
 
-    Attributes:
-        averaged: A model with averaged weights, to be evaluated in place of the trained one; None where none is kept.
-    """
-
-    averaged: nn.Module | None = None
+    @property
+    def averaged(self) -> nn.Module | None:
+        """A model with averaged weights, to be evaluated in place of the trained one; None where none is kept."""
+        return None
 
     @abstractmethod
     def step(self, compute_loss: BatchLoss) -> None:
@@ -94,13 +93,17 @@ class AveragingStepper(Stepper):
     """
 
     def __init__(self, stepper: Stepper, model: nn.Module, decay: float) -> None:
-        def mix(averaged: Tensor, current: Tensor, step: Tensor) -> Tensor:
+        def mix(averaged: Tensor, current: Tensor, step: Tensor | int) -> Tensor:
             return torch.lerp(averaged, current, 1 - min(1 - 1 / (float(step) + 1), decay))
 
         self._stepper = stepper
         self._model = model
         self._average = AveragedModel(model, avg_fn=mix)
-        self.averaged = self._average
+
+    @property
+    def averaged(self) -> nn.Module:
+        """See :class:`Stepper`."""
+        return self._average
 
     def step(self, compute_loss: BatchLoss) -> None:
         """See :class:`Stepper`."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import matplotlib as mpl
 
@@ -29,7 +30,13 @@ COLOURS = {
 OTHER_COLOURS = ("#000000", "#F0E442", "#7F3C8D", "#A5AA99", "#5D4037")
 
 #: Text stays text and ids stay the same from run to run: small files, small diffs.
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "lightning-kfc", "font.size": 10, "axes.grid": True, "grid.alpha": 0.3}
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "lightning-kfc",
+    "font.size": 10,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+}
 
 
 #: The picture of the documentation's first page: its contest and whom it shows.

@@ -103,7 +103,7 @@ def measure(stack: Stack, steps: int, clock: Callable[[], float] = time.process_
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     kfc = KFC(model, factor_every_n_steps=1, inverse_every_n_steps=1, warmup_steps=0, rows_per_dim=None, kl_clip=1.0)
     # The processor's time rather than the wall's: others may run beside.
-    kfc.times._mark = clock
+    kfc.times._mark = clock  # type: ignore[method-assign]  # another clock
     taken: dict[str, list[float]] = {part: [] for part in PARTS}
     for step in range(steps + 1):
         before = kfc.times.seconds()
@@ -199,10 +199,12 @@ def tables(results: dict[str, list[dict[str, float]]], predicted: dict[str, Any]
 
 def plot(results: dict[str, list[dict[str, float]]], path: Path) -> None:
     """Measured points of each part along each direction, with the theoretical slope through the largest."""
-    from benchmarks.contest.plots import OTHER_COLOURS, STYLE, mpl, plt
+    from matplotlib import pyplot as plt
+
+    from benchmarks.contest.plots import OTHER_COLOURS, STYLE
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context(STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(results), figsize=(13, 3.2), sharey=True, layout="constrained")
         for axis, (direction, costs) in zip(axes, results.items(), strict=True):
             sizes = SIZES[direction]

@@ -72,7 +72,7 @@ def works(case: Case, batch_size: int) -> dict[str, Callable[[], object]]:
         layer(read).backward(upstream)
 
     def unfold() -> Tensor:
-        columns = F.unfold(images, layer.kernel_size, padding=layer.padding).transpose(0, 1).flatten(1)
+        columns = F.unfold(images, layer.kernel_size, padding=case.kernel // 2).transpose(0, 1).flatten(1)
         return columns @ columns.T
 
     def chunks() -> Tensor:

@@ -128,9 +128,9 @@ def amortised(between: float, factors: float, refresh: float, t_cov: int, t_inv:
 def measure_time(workload: Workload, rounds: int, batch_size: int, clock: Callable[[], float]) -> dict[str, float]:
     """The cost of each kind of step, a plain SGD step being 1."""
     steps = {kind: Steps(workload, make, batch_size) for kind, make in KINDS.items()}
-    for kind in steps.values():
+    for kind in steps:
         for _ in range(2):
-            kind.step()
+            steps[kind].step()
     ratios: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for number in range(rounds):
         taken = {}

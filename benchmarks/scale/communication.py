@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch import multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 from benchmarks.cost.shapes import NETWORKS
 from benchmarks.paths import RESULTS
@@ -132,7 +132,7 @@ def measure(network: str, sizes: Sequence[int], repeats: int, folder: Path) -> d
     found = {}
     for size in sizes:
         path = folder / f"communication_{os.getpid()}_{size}.json"
-        mp.spawn(_rank, (size, free_port(), network, repeats, str(path)), nprocs=size)
+        spawn(_rank, (size, free_port(), network, repeats, str(path)), nprocs=size)
         found[str(size)] = json.loads(path.read_text())
         path.unlink()
     return found

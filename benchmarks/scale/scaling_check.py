@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
-from torch import multiprocessing as mp
 from torch import nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 from benchmarks.cost.shapes import LayerShape, Network
@@ -158,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = {}
     for size in options.ranks:
         path = options.results / f"scaling_check_{os.getpid()}_{size}.json"
-        mp.spawn(_rank, (size, free_port(), options.repeats, str(path)), nprocs=size)
+        spawn(_rank, (size, free_port(), options.repeats, str(path)), nprocs=size)
         found[str(size)] = json.loads(path.read_text())
         path.unlink()
     text = markdown(found)

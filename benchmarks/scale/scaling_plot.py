@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks.contest.plots import OTHER_COLOURS, STYLE, mpl, plt
+from matplotlib import pyplot as plt
+
+from benchmarks.contest.plots import OTHER_COLOURS, STYLE
 from benchmarks.cost.shapes import NETWORKS
 from benchmarks.scale.model import Cost, Schedule
 
@@ -15,7 +17,7 @@ Costs = Mapping[str, Mapping[str, Mapping[int, Cost]]]
 def plot(costs: Costs, schedule: Schedule, path: Path) -> None:
     """A column a network: overhead of an average step above, memory of factors and inverses below."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context(STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(2, len(costs), figsize=(10, 5), sharex=True, layout="constrained", squeeze=False)
         for column, (key, placements) in enumerate(costs.items()):
             for colour, (name, by_ranks) in zip(OTHER_COLOURS, placements.items(), strict=False):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -9,10 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.accuracy import damping_unit, next_slope, variants
 from benchmarks.accuracy.parameter_rule import RULES, Identity, refreshed_by
+from benchmarks.away.tasks import AWAY, CHOOSING
+from benchmarks.contest.tasks import TASKS, Task
 from benchmarks.cost.layer_cost import pieces
 from lightning_kfc import KFC
 from lightning_kfc.curvature.layer import Layer
+from lightning_kfc.trust_region import region
 
 
 class Shifted(nn.Module):
@@ -60,3 +67,40 @@ def test_the_pieces_of_a_layer_s_cost_run() -> None:
     parts = pieces("transposed 4 x 4, stride 2, 64 to 32 channels, 16 x 16", cost_rule=True)
     for part in (parts.own, parts.statistics, parts.inverse, parts.solve):
         part()
+
+
+def test_a_table_of_variants_has_a_row_for_each_task_that_chooses_and_a_dash_where_nothing_arrived(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["variants", "--seeds", "3", "--results", str(tmp_path)])
+
+    def row(task: Task, seeds: int) -> list[str]:
+        return [variants.count([10.0, math.inf, 30.0][:seeds]), variants.count([math.inf, math.inf, 1.0])]
+
+    variants.measure("made up", "made_up.md", "made up", ["one", "two"], row, [TASKS["resnet"]])
+    lines = (tmp_path / "made_up.md").read_text("utf-8").splitlines()
+    assert lines[:3] == ["Iterations to the hardest target, made up; medians of 3 seeds.", "", "| task | one | two |"]
+    assert lines[4:] == [f"| {task.label} | 30 | - |" for task in (*(AWAY[n] for n in CHOOSING), TASKS["resnet"])]
+
+
+def test_variants_change_constants_that_the_package_has_and_leave_them_as_they_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[float, ...]] = []
+
+    def constants() -> tuple[float, ...]:
+        return region.DAMPING, region.NEXT_SLOPE, region.REVIEW_EVERY_N_STEPS
+
+    def record(*_: object, **__: object) -> float:
+        seen.append(constants())
+        return 1.0
+
+    before = constants()
+    monkeypatch.setattr(damping_unit, "iterations", record)
+    assert damping_unit.row(TASKS["resnet"], 1) == ["1"] * 6
+    assert [damping for damping, *_ in seen[1:]] == list(damping_unit.CONSTANTS)
+    seen.clear()
+    monkeypatch.setattr(next_slope, "iterations", lambda *_: dict.fromkeys(next_slope.SHOWN, record()))
+    assert next_slope.row(TASKS["resnet"], 1) == ["1 · 1"] * 5
+    assert [tuple(changed) for _, *changed in seen] == list(next_slope.VARIANTS.values())
+    assert constants() == before
