@@ -28,7 +28,7 @@ def derivatives(seeds: Seeds, inputs: Sequence[GradientEdge]) -> list[Tensor | N
 
 
 def _laid_out(seeds: Seeds, scale: float) -> tuple[list[GradientEdge], list[Tensor]]:
-    """The edges of seeds, and the seeds, scaled, as back-propagation takes them there."""
+    """The edges of seeds, and the scaled seeds in each edge's shape and precision."""
     values = []
     for edge, seed in seeds:
         shape, dtype = gradient_shape_and_type(edge)
@@ -67,12 +67,12 @@ def back_propagate(
 
     Args:
         passes: From :func:`seed_passes`.
-        calls: What was recorded in the forward.
+        calls: The recorded calls.
         scale: From :func:`seed_scale`; undone here.
         test: The self-test of the layers that wait for it, or None.
-        examples: By layer, what takes the gradients of single examples.
-        mean_fraction: Where the seed is that of a whole loss, a mean over examples: the loss's fraction of the
-            optimizer step; None for seeds of terms.
+        examples: The collectors of single examples' gradients, by layer.
+        mean_fraction: The loss's fraction of the optimizer step, if the seeds are those of a whole loss that is a mean
+            over examples; None for seeds of terms.
         on_failure: Called with the name of a layer whose statistics could not be formed, and with the error.
 
     Returns:
@@ -124,7 +124,7 @@ def back_propagate(
 
 
 def added(first: Mapping[int, Statistics], second: Mapping[int, Statistics]) -> dict[int, Statistics]:
-    """Add up the output sums of two parts of a loss, by the position of the call; both have its input means."""
+    """Add the output sums of two parts of a loss, by the position of the call; the parts share the input means."""
     total = dict(first)
     for index, entry in second.items():
         total[index] = total[index] + entry.without_means() if index in total else entry
@@ -132,7 +132,7 @@ def added(first: Mapping[int, Statistics], second: Mapping[int, Statistics]) -> 
 
 
 def gradient_norm(seeds: Seeds, calls: Sequence[Call]) -> float:
-    """The norm of what seeds bring to the outputs of all calls, without keeping any of it."""
+    """The norm of the seeds' derivatives at the outputs of all calls; no derivative is kept."""
     edges = [call.edge for call in calls]
     squares: list[float] = []
 
@@ -150,7 +150,7 @@ def _factors(calls: Sequence[Call], scale: float, mean_fraction: float | None) -
     if mean_fraction is None:
         return [1.0 / scale**2] * len(calls)
     sizes = {index: _examples(call) for index, call in enumerate(calls) if call.adapter.has_rows}
-    # A parameter that no call explains has no batch of its own.
+    # A parameter that no call explains has no batch.
     batch = max(sizes.values(), default=1)
     return [sizes.get(index, batch) / mean_fraction / scale**2 for index in range(len(calls))]
 
@@ -169,17 +169,17 @@ def empirical_statistics(
     examples: Mapping[str, ExampleGradients] | None = None,
     on_failure: OnFailure = _raised,
 ) -> dict[int, Statistics]:
-    r"""The empirical Fisher of a loss, or of a part of it, that is taken to be a mean over examples.
-
-    Args:
-        seeds: The seeds of the loss, or of a part of it.
-        calls: What was recorded in the forward.
-        loss_fraction: The loss's fraction of the optimizer step.
-        test: As in :func:`back_propagate`.
-        examples: As there.
-        on_failure: As there.
+    r"""The empirical Fisher of a loss, or of a part of it, as a mean over examples.
 
     With :math:`h = \frac{f}{N}\sum_i h_i`, f the loss's fraction of the optimizer step, the rows of h itself are
     :math:`f/N` of those of the examples, so that :math:`G = (N/f)\sum_r g_r g_r^\top`, N the examples of each call.
+
+    Args:
+        seeds: The seeds of the loss, or of a part of it.
+        calls: The recorded calls.
+        loss_fraction: The loss's fraction of the optimizer step.
+        test: As in :func:`back_propagate`.
+        examples: As in :func:`back_propagate`.
+        on_failure: As in :func:`back_propagate`.
     """
     return back_propagate(iter([seeds]), calls, 1.0, test, examples, mean_fraction=loss_fraction, on_failure=on_failure)

@@ -1,7 +1,7 @@
 """Custom autograd functions whose backward clears or overwrites their saved tensors.
 
-Such a backward runs once only: a second one fails, or gives another gradient. The estimator's back-propagations come
-before the user's, so that what a custom function holds is put back after each of them.
+A second backward through such a function fails, or gives another gradient. The estimator's back-propagations come
+before the user's backward, so the function's state is restored after each of them.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class _Context:
         self.node.maybe_clear_saved_tensors = self._asked_to_clear
         self.running = True
 
-    def _asked_to_clear(self) -> None:
+    def _note_change(self) -> None:
         self.changed = True
 
     @torch.no_grad()

@@ -35,19 +35,19 @@ DIFFERENTIATED = "the loss holds derivatives of the network, in which weights ar
 
 
 class Estimator:
-    """Records the forward and the loss of due steps, one at a time, and makes their statistics.
+    """Records forward and loss of each due step, and computes the statistics.
 
     Args:
         model: The model.
         layers: The model's layers, which may change.
         tracker: The dates of each layer.
-        group: The ranks between which the batch is split; each of them samples targets of its own.
-        steps: The number of the step. Before the first optimizer step is made, errors are raised.
-        times: Adds up the time that all this takes.
-        events: Counts losses that cannot be used as they are.
-        fisher: Whose targets the curvature is taken with.
+        group: The ranks between which the batch is split; each rank samples its own targets.
+        steps: The number of the step. Before the first optimizer step, errors are raised.
+        times: Adds up the time of the estimation.
+        events: Counts losses without usable statistics.
+        fisher: The source of the targets: ``"mc"``, ``"exact"`` or ``"empirical"``.
         likelihood: The likelihood of the loss, or ``"auto"``.
-        kind: The user's kind of inverse: the gradients of single examples are kept for some.
+        kind: The user's kind of inverse; some need the gradients of single examples.
         seed: Seed of the sampling of targets.
 
     Attributes:
@@ -110,7 +110,7 @@ class Estimator:
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[None]:
-        """Record what the forward and the loss of this (micro-)batch show, if this step is due; else do nothing."""
+        """Record the forward and the loss of this (micro-)batch if the step is due; else do nothing."""
         step = self._steps.number
         self.recorded = self._tracker.recorded_at(step, self._layers)
         if not self.recorded:
@@ -129,7 +129,7 @@ class Estimator:
             try:
                 handles += attach_named_output(self._model, self._likelihood, self._losses)
             except ValueError:
-                # Later its loss is reported as one that has no term of the likelihood.
+                # From the second step on, the loss is reported as one without a term of the likelihood.
                 if not self._steps.any_made:
                     raise
             with eager_compiled_code(), self._losses:
@@ -149,7 +149,7 @@ class Estimator:
         self._recorder = self._losses = None
 
     def pause(self) -> None:
-        """Record nothing until :meth:`resume`; compiled code that runs meanwhile must run eagerly."""
+        """Record nothing until :meth:`resume`; until then, compiled code must run eagerly."""
         if self._recorder is not None and self._losses is not None:
             self._recorder.paused = self._losses.paused = True
 
@@ -159,7 +159,7 @@ class Estimator:
             self._recorder.paused = self._losses.paused = False
 
     def recount(self, layers: Set[str]) -> None:
-        """Have the next loss count the input rows of calls again, whose statistics are no longer pending."""
+        """Count the calls' input rows again with the next loss, since their statistics were dropped."""
         if self._recorder is not None:
             calls, counted = self._recorder.calls, self._recorder.counted
             counted.difference_update([i for i in counted if calls[i].layer in layers])
@@ -168,8 +168,8 @@ class Estimator:
         """Follow a model whose layers have changed, and test the new ones.
 
         Args:
-            kept: The present name of each layer that stays, by the name that it had.
-            new: The names of the new ones.
+            kept: The present name of each remaining layer, by its former name.
+            new: The names of the new layers.
             step: The optimizer step.
         """
         self.examples.follow(kept)
@@ -189,7 +189,7 @@ class Estimator:
         return reasons
 
     def record_replacements(self, before: Set[str]) -> None:
-        """Record the layers in the place of those that were given up since there were these."""
+        """Record the layers that have replaced dropped ones; ``before`` has the names before the replacement."""
         self.recorded = [name for name in self._layers if name in self.recorded or name not in before]
 
     def statistics(
@@ -201,19 +201,18 @@ class Estimator:
         loss_fraction: float,
         unseen: Set[str],
     ) -> StepStatistics:
-        """Send the seeds of a loss to the recorded layers, while its graph lives; call it between pause and resume.
+        """Back-propagate the seeds of a loss, while its graph lives. Call between :meth:`pause` and :meth:`resume`.
 
         Args:
             loss: The scalar whose backward follows.
-            micro_batch: The number of losses of this step that came before.
+            micro_batch: The number of earlier losses of this step.
             loss_scale: The factor that a gradient scaler has multiplied ``loss`` by.
             loss_fraction: The share of ``loss`` in the optimizer step, for terms without a known weight.
-            unseen: Layers whose examples are not to be collected.
+            unseen: Layers whose examples are not collected.
 
         Raises:
-            LossNotRecognisedError: If the loss holds no term of the likelihood that was named, before any optimizer
-                step was made.
-            SelfTestError: If the rows of a layer do not explain its gradient, likewise.
+            LossNotRecognisedError: If the loss holds no term of the given likelihood, before the first optimizer step.
+            SelfTestError: If the rows of a layer do not explain its gradient, before the first optimizer step.
         """
         if self._recorder is None or self._losses is None:
             return StepStatistics()
@@ -291,7 +290,7 @@ class Estimator:
         for index, entry in found.items():
             name = calls[index].layer
             if index < recorded:
-                # A later loss through the same call adds to G alone: the call's input rows are in A already.
+                # A later loss through the same call adds to G alone: A already holds the call's input rows.
                 entry = entry.without_means() if index in counted else entry
                 counted.add(index)
             statistics[name] = statistics[name] + entry if name in statistics else entry

@@ -1,4 +1,4 @@
-"""The gradients of single examples: projected on a layer's eigenbasis at once, or kept until there is one."""
+"""The gradients of single examples, projected on a layer's eigenbasis, or kept until the layer has one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHUNK_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class _Rows:
-    """One back-propagation's rows in calls that see the same examples.
+    """The rows of one back-propagation, in calls with the same examples.
 
     Attributes:
         inputs: The input of each call.
@@ -35,7 +35,7 @@ class _Rows:
     factor: float
 
     def chunks(self, d_in: int) -> Iterator[tuple[Tensor, Tensor]] | None:
-        """Input and output rows, some examples at a time, the calls' positions side by side; None if inputs changed."""
+        """Input and output rows of some examples at a time, the calls' positions joined; None if inputs changed."""
         forwards = [kept.read() for _, kept in self.inputs]
         if any(forward is None for forward in forwards):
             return None
@@ -62,13 +62,13 @@ class _Rows:
 
 
 class ExampleGradients:
-    r"""What a step shows of :math:`\sum_n \nabla_n \nabla_n^\top`, for its diagonal in a basis.
+    r"""Collects :math:`\sum_n \nabla_n \nabla_n^\top` of one step, for the diagonal in a basis.
 
-    An example's gradient is the sum over the calls of a module in which the batch has the same size (a Siamese or
-    a recurrent net); a call with another number of examples is taken to see others.
+    An example's gradient is the sum over a module's calls with the same batch size, as in a Siamese or a recurrent
+    net. Calls with different batch sizes are treated as different examples.
 
     Args:
-        basis: The basis to project on; None where it will be known only after this step's statistics.
+        basis: The basis to project on; None where it follows from this step's statistics.
         shape: ``(groups, d_out, d_in)``.
     """
 
@@ -83,10 +83,10 @@ class ExampleGradients:
         self.reached = False
 
     def add(self, arrived: Sequence[tuple[Call, Tensor]], factor: float) -> None:
-        """Take the derivatives of one back-propagation at the outputs of the layer's calls.
+        """Add the derivatives of one back-propagation at the outputs of the layer's calls.
 
         Args:
-            arrived: Calls, and the derivative at the output of each.
+            arrived: The calls, each with the derivative at its output.
             factor: The factor on the squares.
         """
         self.reached = True
@@ -106,7 +106,7 @@ class ExampleGradients:
         self.reached = self._incomplete = True
 
     def second_moment(self, basis: Eigenbasis) -> Tensor:
-        """The sum over examples of the squared projections, ``(groups, d_out, d_in)``; NaN where it is not known."""
+        """The sum over examples of the squared projections, ``(groups, d_out, d_in)``; NaN where rows are missing."""
         if self._basis is not None and not self._basis.same_as(basis):
             self._incomplete = True
         total = self._zeros(basis) if self._total is None else self._total
@@ -159,11 +159,11 @@ class StepExamples:
         self._by_layer: dict[str, ExampleGradients] = {}
 
     def of(self, names: Iterable[str], step: int) -> dict[str, ExampleGradients]:
-        """Those of layers, which begin here where they are the step's first; dropped layers have none."""
+        """The collectors of the named layers, made at the step's first call; dropped layers have none."""
         for name in names:
             if name in self._layers and name not in self._by_layer:
                 layer = self._layers[name]
-                # If the step ends with a new basis, the gradients are kept for it.
+                # A basis that the step's end brings needs the gradients themselves.
                 basis = None if self._tracker.new_inverse(name, step) else layer.basis_of_examples()
                 self._by_layer[name] = ExampleGradients(basis, layer.adapter.matrix_shape())
         return {name: self._by_layer[name] for name in names if name in self._by_layer}
@@ -177,14 +177,14 @@ class StepExamples:
         self._by_layer.pop(layer, None)
 
     def spoil(self, layer: str) -> None:
-        """Have a layer's second moment of this step dropped: it is made NaN."""
+        """Make a layer's second moment of this step NaN, so that all ranks drop it."""
         if layer in self._by_layer:
             self._by_layer[layer].spoil()
 
     def second_moments(self, layers: Iterable[Layer]) -> dict[str, Tensor]:
-        """The second moments, by layer, in the layers' present bases; each is given once.
+        """Remove and return the second moments, by layer, in the layers' present bases.
 
-        One holds NaN where it could not be formed.
+        A second moment that could not be formed is NaN.
         """
         found = {}
         for layer in layers:

@@ -39,7 +39,7 @@ def explained(differentiate: Callable[..., Any], *arguments: Any, **options: Any
 def loss_edge(loss: Tensor) -> GradientEdge:
     """The gradient edge of a loss, below the sink of DistributedDataParallel's static graphs.
 
-    The sink would count a back-propagation of ours as a backward.
+    The sink would count the estimator's back-propagation as a backward.
     """
     if not loss.requires_grad:
         raise ValueError("The loss has no gradient. Compute it with gradients enabled, and do not detach it.")
@@ -52,10 +52,10 @@ def loss_edge(loss: Tensor) -> GradientEdge:
 
 
 def refuse_reentrant_checkpointing(loss: Tensor) -> None:
-    """Look for reentrant activation checkpointing in a loss's graph.
+    """Check that a loss's graph holds no reentrant activation checkpointing.
 
     Raises:
-        RuntimeError: If there is any: such a region has no graph before backward, so its layers are not seen.
+        RuntimeError: If it does: such a region has no graph before the backward, so its layers are not recorded.
     """
     pending, seen = [loss_edge(loss).node], set()
     while pending:
@@ -103,9 +103,9 @@ class EdgeGradients:
 
         Args:
             outputs: The starts.
-            values: The derivatives there.
-            receive: Called with each derivative that arrives, in the order of arrival.
-            others: Edges whose derivatives are returned, after all others have been received; None where none arrived.
+            values: The derivatives at the starts.
+            receive: Called with each derivative, in the order of arrival.
+            others: Edges whose derivatives are returned instead; None where no derivative arrived.
         """
         inputs = [self._edges[position] for position in self._lowest] + list(others)
         if not inputs:
@@ -128,7 +128,7 @@ class EdgeGradients:
 
 
 def _nodes_above(starts: Sequence[GradientEdge], wanted: dict[Node, list[int]]) -> set[Node]:
-    """The nodes below which there is another wanted node: back-propagation to the lowest passes through them."""
+    """The nodes above another wanted node: back-propagation to the lowest wanted nodes passes through them."""
     below: dict[Node, bool] = {}
     pending = [edge.node for edge in starts]
     while pending:

@@ -1,4 +1,4 @@
-"""The statistics of one loss: of its terms, of the rest of it, or of all of it by its own gradient."""
+"""The statistics of one loss: from its terms, from its rest, or from the gradient of the whole loss."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Failures:
     """The errors that were raised while the statistics of layers were taken.
 
     Attributes:
-        forgiving: Whether an optimizer step has been made: from then on no loss is an error, and none of its layers.
+        forgiving: Whether errors are noted and not raised, as from the first optimizer step on.
         by_layer: The first error of each layer.
     """
 
@@ -70,7 +70,7 @@ class Failures:
     by_layer: dict[str, Exception] = field(default_factory=dict)
 
     def note(self, layer: str, error: Exception) -> None:
-        """Note that a layer's statistics could not be taken; before the first optimizer step, that is an error."""
+        """Note the error of a layer's statistics, or raise it before the first optimizer step."""
         if not self.forgiving:
             raise error
         self.by_layer.setdefault(layer, error)
@@ -92,15 +92,15 @@ class StepStatistics:
 
 
 class LossStatistics:
-    """Chooses what of a loss counts, and sends its seeds to the layers.
+    """Chooses the terms of a loss that count, and back-propagates their seeds.
 
     Args:
         layers: The model's layers, which may change.
         examples: The gradients of single examples of this step.
         self_test: The test of every layer's rows.
-        sources: Notes what statistics came from.
-        events: Counts losses that cannot be used as they are.
-        fisher: Whose targets the curvature is taken with.
+        sources: Holds the sources of the statistics.
+        events: Counts losses without usable statistics.
+        fisher: The source of the targets: ``"mc"``, ``"exact"`` or ``"empirical"``.
         likelihood: The likelihood of the loss, or ``"auto"``.
 
     Attributes:
@@ -127,15 +127,14 @@ class LossStatistics:
         self.never_negative = False
 
     def __call__(self, due: DueLoss, failures: Failures) -> dict[int, Statistics]:
-        """The statistics of a loss, by the number of the call; its terms that count are taken from ``due.losses``.
+        """The statistics of a loss, by the number of the call; removes the loss's terms from ``due.losses``.
 
         Args:
             due: The loss.
             failures: Takes the errors of layers.
 
         Raises:
-            LossNotRecognisedError: If the loss holds no term of the likelihood that was named, unless failures are
-                forgiven.
+            LossNotRecognisedError: If the loss holds no term of the given likelihood, before the first optimizer step.
         """
         calls, examples, fisher = due.calls, due.examples, self._fisher
         terms = list(due.losses.terms)
@@ -150,11 +149,11 @@ class LossStatistics:
         mixed = bool(kept) and self._likelihood == "auto" and rest.reaches()
         source = due.generator(kept[0].term.logits.device) if kept else None
         if source is not None and not all(w.is_finite() for w in kept):
-            # Every rank must bring statistics of the same layers, so that all of them drop the step together.
+            # All ranks need statistics of the same layers, so that all ranks drop the step together.
             seeds = unusable_seeds(kept, fisher, source)
             found = back_propagate(seeds, calls, 1.0, None, examples, on_failure=failures.note)
         elif all_zero(kept) and not mixed:
-            # A loss times 0, to skip a batch, must not change the curvature.
+            # A loss times 0 skips a batch, and must not change the curvature.
             self.report_no_gradient(due.step)
             found = {}
         elif source is not None and not all_zero(kept):
@@ -169,17 +168,17 @@ class LossStatistics:
             found = self._of_whole_loss(due, rest, terms, failures)
         if mixed:
             found = added(found, self._empirical(due, rest.seeds(), failures))
-        # A term that this loss does not hold may belong to a later loss of the same training step.
+        # A term outside this loss may belong to a later loss of the same training step.
         due.losses.terms[:] = [term for term in terms if all(term is not w.term for w in kept)]
         return found
 
     def _of_whole_loss(
         self, due: DueLoss, rest: Rest, terms: Sequence[LossTerm], failures: Failures
     ) -> dict[int, Statistics]:
-        """Statistics of a loss none of whose terms count: its empirical Fisher, unless a likelihood was named."""
+        """The empirical Fisher of a loss without counting terms; nothing if a likelihood was given."""
         chosen = self._fisher == "empirical"
         if not chosen and self._likelihood != "auto":
-            # A loss that trains other parameters than ours need not be recognised.
+            # A loss that trains no recorded layer need not be recognised.
             if reaches(due.loss, due.calls):
                 said = unrecognised(terms, self._likelihood)
                 if not failures.forgiving:
@@ -202,10 +201,10 @@ class LossStatistics:
         return found
 
     def _empirical(self, due: DueLoss, seeds: Seeds, failures: Failures) -> dict[int, Statistics]:
-        """Statistics of a loss, or of the rest of one, by its own gradient."""
+        """The empirical Fisher of a loss, or of its rest."""
         test = self._self_test.running
         if test is not None and self._fisher != "empirical":
-            # Parts of this gradient, such as a penalty on weights, may come from no rows.
+            # Parts of this gradient, such as a penalty on weights, have no rows.
             test.strict = False
         return empirical_statistics(
             seeds, due.calls, loss_fraction=due.fraction, test=test, examples=due.examples, on_failure=failures.note

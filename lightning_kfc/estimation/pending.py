@@ -17,14 +17,14 @@ from lightning_kfc.scheduling.tracker import RefreshTracker
 
 
 class PendingStatistics:
-    """Keeps the statistics of a step until its refresh.
+    """Holds the statistics of a step until its refresh.
 
-    A layer is *unseen* while a part of its gradient has no statistics; its statistics would not belong to the whole
-    gradient, and are dropped.
+    A layer is *unseen* while a part of its gradient has no statistics. The statistics of the other parts are dropped,
+    since they would not belong to the whole gradient.
 
     Args:
         layers: The model's layers.
-        estimator: The source of the statistics, which counts the input rows of each call once.
+        estimator: The source of the statistics.
         tracker: The dates of each layer.
         group: The ranks between which the batch is split.
         events: Counts statistics that are left out.
@@ -50,7 +50,7 @@ class PendingStatistics:
         self.unseen: set[str] = set()
 
     def add(self, statistics: Mapping[str, Statistics]) -> None:
-        """Add the statistics of one more loss of the step, by layer, without dropped or unseen layers."""
+        """Add the statistics of one loss of the step, by layer, without dropped or unseen layers."""
         for name, entry in statistics.items():
             if name in self._layers and name not in self.unseen:
                 self._layers[name].add(entry)
@@ -70,7 +70,7 @@ class PendingStatistics:
             self.drop([name])
 
     def skip(self, names: Iterable[str]) -> None:
-        """Drop the statistics of layers after a step without them; their next gradient has statistics again."""
+        """Drop the statistics of layers that made no step; their next gradient has statistics again."""
         for name in names:
             self.drop([name])
             self.unseen.discard(name)
@@ -88,7 +88,7 @@ class PendingStatistics:
             if self._group.size == 1:
                 self.forget([name])
             else:
-                # The other ranks wait for them; all ranks drop statistics that are not finite.
+                # The other ranks wait for this layer; all ranks drop statistics that are not finite.
                 self._layers[name].drop_pending()
                 self._layers[name].add(_not_finite(self._layers[name]))
                 self._estimator.examples.spoil(name)
@@ -110,8 +110,7 @@ class PendingStatistics:
     def follow_gradients(self) -> None:
         """Drop the statistics of gradients that were set to zero; forget layers that this forward does not record.
 
-        A loss that passes through another optimizer's network (a generator's loss through the discriminator) leaves a
-        gradient there that is zeroed before any step.
+        A generator's loss, for example, leaves a gradient in the discriminator, which is zeroed before any step.
         """
         for name, layer in self._layers.items():
             if (layer.pending is not None or name in self.unseen) and layer.gradient_is_zero():
@@ -122,7 +121,7 @@ class PendingStatistics:
     # Gradients without curvature.
 
     def before_step(self, layers: Iterable[Layer], step: int) -> None:
-        """Note layers before their step; warn once about each recorded one without curvature.
+        """Note layers before their step; warn once about each recorded layer without curvature.
 
         Args:
             layers: The layers, each of which has a gradient.
@@ -142,7 +141,7 @@ class PendingStatistics:
             )
 
     def _without_curvature(self, layer: Layer, step: int) -> bool:
-        """Whether a layer was recorded, but its gradient never had statistics."""
+        """Whether a layer was recorded but never had statistics."""
         unseen = layer.name in self.unseen
         self.unseen.discard(layer.name)
         known = self._tracker.has_statistics(layer.name)

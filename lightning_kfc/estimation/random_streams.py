@@ -1,4 +1,4 @@
-"""Random streams of the sampling, which a resumed run draws again."""
+"""Random streams of the sampling; a resumed run draws the same numbers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 
 
 class RandomStreams:
-    """Generators that depend on seed, rank, step and micro-batch alone, so that a resumed run draws the same.
+    """Generators that depend on seed, rank, step and micro-batch alone.
 
     Args:
         seed: The user's seed.
-        rank: This process's rank, each of which draws numbers of its own.
+        rank: This process's rank.
     """
 
     def __init__(self, seed: int, rank: int) -> None:
@@ -20,7 +20,7 @@ class RandomStreams:
         self._rank = rank
 
     def generator(self, step: int, micro_batch: int, stream: int = 0) -> Callable[[torch.device], torch.Generator]:
-        """The generator of a micro-batch, on a given device; each stream is independent of the others."""
+        """The generator of a micro-batch, by device; streams are independent of each other."""
         mixed = 0
         for part in (self._seed, self._rank, step, micro_batch, stream):
             # The multiplier of Knuth's MMIX generator: neighbouring steps get unrelated seeds.

@@ -28,11 +28,11 @@ from lightning_kfc.utilities.torch_internals import (
 
 @dataclass(frozen=True)
 class KeptInputs:
-    """A module's input, by reference: autograd keeps it anyway, for the weight's gradient.
+    """A module's input, by reference: autograd keeps the input anyway, for the weight's gradient.
 
     Attributes:
-        forward: The inputs, detached, and an output that has a shape only.
-        versions: The versions of their tensors when they were read.
+        forward: The detached inputs, and an output on the meta device.
+        versions: The versions of the input tensors in the forward.
     """
 
     forward: Forward
@@ -42,8 +42,8 @@ class KeptInputs:
     def of(cls, forward: Forward) -> KeptInputs:
         """Keep the inputs of a forward that runs now.
 
-        Where autocast will cast a tensor, autograd keeps the cast one and lets the original be changed in place:
-        a copy is kept.
+        A tensor that autocast will cast is copied: autograd keeps the cast tensor alone, and the original may change
+        in place.
         """
 
         def keep(value: Any) -> Any:
@@ -56,7 +56,7 @@ class KeptInputs:
         return cls(kept, _versions(kept))
 
     def read(self) -> Forward | None:
-        """The inputs, or None where one was changed in place since."""
+        """The inputs, or None if one was changed in place after the forward."""
         return self.forward if _versions(self.forward) == self.versions else None
 
     def numel(self) -> int:
@@ -92,7 +92,7 @@ class Call:
         record: The adapter's record of the forward.
         edge: The gradient edge of the module's own output.
         output_shape: The shape of that output.
-        probe: Gives input rows times the self-test's direction; None when no self-test is due.
+        probe: Returns the input rows times the self-test's direction; None when no self-test is due.
         inputs: The module's input, if gradients of single examples are needed.
     """
 
@@ -110,11 +110,11 @@ class Call:
 
 
 def output_edge(output: Tensor) -> GradientEdge:
-    """The gradient edge of a module's output, such that a later in-place operation does not disconnect it.
+    """The gradient edge of a module's output, which a later in-place operation does not disconnect.
 
-    The edge, not the tensor: an in-place ReLU would move the tensor's grad_fn past itself. Where the output
-    is a view of all of its base (a Linear with bias on 3-D input), an in-place operation on it re-creates
-    the view's node, and only the base's edge still receives a derivative.
+    An in-place ReLU would move the tensor's ``grad_fn`` past itself, but leaves the edge. If the output is a view of
+    all of its base (a Linear with bias on 3-D input), an in-place operation re-creates the view's node, and only the
+    base's edge still receives a derivative.
     """
     base = base_of(output)
     if (
@@ -134,13 +134,13 @@ def _has_no_rows(output: Tensor) -> bool:
 
 
 def parameter_call(layer: str, adapter: Adapter) -> Call:
-    """A parameter that no forward call explains, as if it were one: the derivative arrives at the parameter itself."""
+    """The stand-in call of a loose parameter, whose edge is the parameter's own."""
     (parameter,) = adapter.own_parameters().values()
     return Call(layer, adapter, None, get_gradient_edge(parameter), parameter.shape, None)
 
 
 def whole_forward(forward: Forward) -> Forward:
-    """What a tensor-parallel module read, and returned, as if one rank had run it."""
+    """The whole inputs of a tensor-parallel module's forward, with the output as it is."""
     tensors = [*forward.args, *forward.kwargs.values(), forward.output]
     if not any(map(is_sharded, tensors)):
         return forward
@@ -149,7 +149,7 @@ def whole_forward(forward: Forward) -> Forward:
 
 
 class ForwardHook:
-    """A forward hook that a copied or pickled module carries as one that does nothing."""
+    """A forward hook whose copies, in a copied or pickled module, do nothing."""
 
     def __init__(self, record: Callable[[Forward, Tensor], None] | None) -> None:
         self._record = record
@@ -168,11 +168,11 @@ class ForwardHook:
 
 @dataclass
 class ForwardRecorder:
-    """Attached to the modules of a due step while its loss is computed; detaches whatever happens.
+    """Records the calls of the modules that it is attached to.
 
     Attributes:
         calls: The calls recorded so far, in forward order.
-        paused: Whether calls pass unrecorded. A backward re-runs checkpointed forwards, which are none of ours.
+        paused: Whether calls pass unrecorded, as those of checkpointed forwards that a backward re-runs.
         counted: The positions of the calls whose input rows have entered a statistic.
         times: Adds up the time that recording takes.
         failures: The error while a call was recorded, by layer; the user's forward continues.
@@ -198,8 +198,8 @@ class ForwardRecorder:
         Args:
             layer: The layer's name.
             adapters: Its modules' adapters.
-            direction: Gives the self-test's direction, or None for no test.
-            keep_inputs: Whether the inputs themselves are wanted later.
+            direction: Returns the self-test's direction; None for no test.
+            keep_inputs: Whether to keep the inputs themselves.
         """
         for adapter in adapters:
 
@@ -226,7 +226,7 @@ class ForwardRecorder:
         direction: Callable[[], Tensor] | None,
         keep_inputs: bool,
     ) -> None:
-        # Asked at each call: a toggled optimizer freezes the other optimizers' parameters for a while.
+        # Read at each call: a toggled optimizer freezes the other optimizers' parameters for a while.
         frozen = not adapter.own_parameters()
         if self.paused or frozen or not torch.is_grad_enabled() or not output.requires_grad or _has_no_rows(output):
             return

@@ -1,12 +1,12 @@
 r"""The part of a loss's gradient without the recognised terms.
 
-A loss :math:`h = \sum_t c_t h_t + u` has recognised terms :math:`h_t` and a rest u: a regulariser by hand, a second
-head whose loss is not recognised. The rest's derivative at any edge is the loss's minus that of the recognised terms.
-One back-propagation brings it, since it is linear in its seeds: 1 at the loss, and at the logits of each term minus
-the derivative that the term brings there. The graph alone is used; no code of the user's runs again.
+A loss :math:`h = \sum_t c_t h_t + u` has recognised terms :math:`h_t` and a rest u, such as a regulariser by hand or
+a second head whose loss is not recognised. The rest's derivative is the loss's derivative minus that of the
+recognised terms. Back-propagation is linear in its seeds, so one pass gives the rest's derivative: the seed is 1 at
+the loss, and minus the term's derivative at the logits of each term.
 
-The rest's curvature is its empirical Fisher matrix. It is added to that of the recognised terms: the products of
-different terms are left out, as their expectation is 0 for independent targets.
+The rest's empirical Fisher matrix is added to the curvature of the recognised terms. Products of different terms are
+left out: their expectation is 0 for independent targets.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lightning_kfc.estimation.recording import Call
 from lightning_kfc.estimation.seeds import Seeds, WeightedTerm
 from lightning_kfc.utilities.torch_internals import gradient_shape_and_type
 
-#: Operations on scalars that pass a sum's terms on, each times a number.
+#: Operations on scalars whose result is a sum of the operands, each times a number.
 ADDITIVE = (
     "Add",
     "Sub",
@@ -52,14 +52,14 @@ def _below(node: Node) -> Iterator[GradientEdge]:
 
 
 class Rest:
-    """The part of a loss besides its recognised terms.
+    """The part of a loss without its recognised terms.
 
     Args:
         loss: The loss.
         terms: Its recognised terms.
-        calls: The recorded calls: the rest's derivative is wanted at their outputs, and at loose parameters.
+        calls: The recorded calls, and the stand-ins of loose parameters.
         loss_scale: The factor that a gradient scaler has multiplied the loss by.
-        differentiated: Whether the loss holds derivatives of the network, which are made of weights as a penalty is.
+        differentiated: Whether the loss holds derivatives of the network, which depend on weights as a penalty does.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Rest:
         self._minus: Seeds | None = None
 
     def reaches(self) -> bool:
-        """Whether the rest's derivative arrives at any wanted edge by another way than through the logits of terms."""
+        """Whether the loss reaches a call's edge by a path that avoids the logits of recognised terms."""
         inside: dict[_Key, set[_Key]] = {}
         for weighted in self._terms:
             if weighted.term.value_edge is not None:
@@ -106,9 +106,9 @@ class Rest:
         return False
 
     def uses_weights_of(self) -> set[str]:
-        """The layers whose weights the loss reaches by another way than through the output of any recorded call.
+        """The layers whose weights the loss reaches by a path that avoids the outputs of recorded calls.
 
-        A loss that holds derivatives of the network does so: a derivative is made of the weights themselves.
+        A loss that holds derivatives of the network has such paths: derivatives depend on the weights directly.
         """
         layers = [call for call in self._calls if call.adapter.has_rows]
         owners = {
@@ -124,14 +124,14 @@ class Rest:
         return {layer for node, layer in owners.items() if node in seen}
 
     def seeds(self) -> Seeds:
-        """The seeds that bring the rest's derivative to every edge."""
+        """The seeds whose back-propagation is the rest's derivative."""
         if self._minus is None:
             parts = [self._derivatives([self._start], self._penalties), *(seeds for _, seeds in self.of_functions())]
             self._minus = [(edge, -gradient) for part in parts for edge, gradient in part]
         return [self._start, *self._minus]
 
     def of_functions(self) -> Iterator[tuple[str, Seeds]]:
-        """The derivative that each recognised loss function brings to its logits."""
+        """The derivative of each recognised loss function at its logits."""
         calls: dict[_Key, list[WeightedTerm]] = {}
         for weighted in self._terms:
             if weighted.term.value_edge is not None:
@@ -153,9 +153,9 @@ class Rest:
 
 
 def _penalties(start: GradientEdge, outputs: Set[Node], weights: Set[Node]) -> Iterator[GradientEdge]:
-    """The terms of a sum that are made of layers' parameters alone, as a penalty on the weights by hand is.
+    """The terms of a sum that depend on layers' parameters alone, such as a weight penalty by hand.
 
-    They reach no layer's output. At the parameters they would look like uses of the weights outside their layers.
+    At the parameters such a term would look like a use of the weights outside their layers.
     """
     pending, seen = [start], {start.node}
     while pending:
@@ -175,7 +175,7 @@ def _penalties(start: GradientEdge, outputs: Set[Node], weights: Set[Node]) -> I
 
 
 def _nodes_from(start: Node, last: Set[Node]) -> set[Node]:
-    """The nodes of the graph from one on, up to the first that is one of the last ones."""
+    """The nodes of the graph below ``start``, until the first node in ``last``."""
     pending, seen = [start], {start}
     while pending and pending[-1] not in last:
         for edge in _below(pending.pop()):

@@ -18,14 +18,14 @@ Seeds = list[tuple[GradientEdge, Tensor]]
 
 @dataclass(frozen=True)
 class WeightedTerm:
-    """A loss term that the loss really contains, with the weights c of its terms."""
+    """A recorded loss function that the loss contains, with the weights c of its terms."""
 
     term: LossTerm
     weights: Tensor
     derivative: Tensor
 
     def is_finite(self) -> bool:
-        """Whether logits and weights are finite, so that targets can be drawn and seeds made.
+        """Whether logits and weights are finite.
 
         A logit of minus infinity excludes a class, and is allowed while another class is left.
         """
@@ -38,9 +38,9 @@ class WeightedTerm:
 def weighted_terms(
     loss: Tensor, terms: Sequence[LossTerm], *, loss_scale: float = 1.0, loss_fraction: float = 1.0
 ) -> list[WeightedTerm]:
-    """Keep the recorded loss terms that the loss contains, with their weights.
+    """The recorded loss terms that the loss contains, with their weights.
 
-    A loss function also called for a metric is recorded too; the loss has no derivative with respect to it.
+    A loss function that was called for a metric is recorded too, but the loss has no derivative with respect to it.
 
     Args:
         loss: The loss of this backward.
@@ -64,7 +64,7 @@ def weighted_terms(
 
 
 def _outermost(terms: list[WeightedTerm]) -> list[WeightedTerm]:
-    """Leave out terms inside other ones: a squared difference of cross entropies is only a square."""
+    """Leave out terms inside other terms, as the cross entropies in a squared difference of them."""
     calls = {key: weighted for weighted in terms if (key := _value_key(weighted)) is not None}
     if len(calls) < 2:
         return terms
@@ -89,8 +89,8 @@ def never_negative(loss: Tensor, terms: Sequence[WeightedTerm], loss_scale: floa
 
     Args:
         loss: The loss.
-        terms: All terms that it contains, as far as they are recognised.
-        loss_scale: The factor that a gradient scaler has multiplied it by.
+        terms: All its recognised terms.
+        loss_scale: The factor that a gradient scaler has multiplied the loss by.
     """
     total = loss.new_zeros((), dtype=torch.float64)
     for weighted in terms:
@@ -117,7 +117,7 @@ def seed_scale(terms: Sequence[WeightedTerm]) -> float:
 
 
 def edges_with_seed(term: LossTerm, seed: Tensor) -> Seeds:
-    """A seed shaped as the logits, where it enters the graph."""
+    """A seed in the logits' shape, laid out at the edges of a term."""
     if term.layouts:
         return [(edge, layout(seed)) for (edge, _), layout in zip(term.edges, term.layouts, strict=True)]
     laid_out = term.layout(seed)
@@ -129,7 +129,7 @@ def seed_passes(terms: Sequence[WeightedTerm], fisher: str, generator: torch.Gen
 
     Args:
         terms: The loss terms.
-        fisher: ``"mc"`` (one pass), ``"exact"`` (one a position and outcome) or ``"empirical"`` (one pass).
+        fisher: ``"mc"`` (one pass), ``"exact"`` (one pass a position and outcome) or ``"empirical"`` (one pass).
         generator: The source of randomness.
     """
     if fisher == "exact":
@@ -148,9 +148,9 @@ def seed_passes(terms: Sequence[WeightedTerm], fisher: str, generator: torch.Gen
 
 
 def unusable_seeds(terms: Sequence[WeightedTerm], fisher: str, generator: torch.Generator) -> Iterator[Seeds]:
-    """NaN seeds, for logits or weights that are not finite, which make all statistics NaN.
+    """NaN seeds in the place of those of logits or weights that are not finite.
 
-    The number of passes stays the same, since layers may communicate with other ranks in each pass.
+    The number of passes is that of :func:`seed_passes`, since layers may communicate with other ranks in each pass.
     """
     if fisher == "exact":
         for seeds in seed_passes(terms, fisher, generator):
@@ -162,7 +162,7 @@ def unusable_seeds(terms: Sequence[WeightedTerm], fisher: str, generator: torch.
 def _empirical_seed(weighted: WeightedTerm, generator: torch.Generator) -> Seeds:
     r"""Seeds :math:`\pm\sqrt{c}\,\nabla_z\ell(z, y)` with the data's y, from :math:`c\,\nabla_z\ell` of autograd.
 
-    Random signs let the products of different terms cancel in expectation, which the data's targets would not.
+    Random signs make the products of different terms cancel in expectation, as sampled targets do.
     """
     term = weighted.term
     if term.value_edge is None:

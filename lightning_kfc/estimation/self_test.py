@@ -1,8 +1,8 @@
 r"""The first-step self-test: the recorded rows must rebuild the weight gradient of every covered layer.
 
-For one random direction u and any derivatives that the seeds bring, the law
-:math:`\sum_r g_r (\bar a_r^\top u) = \nabla\bar W u` holds exactly for a layer whose rows are right, and with
-probability 1 for no other. The products with u are formed in the forward, so that no activation is kept.
+For one random direction u, :math:`\sum_r g_r (\bar a_r^\top u) = \nabla\bar W u` holds exactly for a layer whose rows
+are right, and with probability 1 for no other. The products with u are formed in the forward, so that no activation is
+kept.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class _Sums:
 
 
 class SelfTest:
-    """One check of every layer, at its first derivative that is not zero.
+    """Checks every layer once, at its first derivative that is not zero.
 
     Args:
         layers: The layers by name.
@@ -88,17 +88,17 @@ class SelfTest:
         self._arrived: dict[str, _Sums] = {}
         #: The layers that have not been checked yet.
         self.waiting: list[str] = list(layers)
-        #: The layers that are recorded in this step; no other one can be checked.
+        #: The layers that are recorded in this step; other layers cannot be checked.
         self.recorded: set[str] = set(layers)
         #: Layers whose parameters get a derivative although their modules were never called.
         self.never_called: list[str] = []
-        #: Whether a layer that fails is an error, if the user registered its adapter; else :attr:`unexplained` has it.
+        #: Whether a failed layer raises if the user registered its adapter; else it is added to :attr:`unexplained`.
         self.strict = True
         #: The reasons of failed layers.
         self.unexplained: dict[str, str] = {}
 
     def parameters(self) -> list[GradientEdge]:
-        """Begin a check; return the edges of the parameters whose derivatives it needs."""
+        """Begin a check; return the edges of the parameters whose derivatives :meth:`check` takes."""
         self._arrived.clear()
         self._owners = [
             (layer, role, place)
@@ -144,11 +144,11 @@ class SelfTest:
         """Compare the gradients rebuilt from the rows with autograd's own.
 
         Args:
-            calls: What was recorded in the forward.
-            of_parameters: The derivatives that arrived at :meth:`parameters`; None where none did.
+            calls: The recorded calls.
+            of_parameters: The derivatives at :meth:`parameters`; None where no derivative arrived.
 
         Raises:
-            SelfTestError: If they differ for a layer.
+            SelfTestError: If the gradients of a layer differ.
         """
         own: dict[str, dict[str, Tensor]] = {}
         reached: set[str] = set()
@@ -176,7 +176,7 @@ class SelfTest:
         expected_matrix = self._layers[layer].adapter.matrix(own)
         expected_matrix = expected_matrix.to(factor_dtype(expected_matrix.dtype))
         expected = torch.einsum("goi,gi->go", expected_matrix, self.direction(layer).to(expected_matrix))
-        # Rounding grows with the terms of the sum, which may nearly cancel.
+        # The terms of the sum may nearly cancel, and rounding grows with the terms.
         size = float(expected.norm()) + float(sums.spread.sum().sqrt())
         error = float((sums.rebuilt - expected).norm())
         if error > sums.tolerance * size:
@@ -201,7 +201,7 @@ class SelfTest:
 
 
 def _by_user(adapter: Adapter) -> bool:
-    """Whether the user has registered the adapter, or the module for it: then rows are wrong by a fault in that."""
+    """Whether the user has registered the adapter or the module, and so can correct the rows."""
     own = type(adapter).__module__.partition(".")[0] == __name__.partition(".")[0]
     return not own or type(adapter.module).__module__.partition(".")[0] not in SERVED
 
@@ -209,7 +209,7 @@ def _by_user(adapter: Adapter) -> bool:
 def _products(rows: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
     """The sums over rows of derivative times probe, and of its square, ``(groups, d_out)``.
 
-    Some examples at a time: squares of all of them would be as large as the activation, and leave holes in memory.
+    Computed in chunks: the squares of all examples would be as large as the activation, and fragment the memory.
     """
     _, positions, groups, d_out = rows.shape
     size = max(1, CHUNK_BYTES // max(1, positions * groups * d_out * rows.itemsize))

@@ -12,7 +12,7 @@ from lightning_kfc.estimation.self_test import SelfTest
 
 
 class SelfTestProgress:
-    """Holds the self-test of a model's layers until every one has passed, or was given up.
+    """Holds the self-test of a model's layers until every layer has passed or was dropped.
 
     Args:
         layers: The model's layers, which may change.
@@ -27,12 +27,12 @@ class SelfTestProgress:
 
     @property
     def done(self) -> bool:
-        """Whether every layer has passed, or was dropped."""
+        """Whether every layer has passed or was dropped."""
         return self._done or (self._test is not None and self.running is None)
 
     @property
     def running(self) -> SelfTest | None:
-        """The self-test while one of the present layers waits for it."""
+        """The self-test while a present layer waits for its check."""
         test = self._test
         return test if test is not None and any(name in self._layers for name in test.waiting) else None
 
@@ -41,11 +41,11 @@ class SelfTestProgress:
         self._test, self._done = None, done
 
     def prepare(self, step: int, recorded: Iterable[str]) -> SelfTest | None:
-        """The test of a forward that follows; None where nothing is left to test.
+        """The test of the coming forward; None when no layer is left to test.
 
         Args:
             step: The optimizer step.
-            recorded: The names of the layers that are recorded in it.
+            recorded: The names of the layers that are recorded in the forward.
         """
         if self.done:
             self.restart(done=True)
@@ -56,7 +56,7 @@ class SelfTestProgress:
         return self._test
 
     def follow(self, kept: Mapping[str, str], new: Iterable[str], step: int) -> None:
-        """Test new layers beside those that still wait; the arguments are those of :meth:`.Estimator.follow`."""
+        """Test new layers, and those that still wait; the arguments are those of :meth:`.Estimator.follow`."""
         if self._test is None and not self._done:
             return
         waiting = {kept[name] for name in (self._test.waiting if self._test else ()) if name in kept}.union(new)
@@ -66,12 +66,12 @@ class SelfTestProgress:
             self._test = self._test_of(names, step)
 
     def give_up(self, names: Collection[str]) -> None:
-        """Test some layers no more."""
+        """Stop testing the named layers."""
         if self._test is not None:
             self._test.waiting[:] = [name for name in self._test.waiting if name not in names]
 
     def concluded(self, test: SelfTest) -> dict[str, str]:
-        """Take the outcome of a loss's test; return why the rows of layers do not explain their gradient."""
+        """Remove and return the outcome of a loss's test: by layer, why its rows do not explain its gradient."""
         unseen = {n: self._layers[n].adapter.unseen for n in test.never_called if n in self._layers}
         unexplained = unseen | {n: why for n, why in test.unexplained.items() if n in self._layers}
         test.waiting[:] = [n for n in test.waiting if n in self._layers and n not in test.unexplained]
@@ -85,5 +85,5 @@ class SelfTestProgress:
 
 
 def layers_with_rows(layers: Mapping[str, Layer], names: Iterable[str]) -> dict[str, Layer]:
-    """Those of the named layers that have rows."""
+    """The named layers that have rows."""
     return {name: layers[name] for name in names if layers[name].adapter.has_rows}

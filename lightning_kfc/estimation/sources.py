@@ -17,7 +17,7 @@ class Sources:
     """Holds the sources of the last statistics, and logs each mixture once.
 
     Attributes:
-        last: Loss functions, the gradient of the rest, or of the whole loss.
+        last: Names of loss functions, of the rest, or of the whole loss.
     """
 
     def __init__(self) -> None:
@@ -33,13 +33,13 @@ class Sources:
         calls: Sequence[Call],
         step: int,
     ) -> None:
-        """Note what statistics come from; log a line of it, with the shares of the gradient, for each new mixture.
+        """Note the sources of statistics; log each new mixture with its shares of the gradient.
 
         Args:
             functions: The loss functions that count, in the order of their calls.
             terms: All terms that the loss holds.
-            rest: The rest of the loss, where its gradient counts as well; else None.
-            calls: What was recorded in the forward.
+            rest: The rest of the loss if its gradient counts; else None.
+            calls: The recorded calls.
             step: The optimizer step.
         """
         names = list(dict.fromkeys(functions))
@@ -56,7 +56,7 @@ class Sources:
         inform(f"KFC at step {step}: {curvature_line(norms, terms)}")
 
     def report_used_up(self, functions: Set[str], step: int) -> None:
-        """Log the custom autograd functions whose saved tensors were put back; each once."""
+        """Log once each custom autograd function whose saved tensors were restored."""
         if new := sorted(functions - self._logged_functions):
             self._logged_functions.update(new)
             inform(
