@@ -11,6 +11,6 @@ from lightning_kfc.layers.scale_shift import ScaleShiftAdapter
 
 __all__ = ["Adapter", "Forward", "ParameterAdapter", "ScaleShiftAdapter", "adapter_for", "register_adapter"]
 
-# Each file registers its adapters when it is imported, so that a new kind of layer touches no other file.
+# Each file registers its adapters on import, so that a new kind of layer touches no other file.
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -35,61 +35,61 @@ class Adapter(ABC):
     group: input rows ``(examples, positions, groups, d_in)``, output rows
     ``(examples, positions, groups, d_out)``, gradient ``(groups, d_out, d_in)`` with the bias as last column.
 
-    A subclass for a module with parameters ``weight`` and ``bias`` states :meth:`weight_input_rows` and
-    :meth:`output_rows`; the rest follows. Where the weight's layout is not ``(groups * d_out, ...)`` it
-    also states :meth:`weight_matrix` and :meth:`weight_tensor`. Other forms of curvature than a pair of Kronecker
-    factors state :meth:`record`, :meth:`statistics`, :meth:`factor_shapes` and :meth:`inverse_type`.
+    A subclass for a module with parameters ``weight`` and ``bias`` defines :meth:`weight_input_rows` and
+    :meth:`output_rows`. If the weight's layout is not ``(groups * d_out, ...)``, it also defines
+    :meth:`weight_matrix` and :meth:`weight_tensor`. Curvature other than a pair of Kronecker factors takes
+    :meth:`record`, :meth:`statistics`, :meth:`factor_shapes` and :meth:`inverse_type`.
 
     Args:
         module: The module.
-        options: How its statistics are taken.
+        options: The options of its statistics.
     """
 
-    #: What the coverage report calls this kind of layer.
+    #: The name of this kind of layer in the coverage report.
     kind: ClassVar[str] = ""
-    #: How the coverage report calls what is done with its parameters.
+    #: The name of its parameters' treatment in the coverage report.
     treatment: ClassVar[str] = "kfc"
-    #: Whether there are rows at all, which a forward must be watched for.
+    #: Whether the layer has rows, for which forwards are recorded.
     has_rows: ClassVar[bool] = True
-    #: Whether :meth:`input_rows` and :meth:`output_rows` of one example belong together, at a bearable cost.
+    #: Whether one example's :meth:`input_rows` and :meth:`output_rows` match, at an affordable cost.
     pairs_rows: ClassVar[bool] = True
     #: The factors that are means over rows (E1); the others are sums.
     mean_factors: ClassVar[frozenset[str]] = frozenset({"A"})
-    #: The rows of a step that a layer is reckoned with, before any are seen.
+    #: The assumed number of rows of a step, before any is recorded.
     usual_rows: ClassVar[int] = 1024
-    #: The likely reason why the parameters get a derivative although no forward of the module was seen.
+    #: The likely reason for a derivative of the parameters without a forward of the module.
     unseen: ClassVar[str] = "its weight is used without calling the module"
 
     def __init__(self, module: nn.Module, options: AdapterOptions | None = None) -> None:
         self.module = module
         self.options = options or AdapterOptions()
-        #: How the weight is shared now.
+        #: The present weight sharing.
         self.sharing = WeightSharing(self.options.weight_sharing, self.options.name)
 
     # Which parameters, and the shape of their joint gradient.
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
-        """The reason why a module of this kind cannot be covered, or None where it can."""
+        """The reason why a module of this kind cannot be covered; None if it can."""
         return None
 
     @classmethod
     def sublayers(cls, module: nn.Module, options: AdapterOptions) -> dict[str, Adapter]:
-        """The adapters of a module, by a suffix of its name: more than one where its weights serve several ends."""
+        """The adapters of a module, by a suffix of its name: several for a module with several products."""
         return {"": cls(module, options)}
 
     @classmethod
     def held(cls, module: nn.Module) -> tuple[str, ...]:
-        """Names of submodules that only hold parameters for this one, which never calls them.
+        """Names of submodules that hold parameters of this module, and are never called.
 
-        A part of the same name serves the parameters of such a submodule.
+        The adapter of :meth:`sublayers` with the same name covers these parameters.
         """
         return ()
 
     def attach(self, hook: ForwardHook) -> RemovableHandle:
-        """Have a hook called with each forward of the module that the rows are read from.
+        """Call a hook with each forward of the module that has the rows.
 
-        Ahead of the user's own hooks: the layer's own output is wanted, before any of them changes it.
+        The hook runs before the user's own hooks, which may change the layer's output.
         """
         return self.module.register_forward_hook(hook, prepend=True, with_kwargs=True)
 
@@ -104,11 +104,11 @@ class Adapter(ABC):
         return {role: parameter for role, parameter in named.items() if parameter is not None}
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
-        """Those of :meth:`parameters` that are trainable now; empty when all are frozen."""
+        """The trainable ones of :meth:`parameters`; empty when all are frozen."""
         return {role: parameter for role, parameter in self.parameters().items() if parameter.requires_grad}
 
     def select(self, role: str, tensor: Tensor) -> Tensor:
-        """The part of a parameter, or of a tensor of its shape, that this adapter serves; a view."""
+        """The part of a parameter, or of a tensor of its shape, that this adapter covers; a view."""
         return tensor
 
     def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -143,21 +143,21 @@ class Adapter(ABC):
         return self.matrix_shape_of(self.own_parameters() or self.parameters())
 
     def matrix_shape_of(self, parameters: Mapping[str, Tensor]) -> tuple[int, int, int]:
-        """The same for parameters by role."""
+        """``(groups, d_out, d_in)`` for parameters by role."""
         with torch.no_grad():
-            # Not the parameters themselves, of which this rank may hold a part only.
+            # This rank may hold only a part of the parameters themselves.
             shapes = {role: torch.empty(p.shape, dtype=p.dtype, device="meta") for role, p in parameters.items()}
             groups, d_out, d_in = self.matrix(shapes).shape
         return groups, d_out, d_in
 
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the layer's factors, by name, with the groups axis first; two axes say diagonal."""
+        """The shapes of the layer's factors, by name, with the groups axis first; a diagonal has two axes."""
         groups, d_out, d_in = self.matrix_shape()
         diagonal = self.diagonal_sides()
         return {name: (groups, d) if name in diagonal else (groups, d, d) for name, d in (("A", d_in), ("G", d_out))}
 
     def second_moment(self, rows: Tensor, side: str) -> Tensor:
-        """The rows' second-moment total ``(groups, d, d)``, or its diagonal ``(groups, d)`` where the side has that.
+        """The rows' second-moment total ``(groups, d, d)``, or its diagonal ``(groups, d)`` for a diagonal side.
 
         Args:
             rows: Canonical rows.
@@ -166,10 +166,11 @@ class Adapter(ABC):
         return second_moment_diagonal(rows) if side in self.diagonal_sides() else second_moment_total(rows)
 
     def diagonal_sides(self) -> dict[str, str]:
-        """The factors, by name, that are held as diagonals instead of dense, with the reason.
+        """The factors, by name, that are held as diagonals, with the reason.
 
-        A factor is, where it has more dimensions than ``max_factor_dim``; and the larger one of a pair, or of all
-        pairs of a layer with several groups, that would cost more than ``lightning_kfc.factors.cost`` allows.
+        A factor is a diagonal if it has more dimensions than ``max_factor_dim``. The larger factor of a pair, or of
+        all pairs of a layer with several groups, is a diagonal if it would exceed the bounds of
+        ``lightning_kfc.factors.cost``.
         """
         if self.options.max_factor_dim is None:
             return {}
@@ -179,7 +180,7 @@ class Adapter(ABC):
         return found or expensive_side(self.matrix_shape(), self.usual_rows, self.options)
 
     def approximation(self) -> str:
-        """Which factors are diagonals, why, and the memory that saves; another sharing than the setting's."""
+        """The diagonal factors with reason and saved memory, and a weight sharing other than the setting's."""
         groups, d_out, d_in = self.matrix_shape()
         reasons = self.diagonal_sides()
         itemsize = factor_dtype(next(iter(self.parameters().values())).dtype).itemsize
@@ -191,23 +192,23 @@ class Adapter(ABC):
         return "; ".join(text for text in (self.sharing.reason, cheaper) if text)
 
     def estimate(self, factors: Mapping[str, Tensor], draws: float) -> Mapping[str, Tensor]:
-        """What is inverted, given the running factors; by default they themselves.
+        """The factors to invert, from the running factors; by default these themselves.
 
         Args:
             factors: The running factors by name.
-            draws: How many independent steps' statistics are behind them.
+            draws: The number of independent steps in the running average.
         """
         return factors
 
     def inverse_type(self, chosen: type[Inverse]) -> type[Inverse]:
-        """The kind of inverse that suits these factors, given the one that the user chose for Kronecker factors."""
+        """The kind of inverse for these factors, given the user's choice for Kronecker factors."""
         return chosen
 
     # Rows.
 
     @abstractmethod
     def weight_input_rows(self, forward: Forward) -> Tensor:
-        """The input rows that multiply the weight, without the bias's 1, ``(examples, positions, groups, columns)``."""
+        """The rows that multiply the weight, without the bias's 1, ``(examples, positions, groups, columns)``."""
 
     @abstractmethod
     def output_rows(self, output_gradient: Tensor) -> Tensor:
@@ -223,7 +224,7 @@ class Adapter(ABC):
         return append_ones(rows) if "bias" in own else rows
 
     def input_row_chunks(self, forward: Forward, examples: int) -> Iterator[Tensor]:
-        """The input rows of so many examples at a time; for rows that take far more memory than the input, override."""
+        """The input rows, ``examples`` at a time; override where rows take far more memory than the input."""
         yield from torch.split(self.input_rows(forward), examples)
 
     def project(self, forward: Forward, direction: Tensor) -> Tensor:
@@ -237,13 +238,13 @@ class Adapter(ABC):
         return torch.einsum("ntgi,gi->ntg", rows, direction.to(rows))
 
     def probe(self, forward: Forward, record: Any, direction: Tensor) -> Probe:
-        """What gives :meth:`project` once the derivative has arrived; made inside the forward.
+        """A function that returns :meth:`project` in the backward; made inside the forward.
 
-        By default the products themselves, so that no activation is kept for them.
+        By default it holds the products, so that no activation is kept.
 
         Args:
             forward: The forward call.
-            record: What :meth:`record` made of it.
+            record: The result of :meth:`record`.
             direction: Shape ``(groups, d_in)``.
         """
         products = self.project(forward, direction)
@@ -252,11 +253,11 @@ class Adapter(ABC):
     # Statistics.
 
     def input_statistic(self, forward: Forward, *, reduce: bool) -> InputStatistic:
-        """What one forward call adds to A; formed inside the forward, so that no activation is kept for it.
+        """The addition of one forward call to A; formed inside the forward, so that no activation is kept.
 
         Args:
             forward: The forward call.
-            reduce: Whether the mean of an example's rows is its one row.
+            reduce: Whether an example has one row, the mean of its rows.
         """
         rows = self.input_rows(forward)
         if reduce:
@@ -264,7 +265,7 @@ class Adapter(ABC):
         return InputStatistic(self._second_moment_of_part(rows), rows.shape[0] * rows.shape[1])
 
     def _second_moment_of_part(self, rows: Tensor) -> Tensor:
-        """The second-moment total of rows, from a part of them where they are many, scaled to stand for all."""
+        """The second-moment total of rows; of many rows, a part is taken and scaled."""
         examples, positions, _, d = rows.shape
         parts = number_of_parts(examples, positions, d, self.options.rows_per_dim)
         if parts == 1:
@@ -273,16 +274,16 @@ class Adapter(ABC):
         return self.second_moment(part, "A").mul_(examples * positions / part.shape[1])
 
     def record(self, forward: Forward) -> Any:
-        """What :meth:`statistics` will need of one forward call; made inside that forward.
+        """The record of one forward call for :meth:`statistics`; made inside the forward.
 
-        By default the statistic of A, so that no activation is kept for it. With ``"reduce"``, also that of expanded
-        rows, until :meth:`statistics` has compared both.
+        By default the statistic of A, so that no activation is kept. With ``"reduce"``, the record also holds the
+        statistic of expanded rows, until :meth:`statistics` has compared both.
         """
         shared = self.input_statistic(forward, reduce=self.sharing.reduces)
         return BothForms(shared, self.input_statistic(forward, reduce=False)) if self.sharing.untested else shared
 
     def statistics(self, record: Any, output_gradient: Tensor) -> Statistics:
-        """The statistics of one call, from what was recorded in the forward and the derivative at the output."""
+        """The statistics of one call, from its record and the derivative at its output."""
         rows = self.output_rows(output_gradient.to(factor_dtype(output_gradient.dtype)))
         inputs, rows = self.sharing.shared(record, rows)
         return Statistics({"A": inputs.total}, {"G": self.second_moment(rows, "G")}, inputs.rows)

@@ -1,9 +1,9 @@
 """``torch.nn.MultiheadAttention``: its query, key, value and output projections, each as a separate layer.
 
-The module calls no submodule: all its products are made inside
-:func:`torch.nn.functional.multi_head_attention_forward`. On due steps the code of that very function runs with other
-names for its projections, which call the real ones and show what went in and came out. So masks, dropout, its random
-numbers and the results are the same to the last bit.
+The module calls no submodule: all its products are computed inside
+:func:`torch.nn.functional.multi_head_attention_forward`. On due steps the code of this function runs with replaced
+projections, which call the real ones and pass input and output to the hooks. Masks, random numbers and results are the
+same to the last bit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lightning_kfc.utilities.torch_internals import ATTENTION_PROJECTIONS, has_p
 
 PROJECTIONS = ("q", "k", "v")
 
-#: The softmax is the same for keys that are all shifted alike, so that the derivatives at them add up to zero.
+#: A common shift of all keys does not change the softmax, so the derivatives at the keys add up to zero.
 SHARING = "shared by 'expand': summed over positions, the derivatives at the keys of attention are zero"
 
 
@@ -39,7 +39,7 @@ class ProjectionAdapter(LinearAdapter):
     Args:
         module: The attention module.
         options: See :class:`Adapter`.
-        watch: Shows the module's projections.
+        watch: Calls hooks with the module's projections.
         part: ``"q"``, ``"k"``, ``"v"`` or ``"out_proj"``.
     """
 
@@ -53,7 +53,7 @@ class ProjectionAdapter(LinearAdapter):
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
-        """Weights that are computed from other parameters are not the module's own."""
+        """Refuse weights that are computed from other parameters."""
         assert isinstance(module, nn.MultiheadAttention)
         packed = has_packed_projections(module)
         own = ["in_proj_weight"] if packed else [f"{part}_proj_weight" for part in PROJECTIONS]
@@ -61,7 +61,7 @@ class ProjectionAdapter(LinearAdapter):
 
     @classmethod
     def held(cls, module: nn.Module) -> tuple[str, ...]:
-        """The output projection is a submodule in name only."""
+        """The output projection, which is never called."""
         return ("out_proj",)
 
     @classmethod
@@ -77,7 +77,7 @@ class ProjectionAdapter(LinearAdapter):
         return self._watch.attach(self._part, hook)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The projection's weight and bias, which the projections of query, key and value may share."""
+        """The projection's weight and bias; query, key and value may share one packed tensor."""
         if self._part == "out_proj":
             own, names = parameters_of(self.module.out_proj), {"weight": "weight", "bias": "bias"}
         else:
@@ -107,14 +107,14 @@ def _run(watch: Watch, forward: Callable[..., Any], args: tuple[Any, ...], kwarg
 
 
 class _ShownAttention(TorchFunctionMode):
-    """Sees the module's call of the attention function, and shows what happens inside."""
+    """Intercepts the module's call of the attention function, and passes its projections to the hooks."""
 
     def __init__(self, watch: Watch) -> None:
         super().__init__()
         self._watch = watch
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the attention function's own code with other names for its projections; call all else through."""
+        """Run the attention function's own code with replaced projections; pass other functions on."""
         if func is F.multi_head_attention_forward:
             func = _with_shown_projections(func, self._watch)
         return func(*args, **(kwargs or {}))
@@ -142,7 +142,7 @@ def _with_shown_projections(function: Any, watch: Watch) -> Callable[..., Any]:
 
     names = {
         **function.__globals__,
-        # It would hand the call to the modes once more, and they the real function, instead of running this copy.
+        # Else the modes would get the call once more, and run the real function instead of this copy.
         "has_torch_function": lambda _: False,
         **{name: project_in(name) for name in ATTENTION_PROJECTIONS},
         "linear": project_out,

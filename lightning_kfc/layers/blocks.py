@@ -15,14 +15,14 @@ from lightning_kfc.layers.linear import LinearAdapter
 
 
 class BlocksAdapter(Adapter):
-    r"""Another adapter whose larger side is cut into equal parts, each a group with a pair of factors of its own.
+    r"""Cuts the larger side of another adapter into equal blocks, each a group with its own pair of factors.
 
     With A in blocks :math:`A_j`, the update of a block of columns is :math:`G^{-1} \nabla_j A_j^{-1}`, and likewise
-    with G in blocks. Units of different blocks count as uncorrelated. Where the side is no multiple of the number of
-    blocks, rows and gradients are filled up with zeros.
+    with G in blocks. Units of different blocks count as uncorrelated. Rows and gradients are padded with zeros to a
+    multiple of the number of blocks.
 
     Args:
-        inner: The adapter of the layer, with one group; its options are set.
+        inner: The layer's adapter, with one group.
     """
 
     def __init__(self, inner: Adapter) -> None:
@@ -47,7 +47,7 @@ class BlocksAdapter(Adapter):
         return self._inner.parameters()
 
     def cut_side(self) -> tuple[str, int]:
-        """The side that is cut, A or G, and the number of its blocks; 1 where few parameters are trainable."""
+        """The cut side, A or G, and the number of its blocks; 1 if few parameters are trainable."""
         _, d_out, d_in = self._inner.matrix_shape()
         return "A" if d_in >= d_out else "G", self._blocks_and_cost()[0]
 
@@ -55,7 +55,7 @@ class BlocksAdapter(Adapter):
         return blocks_by_cost(self._inner.matrix_shape(), self._inner.usual_rows, self.options)
 
     def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """See :class:`Adapter`: shape ``(blocks, d_out, d_in)``, one of both sides that of a block."""
+        """See :class:`Adapter`: shape ``(blocks, d_out, d_in)``, the cut side being that of a block."""
         side, blocks = self.cut_side()
         return self._cut_matrix(self._inner.matrix(tensors), side, blocks)
 
@@ -94,14 +94,14 @@ class BlocksAdapter(Adapter):
         return _cut(rows[:, :, 0], blocks) if of == side else rows.expand(-1, -1, blocks, -1)
 
     def second_moment(self, rows: Tensor, side: str) -> Tensor:
-        """See :class:`Adapter`; that of the side that all blocks share is formed once."""
+        """See :class:`Adapter`; the second moment of the uncut side is formed once for all blocks."""
         cut, blocks = self.cut_side()
         if blocks == 1 or side == cut:
             return super().second_moment(rows, side)
         return super().second_moment(rows[:, :, :1], side).repeat(blocks, 1, 1)
 
     def diagonal_sides(self) -> dict[str, str]:
-        """None: where a side is cut, neither is larger than ``max_factor_dim``."""
+        """Empty: no side of a layer in blocks is larger than ``max_factor_dim``."""
         return {}
 
     def select(self, role: str, tensor: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class BlocksAdapter(Adapter):
 
 
 def in_blocks(adapter: Adapter) -> Adapter:
-    """The adapter, or one that cuts its larger side where that costs too much and its rows are those of a Linear."""
+    """The adapter, or a :class:`BlocksAdapter` of it if it is that of a Linear whose larger side costs too much."""
     if not isinstance(adapter, LinearAdapter):
         return adapter
     shape = adapter.matrix_shape_of(adapter.parameters())
@@ -126,7 +126,7 @@ def in_blocks(adapter: Adapter) -> Adapter:
 
 
 def _cut(values: Tensor, blocks: int) -> Tensor:
-    """The last axis as ``(blocks, size)``, zeros at its end where it has not enough."""
+    """The last axis as ``(blocks, size)``, padded with zeros at its end."""
     missing = -values.shape[-1] % blocks
     padded = torch.nn.functional.pad(values, (0, missing)) if missing else values
     return padded.reshape(*values.shape[:-1], blocks, -1)

@@ -23,7 +23,7 @@ from lightning_kfc.layers.adapter import Adapter
 from lightning_kfc.layers.forward import Forward
 from lightning_kfc.layers.registry import register_adapter
 
-#: Images that are projected on a direction at a time, in the forward, where larger pieces leave holes in memory.
+#: Bytes of images that are projected on a direction at a time: larger pieces fragment the memory in the forward.
 PROJECTED_BYTES = 2**20
 
 
@@ -31,8 +31,8 @@ PROJECTED_BYTES = 2**20
 class ConvAdapter(Adapter):
     r"""The factors :math:`\Omega \otimes \Gamma` of the paper's theorem 1, as :math:`A \otimes G` (E1, E2, E3).
 
-    One row per output location. A grouped convolution has a pair of factors for each group, batched in one tensor; a
-    depthwise one so has A of the size of its kernel.
+    Each output location is a row. A grouped convolution has a pair of factors for each group, batched in one tensor;
+    in a depthwise one, A has the size of the kernel.
     """
 
     kind: ClassVar[str] = "Conv"
@@ -44,7 +44,7 @@ class ConvAdapter(Adapter):
         return self.module.groups
 
     def geometry(self, forward: Forward) -> Geometry:
-        """Where the module read its input."""
+        """The geometry of the patches."""
         m = self.module
         return Geometry.of(m.kernel_size, m.stride, m.padding, m.dilation, m.padding_mode, m.groups)
 
@@ -67,14 +67,14 @@ class ConvAdapter(Adapter):
         return by_location.reshape(examples, by_location.shape[1], self.groups, channels // self.groups)
 
     def input_rows(self, forward: Forward) -> Tensor:
-        """See :class:`Adapter`; no patches where only the bias is trainable."""
+        """See :class:`Adapter`; no patches are formed if only the bias is trainable."""
         if "weight" in self.own_parameters():
             return super().input_rows(forward)
         images = self._images(forward)
         return images.new_ones((len(images), self.geometry(forward).positions(images.shape[2:]), self.groups, 1))
 
     def input_row_chunks(self, forward: Forward, examples: int) -> Iterator[Tensor]:
-        """Patches of so many images at a time."""
+        """Patches of some images at a time."""
         for images in torch.split(self._images(forward), examples):
             yield self.input_rows(Forward((images,), {}, forward.output))
 
@@ -104,7 +104,7 @@ class ConvAdapter(Adapter):
         return InputStatistic(*form(images, geometry, homogeneous=homogeneous, reduce=reduce))
 
     def _parts(self, images: Tensor, geometry: Geometry) -> int:
-        """How many parts of the patches to take one of; 1 where all of them are wanted, or are cheaper."""
+        """The number of parts of the patches, one of which is taken; 1 takes all patches."""
         if "A" in self.diagonal_sides():
             return 1
         positions = geometry.positions(images.shape[2:])

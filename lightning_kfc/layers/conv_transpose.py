@@ -15,16 +15,13 @@ from lightning_kfc.layers.registry import register_adapter
 
 @register_adapter(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 class ConvTransposeAdapter(ConvAdapter):
-    """One row per output location: the patch of the input, zeros between its pixels, that the flipped kernel meets.
-
-    So each output location has one row, and the bias its 1, as in any convolution.
-    """
+    """Each output location is a row: the patch under the flipped kernel, of the input with zeros between its pixels."""
 
     kind: ClassVar[str] = "ConvTranspose"
     module: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d  # type: ignore[assignment]  # no subclass of the plain convolutions
 
     def geometry(self, forward: Forward) -> Geometry:
-        """Where the module read its input; what it added at the far ends follows from the size of its output."""
+        """The geometry of the patches; the output's size determines the padding at the far ends."""
         m = self.module
         assert not isinstance(m.padding, str)
         added = [

@@ -18,11 +18,11 @@ from lightning_kfc.layers.registry import register_adapter
 
 @dataclass(frozen=True)
 class _Tokens:
-    """What one call looked up.
+    """The tokens of one call.
 
     Attributes:
         A: The diagonal's total.
-        kept: Which output rows the weight contributes to (not those of padding), ``(examples, positions)``.
+        kept: Whether the weight contributes to an output row; False for padding. Shape ``(examples, positions)``.
     """
 
     A: InputStatistic
@@ -30,15 +30,15 @@ class _Tokens:
 
 
 class _TableAdapter(Adapter):
-    """A weight ``(tokens, d_out)`` whose columns of the gradient matrix belong to one token each."""
+    """A weight ``(tokens, d_out)``; each column of the gradient matrix belongs to one token."""
 
-    #: An example's rows would be a matrix as large as the table. Under "ekfac" the eigenvalues are the factors' own.
+    #: An example's rows would be a matrix as large as the table. With "ekfac", the eigenvalues are those of the factors.
     pairs_rows: ClassVar[bool] = False
     module: nn.Embedding | nn.EmbeddingBag
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
-        """Gradients that torch rescales by token are not those of the loss."""
+        """Refuse gradients that torch rescales by token."""
         return "scale_grad_by_freq changes its gradient" if getattr(module, "scale_grad_by_freq", False) else None
 
     def weight_matrix(self, weight: Tensor) -> Tensor:
@@ -48,16 +48,16 @@ class _TableAdapter(Adapter):
     def write(self, matrix: Tensor, into: Mapping[str, Tensor]) -> None:
         """See :class:`Adapter`; a sparse gradient stays sparse.
 
-        A is diagonal, so that tokens without a gradient get no update.
+        Tokens without a gradient get no update, since A is diagonal.
         """
         overwrite(into["weight"], matrix[0].T)
 
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """A is a diagonal, however many tokens there are."""
+        """A is a diagonal for any number of tokens."""
         return {**super().factor_shapes(), "A": (1, self.matrix_shape()[2])}
 
     def diagonal_sides(self) -> dict[str, str]:
-        """See :class:`Adapter`; A would be diagonal anyway."""
+        """See :class:`Adapter`; A is not listed, since it is diagonal exactly."""
         return {name: reason for name, reason in super().diagonal_sides().items() if name != "A"}
 
     def _kept(self, tokens: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class _TableAdapter(Adapter):
         return torch.ones_like(tokens, dtype=torch.bool) if padding is None else tokens != padding
 
     def statistics(self, record: Any, output_gradient: Tensor) -> Statistics:
-        """A from the tokens, G from the rows that reach the weight."""
+        """A from the tokens, G from the rows to which the weight contributes."""
         assert isinstance(record, _Tokens)
         rows = self.output_rows(output_gradient.to(factor_dtype(output_gradient.dtype)))
         total = self.second_moment(rows * record.kept[..., None, None], "G")
@@ -76,7 +76,7 @@ class _TableAdapter(Adapter):
 class EmbeddingAdapter(_TableAdapter):
     r"""Rows are one-hot: A is the diagonal of the tokens' frequencies, exactly; padding has no rows.
 
-    Each position is a row for any ``weight_sharing``, since the mean of one-hot rows would have a dense A.
+    Each position is a row for any ``weight_sharing``: a mean of one-hot rows would have a dense A.
     """
 
     kind = "Embedding"
@@ -87,7 +87,7 @@ class EmbeddingAdapter(_TableAdapter):
         return tokens.reshape(1, 1) if tokens.ndim == 0 else tokens.reshape(tokens.shape[0], -1)
 
     def weight_input_rows(self, forward: Forward) -> Tensor:
-        """The one-hot rows themselves, which nothing but a check needs; zero where the token is padding."""
+        """The one-hot rows, for checks only; zero where the token is padding."""
         tokens = self._tokens(forward)
         one_hot = nn.functional.one_hot(tokens, self.module.num_embeddings)
         return (one_hot * self._kept(tokens)[..., None]).unsqueeze(2).to(self.module.weight.dtype)
@@ -103,11 +103,11 @@ class EmbeddingAdapter(_TableAdapter):
         return (direction.to(tokens.device)[0, tokens] * self._kept(tokens)).unsqueeze(-1)
 
     def record(self, forward: Forward) -> Any:
-        """The tokens' frequencies, and where they stand."""
+        """The tokens' frequencies, and the positions without padding."""
         tokens = self._tokens(forward)
         kept = self._kept(tokens)
         seen = tokens[kept]
-        # bincount has no deterministic form on a GPU; these are sums of ones, the same in any order.
+        # bincount has no deterministic form on a GPU; sums of ones are the same in any order.
         counts = torch.zeros(
             self.module.num_embeddings, dtype=factor_dtype(self.module.weight.dtype), device=seen.device
         )
@@ -119,7 +119,7 @@ class EmbeddingAdapter(_TableAdapter):
 class EmbeddingBagAdapter(_TableAdapter):
     r"""Rows are the bags, :math:`a = \sum_i w_i e_{t_i}` (w = 1 over the bag's size for means).
 
-    A's diagonal stands for A: what the tokens of one bag share is left out. Exact for bags of one token.
+    A is approximated by its diagonal, without products of tokens in one bag. It is exact for bags of one token.
     """
 
     kind = "EmbeddingBag"
@@ -127,7 +127,7 @@ class EmbeddingBagAdapter(_TableAdapter):
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
-        """A maximum takes every feature from another token."""
+        """Refuse maxima, whose features come from different tokens."""
         assert isinstance(module, nn.EmbeddingBag)
         return 'mode="max" takes each feature from another token' if module.mode == "max" else super().refusal(module)
 
@@ -161,7 +161,7 @@ class EmbeddingBagAdapter(_TableAdapter):
         return torch.sparse_coo_tensor(entries, share[kept], shape, check_invariants=False).coalesce()
 
     def weight_input_rows(self, forward: Forward) -> Tensor:
-        """The rows as a dense matrix, which nothing but a check needs."""
+        """The rows as a dense matrix, for checks only."""
         return self._bags(forward).to_dense()[:, None, None, :]
 
     def output_rows(self, output_gradient: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Find factors that are too expensive to be dense; they become blocks or diagonals."""
+"""Find factors that are too expensive to be dense, and are held as blocks or diagonals."""
 
 from __future__ import annotations
 

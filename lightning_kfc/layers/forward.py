@@ -11,7 +11,7 @@ from torch import Tensor, nn
 #: Called as ``hook(module, args, kwargs, output)``.
 ForwardHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
 
-#: Gives input rows times one direction, ``(examples, positions, groups)``.
+#: Returns input rows times one direction, ``(examples, positions, groups)``.
 Probe = Callable[[], Tensor]
 
 

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_kfc.layers.forward import ForwardHook
 
-#: Computes what the module's forward computes; called as ``run(watch, forward, args, kwargs)``.
+#: Stands in for the module's forward; called as ``run(watch, forward, args, kwargs)``.
 Run = Callable[["Watch", Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
@@ -25,7 +25,7 @@ class Watch:
 
     Args:
         module: The module.
-        run: What takes the forward's place, and calls :meth:`show` for every product.
+        run: Stands in for the forward, and calls :meth:`show` for every product.
     """
 
     def __init__(self, module: nn.Module, run: Run) -> None:
@@ -34,7 +34,7 @@ class Watch:
         self._hooks: OrderedDict[int, tuple[str, ForwardHook]] = OrderedDict()
 
     def attach(self, part: str, hook: ForwardHook) -> RemovableHandle:
-        """Have a hook called with every product of a part."""
+        """Call a hook with every product of a part."""
         if not self._hooks:
             own = self.module.__dict__.get("forward")
             self.module.forward = _WatchedForward(self, self._run, own)
@@ -43,7 +43,7 @@ class Watch:
         return handle
 
     def linear(self, part: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """A product with a part's weight, shown."""
+        """Multiply by a part's weight, and call the part's hooks."""
         output = F.linear(input, weight, bias)
         self.show(part, input, output)
         return output
@@ -53,7 +53,7 @@ class Watch:
 
         Args:
             part: The part's name.
-            input: What its weight was applied to.
+            input: The input of its product.
             output: The result.
         """
         for name, hook in list(self._hooks.values()):
@@ -80,17 +80,17 @@ class _Handle(RemovableHandle):
 
 
 class _WatchedForward:
-    """What takes a forward's place; a copied or pickled module gets the real one."""
+    """Stands in for a forward; a copied or pickled module gets the real one."""
 
     def __init__(self, watch: Watch, run: Run, own: Any) -> None:
         self._watch, self._run = watch, run
-        #: The forward that the instance itself had, where someone else had replaced it.
+        #: The instance's own forward, if it had been replaced before.
         self.own = own
         self._forward = watch.module.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() or not any(p.requires_grad for p in self._watch.module.parameters()):
-            return self._forward(*args, **kwargs)  # nothing to see, and perhaps a faster path
+            return self._forward(*args, **kwargs)  # without hooks, the real forward may be faster
         return self._run(self._watch, self._forward, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

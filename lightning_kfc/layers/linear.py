@@ -9,7 +9,7 @@ from lightning_kfc.layers.adapter import Adapter
 from lightning_kfc.layers.forward import Forward
 from lightning_kfc.layers.registry import register_adapter, register_adapter_by_name
 
-#: Bilinear layers whose A would have more columns than this are left to a diagonal curvature.
+#: Bilinear layers whose A would have more columns than this get a diagonal curvature.
 LARGEST_PRODUCT = 4096
 
 
@@ -18,7 +18,7 @@ def leading_rows(tensor: Tensor, batch_axis: int = 0) -> Tensor:
 
     Args:
         tensor: Shape ``(*leading, d)``.
-        batch_axis: The axis of the examples, where there are several leading ones.
+        batch_axis: The axis of the examples, if there are several leading axes.
     """
     if tensor.ndim == 1:
         return tensor.reshape(1, 1, 1, -1)
@@ -29,11 +29,10 @@ def leading_rows(tensor: Tensor, batch_axis: int = 0) -> Tensor:
 
 @register_adapter(nn.Linear)
 class LinearAdapter(Adapter):
-    r"""Rows are the input vectors; A and G as in K-FAC (E1, E2), each position a row of its own.
+    r"""Rows are the input vectors, one per position; A and G as in K-FAC (E1, E2).
 
-    With ``weight_sharing="reduce"`` an example's positions are one row. Which axis the examples lie on is no
-    question for ``"expand"``; here it is the first one, or the second where the nearest enclosing module with an
-    attribute ``batch_first`` (torch's own convention) has it False.
+    With ``weight_sharing="reduce"`` an example's positions are one row. The examples lie along the first axis, or
+    along the second if the nearest enclosing module with an attribute ``batch_first`` has it False.
     """
 
     kind = "Linear"
@@ -76,7 +75,7 @@ class BilinearAdapter(LinearAdapter):
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
-        """A has a row and a column for every pair of features."""
+        """Refuse an A that is too large: it has a row for every pair of features."""
         assert isinstance(module, nn.Bilinear)
         pairs = module.in1_features * module.in2_features
         return f"its A would be {pairs} x {pairs}" if pairs > LARGEST_PRODUCT else None

@@ -18,7 +18,7 @@ _Moments = tuple[Tensor, Tensor]
 
 @register_adapter(nn.LayerNorm)
 class LayerNormAdapter(ScaleShiftAdapter):
-    """Normalised over the last axes, each position on its own."""
+    """Each position is normalised over the last axes."""
 
     kind: ClassVar[str] = "LayerNorm"
     module: nn.LayerNorm
@@ -30,7 +30,7 @@ class LayerNormAdapter(ScaleShiftAdapter):
 
 @register_adapter(nn.RMSNorm)
 class RMSNormAdapter(ScaleShiftAdapter):
-    """Divided by the root mean square over the last axes, each position on its own; it has no shift."""
+    """Each position is divided by its root mean square over the last axes; the layer has no shift."""
 
     kind: ClassVar[str] = "RMSNorm"
     module: nn.RMSNorm
@@ -56,7 +56,7 @@ class RMSNormAdapter(ScaleShiftAdapter):
     )
 )
 class LanguageModelNormAdapter(ScaleShiftAdapter):
-    """The same in Hugging Face's language models; that a scale is counted from 1 changes no derivative."""
+    """RMS norms of Hugging Face's language models; a scale that is counted from 1 has the same derivative."""
 
     kind: ClassVar[str] = "RMSNorm"
 
@@ -69,7 +69,7 @@ class LanguageModelNormAdapter(ScaleShiftAdapter):
 
 @register_adapter(nn.GroupNorm)
 class GroupNormAdapter(ScaleShiftAdapter):
-    """Normalised over groups of channels and all positions of one example."""
+    """Each example is normalised over groups of channels and all positions."""
 
     kind: ClassVar[str] = "GroupNorm"
     units_second: ClassVar[bool] = True
@@ -82,7 +82,7 @@ class GroupNormAdapter(ScaleShiftAdapter):
 
 @register_adapter(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 class InstanceNormAdapter(ScaleShiftAdapter):
-    """Normalised over all positions of one example and channel, or by running averages in evaluation."""
+    """Each example and channel is normalised over its positions, or by running averages in evaluation."""
 
     kind: ClassVar[str] = "InstanceNorm"
     units_second: ClassVar[bool] = True
@@ -95,7 +95,7 @@ class InstanceNormAdapter(ScaleShiftAdapter):
         return tensor.unsqueeze(0) if tensor.ndim == dimensions_of_one_example(self.module) else tensor
 
     def context(self, forward: Forward) -> _Moments | None:
-        """The running averages, where they normalise."""
+        """The running averages if they normalise; else None."""
         own = self.module.training or not self.module.track_running_stats
         return None if own else _running_moments(self.module)
 
@@ -110,9 +110,9 @@ class InstanceNormAdapter(ScaleShiftAdapter):
 
 @register_adapter(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 class BatchNormAdapter(ScaleShiftAdapter):
-    """Normalised over the batch in training mode, by running averages in evaluation.
+    """Each channel is normalised over the batch in training, and by running averages in evaluation.
 
-    The derivative is taken at the layer's output, above which its own coupling of examples has no effect.
+    The derivative is taken at the layer's output, so the layer's own coupling of examples has no effect.
     """
 
     kind: ClassVar[str] = "BatchNorm"
@@ -120,9 +120,9 @@ class BatchNormAdapter(ScaleShiftAdapter):
     module: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
     def context(self, forward: Forward) -> _Moments | None:
-        """What normalises: the running averages, which a later call may change, or the batch's own moments.
+        """The normalising moments: the running averages, which a later call may change, or those of the batch.
 
-        Those are autograd's, where it shows them; looking at what it saved would set off saved-tensor hooks, though.
+        The batch's moments are read from autograd, unless saved-tensor hooks are in force, which a read would trigger.
         """
         m = self.module
         own = m.training or (m.running_mean is None and m.running_var is None)
@@ -136,7 +136,7 @@ class BatchNormAdapter(ScaleShiftAdapter):
         return _moments(*saved_moments(node), m.eps)
 
     def couples_examples(self, context: _Moments | None) -> bool:
-        """Whether the batch's own moments are not yet computed."""
+        """Whether the batch's moments remain to be computed."""
         return context is None
 
     def normalised(self, input: Tensor, context: _Moments | None) -> Tensor:
@@ -155,7 +155,7 @@ class SyncBatchNormAdapter(BatchNormAdapter):
     module: nn.SyncBatchNorm
 
     def context(self, forward: Forward) -> _Moments | None:
-        """The moments over all ranks, read from autograd: computing them would take another exchange."""
+        """The moments over all ranks, read from autograd: computing them again would need communication."""
         node = getattr(forward.output, "grad_fn", None)
         if node is None or node.name() != "SyncBatchNormBackward":
             return super().context(forward)

@@ -17,27 +17,14 @@ from lightning_kfc.layers.forward import Forward
 class ParameterAdapter(Adapter):
     r"""A diagonal Fisher estimate of one parameter, from the derivative of the seeds with respect to it.
 
-    Sampled seeds of different terms are independent and of mean 0, so that the expected square of the summed
-    derivative is the diagonal of :math:`\sum_i c_i J_i^\top H_i J_i` itself: no example's own derivative is needed.
+    Sampled seeds of different terms are independent and of mean 0, so the expected square of the summed derivative is
+    the diagonal of :math:`\sum_i c_i J_i^\top H_i J_i`; derivatives of single examples are not needed.
 
-    One step is a single such square for each coordinate, though, with one degree of freedom: a coordinate whose draws
-    were small looks flat, and would take a step far too large. So the tensor's mean counts as one draw more:
-    :math:`(\bar f + n f)/(1 + n)` is inverted, n the draws behind the running average f, 1 at first and 39 in the
-    end at its default decay. A single number has no such neighbours; it has the damping and the KL clip.
-
-    Measured by ``benchmarks/accuracy/parameter_rule.py``: steps to a training loss on real digits at lr = 0.5, the
-    median of five seeds and the worst, for a transformer whose position embeddings, scales and gates are raw, an LSTM
-    without an adapter, a perceptron whose weights functional calls use, and a net with a raw scale on its logits::
-
-                             transformer  LSTM       perceptron  scale
-        f alone              190 (never)  105 (105)  60 (85)     80 (110)
-        (mean + n f)/(1+n)   130 (175)     95 (110)  65 (75)     80 (110)
-        the mean alone       150 (225)    110 (145)  85 (95)     80 (110)
-        gradient, rescaled   130 (175)    115 (125)  50 (70)     60 (105)
-        gradient             never        135 (150)  never       70 (85)
-
-    Rescaled means by as much as the layers with factors change the size of theirs. That does as well, but its scale
-    comes from the other layers, however sensitive the parameter itself is.
+    One step gives one such square for each coordinate. A coordinate with small draws would look flat and take a step
+    that is far too large, so the tensor's mean counts as one more draw: :math:`(\bar f + n f)/(1 + n)` is inverted,
+    n being the number of draws in the running average f (1 at first, 39 in the end at the default decay). A single
+    number has no neighbours to average with; damping and KL clip bound its step. ``docs/decisions`` holds the
+    measurement.
 
     Args:
         module: The module that owns the parameter.
@@ -70,16 +57,16 @@ class ParameterAdapter(Adapter):
         return {"F": (1, self.matrix_shape()[2])}
 
     def diagonal_sides(self) -> dict[str, str]:
-        """A diagonal is no larger than the parameter."""
+        """Empty: the curvature is a diagonal already."""
         return {}
 
     def estimate(self, factors: Mapping[str, Tensor], draws: float) -> Mapping[str, Tensor]:
-        """The diagonal, with the tensor's mean as one draw more."""
+        """The diagonal, with the tensor's mean as one more draw."""
         diagonal = factors["F"]
         return {"F": (diagonal.mean() + draws * diagonal) / (1 + draws)}
 
     def inverse_type(self, chosen: type[Inverse]) -> type[Inverse]:
-        """A diagonal is inverted in one way."""
+        """The inverse of diagonals."""
         return DiagonalInverse
 
     def weight_input_rows(self, forward: Forward) -> Tensor:

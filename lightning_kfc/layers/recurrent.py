@@ -1,10 +1,10 @@
 """LSTM, GRU and RNN, as cells and over sequences: the products of all gates with input, and with state, are layers.
 
-Their forward is one fused function, inside which no product can be seen. On due steps the same recurrence runs step by
-step instead, from the same linear products; its results agree up to rounding. Rows are all examples at all steps.
+The forward is one fused function, which exposes no product. On due steps the same recurrence runs step by step, with
+separate linear products; its results agree up to rounding. Rows are all examples at all steps.
 
-Under non-reentrant activation checkpointing the fused function runs and nothing is seen: the second forward, after the
-due step's own, would have to save the same tensors as the first.
+Under non-reentrant activation checkpointing the fused function runs unrecorded: both of its forwards must save the
+same tensors, and only the first belongs to the due step.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from lightning_kfc.utilities.torch_internals import parameters_of, saved_tensor_
 class GateAdapter(LinearAdapter):
     """One product of a recurrent module, of all its gates together.
 
-    Each step is a row for any ``weight_sharing``, since the number of steps is known only after the last one.
+    Each step is a row for any ``weight_sharing``, since the number of steps is known only after the last step.
 
     Args:
         module: The recurrent module.
         options: See :class:`Adapter`.
-        watch: Shows its products.
+        watch: Calls hooks with its products.
         part: ``"ih"`` (input), ``"hh"`` (state) or ``"hr"`` (an LSTM's projection), with layer and direction.
     """
 
     kind = "Recurrent"
-    #: In a packed batch each step has rows of other examples than the last one.
+    #: In a packed batch, the examples differ from step to step.
     pairs_rows: ClassVar[bool] = False
     unseen: ClassVar[str] = "its products are not seen inside an activation checkpoint, or it is never called"
     module: nn.RNNBase | nn.RNNCellBase
@@ -54,13 +54,13 @@ class GateAdapter(LinearAdapter):
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
-        """Weights that are computed from other parameters are not the module's own."""
+        """Refuse weights that are computed from other parameters."""
         names = (f"weight_{part}" for part in _part_names(module))
         return None if all(name in parameters_of(module) for name in names) else "its weight is re-parametrised"
 
     @classmethod
     def sublayers(cls, module: nn.Module, options: AdapterOptions) -> dict[str, Adapter]:
-        """One for each product."""
+        """One adapter per product."""
         assert isinstance(module, nn.RNNBase | nn.RNNCellBase)
         watch = Watch(module, _run)
         return {part: cls(module, options, watch, part) for part in _part_names(module)}
@@ -70,7 +70,7 @@ class GateAdapter(LinearAdapter):
         return self._watch.attach(self._part, hook)
 
     def weight_input_rows(self, forward: Forward) -> Tensor:
-        """See :class:`LinearAdapter`; the batch comes after the steps, whatever the module's own ``batch_first``."""
+        """See :class:`LinearAdapter`; the batch is the second axis for any ``batch_first``."""
         return leading_rows(forward.first(), batch_axis=1)
 
     def output_rows(self, output_gradient: Tensor) -> Tensor:
@@ -105,14 +105,14 @@ def _inside_checkpoint() -> bool:
 
 
 class _ShownRecurrence(TorchFunctionMode):
-    """Takes the place of the fused function that a recurrent module calls."""
+    """Stands in for the fused function that a recurrent module calls."""
 
     def __init__(self, watch: Watch) -> None:
         super().__init__()
         self._watch = watch
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the recurrence step by step; call all else through."""
+        """Run the recurrence step by step; pass other functions on."""
         if func in CELLS:
             return _as_fused(func, args, one_step(self._watch, CELLS[func], *args))
         if func in SEQUENCES:
@@ -122,12 +122,12 @@ class _ShownRecurrence(TorchFunctionMode):
 
 
 def _as_fused(function: Any, args: tuple[Any, ...], results: Any) -> Any:
-    """The results in the precision of the fused function, which autocast treats in its own ways."""
+    """The results in the fused function's precision, for which autocast has special rules."""
     if not torch.is_autocast_enabled(args[0].device.type):
         return results
     options = list(args)
     if function in SEQUENCES:
-        options[7 if isinstance(args[3], list) else 6] = False  # not training: without the random numbers of dropout
+        options[7 if isinstance(args[3], list) else 6] = False  # no training mode, so that dropout draws no numbers
     with torch.no_grad():
         fused = function(*options)
     if isinstance(results, Tensor):

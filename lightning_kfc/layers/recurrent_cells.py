@@ -82,7 +82,7 @@ def one_step(
 
 @dataclass(frozen=True)
 class _Network:
-    """A recurrent module's weights and options, as its fused function is given them."""
+    """A recurrent module's weights and options, in the form of the fused function's arguments."""
 
     watch: Watch
     cell: Cell
@@ -94,11 +94,11 @@ class _Network:
     directions: int
 
     def run(self, input: Tensor, sizes: Sequence[int], start: State) -> tuple[Tensor, State]:
-        """All layers over steps that lie one after another.
+        """Run all layers over concatenated steps.
 
         Args:
             input: All steps, ``(sum of sizes, features)``.
-            sizes: The number of sequences at each step, never growing.
+            sizes: The number of sequences at each step, not increasing.
             start: The states of all layers and directions, ``(layers * directions, sizes[0], features)``.
 
         Returns:
@@ -120,7 +120,7 @@ class _Network:
         return hidden, tuple(torch.stack(states) for states in zip(*ends, strict=True))
 
     def _weights_of(self, number: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Of one layer and direction: for input and state, their biases, and the projection."""
+        """The weights of one layer and direction: for input and state, their biases, and the projection."""
         each = len(self.weights) // (self.layers * self.directions)
         own = list(self.weights[number * each : (number + 1) * each])
         ih, hh, *rest = own
@@ -132,7 +132,7 @@ class _Network:
     ) -> tuple[Tensor, State]:
         ih, hh, b_ih, b_hh, hr = self._weights_of(number)
         product = F.linear(input, ih, b_ih)
-        # Steps of the same examples are shown as (steps, examples).
+        # Hooks get steps of the same examples as (steps, examples).
         leading = (len(sizes), sizes[0]) if sizes[0] == sizes[-1] else (len(input),)
         self.watch.show(f"ih_{end}", input.reshape(*leading, -1), product.view(*leading, -1))
         steps = torch.split(product, list(sizes))

@@ -15,10 +15,10 @@ _ADAPTERS_BY_NAME: dict[str, type[Adapter]] = {}
 
 
 def register_adapter(*module_types: type[nn.Module]) -> Callable[[type[Adapter]], type[Adapter]]:
-    r"""Make an adapter serve modules of the given types and their subclasses.
+    r"""Register an adapter for modules of the given types and their subclasses.
 
     A layer with parameters ``weight`` and ``bias`` takes two methods: the input rows that multiply the
-    weight, and the rows of the derivative at the output, such that the weight's gradient is
+    weight, and the rows of the derivative at the output. The weight's gradient must be
     :math:`\sum_r g_r a_r^\top`. For example::
 
         class EqualizedLinear(nn.Linear):
@@ -38,12 +38,11 @@ def register_adapter(*module_types: type[nn.Module]) -> Callable[[type[Adapter]]
                 return g.reshape(len(g), -1, 1, g.shape[-1])  # (examples, positions, groups, d_out)
 
     A layer that scales and shifts units one by one takes a single method of
-    :class:`~lightning_kfc.layers.ScaleShiftAdapter`. The self-test of the first step compares what the rows rebuild
-    with autograd's gradient. Register before the callback or :class:`~lightning_kfc.KFC` looks for layers.
+    :class:`~lightning_kfc.layers.ScaleShiftAdapter`. The self-test of the first step compares the gradient from the
+    rows with that of autograd. Register adapters before the callback or :class:`~lightning_kfc.KFC` is made.
 
-    The adapter of the nearest class in a module's method resolution order serves it, unless the module has
-    another ``forward`` than that class; a later registration for the same class replaces the earlier one, built-in
-    ones included.
+    A module gets the adapter of the nearest class in its method resolution order, unless the module overrides the
+    ``forward`` of that class. A later registration for the same class replaces the earlier one, also a built-in one.
 
     Args:
         module_types: Classes of modules, at least one.
@@ -52,8 +51,8 @@ def register_adapter(*module_types: type[nn.Module]) -> Callable[[type[Adapter]]
         A decorator for a subclass of :class:`~lightning_kfc.layers.Adapter`.
 
     Raises:
-        TypeError: If a given type is not a class of modules, or the decorated class is not an adapter, or lacks one of
-            the methods that an adapter must state.
+        TypeError: If a given type is not a class of modules, or the decorated class is not an adapter, or lacks a
+            required method.
     """
     if not module_types:
         raise TypeError("register_adapter takes the classes of modules to serve, as in @register_adapter(MyLayer).")
@@ -79,7 +78,7 @@ def register_adapter(*module_types: type[nn.Module]) -> Callable[[type[Adapter]]
 
 
 def register_adapter_by_name(*names: str) -> Callable[[type[Adapter]], type[Adapter]]:
-    """As :func:`register_adapter`, for classes of packages that need not be installed, by ``package.module.Class``."""
+    """Register an adapter for classes of optional packages, by ``package.module.Class``."""
 
     def register(adapter: type[Adapter]) -> type[Adapter]:
         _ADAPTERS_BY_NAME.update(dict.fromkeys(names, adapter))
@@ -89,7 +88,7 @@ def register_adapter_by_name(*names: str) -> Callable[[type[Adapter]], type[Adap
 
 
 def registered_adapters() -> dict[type[Adapter], list[str]]:
-    """All adapters that are registered, each with the names of the classes that it serves."""
+    """All registered adapters, each with the names of its classes."""
     served: dict[type[Adapter], list[str]] = {}
     for module_type, adapter in _ADAPTERS.items():
         served.setdefault(adapter, []).append(module_type.__name__)
@@ -99,10 +98,9 @@ def registered_adapters() -> dict[type[Adapter], list[str]]:
 
 
 def adapter_for(module: nn.Module) -> type[Adapter] | None:
-    """The adapter that serves a module, or None.
+    """The registered adapter of a module, or None.
 
-    A subclass that brings its own ``forward`` computes something else than the class that was registered,
-    so it is not served by that registration.
+    A subclass with its own ``forward`` computes something else than the registered class, and has no adapter.
     """
     base: Any
     for base in type(module).__mro__:

@@ -1,4 +1,4 @@
-"""Layers that scale and shift units one by one: their own small Fisher, a block of at most 2 x 2 a unit."""
+"""Layers that scale and shift units one by one: a Fisher block of at most 2 x 2 per unit."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lightning_kfc.layers.forward import Forward, Probe
 from lightning_kfc.layers.registry import register_adapter
 from lightning_kfc.utilities.torch_internals import version_of
 
-#: At most so many bytes of normalised inputs are formed at a time.
+#: Most bytes of normalised inputs that are formed at a time.
 CHUNK_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class _Recorded:
-    """The input of one forward call, kept until its derivative arrives; None where only a shift is trainable."""
+    """The input of one forward call, kept until the backward; None if only a shift is trainable."""
 
     input: Tensor | None
     version: int
@@ -40,42 +40,42 @@ class _Recorded:
 
 
 class ScaleShiftAdapter(Adapter):
-    r"""The Fisher of scale and shift in :math:`y = \gamma \hat x + \beta`, exact but for what couples units.
+    r"""The Fisher of scale and shift in :math:`y = \gamma \hat x + \beta`, without products of different units.
 
-    With :math:`(\sum_t g_t \hat x_t, \sum_t g_t)` the gradient of an example, t over its positions, the block of a
-    unit is the sum over examples of that vector's outer product: 2 x 2, or 1 x 1 where one of both is trainable.
-    It is the diagonal block of the dense Fisher wherever examples do not interact above the layer. A batch norm
-    above lets them: its products between examples are left out. Examples lie along the first axis, or
-    along the second one inside a module whose ``batch_first`` is False.
+    An example's gradient is :math:`(\sum_t g_t \hat x_t, \sum_t g_t)`, t over its positions. The block of a unit is
+    the sum over examples of this vector's outer product: 2 x 2, or 1 x 1 if only scale or shift is trainable. It is
+    the diagonal block of the dense Fisher if examples do not interact above the layer. Products between examples, as a
+    batch norm above creates, are left out. Examples lie along the first axis, or along the second inside a module whose
+    ``batch_first`` is False.
 
-    A subclass states :meth:`normalised`. Its input is kept by reference from forward to backward, as autograd keeps
-    it, so that an activation checkpoint saves no memory on it in a step with statistics.
+    A subclass defines :meth:`normalised`. Its input is kept by reference from forward to backward, so in a step with
+    statistics an activation checkpoint saves no memory on this input.
     """
 
     treatment: ClassVar[str] = "block"
-    #: Whether units lie along the second axis, or along the last ones, as many as the scale has.
+    #: Whether units lie along the second axis; else along as many last axes as the scale has.
     units_second: ClassVar[bool] = False
 
     @abstractmethod
     def normalised(self, input: Tensor, context: Any) -> Tensor:
-        r"""What the scale multiplies, :math:`\hat x`, in the input's shape.
+        r"""The input before scale and shift, :math:`\hat x`, in the input's shape.
 
         Args:
             input: The input of the forward call, in float32 or float64.
-            context: What :meth:`context` returned in the forward.
+            context: The result of :meth:`context` in the forward.
         """
 
     def context(self, forward: Forward) -> Any:
-        """What :meth:`normalised` needs besides the input, and may change after the forward; by default nothing."""
+        """State that :meth:`normalised` needs and that may change after the forward; by default None."""
         return None
 
     def couples_examples(self, context: Any) -> bool:
-        """Whether :meth:`normalised` of some examples depends on the others."""
+        """Whether :meth:`normalised` of one example depends on other examples."""
         return False
 
     @property
     def groups(self) -> int:
-        """The number of units, each a group of its own."""
+        """The number of units; each is a group."""
         return next(iter(self.parameters().values())).numel()
 
     def weight_matrix(self, weight: Tensor) -> Tensor:
@@ -88,11 +88,11 @@ class ScaleShiftAdapter(Adapter):
         return {"F": (units, d, d)}
 
     def diagonal_sides(self) -> dict[str, str]:
-        """Blocks are small."""
+        """Empty: blocks are small."""
         return {}
 
     def inverse_type(self, chosen: type[Inverse]) -> type[Inverse]:
-        """Small blocks are inverted in one way."""
+        """The inverse of small blocks."""
         return BlockInverse
 
     # Rows.
@@ -121,7 +121,7 @@ class ScaleShiftAdapter(Adapter):
         return self._rows(output_gradient)
 
     def probe(self, forward: Forward, record: Any, direction: Tensor) -> Probe:
-        """See :class:`Adapter`; from the input that is kept anyway, since the products would be as many numbers."""
+        """See :class:`Adapter`; computed from the kept input, since the products would be as large."""
         own = self.own_parameters()
         if "weight" not in own:
             return super().probe(forward, record, direction)
@@ -138,7 +138,7 @@ class ScaleShiftAdapter(Adapter):
     # Statistics.
 
     def record(self, forward: Forward) -> _Recorded:
-        """Keep the input: what multiplies the scale is computed from it once its derivative is known."""
+        """Keep the input, from which :meth:`statistics` computes the normalised one."""
         if "weight" not in self.own_parameters():
             return _Recorded(None, 0, None)
         kept = _only(forward)
@@ -165,9 +165,9 @@ class ScaleShiftAdapter(Adapter):
         return torch.cat(products)
 
     def _scaled_chunks(self, input: Tensor, context: Any) -> Iterator[Tensor]:
-        """The normalised inputs as rows, some examples at a time where they are many and do not depend on each other.
+        """The normalised inputs as rows, in chunks of independent examples.
 
-        What is formed for a moment then stays in a core's cache, and leaves no holes in memory.
+        Small temporary tensors stay in a core's cache, and do not fragment the memory.
         """
         alone = (
             self._rows(input).shape[0] != len(input) or self.options.batch_axis != 0 or self.couples_examples(context)
@@ -178,7 +178,7 @@ class ScaleShiftAdapter(Adapter):
 
 
 def _only(forward: Forward) -> Tensor:
-    """The one input, whatever its name is."""
+    """The only input, of any name."""
     return forward.first(next(iter(forward.kwargs), ""))
 
 

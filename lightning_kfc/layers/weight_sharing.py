@@ -46,7 +46,7 @@ class WeightSharing:
 
     @property
     def untested(self) -> bool:
-        """Whether rows are reduced, and not yet tested for cancellation."""
+        """Whether rows are reduced, and untested for cancellation."""
         return self.reduces and not self._tested
 
     def shared(self, record: InputStatistic | BothForms, rows: Tensor) -> tuple[InputStatistic, Tensor]:
