@@ -1,12 +1,12 @@
 r"""The errors of KFC's three assumptions on one layer and one batch.
 
-The paper's theorem 1 (arXiv:1602.01407) comes from :math:`F = E[\sum_{tt'} a_t a_{t'}^\top \otimes
-g_t g_{t'}^\top]` in three steps; here they are taken one after the other, expectations being means over the batch:
+The paper's theorem 1 (arXiv:1602.01407) follows from :math:`F = E[\sum_{tt'} a_t a_{t'}^\top \otimes
+g_t g_{t'}^\top]` by three assumptions. They are made one after the other; expectations are means over the batch:
 
 1. independent activations and derivatives:
    :math:`\sum_{tt'} E[a_t a_{t'}^\top] \otimes E[g_t g_{t'}^\top]`;
-2. spatially uncorrelated derivatives: of that sum, the terms with :math:`t = t'`;
-3. spatial homogeneity: each :math:`t` has the mean over all of them, which leaves :math:`A \otimes G`.
+2. spatially uncorrelated derivatives: only the terms with :math:`t = t'` remain;
+3. spatial homogeneity: the mean over all :math:`t` replaces each expectation, which gives :math:`A \otimes G`.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from lightning_kfc.estimation.recording import ForwardHook, output_edge
 from lightning_kfc.estimation.seeds import WeightedTerm, edges_with_seed
 from lightning_kfc.layers import Adapter, Forward
 
-#: Most multiply-adds for separate tests of a layer's assumptions.
+#: Most multiply-adds for the errors of a layer's assumptions.
 MAX_OPERATIONS = 1e12
 
 
 @dataclass(frozen=True)
 class Assumption:
-    """The error that is made once an assumption, and those before it, are made.
+    """The error under an assumption and all earlier ones.
 
     Attributes:
-        name: ``"independent"``, ``"uncorrelated"`` or ``"homogeneous"``, in the order in which they are made.
-        error: The relative Frobenius error of the layer's block then; that of KFC for the last one.
+        name: ``"independent"``, ``"uncorrelated"`` or ``"homogeneous"``, in this order.
+        error: The relative Frobenius error of the layer's block; for the last assumption, the error of KFC.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Rows:
 
     Attributes:
         inputs: Shape ``(examples, positions, d_in)``.
-        outputs: Those of each back-propagation, ``(passes, examples, positions, d_out)``.
+        outputs: Rows of each back-propagation, ``(passes, examples, positions, d_out)``.
     """
 
     inputs: Tensor
@@ -55,14 +55,14 @@ class Rows:
 
     @property
     def operations(self) -> float:
-        """The multiply-adds that the first assumption takes."""
+        """The multiply-adds for the block under the first assumption."""
         _, positions, d_in = self.inputs.shape
         examples, d_out = self.outputs.shape[1], self.outputs.shape[3]
         return positions**2 / 2 * (d_in**2 * (d_out**2 + examples))
 
 
 class RowRecorder:
-    """Records input rows and output edges of layers in one forward; a layer that is called again is left out."""
+    """Records input rows and output edges of layers in one forward, without layers that are called twice."""
 
     def __init__(self, adapters: Mapping[str, Adapter]) -> None:
         self._adapters = adapters
@@ -70,7 +70,7 @@ class RowRecorder:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """While the loss is computed."""
+        """Record the forward inside this context."""
         handles = [a.attach(ForwardHook(partial(self._record, name))) for name, a in self._adapters.items()]
         try:
             yield
@@ -84,7 +84,7 @@ class RowRecorder:
             self._seen.setdefault(name, []).append((rows, output_edge(output), output.shape))
 
     def rows(self, terms: list[WeightedTerm]) -> dict[str, Rows]:
-        """The rows of the layers that were called once, have one group, and see the examples of the terms.
+        """The rows of layers with one call, one group, and the examples of the terms.
 
         Args:
             terms: The terms of the loss.
@@ -108,7 +108,7 @@ class RowRecorder:
 
 
 def assumption_errors(rows: Rows, exact: Tensor) -> tuple[Assumption, ...]:
-    """The error after each assumption; see the module.
+    """The error under each assumption of :mod:`lightning_kfc.analysis.assumptions`.
 
     Args:
         rows: From :class:`RowRecorder`.
@@ -134,7 +134,7 @@ def _independent(rows: Rows) -> tuple[Tensor, Tensor]:
     d_out = g.shape[3]
     same, other = a.new_zeros(d_in * d_in, d_out * d_out), a.new_zeros(d_in * d_in, d_out * d_out)
     for t in range(positions):
-        # Shape (positions from t on, d, d): the first one is t itself.
+        # Shape (positions from t on, d, d): the first position is t itself.
         inputs = torch.einsum("ni,nsj->sij", a[:, t], a[:, t:]).flatten(1) / examples
         outputs = torch.einsum("pno,pnsq->soq", g[:, :, t], g[:, :, t:]).flatten(1)
         same.addmm_(inputs[:1].T, outputs[:1])

@@ -31,15 +31,15 @@ def compare_curvature(
 ) -> Comparison:
     r"""Compare each layer's exact Fisher block with its approximations, on one batch.
 
-    The exact block comes from one back-propagation for each term and outcome of the loss, so that the batch must be
-    small; the block itself has :math:`d^2` elements. All is computed at the model's present parameters, in its present
-    mode (training or evaluation); buffers, random streams and ``.grad`` are left as they were. In float32 the small
-    eigenvalues are rounding: ``model.double()`` and double inputs give them too.
+    The exact block takes one back-propagation for each term and outcome of the loss, and has :math:`d^2` elements for
+    a layer with d parameters, so the batch and the layers must be small. The model's parameters and mode (training or
+    evaluation) are used as they are; buffers, random streams and ``.grad`` stay unchanged. In float32, small
+    eigenvalues are rounding errors; use ``model.double()`` and double inputs for them.
 
     Args:
         model: The model.
         loss: Computes the loss of the batch; called several times.
-        layers: Glob patterns over module names: only these layers; None for all with Kronecker factors.
+        layers: Glob patterns over module names; None for all layers with Kronecker factors.
         damping: :math:`\lambda > 0`, of the preconditioned gradients.
         likelihood: As the option of :class:`~lightning_kfc.KFC`.
         max_parameters: Larger layers are left out.
@@ -51,7 +51,7 @@ def compare_curvature(
     check_positive("damping", damping)
     check_integer("max_parameters", max_parameters, minimum=1)
     with leaving_no_trace(model), torch.enable_grad():
-        # Without a recognised term an engine would use the empirical Fisher, which is another matrix.
+        # Without a recognised term the engine would use the empirical Fisher, which is another matrix.
         evaluate(model, loss, likelihood)
     expand = _observed(model, loss, layers, likelihood, "expand")
     chosen, skipped = _choose(expand.layers, max_parameters)
@@ -80,7 +80,7 @@ def _observed(
     likelihood: str | Likelihood,
     weight_sharing: str,
 ) -> KFC:
-    """An engine that has taken the exact statistics of the batch."""
+    """An engine with the exact statistics of the batch."""
     include = [layers] if isinstance(layers, str) else layers
     kfc = KFC(
         model,
@@ -147,7 +147,7 @@ class _Judge:
         exact: The block F.
         wanted: The exact preconditioned gradient, a vector.
         gradient: ``(groups, d_out, d_in)``.
-        damping: That of the preconditioned gradients.
+        damping: The damping of the preconditioned gradients.
     """
 
     exact: Tensor
@@ -179,7 +179,7 @@ class _Judge:
         return self._measure("identity", torch.diag(values), values, inverse)
 
     def _dense(self, apply: Callable[[Tensor], Tensor]) -> Tensor:
-        """The matrix of a linear map of gradients; symmetric, so that its rows are the images of the unit vectors."""
+        """The matrix of a symmetric linear map of gradients; its rows are the images of the unit vectors."""
         units = torch.eye(len(self.exact), dtype=self.exact.dtype, device=self.exact.device)
         return apply(units.reshape(-1, *self.gradient.shape)).reshape(self.exact.shape)
 

@@ -23,9 +23,9 @@ class Demo:
         model: The network, in float64.
         images: Shape ``(N, 1, 14, 14)``.
         labels: Shape ``(N,)``.
-        training_loss: The loss at the end of its training.
-        factors: Its factors then, by layer and name.
-        spectra: Their eigenvalues at a few of the steps, by layer and factor.
+        training_loss: The loss at the end of training.
+        factors: The factors at the end of training, by layer and name.
+        spectra: The factors' eigenvalues at some steps, by layer and factor.
     """
 
     model: nn.Module
@@ -77,13 +77,13 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def train_demo(*, steps: int, examples: int, seed: int = 0, data: Callable[[], tuple[Tensor, Tensor]] = digits) -> Demo:
-    """Train the demo net with KFC in a plain loop, and set digits aside that it has not seen.
+    """Train the demo net with KFC in a plain loop, and set aside digits for the analysis.
 
     Args:
         steps: Optimizer steps, on batches of 256.
         examples: The number of digits set aside.
-        seed: That of the initial weights; the global random stream is left as it was.
-        data: Gives images and labels.
+        seed: The seed of the initial weights; the global random stream stays unchanged.
+        data: Returns images and labels.
     """
     images, labels = data()
     with torch.random.fork_rng(devices=[]):

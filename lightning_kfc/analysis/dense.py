@@ -1,7 +1,7 @@
 r"""The Fisher matrix of a small network by autograd alone: one back-propagation for each term and outcome.
 
-With the exact seeds of all terms, :math:`F = \sum_i c_i J_i^\top H_i J_i = \sum_v u_v u_v^\top`, :math:`u_v = J^\top v`
-being the gradient that one seed of one term brings. No row, factor or independence enters.
+With the exact seeds of all terms, :math:`F = \sum_i c_i J_i^\top H_i J_i = \sum_v u_v u_v^\top`, where
+:math:`u_v = J^\top v` is the gradient of one seed of one term. No row, factor or independence enters.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ def single_seeds(weighted: WeightedTerm) -> Iterator[Tensor]:
 
 
 def seed_gradients(terms: Sequence[WeightedTerm], adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
-    """The gradient that each seed brings, by layer, as row-major vectors of its joint matrix ``[W b]``.
+    """The gradient of each seed, by layer, as row-major vectors of its joint matrix ``[W b]``.
 
     Args:
-        terms: From :func:`evaluate`, whose graph must still be there.
+        terms: From :func:`evaluate`; their graph must be alive.
         adapters: The layers' adapters, by name.
 
     Returns:
@@ -70,7 +70,7 @@ def seed_gradients(terms: Sequence[WeightedTerm], adapters: Mapping[str, Adapter
     Raises:
         ValueError: If there are more than :data:`MAX_PASSES` seeds.
     """
-    # As many as an outcome has for every term: an upper bound, since terms of weight 0 have none.
+    # An upper bound, since terms of weight 0 have no seeds.
     count = sum(weighted.term.logits.numel() for weighted in terms)
     if count > MAX_PASSES:
         raise ValueError(
@@ -94,7 +94,7 @@ def _or_zero(gradient: Tensor | None, parameter: Tensor) -> Tensor:
 
 
 def eigenvalues_of_rows(rows: Tensor) -> Tensor:
-    """The eigenvalues of ``rows.T @ rows``, descending; by the smaller of the two products, and zeros for the rest."""
+    """The eigenvalues of ``rows.T @ rows``, descending, from the smaller of both products, padded with zeros."""
     count, size = rows.shape
     gram = rows @ rows.T if count < size else rows.T @ rows
     values = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)

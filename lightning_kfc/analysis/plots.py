@@ -1,4 +1,4 @@
-"""A comparison as pictures; they need the extra ``pictures``."""
+"""Pictures of a comparison; they need the extra ``pictures``."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def draw_errors(comparison: Comparison) -> Figure:
 
 
 def _points(values: Tensor, floor: float) -> tuple[list[int], list[float]]:
-    """Numbers and values of the eigenvalues above the floor, evenly spread over the logarithm of their number."""
+    """Numbers and values of eigenvalues above the floor, evenly spread over the logarithm of the number."""
     count = int((values > floor).sum())
     last = max(1, count - 1)
     places = sorted({round(math.expm1(i / (MOST_POINTS - 1) * math.log1p(last))) for i in range(MOST_POINTS)})

@@ -26,13 +26,13 @@ class Approximation:
     Attributes:
         name: ``"kfc"``, ``"reduce"``, ``"ekfac"``, ``"diagonal"``, or ``"identity"`` (its multiple nearest to F).
         error: :math:`\|\hat F - F\| / \|F\|` in the Frobenius norm.
-        shape_error: The same for the multiple of :math:`\hat F` that is nearest to F: the error without the scale's.
-        eigenvalues: Those of :math:`\hat F`, descending, ``(groups * d_out * d_in,)``, in the units of the loss.
+        shape_error: The error of the multiple of :math:`\hat F` that is nearest to F.
+        eigenvalues: The eigenvalues of :math:`\hat F`, descending, ``(groups * d_out * d_in,)``, in units of the loss.
         cosine: Between the preconditioned gradients :math:`(\hat F + \lambda I)^{-1}\nabla` and
-            :math:`(F + \lambda I)^{-1}\nabla`; 0 where the gradient is.
-        distance: The relative error of the former, in the Euclidean norm.
-        split_cosine: For Kronecker factors: the cosine with the damping split over both factors (E4), as
-            ``inverse="cholesky"`` has it; None for the others.
+            :math:`(F + \lambda I)^{-1}\nabla`; 0 for a zero gradient.
+        distance: The relative error of :math:`(\hat F + \lambda I)^{-1}\nabla`, in the Euclidean norm.
+        split_cosine: For Kronecker factors, the cosine with the damping split over both factors (E4), as with
+            ``inverse="cholesky"``; else None.
     """
 
     name: str
@@ -50,12 +50,12 @@ class LayerComparison:
 
     Attributes:
         layer: The layer's name.
-        kind: Its kind, as the coverage has it.
+        kind: Its kind, as in the coverage report.
         parameters: The number of its parameters d.
-        eigenvalues: Those of the exact block, descending, ``(d,)``.
-        approximations: Those that there are, the best-informed first.
-        assumptions: What each of the three assumptions costs; empty where the layer is called several times, is
-            grouped, or is too large for it.
+        eigenvalues: The eigenvalues of the exact block, descending, ``(d,)``.
+        approximations: The approximations of the block.
+        assumptions: The errors of the three assumptions; empty if the layer is called several times, is grouped, or
+            is too large.
     """
 
     layer: str
@@ -69,7 +69,7 @@ class LayerComparison:
         """The approximation of a name.
 
         Raises:
-            KeyError: If the layer has none of that name.
+            KeyError: If the layer has no approximation of this name.
         """
         for approximation in self.approximations:
             if approximation.name == name:
@@ -102,7 +102,7 @@ class Comparison:
         return self.layers[layer]
 
     def __str__(self) -> str:
-        """A table with a line for each layer and approximation, then the costs of the assumptions."""
+        """A table with a line for each layer and approximation, then the errors of the assumptions."""
         width = max([5, *(len(f"{name} ({entry.parameters:,})") for name, entry in self.layers.items())])
         columns = f"{'Error':>8}{'rescaled':>10}{'Cosine':>8}{'split':>8}{'Distance':>10}"
         header = f"{'Layer':<{width}}  {'Curvature':<13}{columns}"

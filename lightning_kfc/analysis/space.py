@@ -21,7 +21,7 @@ class SpatialReport:
     """The spatial statistics of a network's convolutions; prints as a table.
 
     Attributes:
-        statistics: In the model's order, those of the activations before those of the derivatives of each layer.
+        statistics: In the model's order; for each layer, first the activations, then the derivatives.
     """
 
     statistics: tuple[SpatialStatistics, ...]
@@ -30,7 +30,7 @@ class SpatialReport:
         """The statistics of one layer's ``"activations"`` or ``"derivatives"``.
 
         Raises:
-            KeyError: If there are none of that name.
+            KeyError: If there are no such statistics.
         """
         for entry in self.statistics:
             if (entry.layer, entry.quantity) == (layer, quantity):
@@ -65,16 +65,16 @@ def spatial_statistics(
     likelihood: str | Likelihood = "auto",
     max_examples: int = 512,
 ) -> SpatialReport:
-    """Measure how the activations and derivatives of each convolution are related over space, on one batch.
+    """Measure the correlations over space of each convolution's activations and derivatives, on one batch.
 
-    The derivatives are those of the model's own targets, as the Fisher matrix has them.
+    The derivatives are those of targets from the model's distribution, as in the Fisher matrix.
 
     Args:
-        model: The model; left as it was.
+        model: The model; it stays unchanged.
         loss: Computes the loss of the batch; called once.
         layers: Glob patterns over module names; None for all two-dimensional convolutions, plain and transposed.
         radius: The largest offset along each axis, at least 1.
-        fisher: ``"exact"``: all outcomes of every term, one back-propagation each; ``"mc"``: one sample a term.
+        fisher: ``"exact"``: one back-propagation for each outcome of every term; ``"mc"``: one sample a term.
         likelihood: As the option of :class:`~lightning_kfc.KFC`.
         max_examples: The largest number of used examples of the batch.
 
