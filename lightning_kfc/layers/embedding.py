@@ -32,7 +32,7 @@ class _Tokens:
 class _TableAdapter(Adapter):
     """A weight ``(tokens, d_out)``; each column of the gradient matrix belongs to one token."""
 
-    #: An example's rows would be a matrix as large as the table. With "ekfac", the eigenvalues are those of the factors.
+    #: One example's rows would be as large as the table. With "ekfac", the eigenvalues are those of the factors.
     pairs_rows: ClassVar[bool] = False
     module: nn.Embedding | nn.EmbeddingBag
 

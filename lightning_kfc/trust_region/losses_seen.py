@@ -21,8 +21,8 @@ class SeenLoss:
 
     Attributes:
         value: The loss, without the factor of a gradient scaler.
-        recorded: The loss on its tape; None where its forward was not recorded.
-        parameters: The parameters whose gradient may hold that of the loss, by ``id``.
+        recorded: The loss on its tape; None if its forward was not recorded.
+        parameters: The parameters whose gradient may contain that of the loss, by ``id``.
     """
 
     value: Tensor
@@ -31,7 +31,7 @@ class SeenLoss:
 
 
 class LossesSeen:
-    """The losses of the coming steps, one a backward.
+    """The losses of the coming steps, one per backward.
 
     Args:
         model: The model.
@@ -40,7 +40,7 @@ class LossesSeen:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._losses: list[SeenLoss] = []
-        # By the id of each optimizer that has stepped: the ids of its parameters.
+        # The ids of each stepped optimizer's parameters, by the id of the optimizer.
         self._optimizers: dict[int, set[int]] = {}
 
     def note(self, loss: Tensor, loss_scale: float, recorded: RecordedLoss | None) -> None:
@@ -58,17 +58,17 @@ class LossesSeen:
         self._losses.append(SeenLoss(value, recorded, self._trained_by(loss)))
 
     def of(self, parameters: Iterable[Tensor]) -> list[SeenLoss]:
-        """The losses whose gradient is in any of these parameters."""
+        """The losses with a gradient in any of these parameters."""
         own = {id(parameter) for parameter in parameters}
         return [seen for seen in self._losses if not own.isdisjoint(seen.parameters)]
 
     def mean(self, parameters: Iterable[Tensor], device: torch.device, *, known: bool = True) -> tuple[float, bool]:
-        """The loss of the coming step, a mean over ranks, and whether any rank has none. Collective.
+        """The loss of the coming step, a mean over ranks, and whether any rank has no loss. Collective.
 
         Args:
-            parameters: Those that the step moves.
-            device: A device that the process group can send from.
-            known: Whether what the caller has to know of this rank's loss is known; else it counts as none.
+            parameters: The parameters that the step moves.
+            device: A device from which the process group can send.
+            known: False counts this rank as one without a loss.
         """
         losses = self.of(parameters)
         own = sum(float(seen.value) for seen in losses)
@@ -80,7 +80,7 @@ class LossesSeen:
 
         Args:
             parameters: The parameters that were stepped.
-            optimizer: The optimizer that stepped them, or None where it is not known.
+            optimizer: The optimizer that stepped them; None if it is unknown.
         """
         own = {id(parameter) for parameter in parameters}
         if optimizer is not None:
@@ -106,19 +106,19 @@ class LossesSeen:
 
 
 def _with_gradient(parameters: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """Those of the parameters that have a gradient that is not zero."""
+    """The parameters with a nonzero gradient."""
     gradients = {key: p.grad for key, p in parameters.items() if p.grad is not None and p.grad.numel()}
     if not gradients:
         return {}
     with torch.no_grad():
         parts = [dense(distributed.own_part(gradient)) for gradient in gradients.values()]
-        # Brought together first: reading each alone would wait for each.
+        # One read for all: each read waits for the device.
         largest = torch.stack([part.abs().amax().float().to(parts[0].device) for part in parts])
     return {key: parameters[key] for key, value in zip(gradients, largest.tolist(), strict=True) if value != 0}
 
 
 def _leaves(node: Node) -> dict[int, Tensor]:
-    """The parameters whose gradient a backward from a node brings, by ``id``."""
+    """The parameters that get a gradient by a backward from a node, by ``id``."""
     found: dict[int, Tensor] = {}
     pending, seen = [node], set()
     while pending:

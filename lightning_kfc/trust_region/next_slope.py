@@ -1,12 +1,11 @@
-r"""The slope of a step on the next batch, which shows noise: a step that fits its own batch need not be a good one.
+r"""The slope of a step on the next batch, which tells progress from a fit to the step's own batch.
 
 With the update V of a step and the gradients :math:`g` of its batch and :math:`g'` of the next one,
 
 .. math:: c = \langle V, g' \rangle / \langle V, g \rangle
 
-is 1 while a step is short beside the distance to the minimum along V, 0 where the population's loss has its minimum at
-the step's end, and negative where the step was too long: beyond that minimum, or along what only its own batch wanted.
-It costs an inner product. No evaluation is made, and nothing of the user's runs again.
+is near 1 if the step is short relative to the distance to the minimum along V, 0 if the population's loss has its
+minimum at the step's end, and negative if the step is longer. It costs one inner product, and no evaluation of the loss.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class LastUpdate:
     Attributes:
         rates: The learning rate of each layer, by name.
         updates: V of each layer, shape ``(groups, d_out, d_in)``.
-        slope: :math:`\sum\alpha\langle V, g\rangle` on the step's own batch; 0 where the step was not made like this.
+        slope: :math:`\sum\alpha\langle V, g\rangle` on the step's own batch; 0 if the step was changed afterwards.
     """
 
     rates: Mapping[str, float]
@@ -38,7 +37,7 @@ class LastUpdate:
     slope: float
 
     def next_share(self, gradients: Mapping[str, Tensor]) -> float | None:
-        """c, for the gradients of the next batch; None where there is none, or they are of other layers or shapes."""
+        """c, from the gradients of the next batch; None without a slope, or if layers or shapes differ."""
         if not (math.isfinite(self.slope) and self.slope > 0) or gradients.keys() != self.updates.keys():
             return None
         if any(gradients[name].shape != update.shape for name, update in self.updates.items()):
@@ -48,10 +47,10 @@ class LastUpdate:
 
 
 class LastUpdates:
-    """Keeps the last update of each optimizer until its next step, while the radius sets itself.
+    """Holds the last update of each optimizer until its next step, if the radius is automatic.
 
     Args:
-        region: Its radius follows c.
+        region: The trust region, whose radius follows c.
     """
 
     def __init__(self, region: TrustRegion) -> None:
@@ -59,7 +58,7 @@ class LastUpdates:
         self._kept: list[LastUpdate] = []
 
     def follow(self, gradients: Mapping[str, Tensor]) -> None:
-        """Let the radius follow how the last step of these layers fits the present batch.
+        """Adjust the radius by c of the last step of these layers, from the present batch.
 
         Args:
             gradients: By layer, shape ``(groups, d_out, d_in)``.
@@ -70,19 +69,19 @@ class LastUpdates:
             self._region.follow_next_slope(share)
 
     def keep(self, rates: Mapping[str, float], updates: Sequence[Tensor], slope: float) -> None:
-        """Keep the updates of a step in the place of earlier ones of the same layers.
+        """Replace the held updates of the same layers by those of a new step.
 
         Args:
             rates: The learning rates, by layer.
-            updates: One for each of them.
-            slope: Of the step on its own batch; one that does not lead downhill has no c.
+            updates: One per layer.
+            slope: The slope on the step's own batch; a step without a positive one has no c.
         """
         self._kept = [last for last in self._kept if last.updates.keys().isdisjoint(rates)]
         if self._region.adapts_radius:
             self._kept.append(LastUpdate(rates, dict(zip(rates, updates, strict=True)), slope))
 
     def forget(self) -> None:
-        """Have no c of the last step, since it was not made as it was meant."""
+        """Drop c of the last step, which was changed or undone."""
         self._kept = [replace(last, slope=0.0) for last in self._kept]
 
     def nbytes(self) -> int:

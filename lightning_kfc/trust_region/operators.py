@@ -13,7 +13,7 @@ from lightning_kfc.utilities.torch_internals import COLLECTIVES, schema_of
 #: Operators that change the size of a tensor's memory.
 RESIZES = ("aten::resize_", "aten::resize_as_", "aten::_resize_output_")
 
-#: Operators that give a tensor other memory, as deepcopy does: whoever reads it next sees whose memory that is.
+#: Operators that give a tensor other memory, as deepcopy does; the tensor's next reader looks the memory up.
 REPOINTS = ("aten::set_", "aten::set_data")
 
 
@@ -22,7 +22,7 @@ class Traits:
     """Traits of an operator.
 
     Attributes:
-        is_plain: Whether it is made of tensor operations, as higher-order operators are not.
+        is_plain: Whether it is an ordinary operator, and no higher-order one.
         repoints: Whether it gives a tensor other memory.
         resizes: Whether it changes the size of a tensor's memory.
         collective: Whether other ranks take part in it.

@@ -1,4 +1,4 @@
-"""States of random generators, to draw the same numbers again."""
+"""States of random generators, with which a replay draws the same numbers."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lightning_kfc.utilities.isolation import random_state
 class RandomDraw:
     """The state of a random generator before an operation that draws from it.
 
-    Each operation has its own, so that a replay of a part of a recording draws the same numbers.
+    Each operation has its own state, so that a replay of a part of a recording draws the same numbers.
 
     Attributes:
         device: The generator's device.
-        own: Whether the operation has a generator of its own among its arguments; else the device's default.
+        own: Whether the generator is an argument of the operation; else it is the device's default.
         state: The state.
     """
 

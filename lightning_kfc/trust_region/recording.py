@@ -17,7 +17,7 @@ class Slot(int):
     """Stands for a tensor in the arguments of an operation: its number on the tape."""
 
 
-# Made at each recorded operation, and so not frozen: that would take twice the time.
+# Not frozen: one is made per operation, and a frozen one takes twice the time.
 @dataclass(slots=True)
 class Operation:
     """One recorded operation.
@@ -51,8 +51,8 @@ class Outside:
 
     Attributes:
         tensor: The tensor.
-        alias: Another one on the memory that it had when it was read; its ``.data`` may be exchanged later.
-        version: Its number of in-place writes when it was read.
+        alias: A second tensor on the same memory, since the first one's ``.data`` may be exchanged later.
+        version: Its number of in-place writes at the time of the read.
     """
 
     tensor: Tensor
@@ -60,7 +60,7 @@ class Outside:
     version: int
 
 
-#: Operations in order, each with the slots that none after it uses.
+#: Operations in order, each with the slots that no later operation uses.
 Slice = list[tuple[Operation, set[Slot]]]
 
 
@@ -68,11 +68,11 @@ class Recording:
     """Recorded operations and the tensors that they read, without intermediate results.
 
     Attributes:
-        operations: In the order in which they ran.
+        operations: The operations in order.
         slot_storage: The number of each slot's storage.
         outside: The tensors that no recorded operation has made, by slot.
         overwritten: The former content of overwritten storages from outside, by their numbers.
-        aliased: The numbers of the storages that other tensors than the recorded ones look into.
+        aliased: The numbers of the storages that unrecorded tensors share.
     """
 
     def __init__(self) -> None:
@@ -90,12 +90,12 @@ class Recording:
         self.overwritten.clear()
 
     def written_unseen(self, slot: Slot) -> bool:
-        """Whether a tensor from outside was written later, by no recorded operation."""
+        """Whether a tensor from outside was written later by an unrecorded operation."""
         outside = self.outside[slot]
         return self.slot_storage[slot] not in self.overwritten and version_of(outside.tensor) != outside.version
 
     def is_stale(self, slot: Slot, length: int) -> bool:
-        """Whether anything that a tensor depends on was written later, unrecorded."""
+        """Whether an unrecorded operation has written a source of a tensor later."""
         operations = self.slice(slot, length, with_collectives=False)
         read = {used for operation, _ in operations for used in operation.used}
         return any(self.written_unseen(used) for used in read if used in self.outside)
@@ -106,7 +106,7 @@ class Recording:
         Args:
             slot: The tensor.
             length: The number of considered operations.
-            with_collectives: Whether all recorded collectives are in it.
+            with_collectives: Whether to include all recorded collectives.
         """
         key = slot, length, with_collectives
         if key not in self._slices:

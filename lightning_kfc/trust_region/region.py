@@ -6,13 +6,13 @@ matrix (:math:`\kappa` of E7). A step :math:`\delta` is *reviewed* by the reduct
 :math:`M(\delta) = \langle\nabla h, \delta\rangle + \tfrac12\delta^\top F\delta + \tfrac\lambda2\|\delta\|^2`
 (Martens & Grosse 2015, arXiv:1503.05671, sec. 6.4 and 6.5).
 
-No constant has a unit. The radius begins at a share of the loss. The automatic damping of a layer is
+No constant has a unit. The radius starts at a share of the loss. The automatic damping of a layer is
 
 .. math:: \lambda = 3\cdot10^{-6}\; h(\theta) / \overline{w^2}
 
-with :math:`\overline{w^2}` the mean square of the layer's weights at the start of training. It follows the loss, and is
-not adapted by reviews: on a noisy batch a smaller damping always looks better, since a step then fits that batch alone.
-Both are covariant: a loss times c, and inputs or outputs in other units, give the same steps.
+with :math:`\overline{w^2}` the mean square of the layer's weights at the start of training. The damping is not adapted
+by reviews: on the step's own batch a smaller damping looks better, since the step fits this batch alone. Radius and
+damping are covariant: a loss times c, and inputs or outputs in other units, give the same steps.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from dataclasses import dataclass, replace
 from lightning_kfc.monitoring.events import StepNumbers
 from lightning_kfc.settings import Settings
 
-#: An automatic radius begins at this share of the loss. The second one is used where steps cannot be reviewed.
+#: The first automatic radius, and the one without reviews, as shares of the loss.
 START_RADIUS, FIXED_RADIUS = 0.04, 0.013
 #: The smallest and the largest automatic radius, as shares of the loss.
 SMALLEST_RADIUS, LARGEST_RADIUS = 1e-6, 10.0
 #: An automatic damping, as a share of the loss, for weights of mean square 1.
 DAMPING = 3e-6
-#: A loss that may be negative may come close to 0: its magnitude falls by no more than this factor between refreshes.
+#: The least ratio of a loss's magnitudes at two refreshes, for a loss that may be negative and so may come close to 0.
 SLOWEST_FALL = 0.5
 
 #: The number of first steps that are all reviewed, and the period of reviews afterwards.
@@ -40,14 +40,14 @@ REVIEW_EVERY_N_STEPS = 10
 NEXT_SLOPE = 0.35
 
 POOR, GOOD = 0.25, 0.75
-#: The radius does not grow beyond this many times the size of a step: there it bounds nothing.
+#: The radius does not grow beyond this multiple of a step's size, where it bounds nothing.
 MOST_ROOM = 8.0
-#: A step is undone if the loss has grown by more than this share of the decrease that its slope foretold.
+#: A step is undone if the loss has grown by more than this share of the decrease that its slope predicted.
 TOLERATED_GROWTH = 0.1
-#: The largest slope of a step, as a multiple of a loss that cannot fall below 0. At its minimum, a
-#: quadratic model has decreased by half of what its slope promised: a longer step promises more than the whole loss.
+#: The largest slope of a step, as a multiple of a loss that cannot fall below 0. A quadratic model decreases by half of
+#: its slope until its minimum, so a larger slope predicts a decrease by more than the whole loss.
 MOST_PROMISED = 2.0
-#: A step this many times its running (geometric) mean in size comes from an inverse that no longer fits.
+#: A step that exceeds the running geometric mean of sizes by this factor comes from an outdated inverse.
 SURPRISE = 3.0
 SIZE_DECAY = 0.9
 
@@ -72,7 +72,7 @@ class Outcome:
 
     @property
     def expected(self) -> float:
-        r""":math:`M(\delta)`, the change of the loss that was expected."""
+        r""":math:`M(\delta)`, the expected change of the loss."""
         return self.slope + self.curvature + self.penalty
 
     @property
@@ -85,7 +85,7 @@ class Outcome:
         r"""The share of the step at which the loss is least, by a parabola.
 
         The parabola has the values :math:`h(\theta)` and :math:`h(\theta+\delta)`, and the slope of the step. The
-        share is 0 where the loss is not finite or the step leads uphill; above 1 where the step could have been longer.
+        share is 0 if the loss is not finite or the step leads uphill; it exceeds 1 if the step was too short.
         """
         bend = self.loss_after - self.loss_before - self.slope
         if not (math.isfinite(bend) and self.slope < 0):
@@ -100,10 +100,10 @@ class Verdict:
     Attributes:
         ratio: The reduction ratio.
         undo: Whether the loss has increased by more than the tolerance.
-        refresh: Whether statistics and inverses are to be refreshed at the next step.
-        predicted_decrease: Of the loss, by the model of the curvature; NaN where it is not known.
-        actual_decrease: Of the loss; negative where it grew.
-        kept_share: The share of the step that is kept: 1 for the whole step, 0 for none.
+        refresh: Whether to refresh statistics and inverses at the next step.
+        predicted_decrease: The loss's decrease by the quadratic model; NaN if unknown.
+        actual_decrease: The loss's decrease; negative if it grew.
+        kept_share: The kept share of the step: 1 for the whole step, 0 for none.
     """
 
     ratio: float
@@ -114,7 +114,7 @@ class Verdict:
     kept_share: float = 1.0
 
     def added_to(self, numbers: StepNumbers) -> StepNumbers:
-        """The numbers of a step, with those of this review."""
+        """Add the numbers of this review to those of a step."""
         return replace(
             numbers,
             reduction_ratio=self.ratio,
@@ -125,14 +125,14 @@ class Verdict:
 
 @dataclass
 class TrustRegion:
-    """The radius, the unit of radius and damping, and when the next step is reviewed.
+    """The radius, the unit of radius and damping, and the dates of reviews.
 
     Attributes:
-        adapts_radius: Whether the radius sets itself (``kl_clip="auto"``).
-        automatic_radius: Whether the radius is not the user's. It is fixed where steps cannot be reviewed.
+        adapts_radius: Whether the radius is adapted (``kl_clip="auto"``).
+        automatic_radius: Whether the radius is not the user's. It is fixed if steps cannot be reviewed.
         radius: The bound on a step's squared norm in the Fisher metric; NaN before the first loss.
         loss: The magnitude of the loss at the last refresh; NaN before the first.
-        review_next: Whether the next step is reviewed whatever its number.
+        review_next: Whether the next step is reviewed irrespective of its number.
         log_size: Running mean of the logarithm of a step's squared norm; NaN before there is one.
     """
 
@@ -155,11 +155,11 @@ class TrustRegion:
         return DAMPING * self.loss
 
     def note_loss(self, loss: float, *, never_negative: bool) -> None:
-        """Take over the present loss as the unit of radius and damping; one that is 0 or not finite leaves the last.
+        """Set the present loss as the unit of radius and damping, unless it is 0 or not finite.
 
         Args:
             loss: The loss of a step.
-            never_negative: Whether it is known to be bounded below by 0.
+            never_negative: Whether the loss is known to be bounded below by 0.
         """
         size = abs(loss)
         if not math.isfinite(size) or size == 0:
@@ -170,7 +170,7 @@ class TrustRegion:
             self.radius = (START_RADIUS if self.adapts_radius else FIXED_RADIUS) * self.loss
 
     def most_decrease(self, loss: float) -> float | None:
-        """The most that the slope of a step may promise; None for no bound.
+        """The largest slope of a step; None for no bound.
 
         Args:
             loss: The loss of the step, which cannot fall below 0.
@@ -181,7 +181,7 @@ class TrustRegion:
         """Fix the radius from now on, at a share of the loss.
 
         Returns:
-            Whether it was adapted until now.
+            Whether it was adapted before.
         """
         adapted, self.adapts_radius = self.adapts_radius, False
         if adapted:
@@ -189,7 +189,7 @@ class TrustRegion:
         return adapted
 
     def review_planned(self, step: int) -> bool:
-        """Whether a step is to be reviewed, so that its forward must be recorded.
+        """Whether a step is due for review, so that its forward must be recorded.
 
         Args:
             step: The optimizer step.
@@ -197,7 +197,7 @@ class TrustRegion:
         return self.review_next or step < REVIEWED_AT_FIRST or step % REVIEW_EVERY_N_STEPS == 0
 
     def note_size(self, size: float) -> None:
-        r"""Note the size of the coming step; a surprisingly large one is followed by a review.
+        r"""Note the size of the coming step; plan a review if it is surprisingly large.
 
         Args:
             size: :math:`\alpha^2\langle V, \nabla\bar W\rangle` before clipping, positive.
@@ -208,10 +208,10 @@ class TrustRegion:
         self.log_size = SIZE_DECAY * self.log_size + (1 - SIZE_DECAY) * log_size if known else log_size
 
     def follow_next_slope(self, share: float) -> None:
-        r"""Let the radius follow how the last step fits the next batch.
+        r"""Adjust the radius by the slope of the last step on the next batch.
 
         Args:
-            share: c of :mod:`~lightning_kfc.trust_region.next_slope`; one that is not finite counts as -1.
+            share: c of :mod:`~lightning_kfc.trust_region.next_slope`; a value that is not finite counts as -1.
         """
         if not self.adapts_radius or not math.isfinite(self.radius):
             return
@@ -225,7 +225,7 @@ class TrustRegion:
         self.radius = min(max(self.radius, SMALLEST_RADIUS * self.loss), LARGEST_RADIUS * self.loss)
 
     def judge(self, outcome: Outcome, size: float) -> Verdict:
-        r"""Draw the consequences of a reviewed step.
+        r"""Adjust the radius by a reviewed step, and decide on the step itself.
 
         Args:
             outcome: The losses and the expected change.
@@ -234,7 +234,7 @@ class TrustRegion:
         ratio = outcome.ratio
         growth = outcome.loss_after - outcome.loss_before
         undo = not growth <= TOLERATED_GROWTH * abs(outcome.slope)
-        # Also where the ratio is NaN, or where both the loss and the model increased.
+        # Includes a ratio of NaN, and an increase of both loss and model.
         poor = undo or not ratio >= POOR
         if self.adapts_radius and math.isfinite(self.radius):
             if poor:
@@ -249,11 +249,11 @@ class TrustRegion:
         return Verdict(ratio, undo, poor, -outcome.expected, -growth, kept_share)
 
     def state_dict(self) -> dict[str, float]:
-        """All that changes in training, as plain numbers, without fixed settings."""
+        """All state that changes in training, as plain numbers."""
         return {name: float(getattr(self, name)) for name in self._changing()}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Take over a state of :meth:`state_dict`; fixed settings stay as they are."""
+        """Load a state of :meth:`state_dict`; fixed settings stay unchanged."""
         for name in self._changing():
             if name in state:
                 setattr(self, name, type(getattr(self, name))(state[name]))

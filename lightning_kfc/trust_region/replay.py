@@ -24,9 +24,9 @@ class RecordedLoss:
 
     Attributes:
         recording: The recording.
-        slot: The tensor that the loss is a multiple of.
-        factor: The loss, as a multiple of that tensor.
-        length: The number of operations that had been recorded when the loss was known.
+        slot: A tensor on the tape of which the loss is a multiple.
+        factor: The multiple.
+        length: The number of operations before the loss.
     """
 
     recording: Recording
@@ -39,19 +39,19 @@ class RecordedLoss:
 
         Args:
             values: Replacements of parameters, by the parameter's ``id``.
-            with_collectives: Whether the recorded collectives run whether or not the loss depends on them. All ranks
-                must decide alike.
+            with_collectives: Whether to run also the recorded collectives that the loss does not depend on; equal on
+                all ranks.
         """
         value = replay(self.recording, self.slot, self.length, values, with_collectives=with_collectives)
         return self.factor * float(value)
 
     def is_stale(self) -> bool:
-        """Whether anything that the loss depends on was written later, unrecorded."""
+        """Whether an unrecorded operation has written a source of the loss later."""
         return self.recording.is_stale(self.slot, self.length)
 
     @property
     def needs_collectives(self) -> bool:
-        """Whether the loss depends on what other ranks send."""
+        """Whether the loss depends on data of other ranks."""
         return any(
             traits_of(op.function).collective
             for op, _ in self.recording.slice(self.slot, self.length, with_collectives=False)
@@ -62,17 +62,17 @@ class RecordedLoss:
 def replay(
     recording: Recording, slot: Slot, length: int, parameters: Mapping[int, Tensor], *, with_collectives: bool
 ) -> Tensor:
-    """Run the operations again that a tensor depends on.
+    """Run again the operations on which a tensor depends.
 
     Args:
         recording: The recording.
         slot: The tensor.
         length: The number of considered operations.
         parameters: Replacements of parameters, by the parameter's ``id``.
-        with_collectives: Whether all recorded collectives are run.
+        with_collectives: Whether to run all recorded collectives.
 
     Returns:
-        The tensor's value. Nothing that is outside the recording is changed, random streams included.
+        The tensor's value. Tensors and random streams outside the recording stay unchanged.
 
     Raises:
         RuntimeError: If an operation fails; the message names it.
@@ -117,7 +117,7 @@ def _values_from_outside(recording: Recording, read: set[Slot], parameters: Mapp
 
 
 def _run(operation: Operation, values: dict[Slot, Tensor]) -> None:
-    """Run an operation again, on values and for values by slot."""
+    """Run an operation again; read and write the values by slot."""
     draw = operation.draw
     if draw is not None and not draw.own:
         set_random_state(draw.device, draw.state)

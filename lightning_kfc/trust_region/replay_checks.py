@@ -14,18 +14,18 @@ from lightning_kfc.trust_region.losses_seen import SeenLoss
 from lightning_kfc.trust_region.snapshot import StepSnapshot, replayed
 from lightning_kfc.trust_region.tape import Tape
 
-#: The most by which a replay with unmoved weights may differ from the loss, as a share of it.
+#: The largest error of a replay with unmoved weights, as a share of the loss.
 REPLAY_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class Replayability:
-    """Whether the losses of a step can be replayed, on all ranks alike.
+    """Whether the losses of a step can be replayed; equal on all ranks.
 
     Attributes:
-        refused: The reason why no recording can be replayed; empty if they can.
+        refused: The reason why no recording can be replayed; empty if recordings can.
         missed: The reason why the losses of this step cannot be replayed; empty if they can.
-        with_collectives: Whether the losses of some rank depend on what other ranks send.
+        with_collectives: Whether the losses of some rank depend on data of other ranks.
     """
 
     refused: str = ""
@@ -39,7 +39,7 @@ def replayability(tape: Tape | None, losses: Sequence[SeenLoss], device: torch.d
     Args:
         tape: The last recording, or None.
         losses: The losses of the step.
-        device: A device that the process group can send from.
+        device: A device from which the process group can send.
     """
     refusal = tape.refusal if tape is not None else None
     known = [seen.recorded for seen in losses if seen.recorded is not None]
@@ -60,15 +60,15 @@ def replayability(tape: Tape | None, losses: Sequence[SeenLoss], device: torch.d
 def replay_error(
     losses: Sequence[SeenLoss], values: Mapping[int, Tensor], device: torch.device, *, with_collectives: bool
 ) -> str:
-    """Why a replay with unmoved weights does not give the losses; empty if it does.
+    """Why a replay with unmoved weights differs from the losses; empty if it does not.
 
     Collective: call on every rank.
 
     Args:
         losses: The losses of the step.
         values: Replacements of parameters, by the parameter's ``id``.
-        device: A device that the process group can send from.
-        with_collectives: Whether recorded collectives run whether or not a loss depends on them.
+        device: A device from which the process group can send.
+        with_collectives: Whether to run also collectives that no loss depends on.
     """
     own, reason = sum(float(seen.value) for seen in losses), ""
     try:
@@ -83,19 +83,19 @@ def replay_error(
 
 
 def replayed_step(before: StepSnapshot, device: torch.device) -> tuple[float, float, str]:
-    """The losses before and after a step, means over ranks, and why they are not known. Collective.
+    """The losses before and after a step, means over ranks, and the error of a failed replay. Collective.
 
     Args:
-        before: The snapshot that was taken before the step.
-        device: A device that the process group can send from.
+        before: The snapshot before the step.
+        device: A device from which the process group can send.
     """
     loss_after, error = math.nan, ""
     try:
         loss_after = before.replay()
     except Exception as raised:
-        # An operation whose sizes depend on the weights, for one, does not fit those that were recorded.
+        # Fails, for example, on sizes that depend on the weights.
         error = str(raised) or type(raised).__name__
-    # A failure is sent as well, or the other ranks would wait for this rank's loss.
+    # After a failure too: the other ranks wait for this rank's loss.
     loss_before, loss_after, failed = distributed.mean([before.loss, loss_after, float(bool(error))], device)
     return loss_before, loss_after, (error or "another rank could not replay its loss") if failed else ""
 

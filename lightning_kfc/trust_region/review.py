@@ -36,16 +36,16 @@ class StepReviewer:
 
     Args:
         model: The model.
-        region: The trust region; nothing is recorded while nothing in it sets itself.
-        damping: The user's damping: a number, a function of the step, or ``"auto"`` for that of the region.
-        kl_clip: The user's bound: a number, None for none, or ``"auto"`` for the radius of the region.
+        region: The trust region; forwards are recorded only if it adapts its radius.
+        damping: The user's damping: a number, a function of the step, or ``"auto"`` for the region's damping.
+        kl_clip: The user's bound: a number, None for no bound, or ``"auto"`` for the region's radius.
         events: Counts missed, shortened and undone steps.
         ownership: The ranks that hold each layer's factors.
 
     Attributes:
         region: The trust region.
         last: The last verdict.
-        last_updates: Let the region follow how the last step fits the next batch.
+        last_updates: The last updates, whose slopes on the next batch adjust the radius.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class StepReviewer:
         self._tape: Tape | None = None
         self._losses = LossesSeen(model)
         self._snapshot: StepSnapshot | None = None
-        # Whether a replay has reproduced a loss, which the first review of a fit checks.
+        # Whether the first review of the fit has checked that a replay reproduces the loss.
         self._checked = False
         self._misses = 0
         self.last: Verdict | None = None
@@ -80,7 +80,7 @@ class StepReviewer:
 
     @property
     def kl_clip(self) -> float | None:
-        """The bound on the squared norm of a step in force now; None for none."""
+        """The present bound on the squared norm of a step; None for no bound."""
         return self.region.radius if self._kl_clip == "auto" else self._kl_clip
 
     @property
@@ -101,17 +101,17 @@ class StepReviewer:
     # Before a step.
 
     def step_begins(self) -> None:
-        """Begin a new step. If the last one was to be reviewed and was not, reviews end with a warning."""
+        """Begin a new step. If the last step missed its review, reviews end with a warning."""
         if self._snapshot is not None:
             self._end_with_warning("kfc.review(optimizer=optimizer) was not called after optimizer.step()")
         self.cancel()
 
     @contextlib.contextmanager
     def record(self, step: int) -> Iterator[None]:
-        """Record the forward within, if the step is to be reviewed."""
+        """Record the forward inside this context, if the step is due for review."""
         self._tape = None
         planned = self.region.adapts_radius and self.region.review_planned(step) and self._snapshot is None
-        # The first forward of a lazy module makes its parameters, of which there is nothing to replay yet.
+        # The first forward of a lazy module makes its parameters, and cannot be replayed.
         if not planned or any(map(is_lazy, self._model.parameters())):
             yield
             return
@@ -126,7 +126,7 @@ class StepReviewer:
             tape.finish()
 
     def pause(self) -> None:
-        """Record nothing until :meth:`resume`: neither backwards nor optimizer steps are parts of a loss."""
+        """Record nothing until :meth:`resume`, since backwards and optimizer steps are no parts of a loss."""
         if self._tape is not None:
             self._tape.paused = True
 
@@ -142,12 +142,12 @@ class StepReviewer:
             loss: The loss, multiplied by ``loss_scale``.
             loss_scale: The factor of a gradient scaler.
         """
-        # An optimizer that calls its closure again has moved away from where the step begins.
+        # An optimizer that calls its closure again has already moved the weights.
         if self._measures_losses and self._snapshot is None:
             self._losses.note(loss, loss_scale, self._tape.locate(loss) if self._tape is not None else None)
 
     def forget_losses(self) -> None:
-        """Drop the losses that were seen, and the step that they were for."""
+        """Drop the noted losses and the snapshot."""
         self._losses.forget()
         self._snapshot = None
 
@@ -156,15 +156,15 @@ class StepReviewer:
         self._snapshot = None
 
     def release(self) -> None:
-        """Drop the last recording; a loss that belongs to a coming step keeps its own."""
+        """Drop the last recording; the losses of a coming step keep their own recordings."""
         self._tape = None
 
     def stepped(self, parameters: Iterable[Tensor], optimizer: Optimizer | None) -> None:
-        """Note that an optimizer has stepped, which uses its losses up.
+        """Note that an optimizer has stepped, and drop its losses.
 
         Args:
             parameters: The parameters that were stepped.
-            optimizer: The optimizer, or None where it is not known.
+            optimizer: The optimizer; None if it is unknown.
         """
         if self._measures_losses:
             self._losses.stepped(parameters, optimizer)
@@ -173,7 +173,7 @@ class StepReviewer:
         """Take the loss of the coming step, and the layers' weights, as units. Collective: call on every rank.
 
         Args:
-            layers: Those that the coming step moves.
+            layers: The layers that the coming step moves.
             never_negative: Whether the loss is known to be bounded below by 0.
         """
         if self._measures_losses:
@@ -186,12 +186,10 @@ class StepReviewer:
                 layer.measure_weights()
 
     def most_decrease(self, parameters: Iterable[Tensor], *, never_negative: bool) -> float | None:
-        """The most that the slope of the coming step may promise; None for no bound.
-
-        Collective: call on every rank.
+        """The largest slope of the coming step; None for no bound. Collective: call on every rank.
 
         Args:
-            parameters: Those that the coming step moves.
+            parameters: The parameters that the coming step moves.
             never_negative: Whether the loss is known to be bounded below by 0.
         """
         if not self.region.adapts_radius:
@@ -204,9 +202,9 @@ class StepReviewer:
 
         Args:
             step: The number of the step.
-            size: The squared norm of the step in the Fisher metric, before clipping; 0 where there is none.
-            damping: In force at this step.
-            coming: The step that is about to be made.
+            size: The squared norm of the step in the Fisher metric, before clipping; 0 without an update.
+            damping: The damping in force at this step.
+            coming: The coming step.
         """
         if not self.region.adapts_radius or size <= 0 or self._snapshot is not None:
             return
@@ -225,7 +223,7 @@ class StepReviewer:
             self._snapshot = StepSnapshot.of(coming, losses, size, damping, found.with_collectives)
 
     def _reproduces(self, losses: Sequence[SeenLoss], values: Mapping[int, Tensor], *, with_collectives: bool) -> bool:
-        """Whether a replay with unmoved weights gives the losses; where it does not, reviews end. Collective."""
+        """Whether a replay with unmoved weights reproduces the losses; if not, reviews end. Collective."""
         reason = replay_error(losses, values, self._device, with_collectives=with_collectives)
         if reason:
             self._end_with_warning(reason)
@@ -242,10 +240,10 @@ class StepReviewer:
 
         Args:
             layers: The layers.
-            optimizer: The optimizer that has stepped, where it is known.
+            optimizer: The optimizer that has stepped; None if it is unknown.
 
         Returns:
-            The verdict; None where no review was due, or no parameter has changed.
+            The verdict; None if no review was due, or no parameter has changed.
         """
         before = self._snapshot
         if before is None or (before.optimizer is not None and before.optimizer is not optimizer):
@@ -265,7 +263,7 @@ class StepReviewer:
         if verdict.kept_share < 1 and not before.can_shorten:
             verdict = replace(verdict, undo=False, kept_share=1.0)
         if verdict.kept_share < 1:
-            # Nothing is undone because of a replay that was wrong.
+            # A wrong replay must not undo a step.
             if not self._reproduces(before.losses, before.values_by_id, with_collectives=before.with_collectives):
                 return None
             before.shorten(verdict.kept_share)
@@ -288,10 +286,10 @@ class StepReviewer:
             warnings.warn(message, stacklevel=2)
 
     def end(self, reason: str) -> str:
-        """Review no step from now on, since ``reason`` forbids it.
+        """End all reviews, for a given reason.
 
         Returns:
-            A message for the user, with the bound that is used; empty where it was not ``"auto"``.
+            A message for the user, with the bound in force; empty if the bound was not ``"auto"``.
         """
         adapted = self.region.fix()
         self.forget_losses()

@@ -1,4 +1,4 @@
-"""A damping that the user gives, as a number or as a function of the step."""
+"""The user's damping, a number or a function of the step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights, gradients and losses before a step, to judge and to shorten it."""
+"""Weights, gradients and losses before a step, to review and to shorten it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_kfc.factors.sparse import dense
 from lightning_kfc.trust_region.losses_seen import SeenLoss
 from lightning_kfc.trust_region.region import Outcome
 
-#: The names under which optimizers hold the direction that they carry on from one step to the next.
+#: The names of momentum in the state of optimizers.
 MOMENTA = ("momentum_buffer", "exp_avg", "momentum")
 
 
@@ -24,14 +24,14 @@ class StepSnapshot:
     """The state before a step.
 
     Attributes:
-        optimizer: The optimizer that makes the step; None where it is not known.
+        optimizer: The optimizer that makes the step; None if it is unknown.
         parameters: The trained parameters.
         values: Their values.
-        gradients: The gradients of the loss, by the parameter's identity, before they were preconditioned.
-        losses: The losses of the step, one a micro-batch.
+        gradients: The gradients of the loss before preconditioning, by the parameter's identity.
+        losses: The losses of the step, one per micro-batch.
         size: The squared norm of the step in the Fisher metric, before clipping.
-        damping: In force at the step.
-        with_collectives: Whether the losses of some rank depend on what other ranks send.
+        damping: The damping in force at the step.
+        with_collectives: Whether the losses of some rank depend on data of other ranks.
     """
 
     optimizer: Optimizer | None
@@ -47,7 +47,7 @@ class StepSnapshot:
     def of(
         cls, coming: OptimizerStep, losses: Sequence[SeenLoss], size: float, damping: float, with_collectives: bool
     ) -> StepSnapshot:
-        """Copy the present values and gradients of the parameters that have a gradient."""
+        """Copy the present values and gradients of the parameters with a gradient."""
         trained = [parameter for parameter in coming.parameters if parameter.grad is not None]
         known, scale = coming.loss_gradients, coming.loss_scale
         gradients = {id(p): dense(known.get(id(p), p.grad)).clone() for p in trained if p.grad is not None}
@@ -67,18 +67,18 @@ class StepSnapshot:
         return {id(p): value for p, value in zip(self.parameters, self.values, strict=True)}
 
     def replay(self) -> float:
-        """Evaluate this rank's loss again, with the parameters as they are now."""
+        """Evaluate this rank's loss again, with the present parameters."""
         now = {id(p): p.detach() for p in self.parameters}
         return replayed(self.losses, now, with_collectives=self.with_collectives)
 
     def outcome(self, layers: Iterable[Layer], damping: float, loss_before: float, loss_after: float) -> Outcome | None:
-        """Compare the present parameters with those before the step; None where none has changed.
+        """The outcome of the step, from the present and the former parameters; None if no parameter has changed.
 
         Args:
-            layers: The layers, whose factors give the curvature.
-            damping: In force at the step.
+            layers: The layers, whose factors are the curvature.
+            damping: The damping in force at the step.
             loss_before: The loss before the step, a mean over ranks.
-            loss_after: The loss after it, likewise.
+            loss_after: The loss after the step, a mean over ranks.
         """
         deltas = {id(p): p.detach() - value for p, value in zip(self.parameters, self.values, strict=True)}
         if not any(bool(delta.any()) for delta in deltas.values()):
@@ -92,7 +92,7 @@ class StepSnapshot:
                 continue
             matrix = layer.matrix(known)
             curvature += 0.5 * layer.quadratic(matrix)
-            # Damping is a part of the model only where it made the step: Adam's is not damped.
+            # Adam's update is not damped, so damping is no part of its model.
             if layer.moments is None:
                 penalty += 0.5 * layer.damping(damping) * _dot(matrix, matrix)
         return Outcome(loss_before, loss_after, slope, curvature, penalty)
@@ -101,7 +101,7 @@ class StepSnapshot:
     def can_shorten(self) -> bool:
         """Whether the optimizer's state can be shortened together with the weights.
 
-        Lookahead and schedule-free optimizers hold further weights, which must change together with the model's.
+        Lookahead and schedule-free optimizers hold further copies of the weights, which would not be shortened.
         """
         return self.optimizer is None or type(self.optimizer).__module__.startswith("torch.optim")
 
@@ -109,7 +109,7 @@ class StepSnapshot:
         """Multiply the step, and the optimizer's momentum after it, by a share.
 
         Args:
-            kept_share: The share; 0 to take the step back, and to drop the momentum, which led astray.
+            kept_share: The share; 0 undoes the step and drops the momentum.
         """
         with torch.no_grad():
             for parameter, value in zip(self.parameters, self.values, strict=True):
@@ -124,9 +124,9 @@ def replayed(losses: Sequence[SeenLoss], values: Mapping[int, Tensor], *, with_c
     """Evaluate the sum of the recorded losses again.
 
     Args:
-        losses: The losses; those that were not recorded are left out.
-        values: What is read in the place of a parameter, by the parameter's ``id``.
-        with_collectives: Whether recorded collectives run whether or not a loss depends on them.
+        losses: The losses; unrecorded ones are left out.
+        values: Replacements of parameters, by the parameter's ``id``.
+        with_collectives: Whether to run also collectives that no loss depends on.
     """
     return sum(
         seen.recorded.replay(values, with_collectives=with_collectives) for seen in losses if seen.recorded is not None
@@ -135,7 +135,7 @@ def replayed(losses: Sequence[SeenLoss], values: Mapping[int, Tensor], *, with_c
 
 def _dot(a: Tensor, b: Tensor) -> float:
     if a.is_complex():
-        # A gradient of torch's is that of the real and of the imaginary part, as one complex number.
+        # Torch's complex gradient has the real part's as real, the imaginary part's as imaginary part.
         a, b = torch.view_as_real(a), torch.view_as_real(b)
-    # Summed in float64: a slope is a small sum of large terms near the minimum.
+    # In float64: near the minimum, a slope is a small sum of large terms.
     return float(torch.sum(a * b, dtype=torch.float64))

@@ -26,7 +26,7 @@ def on_storage(tensor: Tensor, storage: torch.UntypedStorage) -> Tensor:
 class StorageReferences:
     """Weak references to storages.
 
-    While they are held, no later storage gets the address of one that is gone.
+    While a reference is held, no other storage gets its storage's address.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """Record a forward as tensor operations, to replay it with other parameters.
 
-No Python of the user runs in a replay. Parameters are read as they are given to the replay; everything else
-(batch, buffers, carried state, random numbers) is read as it was before the recording.
+No Python code of the user runs in a replay. A replay takes parameters from its caller; batch, buffers, carried state
+and random numbers are those of the recording.
 """
 
 from __future__ import annotations
@@ -26,38 +26,38 @@ AS_STRIDED, COPY = torch.ops.aten.as_strided.default, torch.ops.aten.copy_.defau
 
 
 class Tape(TorchDispatchMode):
-    """While it is entered, every tensor operation is recorded.
+    """Records every tensor operation inside its context.
 
-    It holds the tensors that were there before (the batch, parameters, buffers) and the former content of those that
-    are overwritten, but no intermediate result.
+    The tape holds tensors from outside (batch, parameters, buffers) and the former content of overwritten ones, but no
+    intermediate result.
 
     Attributes:
         refusal: The reason why the recording cannot be replayed; None if it can.
         paused: Whether operations pass unrecorded.
     """
 
-    # Else torch raises an error where such an operator meets a mode.
+    # Else torch raises an error when a mode gets such an operator.
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         self.refusal: str | None = None
         self.paused = False
-        # The data of a replay; attributes that are read often have short names here.
+        # The recording's attributes that are often read, by short names.
         self._recording = Recording()
         self._operations, self._slot_storage = self._recording.operations, self._recording.slot_storage
         self._outside, self._overwritten = self._recording.outside, self._recording.overwritten
-        # By the id of a tensor: a reference that shows whether it is still that tensor, its slot, and its storage.
+        # By the id of a tensor: a weak reference, as ids are reused; the slot; the storage's number.
         self._known: dict[int, tuple[weakref.ref[Tensor], Slot, int | None]] = {}
-        # By the address of a storage: its number.
+        # The number of a storage, by its address.
         self._storages: dict[int, int] = {}
         self._storage_references = StorageReferences()
-        # By the number of a storage: the last tensor on it.
+        # The last tensor on a storage, by the storage's number.
         self._latest: dict[int, tuple[Slot, torch.dtype]] = {}
         self._outside_storages: set[int] = set()
         # The numbers of the storages whose content depends on tensors that require gradients.
         self._trained: set[int] = set()
-        # The numbers of the storages that a collective has filled and nothing has read since.
+        # The numbers of the storages that a collective has filled, and that are unread since.
         self._unread: set[int] = set()
         self._scalars: dict[Node, tuple[Slot, Tensor]] | None = None
 
@@ -81,7 +81,7 @@ class Tape(TorchDispatchMode):
         if not self._unread.isdisjoint(reads):
             self._freeze(args, kwargs)
         if traits.collective and func.namespace == "c10d" and self._trained.isdisjoint(reads):
-            # What does not depend on parameters need not be sent again. When it has arrived, its first reader sees.
+            # Data that does not depend on parameters is not sent again; its first reader freezes it.
             self._about_to_be_written(func, traits, args, kwargs)
             self._unread |= reads
             return func(*args, **kwargs)
@@ -101,18 +101,18 @@ class Tape(TorchDispatchMode):
         return result
 
     def replayable(self) -> bool:
-        """Whether nothing was refused so far."""
+        """Whether no operation was refused so far."""
         return self.refusal is None
 
     def finish(self) -> None:
-        """End the recording: losses can still be located, and no tensor is known any more."""
+        """End the recording; losses can still be located."""
         if self._scalars is None:
             self._scalars = self._scalar_results()
             self._known = {}
             self._storage_references.release()
 
     def locate(self, loss: Tensor) -> RecordedLoss | None:
-        """Find a loss, or a multiple of one, on the tape; None where it is missing or 0.
+        """Find a loss, or a multiple of one, on the tape; None if it is missing or 0.
 
         Lightning divides the loss of a training step by the number of accumulated batches, and a gradient scaler
         multiplies it, after the recording has ended.
@@ -150,7 +150,7 @@ class Tape(TorchDispatchMode):
             slot = self._slot_of(value, function)
             used.append(slot)
             return slot
-        # Sizes and the like are numbers throughout.
+        # Sizes are lists of numbers alone.
         if isinstance(value, (list, tuple)) and value and not isinstance(value[0], (int, float)):
             return type(value)([self._encoded(entry, used, function) for entry in value])
         return value
@@ -170,15 +170,15 @@ class Tape(TorchDispatchMode):
             if self._slot_storage[slot] not in self._trained and tensor.requires_grad:
                 if tensor.grad_fn is not None:
                     self._refuse_hidden(tensor, function)
-                # A parameter that was frozen before, as where optimizers are toggled.
+                # The parameter was frozen before, as by a toggled optimizer.
                 self._trained.add(self._slot_storage[slot])
             if slot in self._outside and self._recording.written_unseen(slot):
-                # By an optimizer's step, for one: what reads it now sees other values than what read it before.
+                # Written unrecorded, as by an optimizer's step: later readers get other values than earlier ones.
                 return self._from_outside(tensor, address, function)
             return slot
-        # Assigning to `.data` gives a known tensor another storage; what holds that storage is another tensor's slot.
+        # Assigning to `.data` gives a known tensor another tensor's storage.
         number = None if address is None else self._storages.get(address)
-        # Several parameters may share a storage, as those of a recurrent layer do: each has its own values.
+        # Several parameters may share a storage, as in a recurrent layer; each has its own values.
         if number is None or (number in self._outside_storages and tensor.is_leaf and tensor.requires_grad):
             return self._from_outside(tensor, address, function)
         return self._aliasing(tensor, address, number)
@@ -188,7 +188,7 @@ class Tape(TorchDispatchMode):
         self._refuse(f"{function} reads a result of {maker}, which recorded operations do not explain")
 
     def _aliasing(self, tensor: Tensor, address: int | None, number: int) -> Slot:
-        """The slot of a tensor that came to share the memory of a recorded one without a recorded operation."""
+        """The slot of a tensor that shares a recorded tensor's memory without a recorded operation."""
         slot, dtype = self._whole_storage(tensor, number)
         self._recording.aliased.add(number)
         if dtype != tensor.dtype:
@@ -197,7 +197,7 @@ class Tape(TorchDispatchMode):
         return self._view(AS_STRIDED, slot, geometry, self._new_slot(tensor, address))
 
     def _whole_storage(self, tensor: Tensor, number: int) -> tuple[Slot, torch.dtype]:
-        """A slot for all of a tensor's memory as a vector, of the type of the last recorded tensor on it."""
+        """A slot for a tensor's whole storage as a vector, of the type of the last recorded tensor on it."""
         latest, dtype = self._latest[number]
         count = tensor.untyped_storage().nbytes() // dtype.itemsize
         return self._view(AS_STRIDED, latest, ([count], [1], 0), self._unnamed_slot(number)), dtype
@@ -208,7 +208,7 @@ class Tape(TorchDispatchMode):
         return made
 
     def _freeze(self, args: Any, kwargs: Any) -> None:
-        """Take what collectives have written into these arguments for what a replay finds in them."""
+        """Record the present content of arguments that collectives have written."""
         for tensor in flat((args, kwargs)):
             address = storage_address(tensor) if isinstance(tensor, Tensor) else None
             number = None if address is None else self._storages.get(address)
@@ -262,7 +262,7 @@ class Tape(TorchDispatchMode):
         return self._new_slot(value, address)
 
     def _about_to_be_written(self, function: Any, traits: Traits, args: Any, kwargs: Any) -> set[int]:
-        """The numbers of the storages that an operation is going to write; their content is kept."""
+        """The numbers of the storages that an operation will write; their content is saved."""
         written: set[int] = set()
         named = [args[position] if position < len(args) else kwargs.get(name) for position, name in traits.written]
         for tensor in (leaf for leaf in flat(named) if isinstance(leaf, Tensor)):
@@ -273,6 +273,6 @@ class Tape(TorchDispatchMode):
             number = self._storages[address]
             written.add(number)
             if number in self._outside_storages and number not in self._overwritten:
-                # By storage: `.data`, `.detach()` and views write to the same memory under another name.
+                # The whole storage: `.data`, `.detach()` and views write to the same memory.
                 self._overwritten[number] = tensor.untyped_storage().clone()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         return written
