@@ -5,7 +5,7 @@ With the update V of a step and the gradients :math:`g` of its batch and :math:`
 .. math:: c = \langle V, g' \rangle / \langle V, g \rangle
 
 is near 1 if the step is short relative to the distance to the minimum along V, 0 if the population's loss has its
-minimum at the step's end, and negative if the step is longer. It costs one inner product, and no evaluation of the loss.
+minimum at the step's end, and negative if the step is longer. It costs one inner product and no evaluation.
 """
 
 from __future__ import annotations
