@@ -8,13 +8,12 @@ Nesterov's momentum: Dozat 2016), the step is
     \Delta = -\eta \sqrt{200 / (d_{in} + d_{out})}\;
     Q_G [\hat M \oslash (\sqrt{\hat S} + \epsilon) \circ w] Q_A^\top
 
-with :math:`w \propto (\lambda_G\lambda_A^\top + 0.01\,\mathrm{mean})^{-1/4}`, of mean square 1. It is what SOAP does
-(Vyas et al. 2024, arXiv:2409.11321) on the bases of the Fisher matrix instead of those of the gradient's own second
-moments, and leaning towards the directions in which the predictions are flat. All steps together are shortened to
-:math:`\sum\langle G\Delta A, \Delta\rangle \le \kappa`.
+with :math:`w \propto (\lambda_G\lambda_A^\top + 0.01\,\mathrm{mean})^{-1/4}`, of mean square 1. SOAP (Vyas et al. 2024,
+arXiv:2409.11321) makes the same step in the bases of the gradient's second moments, without w, which prefers directions
+of small curvature. All steps together are shortened to :math:`\sum\langle G\Delta A, \Delta\rangle \le \kappa`.
 
-So that one optimizer suits both rules, :math:`\eta` is 0.02 times the learning rate that the optimizer has with its
-momentum, :math:`\mathrm{lr}/(1-\mu)`, and the momentum itself is taken out of the step, which has its own.
+So that one optimizer suits both rules, :math:`\eta` is 0.02 times the optimizer's learning rate with momentum,
+:math:`\mathrm{lr}/(1-\mu)`, and the optimizer's momentum is removed from the step.
 """
 
 from __future__ import annotations
@@ -37,11 +36,11 @@ from lightning_kfc.rules.base import ReadyLayer, Rule, Updates, write_update
 from lightning_kfc.rules.momentum import momenta, take_momentum_out
 from lightning_kfc.rules.natural import clip_factor
 
-#: :math:`\eta` of a whole step: where the optimizer's learning rate, divided by 1 - momentum, is 1.
+#: :math:`\eta` if the optimizer's learning rate, divided by 1 - momentum, is 1.
 LEARNING_RATE = 0.02
-#: w goes with this power of a direction's curvature, which counts for at least this share of the mean one.
+#: The power of a direction's curvature in w, and its floor as a share of the mean curvature.
 EXPONENT, LEAST_CURVATURE = -0.25, 0.01
-#: A layer of d_in + d_out = WIDTH moves by the learning rate in each direction of the basis, a wider one by less.
+#: A layer of d_in + d_out = WIDTH moves by the learning rate in each direction of the basis; wider layers move less.
 WIDTH = 200.0
 
 
@@ -50,11 +49,11 @@ class AdamUpdates(Updates):
     r"""The updates of one step of the rule ``"adam"``.
 
     Attributes:
-        tensors: :math:`-\Delta/\eta` per layer, shaped as the gradients; zero where it is not finite.
-        clip: The factor by which all updates were shortened to keep within the bound; 1 where they were not.
-        quadratic: :math:`\sum\langle G\Delta A, \Delta\rangle`, twice the KL of the step before that.
+        tensors: :math:`-\Delta/\eta` per layer, shaped as the gradients; zero for updates that are not finite.
+        clip: The factor of all updates that keeps the step within the bound; 1 for shorter steps.
+        quadratic: :math:`\sum\langle G\Delta A, \Delta\rangle` before the clip, twice the KL of the step.
         failed: The positions of the layers whose update is not finite.
-        moments: Per layer, after the step; those before it where the update is not finite.
+        moments: The moments per layer after the step; unchanged for updates that are not finite.
     """
 
     moments: tuple[Moments, ...] = ()
@@ -74,7 +73,7 @@ class AdamRule(Rule[AdamUpdates]):
     def updates(
         self, ready: Sequence[ReadyLayer], damping: float, kl_clip: float | None, most_decrease: float | None = None
     ) -> AdamUpdates:
-        """Make the step, without damping or ``most_decrease``; see :class:`Rule`."""
+        """Compute the updates, without damping or ``most_decrease``; see :class:`Rule`."""
         layers = [entry.layer for entry in ready]
         return adam_step(
             [entry.gradient for entry in ready],
@@ -99,7 +98,7 @@ class AdamRule(Rule[AdamUpdates]):
         for entry, update, moments in zip(ready, updates.tensors, updates.moments, strict=True):
             layer = entry.layer
             layer.take_moments(moments)
-            # There are no moments in another basis to go back to.
+            # Moments in the former basis do not exist any more.
             layer.confirm_inverse()
             if not write_update(layer, update, loss_scale):
                 unwritten.append(layer.name)
@@ -123,12 +122,12 @@ def _in_units_of(optimizer: Optimizer | None, layers: Iterable[Layer], loss_scal
     """Convert written updates to gradients that make the optimizer step by them.
 
     Args:
-        optimizer: The optimizer that is about to step.
+        optimizer: The optimizer of the step.
         layers: The layers that have updates.
-        loss_scale: The factor by which updates are multiplied, since a gradient scaler will divide by it.
+        loss_scale: A factor on the updates, by which a gradient scaler will divide.
     """
     known = momenta(optimizer)
-    # By identity: the projections of an attention layer share a parameter, of which each has written a part.
+    # By identity: the projections of an attention layer may share a parameter.
     written = {id(p): p for layer in layers for p in layer.trained_parameters().values()}.values()
     for parameter in written:
         if parameter.grad is not None:
@@ -143,7 +142,7 @@ def _share(parameter: Tensor, momentum: Mapping[int, float]) -> float:
 
 
 def curvature_weights(values: Tensor) -> Tensor:
-    r"""w, for eigenvalues :math:`\lambda_G\lambda_A^\top` of shape ``(groups, d_out, d_in)``; mean square 1 a group."""
+    r"""w for eigenvalues :math:`\lambda_G\lambda_A^\top`, ``(groups, d_out, d_in)``; each group has mean square 1."""
     mean = values.mean((-1, -2), keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
     weights = (values / mean).add_(LEAST_CURVATURE).pow_(EXPONENT)
     return weights / weights.square().mean((-1, -2), keepdim=True).sqrt()
@@ -159,22 +158,21 @@ def adam_step(
 ) -> AdamUpdates:
     r"""Make one step of Adam in each layer's eigenbasis, scaled to the trust region.
 
-    A layer without eigenbasis (:func:`eigenbasis`) takes Adam's own step of its parameters: neither w nor the width
-    enter.
+    A layer without eigenbasis (:func:`eigenbasis`) takes Adam's step of its parameters, without w and width.
 
     Args:
         gradients: Per layer, shape ``(groups, d_out, d_in)``; finite.
         moments: Per layer, in the basis of its inverse; None before the first step. Moments of another shape start
             anew.
         inverses: Per layer.
-        curvatures: Per layer, its factors; used where it has no eigenbasis.
+        curvatures: Per layer, its factors; used for layers without eigenbasis.
         learning_rates: Per layer, :math:`\eta` of this step, by which the optimizer will multiply the update.
         kl_clip: :math:`\kappa > 0`, or None for no bound.
     """
     updates, after, quadratics, products = [], [], [], []
     for gradient, before, inverse, curvature in zip(gradients, moments, inverses, curvatures, strict=True):
         basis = eigenbasis(inverse)
-        # Squares must not overflow: a second moment of infinity would never come down again.
+        # Squares must not overflow: a second moment of infinity would never decay.
         largest = 0.1 * math.sqrt(torch.finfo(gradient.dtype).max)
         projected = (gradient if basis is None else basis.project(gradient)).clamp(-largest, largest)
         known = before is not None and before.momentum.shape == projected.shape

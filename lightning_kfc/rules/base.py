@@ -24,8 +24,8 @@ class ReadyLayer:
         layer: The layer, which has an inverse.
         gradient: Shape ``(groups, d_out, d_in)``, in float32 or better.
         learning_rate: The rule's learning rate for the layer's parameters in this step.
-        received: Used instead of the layer's inverse, if another rank may have computed the update.
-        fallback: Used instead of the layer's previous inverse, likewise.
+        received: Replaces the layer's inverse if another rank may have computed the update.
+        fallback: Replaces the layer's previous inverse if another rank may have computed the update.
     """
 
     layer: Layer
@@ -44,7 +44,7 @@ class Updates:
         clip: The factor on all updates that keeps them within the bound; 1 if they are shorter.
         quadratic: The squared norm of the step in the Fisher metric before the clip, twice its KL.
         failed: The positions of the layers without a usable update.
-        slope: :math:`\sum\alpha\langle V, \nabla\rangle`, the decrease that the updates promise to first order.
+        slope: :math:`\sum\alpha\langle V, \nabla\rangle`, the expected decrease of the loss to first order.
     """
 
     tensors: tuple[Tensor, ...]
@@ -63,13 +63,13 @@ U = TypeVar("U", bound=Updates)
 class Rule(ABC, Generic[U]):
     """Computes the updates of a step, then replaces the gradients by them.
 
-    Two phases: between them, the gradients can still be read. A rule holds no state: what it keeps of a layer from step
-    to step is held by :class:`~lightning_kfc.curvature.layer.Layer`.
+    There are two phases, so that the loss's gradients can be read between them. A rule holds no state:
+    :class:`~lightning_kfc.curvature.layer.Layer` holds moments.
     """
 
-    #: Whether :meth:`updates` uses ``most_decrease``, which takes a message between ranks to find.
+    #: Whether :meth:`updates` uses ``most_decrease``, which costs a message between ranks.
     bounds_decrease: ClassVar[bool] = False
-    #: The number of values that are kept for each parameter from step to step.
+    #: The number of values per parameter that are held from step to step.
     moments_per_parameter: ClassVar[int] = 0
 
     def learning_rates(self, rates: Mapping[Layer, float], optimizer: Optimizer | None) -> dict[Layer, float]:
@@ -82,10 +82,10 @@ class Rule(ABC, Generic[U]):
         return dict(rates)
 
     def ready(self, gradients: Mapping[Layer, Mapping[str, Tensor]], coming: OptimizerStep) -> list[ReadyLayer]:
-        """Return the layers that have an inverse and the gradient that it is for.
+        """Return the layers that have an inverse and a gradient that fits it.
 
         Args:
-            gradients: By layer: the gradients of its parameters.
+            gradients: The gradients of the parameters, by layer.
             coming: The coming step. Gradients are multiplied by its loss scale; the matrices are not.
         """
         usable = {
@@ -106,9 +106,9 @@ class Rule(ABC, Generic[U]):
 
         Args:
             ready: The layers.
-            damping: In force at this step, for inverses that can follow it.
-            kl_clip: The bound of E7; None for none.
-            most_decrease: The bound on the decrease of the loss that the slope of the step promises, or None.
+            damping: The damping in force at this step, for inverses that can follow it.
+            kl_clip: The bound of E7; None for no bound.
+            most_decrease: The bound on the slope of the step; None for no bound.
         """
 
     @abstractmethod
@@ -125,7 +125,7 @@ class Rule(ABC, Generic[U]):
 
         Args:
             ready: The layers.
-            updates: What :meth:`updates` returned for them.
+            updates: The updates of these layers, from :meth:`updates`.
             optimizer: The optimizer of the step; None if unknown, as one without momentum.
             loss_scale: A factor on the updates, by which a gradient scaler will divide.
             step: The number of the step, for warnings.
@@ -133,13 +133,13 @@ class Rule(ABC, Generic[U]):
         """
 
     def forget_momentum(self, layers: Iterable[Layer]) -> None:
-        """Drop the rule's own momentum of these layers, if any."""
+        """Drop the rule's own momentum of these layers."""
 
 
 def write_update(layer: Layer, update: Tensor, loss_scale: float) -> bool:
     """Replace a layer's gradients by its update.
 
     Returns:
-        False where float16 cannot hold the update, and the gradients stay as they are.
+        False if float16 cannot hold the update; the gradients then stay unchanged.
     """
     return layer.write(update if loss_scale == 1 else update * loss_scale)

@@ -1,4 +1,4 @@
-"""Choose the rule that ``rule="auto"`` stands for, by the model."""
+"""Choose the rule for ``rule="auto"``, by the model."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lightning_kfc.rules.base import Rule
 from lightning_kfc.rules.natural import NaturalRule
 from lightning_kfc.settings import Settings
 
-#: The rules by the names that users give.
+#: The rules, by the values of the option.
 RULE_TYPES: dict[str, type[Rule[Any]]] = {"natural": NaturalRule, "adam": AdamRule}
 
-#: The rule "adam" decomposes every factor, which costs far more than inverting it: on the deep autoencoder, whose
-#: layers are 1,000 wide, it lost more time than it saved. The transformers on which it gained had factors of up to 257.
+#: The widest factor for the rule "adam", which decomposes every factor, at far more cost than an inverse. On the deep
+#: autoencoder with layers of width 1,000 it lost time; the transformers on which it gained had factors of up to 257.
 WIDEST = 512
 
 
@@ -29,7 +29,7 @@ class RuleChoice:
 
     Attributes:
         rule: ``"natural"`` or ``"adam"``.
-        reason: The reason for the choice, in words; empty where the user named the rule, or the model has no attention.
+        reason: The reason for the choice; empty if the user chose the rule, or the model has no attention.
     """
 
     rule: str

@@ -34,7 +34,7 @@ def take_momentum_out(optimizer: Optimizer, parameters: Iterable[nn.Parameter], 
 
     With momentum :math:`\mu` and buffer b, SGD steps by :math:`b \leftarrow \mu b + d`, d the gradient with its decay.
     For a rule with its own momentum and the step u, the gradient is :math:`d = u - \mu b`; likewise with dampening and
-    Nesterov's momentum. Weight decay, which the momentum would have added up, acts as strongly as before.
+    Nesterov's momentum. Weight decay is scaled so that it acts as strongly as with momentum.
 
     Args:
         optimizer: An optimizer of :func:`is_sgd`.
@@ -51,7 +51,7 @@ def take_momentum_out(optimizer: Optimizer, parameters: Iterable[nn.Parameter], 
             state = optimizer.state.get(parameter, {})
             buffer = state.get("momentum_buffer")
             if buffer is not None and buffer.is_sparse:
-                # A dense gradient cannot be added to it.
+                # A sparse buffer cannot take a dense gradient.
                 buffer = state["momentum_buffer"] = buffer.to_dense()
             parameter.grad = (_gradient_for(update, parameter, buffer, group) * loss_scale).to(parameter.grad.dtype)
 

@@ -16,7 +16,7 @@ from lightning_kfc.factors.quadratic_form import inner_product
 from lightning_kfc.monitoring.events import Events, listed
 from lightning_kfc.rules.base import ReadyLayer, Rule, Updates, write_update
 
-#: The widest layers in a batch: for wider ones a copy of the inverses costs more than separate products.
+#: The widest layers in a batch: with wider ones, a copy of the inverses costs more than separate products.
 LARGEST_BATCHED = 512
 
 
@@ -25,14 +25,14 @@ class NaturalUpdates(Updates):
     r"""The updates of one step of the rule ``"natural"``.
 
     Attributes:
-        tensors: :math:`\nu V` per layer, shaped as the gradients, and shortened to the decrease that may be promised;
-            the gradient itself without a usable V.
+        tensors: :math:`\nu V` per layer, shaped as the gradients, within the bound on the slope; the gradient itself
+            without a usable V.
         clip: :math:`\nu`, 1 without clipping.
-        quadratic: :math:`\sum \alpha^2 \langle V, \nabla\bar W\rangle`, twice the KL of the step before it was
-            clipped, and after it was shortened to the decrease that may be promised.
-        failed: The positions of the layers for which no inverse gave a usable V.
-        restored: The positions of the layers for which only the fallback gave a usable V.
-        rank_exceeded: The positions of the layers whose gradient had a higher rank than their rows explain.
+        quadratic: :math:`\sum \alpha^2 \langle V, \nabla\bar W\rangle`, twice the KL of the step, within the bound on
+            the slope and before the clip.
+        failed: The positions of the layers without a usable V from any inverse.
+        restored: The positions of the layers with a usable V from the fallback alone.
+        rank_exceeded: The positions of the layers whose gradient has a higher rank than their rows explain.
     """
 
     restored: tuple[int, ...] = ()
@@ -40,7 +40,7 @@ class NaturalUpdates(Updates):
 
 
 class NaturalRule(Rule[NaturalUpdates]):
-    """The paper's KFC-pre (E5, E7), with the optimizer's own rate and momentum."""
+    """The paper's KFC-pre (E5, E7), with the optimizer's learning rate and momentum."""
 
     bounds_decrease: ClassVar[bool] = True
 
@@ -92,12 +92,9 @@ class NaturalRule(Rule[NaturalUpdates]):
 
 
 def forget_rows(ready: Sequence[ReadyLayer], updates: NaturalUpdates) -> None:
-    """Forget the number of rows of layers whose gradient had a higher rank.
-
-    It is counted again with the next statistics.
-    """
+    """Forget the number of rows of layers whose gradient has a higher rank; the next statistics count them again."""
     for position in updates.rank_exceeded:
-        # A penalty on the weights, for one, is a gradient of no rows.
+        # The gradient of a penalty on the weights, for example, has no rows.
         ready[position].layer.forget_rows()
 
 
@@ -115,18 +112,17 @@ def natural_step(
     :math:`V \leftarrow \nu V`, :math:`\nu = \min(1, \sqrt{\kappa / \sum \alpha^2\langle V,\nabla\bar W\rangle})`
     (E7; Ba, Grosse & Martens 2017), with the learning rate of each layer's own parameter group.
 
-    A V is usable if it is finite and a descent direction, :math:`\langle V,\nabla\bar W\rangle \ge 0`, which
-    rounding can take from an inverse of very unequal eigenvalues.
+    A V is usable if it is finite and a descent direction, :math:`\langle V,\nabla\bar W\rangle \ge 0`. Rounding in an
+    inverse of very unequal eigenvalues can violate this.
 
     Args:
         gradients: Per layer, shape ``(groups, d_out, d_in)``; finite.
         inverses: Per layer.
         learning_rates: Per layer, :math:`\alpha` of this step.
         kl_clip: :math:`\kappa > 0`, or None for no clip.
-        fallbacks: Per layer, the inverse to use instead where the first one's V is not usable, or None.
-        most_decrease: Before it is clipped, the step is shortened until its slope,
-            :math:`\sum\alpha\langle V,\nabla\bar W\rangle`, promises no more decrease of the loss than this; None for
-            no such bound.
+        fallbacks: Per layer, the inverse to use if the first one's V is not usable, or None.
+        most_decrease: The bound on the slope :math:`\sum\alpha\langle V,\nabla\bar W\rangle`, to which the step is
+            shortened before the clip; None for no bound.
     """
     batched = any(gradient.device.type != "cpu" for gradient in gradients)
     updates, rank_exceeded = solve_all(inverses, gradients, batched=batched)
@@ -168,8 +164,7 @@ def solve_all(
 ) -> tuple[list[Tensor], list[int]]:
     """Apply every layer's inverse, small layers of equal shapes in one batch.
 
-    An accelerator spends more on starting small products than on making them. On a CPU a batch takes as long as its
-    parts.
+    On an accelerator, the launch of small products takes longer than their computation. On a CPU a batch gains nothing.
 
     Args:
         inverses: Per layer.

@@ -20,7 +20,7 @@ class UpdateStatus(IntEnum):
     """Outcome of a layer's update, sent after the update's last element."""
 
     USABLE = 0
-    #: Usable by the previous inverse alone.
+    #: Only the previous inverse gave a usable update.
     RESTORED = 1
     FAILED = 2
 
@@ -32,11 +32,11 @@ def received_updates(ownership: LayerOwnership, ready: Sequence[ReadyLayer], dam
 
     Args:
         ownership: The ranks that hold each inverse.
-        ready: The layers that are about to step.
-        damping: In force at this step.
+        ready: The layers of the step.
+        damping: The damping in force at this step.
 
     Returns:
-        The layers with their updates; as they are where every rank holds every inverse.
+        The layers with their updates; unchanged if every rank holds every inverse.
     """
     if ownership.replicated or not ready:
         return list(ready)
@@ -67,7 +67,7 @@ def received_updates(ownership: LayerOwnership, ready: Sequence[ReadyLayer], dam
 
 
 def _own_updates(ready: Sequence[ReadyLayer], damping: float) -> list[tuple[Tensor, UpdateStatus]]:
-    """The updates, before any clip, and the outcome of each, for layers whose inverses this rank holds."""
+    """The updates before the clip, with their outcomes, for layers whose inverses this rank holds."""
     updates = NaturalRule().updates(ready, damping, kl_clip=None)
     forget_rows(ready, updates)
     status = [UpdateStatus.USABLE] * len(ready)
@@ -79,8 +79,8 @@ def _own_updates(ready: Sequence[ReadyLayer], damping: float) -> list[tuple[Tens
 
 
 def _with_update(entry: ReadyLayer, update: Tensor, status: Tensor) -> ReadyLayer:
-    """A layer with the update that a rank computed for all, so that all ranks decide alike."""
-    # On the device: reading each status on the CPU would wait for each.
+    """A layer with the update of its owner, so that all ranks decide alike."""
+    # On the device: a read of each status on the CPU would wait for the device.
     unusable = torch.full_like(update, math.nan)
     first = ReceivedUpdate(torch.where(status == UpdateStatus.USABLE, update, unusable))
     second = ReceivedUpdate(torch.where(status == UpdateStatus.FAILED, unusable, update))
