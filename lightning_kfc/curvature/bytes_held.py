@@ -11,12 +11,12 @@ from lightning_kfc.factors.statistics import factor_dtype
 
 
 def layer_bytes(layer: Layer, inverse: type[Inverse], kept: int = 0) -> int:
-    """Bytes that a layer holds, or will hold once it has factors and an inverse.
+    """Bytes that a layer holds, or will hold with factors and an inverse.
 
     Args:
         layer: The layer.
         inverse: The user's kind of inverse.
-        kept: The numbers that are kept per parameter from step to step.
+        kept: The number of values per parameter that are held from step to step.
     """
     dtype = factor_dtype(layer.parameters()[0].dtype)
     held = kept * math.prod(layer.adapter.matrix_shape()) * dtype.itemsize

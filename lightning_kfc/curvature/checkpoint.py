@@ -16,15 +16,15 @@ from lightning_kfc.factors.inverses import Inverse
 from lightning_kfc.factors.moments import Moments
 from lightning_kfc.factors.running_average import average_state, averages_of, own_storage, shapes_in
 
-#: The written version, and the versions that are read besides; factors are whole in 1, triangles in 2.
+#: The written version, and earlier versions that can be read; version 1 has whole factors, version 2 triangles.
 STATE_VERSION, EARLIER_VERSIONS = 2, (1,)
 
 
 def check_version(state: Mapping[str, Any]) -> None:
-    """Require a state that this version reads.
+    """Require a state of a readable version.
 
     Raises:
-        ValueError: If it is of another version.
+        ValueError: If the state is of another version.
     """
     if state.get("version") not in (STATE_VERSION, *EARLIER_VERSIONS):
         raise ValueError(
@@ -34,7 +34,7 @@ def check_version(state: Mapping[str, Any]) -> None:
 
 
 def layers_state(layers: Mapping[str, Layer], ownership: LayerOwnership) -> dict[str, dict[str, Any]]:
-    """The state of all layers, by name; with one owner each, on the first rank. Collective: call on every rank."""
+    """The state of all layers, by name; complete on the first rank. Collective: call on every rank."""
     return ownership.collected({name: _state(layer) for name, layer in layers.items()})
 
 
@@ -44,7 +44,7 @@ class LoadedLayers:
 
     Attributes:
         problems: A sentence for each layer of the state or of the model that was not loaded.
-        anew: The names of the model's layers among them, which start anew.
+        anew: The names of the model's layers that start anew.
     """
 
     problems: Sequence[str]
@@ -59,7 +59,7 @@ def load_layers(
     *,
     with_moments: bool,
 ) -> LoadedLayers:
-    """Load the state of layers; one that does not fit starts anew.
+    """Load the state of layers; a layer whose state does not fit starts anew.
 
     Args:
         layers: The model's layers.
@@ -99,7 +99,7 @@ def _state(layer: Layer) -> dict[str, Any]:
 def _load(
     layer: Layer, state: Mapping[str, Any], kind: type[Inverse], ownership: LayerOwnership, *, with_moments: bool
 ) -> str | None:
-    """Load factors and, if of the same kind, the inverse; return the reason if they do not fit, else None."""
+    """Load factors, and an inverse of the same kind; return the reason if they do not fit, else None."""
     device = layer.parameters()[0].device
     expected, found = layer.adapter.factor_shapes(), shapes_in(state["factors"])
     if found and found != expected:

@@ -28,12 +28,12 @@ class CoverageRow:
     Attributes:
         parameter: Its name in the model.
         module: The name of the module that owns it.
-        kind: The kind of layer; the module's class where it has none.
+        kind: The kind of layer; the module's class if there is no layer.
         treatment: ``"kfc"`` (Kronecker factors), ``"block"`` or ``"diagonal"`` (smaller forms of curvature),
             ``"plain"`` (its own gradient) or ``"frozen"``.
         reason: The reason for another form of curvature than that of its kind of layer, for a diagonal factor, or for
             another weight sharing than the setting's; else empty.
-        factor_shapes: The shapes of its layer's factors, by name; a leading axis of groups where there are several.
+        factor_shapes: The shapes of its layer's factors, by name; with a leading groups axis if there are several.
         bytes: The memory of its layer's factors and inverse, on the layer's first trainable parameter only.
         numel: The number of its elements.
     """
@@ -50,7 +50,7 @@ class CoverageRow:
 
 @dataclass(frozen=True)
 class _Line:
-    """One preconditioned layer, or several that differ in the numbers of their names only."""
+    """One preconditioned layer, or several layers that differ only in the numbers of their names."""
 
     name: str
     kind: str
@@ -65,11 +65,11 @@ class _Line:
 
 @dataclass(frozen=True)
 class Coverage:
-    """All parameters of a model, a row each; prints as a table of layers.
+    """All parameters of a model, one per row; prints as a table of layers.
 
-    The table gives the number of dimensions of each factor: ``A 577, G 64`` is a pair of Kronecker factors,
-    ``96 x (A 10, G 1)`` one such pair a group, ``64 x F 2`` a dense block for each of 64 units; ``diag`` marks a
-    diagonal. Layers whose names differ in numbers only, and in nothing else, share a line: ``layers.[0-11].fc``.
+    The table has the dimensions of each factor: ``A 577, G 64`` is a pair of Kronecker factors, ``96 x (A 10, G 1)``
+    one pair per group, ``64 x F 2`` a dense block for each of 64 units; ``diag`` marks a diagonal. Layers that differ
+    only in the numbers of their names share a line: ``layers.[0-11].fc``.
     """
 
     rows: tuple[CoverageRow, ...]
@@ -84,11 +84,11 @@ class Coverage:
         return len(self.rows)
 
     def __iter__(self) -> Iterator[CoverageRow]:
-        """Over the rows."""
+        """Iterate over the rows."""
         return iter(self.rows)
 
     def _repr_html_(self) -> str:
-        """The same table in a notebook."""
+        """The table in a notebook."""
         return f"<pre>{html.escape(str(self))}</pre>"
 
     @property
@@ -121,7 +121,7 @@ class Coverage:
         return "\n".join(lines)
 
 
-#: Columns of a terminal, the width of a table unless its numbers and :data:`SHORTEST_NAME` of a name need more.
+#: The width of a table, unless numbers and a name of :data:`SHORTEST_NAME` need more.
 WIDTH, SHORTEST_NAME = 80, 12
 
 _WRAP = textwrap.TextWrapper(WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
@@ -142,7 +142,7 @@ _LABELS = {
 
 
 def _merged(lines: Sequence[_Line]) -> list[_Line]:
-    """Lines that differ in the numbers of their names only become one, where those numbers make up a full grid."""
+    """Merge lines that differ only in the numbers of their names, if the numbers form a full grid."""
     alike: dict[tuple[object, ...], list[_Line]] = {}
     for line in lines:
         key = (re.sub(r"\d+", "#", line.name), line.kind, line.treatment, line.factors, line.numel)
@@ -215,7 +215,7 @@ OTHER_PARAMETERS = "frozen or unfrozen since its last statistics: taken anew at 
 
 
 def without_curvature(layers: Iterable[Layer]) -> dict[str, str]:
-    """Layers of a training that has begun whose gradients stay as they are at present, with the reason, by name."""
+    """Layers whose gradients stay unchanged at present, with the reason, by name, once training has begun."""
     reasons = {}
     for layer in layers:
         own = tuple(layer.adapter.own_parameters())
@@ -239,13 +239,13 @@ def coverage_of(
         model: The model.
         found: Its layers.
         inverse: The user's kind of inverse.
-        kept: The numbers that are kept per parameter from step to step, which count as memory of the inverse.
-        idle: Layers that have no curvature at present, by name, with the reason.
+        kept: The number of values per parameter that are held from step to step; counted as memory of the inverse.
+        idle: Layers without curvature at present, by name, with the reason.
     """
     idle = idle or {}
     owners: dict[int, list[Layer]] = {}
     own = set(map(id, model.parameters()))
-    # A layer whose module, or whose parameters, were replaced takes no part any more.
+    # Layers whose module or parameters were replaced are idle.
     present = [e for e in found.values() if e.unchanged and own.issuperset(map(id, e.parameters()))]
     for layer in present:
         for parameter in layer.parameters():
@@ -289,7 +289,7 @@ def _lines(layers: Iterable[Layer], inverse: type[Inverse], kept: int) -> Iterat
 
 
 def _shapes(layers: Sequence[Layer]) -> dict[str, tuple[int, ...]]:
-    """The shapes of a parameter's factors; with the part's name where it serves several parts of a module."""
+    """The shapes of a parameter's factors; with the part's name if several parts of a module use the parameter."""
     return {
         name if len(layers) == 1 else f"{layer.name.rpartition('.')[2]}.{name}": shape[1:] if shape[0] == 1 else shape
         for layer in layers

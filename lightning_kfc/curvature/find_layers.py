@@ -33,13 +33,12 @@ class LayerOptions:
     """The options for finding layers and taking their statistics.
 
     Attributes:
-        include: Glob patterns over module names: only these are preconditioned; None for all.
-        exclude: Glob patterns over module names: these are not.
+        include: Glob patterns over module names; only these are preconditioned. None for all.
+        exclude: Glob patterns over module names that are not preconditioned.
         weight_sharing: ``"expand"`` or ``"reduce"``.
         max_factor_dim: Above this many dimensions a factor is held as its diagonal; None for no bound.
-        rows_per_dim: Statistics are taken from a part of a batch's rows that has so many times a factor's dimensions;
-            None for all rows.
-        inverse_precision: That of Cholesky inverses: ``"full"`` or ``"bfloat16"``.
+        rows_per_dim: The number of used rows of a batch, as a multiple of a factor's dimensions; None for all rows.
+        inverse_precision: The precision of Cholesky inverses: ``"full"`` or ``"bfloat16"``.
         every: The periods of statistics and of inverses, in steps.
     """
 
@@ -53,7 +52,7 @@ class LayerOptions:
 
     @classmethod
     def of(cls, settings: Settings) -> LayerOptions:
-        """Those of all settings that concern layers."""
+        """The settings that concern layers."""
         return cls(
             include=settings.include,
             exclude=settings.exclude,
@@ -71,7 +70,7 @@ class FoundLayers:
 
     Attributes:
         layers: The layers to precondition, by name.
-        plain: The parameters that keep their plain gradient, by ``id``: their module's kind, and why.
+        plain: The parameters that keep their plain gradient, by ``id``: their module's kind, and the reason.
     """
 
     layers: dict[str, Layer] = field(default_factory=dict)
@@ -82,16 +81,16 @@ def find_layers(model: nn.Module, options: LayerOptions | None = None, *, strict
     """Find the layers of a model.
 
     Modules that share all their parameters form one layer. A parameter that is shared in any other way, or
-    whose module has no adapter, becomes a layer of its own, with a diagonal curvature.
+    whose module has no adapter, becomes a separate layer with a diagonal curvature.
 
     Args:
         model: The model.
         options: The options.
-        strict: Whether it is an error that a pattern matches nothing, or that there is no layer.
+        strict: Whether to raise an error if a pattern matches nothing, or if there is no layer.
 
     Raises:
-        ValueError: If a pattern matches no module that has parameters of its own, or no layer with an adapter is left.
-            The layers of lazy modules are found once these are initialised, and count as layers that are left.
+        ValueError: If a pattern matches no module with own parameters, or no layer with an adapter is left. Lazy
+            modules, whose layers are found after their initialisation, count as layers.
     """
     options = options or LayerOptions()
     include, exclude = options.include, options.exclude
@@ -142,7 +141,7 @@ def parameter_layers(model: nn.Module, reasons: Mapping[int, str], options: Laye
         options: The options of statistics.
     """
     layers = {}
-    # In the model's order: the ranks of a process group must come to the same order, which that of ids is not.
+    # In the model's order, which is the same on all ranks; ids are not.
     for name, parameter in model.named_parameters():
         if id(parameter) in reasons:
             module, _, own = name.rpartition(".")
@@ -160,7 +159,7 @@ class _Uses:
         self._reasons: dict[int, str] = {}
 
     def add(self, parts: Mapping[str, Adapter]) -> None:
-        """The adapters of one module, by layer name; modules that share all their parameters share their layers."""
+        """Add the adapters of one module, by layer name; modules that share all their parameters share layers."""
         for connected in _connected(parts):
             key = tuple((type(adapter), _identities(adapter.parameters())) for adapter in connected.values())
             layers = self._uses.setdefault(key, {name: [] for name in connected})
@@ -170,7 +169,7 @@ class _Uses:
                     self._by_parameter.setdefault(identity, set()).add(key)
 
     def add_other(self, name: str, identities: Iterable[int], reason: str) -> None:
-        """Parameters of a module that no adapter explains."""
+        """Add parameters of a module without an adapter."""
         for identity in identities:
             self._by_parameter.setdefault(identity, set()).add(name)
             self._reasons[identity] = reason
@@ -180,7 +179,7 @@ class _Uses:
         return all(self._by_parameter[i] == {key} for a in adapters for i in _identities(a.parameters()))
 
     def explained(self) -> list[dict[str, list[Adapter]]]:
-        """The layers whose parameters are used in no other way, by name."""
+        """The layers whose parameters have no other use, by name."""
         return [layers for key, layers in self._uses.items() if self._is_explained(key)]
 
     def unexplained(self) -> dict[int, str]:
@@ -213,7 +212,7 @@ def _parts(name: str, module: nn.Module, model: nn.Module, options: LayerOptions
 
 
 def _connected(parts: Mapping[str, Adapter]) -> list[dict[str, Adapter]]:
-    """The parts in groups that have no parameter in common."""
+    """The parts in groups without common parameters."""
     groups: list[dict[str, Adapter]] = []
     for name, adapter in parts.items():
         own = set(_identities(adapter.parameters()))
@@ -229,11 +228,11 @@ def _connected(parts: Mapping[str, Adapter]) -> list[dict[str, Adapter]]:
 
 
 def _batch_axis(name: str, model: nn.Module) -> int:
-    """The axis of the examples by the ``batch_first`` of the nearest module around that has one; else the first."""
+    """The axis of the examples, by ``batch_first`` of the nearest enclosing module that has it; else the first."""
     path: str | None = name
     while path is not None:
         module = model.get_submodule(path)
-        # The layers of a Transformer leave it to their attention modules.
+        # In the layers of a Transformer, the attention modules have the attribute.
         for at in (module, getattr(module, "self_attn", None)):
             batch_first = getattr(at, "batch_first", None)
             if isinstance(batch_first, bool):
@@ -247,7 +246,7 @@ def _identities(parameters: Mapping[str, nn.Parameter | None]) -> tuple[int, ...
 
 
 def _held_by_parents(owners: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Modules that only hold parameters for another one, which never calls them; with that one's name."""
+    """The name of the using module, by the name of each module that only holds parameters and is never called."""
     held = {}
     for name, module in owners.items():
         kind = adapter_for(module)

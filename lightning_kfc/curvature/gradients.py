@@ -22,12 +22,12 @@ def write_matrix(adapter: Adapter, matrix: Tensor, gradients: Mapping[str, Tenso
     """Fill gradients, some of them sharded, from a matrix ``(groups, d_out, d_in)`` that all ranks have.
 
     Args:
-        adapter: Knows the layout.
+        adapter: The layer's adapter.
         matrix: The update.
-        gradients: By role.
+        gradients: The gradients, by role.
 
     Returns:
-        False where the gradients' own precision cannot hold it (float16), and they were left as they were.
+        False if the gradients' precision (float16) cannot hold the matrix; they then stay unchanged.
     """
     half = any(gradient.dtype == torch.float16 for gradient in gradients.values())
     if half and float(matrix.abs().max()) > torch.finfo(torch.float16).max:

@@ -27,9 +27,9 @@ class Layer:
 
     Args:
         name: The name of its (first) module in the model.
-        adapters: The adapters of all modules that share the layer's parameters, the first one's first.
+        adapters: The adapters of all modules that share the layer's parameters, in the model's order.
         reason: The reason for no Kronecker factors; empty for a layer with factors.
-        inverse_precision: That of a Cholesky inverse, and of the products with it: ``"full"`` or ``"bfloat16"``.
+        inverse_precision: The precision of a Cholesky inverse and its products: ``"full"`` or ``"bfloat16"``.
     """
 
     def __init__(
@@ -39,23 +39,22 @@ class Layer:
         self.adapters = list(adapters)
         self.averages: dict[str, StoredAverage] = {}
         self.inverse: Inverse | None = None
-        #: The last inverse that gave a usable update, until the present one has given one.
+        #: The former inverse, until the present one has given a usable update.
         self.previous_inverse: Inverse | None = None
         #: The moments of the rule "adam", in the eigenbasis of the inverse.
         self.moments: Moments | None = None
-        # A sharded module shows the whole parameters from its forward to its backward: the gradients, and the
-        # optimizer, are of the parts.
+        # From its forward to its backward a sharded module has whole parameters; gradients and optimizer have parts.
         self._shards = {role: p for role, p in self.adapter.parameters().items() if is_sharded(p)}
         self.pending: Statistics | None = None
         self.factorised_at = -1
-        #: The mean square of the weights at the start of training, where the damping is automatic; None before.
+        #: The mean square of the weights at the start of training, for an automatic damping.
         self.mean_square: float | None = None
-        #: The most rows that a step has had, which bounds the rank of its gradient; None where that is not known.
+        #: The most rows of a step, a bound on the rank of the gradient; None if unknown.
         self.rows: int | None = None
-        #: The roles of the parameters that factors and inverse are for; others may be frozen or unfrozen since.
+        #: The roles of the parameters in factors and inverse; parameters may be frozen or unfrozen later.
         self.roles: tuple[str, ...] = ()
         self._pending_roles: tuple[str, ...] = ()
-        #: The layer's modules and parameters by their identity, when it was found.
+        #: The identities of the layer's modules and parameters at the search for layers.
         self.found_as = self._identity()
 
     def _identity(self) -> tuple[object, ...]:
@@ -65,17 +64,17 @@ class Layer:
         )
 
     def found_again(self, name: str, reason: str) -> None:
-        """Take the name, and the reason for a diagonal curvature, of a later search for layers."""
+        """Set the name, and the reason for a diagonal curvature, from a later search for layers."""
         self.name, self.reason = name, reason
 
     @property
     def unchanged(self) -> bool:
-        """Whether the layer's modules still have the parameters that they had when it was found."""
+        """Whether the layer's modules have the same parameters as at the search for layers."""
         return self._identity() == self.found_as
 
     @property
     def adapter(self) -> Adapter:
-        """The adapter through which gradients are read and written."""
+        """The adapter that reads and writes gradients."""
         return self.adapters[0]
 
     def parameters(self) -> list[nn.Parameter]:
@@ -83,14 +82,14 @@ class Layer:
         return list(self.adapter.parameters().values())
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that are trainable now, by role, as the optimizer has them."""
+        """The parameters that are trainable now, by role, as in the optimizer."""
         return {role: self._shards.get(role, own) for role, own in self.adapter.own_parameters().items()}
 
     def factor(self, name: str) -> Tensor:
-        """A running factor, without the groups axis where there is one group.
+        """A running factor, without the groups axis if there is one group.
 
         Raises:
-            RuntimeError: If no statistics have been taken yet.
+            RuntimeError: If the layer has no statistics yet.
         """
         if name not in self.averages and isinstance(self.inverse, RemoteInverse):
             raise RuntimeError(
@@ -104,12 +103,12 @@ class Layer:
 
     @property
     def A(self) -> Tensor:
-        """The input factor (E1) as running average, ``(d_in, d_in)``; a leading groups axis where groups > 1."""
+        """The input factor (E1) as running average, ``(d_in, d_in)``; with a leading groups axis if groups > 1."""
         return self.factor("A")
 
     @property
     def G(self) -> Tensor:
-        """The output factor (E2) as running average, ``(d_out, d_out)``; a leading groups axis where groups > 1."""
+        """The output factor (E2) as running average, ``(d_out, d_out)``; with a leading groups axis if groups > 1."""
         return self.factor("G")
 
     @property
@@ -118,12 +117,12 @@ class Layer:
         return {name: average.value for name, average in self.averages.items()}
 
     def add(self, statistics: Statistics) -> None:
-        """Add the statistics of one more micro-batch of the step."""
+        """Add the statistics of one micro-batch of the step."""
         self.pending = statistics if self.pending is None else self.pending + statistics
         self.note_roles()
 
     def note_roles(self) -> None:
-        """Note for which parameters the next statistics to be folded are: those that are trainable now."""
+        """Note the trainable parameters, to which the next folded statistics belong."""
         self._pending_roles = tuple(self.adapter.own_parameters())
 
     def drop_pending(self) -> None:
@@ -131,7 +130,7 @@ class Layer:
         self.pending = None
 
     def seen_rows(self, rows: int) -> None:
-        """Note the number of rows of a step; none are no bound on the rank of its gradient."""
+        """Note the number of rows of a step; 0 rows are no bound on the rank of the gradient."""
         self.rows = max(self.rows or 0, rows) or None
 
     def fold(self, statistics: Statistics, decay: float) -> bool:
@@ -156,10 +155,10 @@ class Layer:
         return kept
 
     def fold_elsewhere(self) -> bool:
-        """Note that another rank, which has the running averages, folds a step's statistics into them.
+        """Note that another rank folds a step's statistics into its running averages.
 
         Returns:
-            False if they start anew, as in :meth:`fold`.
+            False if the averages start anew, as in :meth:`fold`.
         """
         kept = self.roles in ((), self._pending_roles)
         if not kept:
@@ -180,29 +179,29 @@ class Layer:
         rows: int | None,
         mean_square: float | None,
     ) -> None:
-        """Take the parts of a checkpoint, for the parameters that are trainable now."""
+        """Restore the parts of a checkpoint, for the parameters that are trainable now."""
         self.averages, self.moments, self.rows, self.mean_square = averages, moments, rows, mean_square
         self.roles = tuple(self.adapter.own_parameters())
         self.previous_inverse = None
         self.inverse = None if inverse is None else inverse.in_precision(self.inverse_dtype)
 
     def inverse_type(self, chosen: type[Inverse]) -> type[Inverse]:
-        """The kind of inverse of this layer, given the one that the user chose."""
+        """The kind of inverse of this layer, given the user's choice."""
         own = self.adapter.inverse_type(chosen)
-        # Without rows of single examples there is only the product of the factors' own eigenvalues.
+        # Without rows of single examples, the eigenvalues are products of the factors' own.
         return EighInverse if own is EkfacInverse and not self.adapter.pairs_rows else own
 
     def quadratic(self, delta: Tensor) -> float:
         r""":math:`\delta^\top F\delta` of a change ``(groups, d_out, d_in)`` of the parameters; 0 without factors.
 
-        Estimated where that is far cheaper: see :func:`~lightning_kfc.factors.quadratic_form.estimated_quadratic_form`.
+        Estimated if far cheaper: see :func:`~lightning_kfc.factors.quadratic_form.estimated_quadratic_form`.
         """
         if not self.averages or not self.unchanged:
             return 0.0
         return float(estimated_quadratic_form(self.curvature(), delta))
 
     def curvature(self) -> Mapping[str, Tensor]:
-        """The factors that are inverted: the running ones, as changed by the adapter."""
+        """The factors to invert: the running factors, as changed by the adapter."""
         draws = min(average.draws for average in self.averages.values())
         return self.adapter.estimate(self.factors, draws)
 
@@ -219,11 +218,11 @@ class Layer:
             self.mean_square = mean_square(weights, self.adapter.module)
 
     def damping(self, damping: float) -> float:
-        """The damping of this layer, given the user's, or an automatic one for weights of mean square 1."""
+        """The damping of this layer, given the user's, or the automatic one for weights of mean square 1."""
         return damping if self.mean_square is None else damping / self.mean_square
 
     def take(self, fresh: Inverse, step: int) -> None:
-        """Use a new inverse from now on; the last one is kept until the new one has given a usable update."""
+        """Use a new inverse; hold the former one until :meth:`confirm_inverse`."""
         self.factorised_at = step
         self.previous_inverse = self.previous_inverse or self.inverse
         if self.moments is not None:
@@ -231,19 +230,19 @@ class Layer:
         self.inverse = fresh.in_precision(self.inverse_dtype)
 
     def go_back(self) -> None:
-        """Use the last inverse again, as the new one gave no usable update."""
+        """Use the former inverse again, since the new one gave no usable update."""
         self.inverse = self.previous_inverse
 
     def confirm_inverse(self) -> None:
-        """Drop the last inverse, as the present one has given a usable update."""
+        """Drop the former inverse, since the present one has given a usable update."""
         self.previous_inverse = None
 
     def take_moments(self, moments: Moments) -> None:
-        """Keep Adam's moments after a step, which are in the eigenbasis of the present inverse."""
+        """Hold Adam's moments after a step, in the eigenbasis of the present inverse."""
         self.moments = moments
 
     def forget_rows(self) -> None:
-        """Take the number of rows for unknown, until statistics are taken again."""
+        """Forget the number of rows, until the next statistics."""
         self.rows = None
 
     @property
@@ -254,12 +253,12 @@ class Layer:
         return factor_dtype(next(iter(self.adapter.parameters().values())).dtype)
 
     def forget_momentum(self) -> None:
-        """Let go of the momentum of the rule "adam", where there is one."""
+        """Drop the momentum of the rule "adam"."""
         if self.moments is not None:
             self.moments = self.moments.without_momentum()
 
     def basis_of_examples(self) -> Eigenbasis | None:
-        """The basis in which the gradients of single examples are wanted; None where there is none that fits."""
+        """The basis for the gradients of single examples; None if there is no fitting one."""
         if isinstance(self.inverse, EkfacInverse) and self.inverse.basis.shape == self.adapter.matrix_shape():
             return self.inverse.basis
         return None
@@ -272,19 +271,19 @@ class Layer:
     def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Tensors with the shapes of the parameters, by role, as one matrix ``(groups, d_out, d_in)``.
 
-        It is in float32 or better; of sharded tensors it is the whole. Collective for those: call on every rank.
+        The matrix is in float32 or better. For sharded tensors, collective: call on every rank.
         """
         joint = self.adapter.matrix({role: whole(tensor) for role, tensor in tensors.items()})
         return joint.to(torch.promote_types(joint.dtype, torch.float32))
 
     def gradients(self) -> dict[str, Tensor] | None:
-        """The gradients of the layer's parameters, or None where one of them has none."""
+        """The gradients of the layer's parameters; None if one is missing."""
         found = {name: parameter.grad for name, parameter in self.trained_parameters().items()}
         known = {name: gradient for name, gradient in found.items() if gradient is not None}
         return known if known and len(known) == len(found) else None
 
     def gradient_is_zero(self) -> bool:
-        """Whether the layer's parameters have no gradient, or one that is zero in every element."""
+        """Whether all gradients of the layer's parameters are missing or zero."""
         parameters = {**self.adapter.parameters(), **self._shards}.values()
         # Other ranks may have nonzero parts of a sharded gradient.
         return all(g is None or (type(g) is Tensor and is_zero(g)) for g in (p.grad for p in parameters))
@@ -293,7 +292,7 @@ class Layer:
         """Replace the gradients by a matrix ``(groups, d_out, d_in)``.
 
         Returns:
-            False where the gradients' own precision cannot hold it (float16), and they were left as they were.
+            False if the gradients' precision (float16) cannot hold the matrix; they then stay unchanged.
         """
         gradients = self.gradients()
         assert gradients is not None

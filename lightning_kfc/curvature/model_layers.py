@@ -36,7 +36,7 @@ class LayerChange:
     plain: Mapping[str, str]
 
     def __str__(self) -> str:
-        """The change in words; empty where there is none."""
+        """The change in words; empty without a change."""
         parts = {
             "new": [f"{layer.name!r} ({_treatment(layer)})" for layer in self.new],
             "gone": [repr(name) for name in self.gone],
@@ -50,18 +50,19 @@ def _treatment(layer: Layer) -> str:
 
 
 class ModelLayers(Mapping[str, Layer]):
-    """The layers of a model by name, in the model's order, and the model's outline when they were found.
+    """The layers of a model by name, in the model's order, and the model's outline at the search for layers.
 
-    Parameters are compared by identity; all of them are referenced here, so that no later one has the identity of a
-    deleted one. A model with sharded parameters is not followed: it shows others from its forward to its backward.
+    Parameters are compared by identity. References to all of them are held, so that no new parameter gets the identity
+    of a deleted one. Changes of a model with sharded parameters are not followed: from its forward to its backward it
+    has other parameters.
 
     Args:
         model: The model.
         options: The options.
 
     Attributes:
-        plain: The parameters that keep their plain gradient, by ``id``: their module's kind, and why.
-        dropped: By name of a layer without Kronecker factors, the reason why its rows do not rebuild its gradient.
+        plain: The parameters that keep their plain gradient, by ``id``: their module's kind, and the reason.
+        dropped: The reason why a layer's rows do not rebuild its gradient, by the name of the dropped layer.
 
     Raises:
         ValueError: If a pattern matches nothing, or no layer is left.
@@ -89,7 +90,7 @@ class ModelLayers(Mapping[str, Layer]):
         return len(self._layers)
 
     def __str__(self) -> str:
-        """The layers with the shapes of their factors, the same on all ranks."""
+        """The layers with the shapes of their factors; the text is the same on all ranks."""
         lines = []
         for name, layer in self._layers.items():
             shapes = ", ".join(f"{factor} {tuple(s)}" for factor, s in layer.adapter.factor_shapes().items())
@@ -97,7 +98,7 @@ class ModelLayers(Mapping[str, Layer]):
         return ", ".join(lines)
 
     def present(self) -> dict[str, Layer]:
-        """The layers whose modules and parameters are the same as when they were found."""
+        """The layers whose modules and parameters have not changed since the search for layers."""
         return {name: layer for name, layer in self._layers.items() if layer.unchanged}
 
     # Layers of an optimizer.
@@ -105,7 +106,7 @@ class ModelLayers(Mapping[str, Layer]):
     def learning_rates(self, optimizer: Optimizer) -> dict[str, float]:
         """The learning rate of each layer all of whose trainable parameters belong to an optimizer.
 
-        Where they are spread over its groups, that of the weight's group.
+        A layer with parameters in several groups gets the learning rate of the weight's group.
         """
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         rates = {}
@@ -116,16 +117,16 @@ class ModelLayers(Mapping[str, Layer]):
         return rates
 
     def stepped_by(self, optimizer: Optimizer | None) -> list[str]:
-        """The layers all of whose trainable parameters belong to an optimizer; all present ones where it is None."""
+        """The layers all of whose trainable parameters belong to an optimizer; all present layers if it is None."""
         return list(self.present() if optimizer is None else self.learning_rates(optimizer))
 
     def parameters(self, optimizer: Optimizer | None) -> list[nn.Parameter]:
-        """The parameters that an optimizer steps; all of the model's where it is not known."""
+        """The parameters that an optimizer steps; all parameters of the model if it is unknown."""
         if optimizer is None:
             return list(self._model.parameters())
         return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
-    # Layers that are given up.
+    # Dropped layers.
 
     def drop(self, name: str, reason: str) -> None:
         """Give each parameter of a layer a diagonal curvature, until the layer changes.
@@ -142,7 +143,7 @@ class ModelLayers(Mapping[str, Layer]):
         """Drop layers, and warn on rank zero, once for each reason.
 
         Args:
-            reasons: The reason why its rows do not rebuild its gradient, by name of the layer.
+            reasons: The reason why a layer's rows do not rebuild its gradient, by the layer's name.
         """
         for reason in dict.fromkeys(reasons.values()):
             alike = [layer for layer, own in reasons.items() if own == reason]
@@ -159,17 +160,17 @@ class ModelLayers(Mapping[str, Layer]):
     # A model that changes.
 
     def identity(self, name: str, parameter: nn.Parameter) -> int:
-        """The key of a parameter in :attr:`plain`: of a sharded model, that of the time when layers were found."""
+        """The key of a parameter in :attr:`plain`; for a sharded model, its ``id`` at the search for layers."""
         return self._identities.get(name, id(parameter)) if self._sharded else id(parameter)
 
     def changed(self) -> bool:
-        """Whether modules or parameters were added, replaced, re-parametrised or initialised since."""
+        """Whether modules or parameters were added, replaced, re-parametrised or initialised."""
         return not self._sharded and _outline(self._model) != self._outline
 
     def follow(self) -> LayerChange:
-        """Find the present layers of the model; one with the same module and parameters stays the same object.
+        """Find the present layers of the model; layers with the same module and parameters stay the same objects.
 
-        The ranks of a process group must do so at the same step.
+        Call at the same step on every rank.
         """
         fresh = find_layers(self._model, self._options, strict=False)
         self._drop_again(fresh)
@@ -180,7 +181,7 @@ class ModelLayers(Mapping[str, Layer]):
         layers: dict[str, Layer] = {}
         kept, new = {}, []
         for name, layer in fresh.layers.items():
-            # Several where the parts of a module share their parameters; these come in the same order.
+            # Parts of a module that share their parameters come in the same order.
             same = known.get(layer.found_as)
             if not same:
                 layers[name] = layer
@@ -205,7 +206,7 @@ class ModelLayers(Mapping[str, Layer]):
         self._identities = {name: id(parameter) for name, parameter in self._model.named_parameters()}
 
     def _drop_again(self, fresh: FoundLayers) -> None:
-        """Drop the layers that were dropped before and are the same as then; forget the others."""
+        """Drop again the layers that were dropped before and have not changed; forget the others."""
         before, self._dropped_as, self.dropped = self._dropped_as, {}, {}
         for name, layer in list(fresh.layers.items()):
             reason = before.get(layer.found_as)
@@ -215,7 +216,7 @@ class ModelLayers(Mapping[str, Layer]):
 
 
 class _Costs(Mapping[str, float]):
-    """The cost of each present layer, computed at each access: freezing a parameter changes it."""
+    """The cost of each present layer, computed at each access, since a frozen parameter changes the cost."""
 
     def __init__(self, layers: Mapping[str, Layer]) -> None:
         self._layers = layers
@@ -233,7 +234,7 @@ class _Costs(Mapping[str, float]):
 def _replace_by_parameters(
     layers: dict[str, Layer], name: str, model: nn.Module, reason: str, options: LayerOptions
 ) -> None:
-    """Give a layer up: each of its parameters becomes a layer of its own."""
+    """Replace a layer by one layer for each of its parameters."""
     given_up = {id(p) for adapter in layers.pop(name).adapters for p in adapter.parameters().values()}
     # The other parts of the same module would precondition these parameters a second time.
     for other in [n for n, layer in layers.items() if given_up & set(map(id, layer.parameters()))]:
@@ -242,7 +243,7 @@ def _replace_by_parameters(
 
 
 def _outline(model: nn.Module) -> tuple[object, ...]:
-    """The names and identities of modules and of their own parameters, to be compared with those of another time."""
+    """The names and identities of modules and of their own parameters."""
     return tuple(
         (
             name,

@@ -1,4 +1,4 @@
-"""An optimizer step that is about to be made."""
+"""The coming optimizer step."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lightning_kfc.curvature.model_layers import ModelLayers
 
 @dataclass(frozen=True)
 class OptimizerStep:
-    """A step that is about to be made, while the gradients are still those of the loss.
+    """The coming step, while the gradients are still those of the loss.
 
     Attributes:
-        optimizer: The optimizer; None where it is not known, and has no momentum.
-        parameters: The parameters that it steps.
-        rates: The learning rate of each layer that it steps, by name.
-        loss_scale: The factor by which the gradients are multiplied.
-        loss_gradients: By the ``id`` of a parameter: the gradient of the loss, where it has been replaced already.
+        optimizer: The optimizer; None if unknown, as one without momentum.
+        parameters: The parameters of the step.
+        rates: The learning rate of each layer of the step, by name.
+        loss_scale: The factor on the gradients.
+        loss_gradients: The gradient of the loss, by the ``id`` of a parameter whose gradient is already replaced.
     """
 
     optimizer: Optimizer | None

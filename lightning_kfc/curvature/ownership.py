@@ -17,14 +17,14 @@ from lightning_kfc.utilities.load_balancing import factorisation_cost
 
 
 class LayerOwnership:
-    """Knows which rank holds what of which layer, and sends it; with one rank, nothing is sent.
+    """Assigns factors and inverses of layers to ranks, and sends them; with one rank, nothing is sent.
 
     Args:
         group: The ranks between which the batch is split.
         placement: ``"comm-opt"``, ``"mem-opt"``, the fraction of ranks that hold each inverse, or ``"auto"``:
-            MEM-OPT where parameters are sharded and the inverse allows it, else COMM-OPT.
+            MEM-OPT if parameters are sharded and the inverse allows it, else COMM-OPT.
         inverse: The user's kind of inverse.
-        layers: All layers; others may come and go.
+        layers: All layers, which may change.
         communication: Counts bytes.
     """
 
@@ -38,24 +38,24 @@ class LayerOwnership:
     ) -> None:
         #: The ranks between which the batch is split.
         self.group = group
-        # Every rank projects its own examples, for which it needs the basis.
-        self._asked = "comm-opt" if placement == "auto" and inverse.wants_examples else placement
+        # Every rank needs the basis, on which it projects its own examples.
+        self._requested = "comm-opt" if placement == "auto" and inverse.wants_examples else placement
         self._layers = layers
         self.communication = communication
         self._placement: Placement | None = None
         self._groups: dict[tuple[int, ...], Any] = {}
 
-    # Who holds what.
+    # Owners.
 
     @property
     def placement(self) -> Placement:
-        """The placement of this run's ranks, made at its first use, after all ranks have started."""
+        """The placement on this run's ranks, made at its first use, when all ranks have started."""
         if self._placement is None or self._placement.grid.ranks != self.group.size:
-            asked = self._asked
-            if asked == "auto":
+            requested = self._requested
+            if requested == "auto":
                 parameters = [p for layer in self._layers.values() for p in layer.parameters()]
-                asked = "mem-opt" if any(map(is_sharded, parameters)) else "comm-opt"
-            self._placement = Placement(Grid(self.group.size, gradient_workers(asked, self.group.size)))
+                requested = "mem-opt" if any(map(is_sharded, parameters)) else "comm-opt"
+            self._placement = Placement(Grid(self.group.size, gradient_workers(requested, self.group.size)))
             self._groups.clear()
         return self._placement
 
@@ -65,7 +65,7 @@ class LayerOwnership:
         return self.placement.grid.workers == self.group.size
 
     def owner(self, layer: Layer) -> int | None:
-        """The only rank of the group that holds a layer's factors; None where all do."""
+        """The only rank of the group that holds a layer's factors; None if all do."""
         if self.replicated:
             return None
         placement = self.placement
@@ -75,7 +75,7 @@ class LayerOwnership:
         return placement.owners[layer.name]
 
     def follow(self, kept: Mapping[str, str]) -> None:
-        """Keep the owners of layers that stay, whose present names are given by those that they had."""
+        """Keep the owners of remaining layers, given their present names by their former names."""
         if self._placement is not None:
             owners = self._placement.owners
             self._placement.owners = {kept[name]: owner for name, owner in owners.items() if name in kept}
@@ -99,10 +99,10 @@ class LayerOwnership:
     # State.
 
     def collected(self, states: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """The states of all layers, on the group's first rank; the others keep what they hold.
+        """Collect the states of all layers on the group's first rank; the others return their own.
 
-        Collective: call on every rank. Only the first one saves them. One layer at a time, in the memory of the CPU:
-        no device need have room for all.
+        Collective: call on every rank. One layer is sent at a time, into the memory of the CPU, so that no device needs
+        memory for all.
         """
         if self.replicated:
             return dict(states)
@@ -126,7 +126,7 @@ class LayerOwnership:
         Args:
             flat: The buffer, filled on the source.
             source: The rank that sends.
-            ranks: All that take part, the source among them.
+            ranks: All participants, including the source.
             what: The kind of message, for the count of bytes.
         """
         if len(ranks) == 1:
@@ -141,7 +141,7 @@ class LayerOwnership:
             return self.group.group
         if ranks not in self._groups:
             everyone = [self.group.global_rank(rank) for rank in ranks]
-            # Only the group's own ranks come here: those of another tensor-parallel position make theirs.
+            # Local: ranks of other tensor-parallel positions make their own group.
             self._groups[ranks] = dist.new_group(everyone, use_local_synchronization=True)
         return self._groups[ranks]
 

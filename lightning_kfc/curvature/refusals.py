@@ -18,7 +18,7 @@ UNINITIALISED = "not initialised before the first forward"
 #: The reason for no curvature of a complex parameter. All factors are real.
 COMPLEX = "complex: there is no curvature for complex values"
 
-#: Why a parameter without elements has no curvature.
+#: The reason for no curvature of a parameter without elements.
 EMPTY = "empty: it has no elements"
 
 

@@ -19,10 +19,10 @@ class LayerSpectra:
     r"""Numbers of a layer's spectra, without a decomposition of its factors.
 
     Attributes:
-        largest_curvature: :math:`\lambda_{\max}(A)\,\lambda_{\max}(G)`, or that of the layer's blocks; the largest of
-            its groups. From below.
-        conditions: By factor, the condition number of :math:`A + \pi\sqrt\lambda I` (and of G, likewise: E4), the
-            largest of its groups; from below with Cholesky inverses. Left out where this rank has no inverse.
+        largest_curvature: A lower bound on :math:`\lambda_{\max}(A)\,\lambda_{\max}(G)`, or of the layer's blocks; the
+            largest of its groups.
+        conditions: By factor, the condition number of :math:`A + \pi\sqrt\lambda I` (likewise for G: E4), the largest
+            of its groups; a lower bound with Cholesky inverses. Only on ranks that hold the inverse.
         effective_ranks: By factor, :math:`(\operatorname{tr} A)^2 / \|A\|_F^2`, the mean of its groups.
     """
 
@@ -44,7 +44,7 @@ def spectra_of(layers: Mapping[str, Layer], damping: float) -> dict[str, LayerSp
 
     Args:
         layers: The layers by name.
-        damping: In force.
+        damping: The damping in force.
     """
     factors = {(name, key): factor for name, layer in layers.items() for key, factor in layer.factors.items()}
     inverses = {
@@ -84,7 +84,7 @@ def _smallest_damped(layer: Layer, key: str, share: Tensor, top_of_inverse: Tens
     if factor.ndim == 2:
         return factor.amin(-1).cpu().double() + share
     if isinstance(inverse, EighInverse):
-        # Eigenvalues were sorted from the smallest.
+        # Eigenvalues are sorted, the smallest first.
         vector = (inverse.A_vectors if key == "A" else inverse.G_vectors)[..., :1]
         value: Tensor = (vector.mT @ factor @ vector).flatten()
         return value.cpu().double().clamp(min=0) + share

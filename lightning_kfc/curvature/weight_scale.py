@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-#: Weights of a mean square below this share of that of PyTorch's initialisation, 1 / (3 d_in), count as initialised so.
+#: The least mean square of weights, as a share of that of PyTorch's initialisation, 1 / (3 d_in).
 LEAST_SQUARE = 1e-4
 #: The largest mean square of an embedding.
 LARGEST_EMBEDDING = 0.01
-#: The share of its mean square that a recurrent layer's weights count with.
+#: The factor on the mean square of a recurrent layer's weights.
 RECURRENT = 0.1
 
 
@@ -19,10 +19,9 @@ RECURRENT = 0.1
 def mean_square(weights: Tensor, module: nn.Module) -> float:
     """The mean square of a layer's weights, which is positive and finite.
 
-    Weights that begin at 0, or nearly, count as those of PyTorch's own initialisation, so that they can move.
-    Embeddings, which PyTorch draws from N(0, 1), change by far less than their size, and count as smaller ones. So do
-    the weights of recurrent layers: their factors leave out the products between the times at which they are used, so
-    that curvature is underestimated.
+    Weights near 0 count as those of PyTorch's initialisation, so that they can move. Embeddings, which PyTorch draws
+    from N(0, 1), change by far less than their size, and count as smaller. Weights of recurrent layers count as smaller
+    too, since their factors leave out products between times and so underestimate the curvature.
 
     Args:
         weights: Shape ``(groups, d_out, d_in)``.
