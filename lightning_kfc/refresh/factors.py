@@ -24,8 +24,7 @@ class FoldedStatistics:
 
     Attributes:
         unusable: The layers whose pending statistics were dropped.
-        given_up: Layers whose rows do not explain their gradient, as all ranks know now, and why; they are to be
-            given up.
+        given_up: Layers to drop on all ranks, with the reason why their rows do not explain their gradient.
     """
 
     unusable: AbstractSet[str]
@@ -63,14 +62,14 @@ class FactorRefresh:
         self._begun: tuple[list[Layer], FactorReduction] | None = None
         self._summed: list[Layer] = []
 
-    # Agreement of the ranks before they fold.
+    # Before the fold.
 
     def expect(self, layers: Iterable[str]) -> None:
-        """Note that statistics of these layers may have been found on some rank: all ranks will ask for them."""
+        """Expect statistics of these layers from any rank."""
         self._expected.update(layers)
 
     def expects(self, layers: Iterable[str]) -> bool:
-        """Whether statistics of any of these layers may wait, on this rank or on another one."""
+        """Whether statistics of any of these layers may wait on any rank."""
         return self._begun is not None or not self._expected.isdisjoint(layers)
 
     def give_up_together(self, reasons: Mapping[str, str]) -> None:
@@ -78,19 +77,19 @@ class FactorRefresh:
         self._given_up.update(reasons)
 
     def begin(self, layers: Sequence[Layer]) -> None:
-        """Begin to add up what the layers have over the ranks; the next refresh of them waits for it."""
+        """Begin the sum of the layers' statistics over ranks; the next refresh waits for the sum."""
         if self._group.size == 1 or self._begun is not None:
             return
         expected = [layer for layer in layers if layer.name in self._expected]
         self._expected.difference_update(layer.name for layer in expected)
-        asked = [layer for layer in expected if layer.pending is not None or layer.adapter.own_parameters()]
-        if asked:
-            self._begun = asked, self._reduction_of(asked)
+        requested = [layer for layer in expected if layer.pending is not None or layer.adapter.own_parameters()]
+        if requested:
+            self._begun = requested, self._reduction_of(requested)
 
     def discard(self, layers: Iterable[str]) -> None:
-        """Ask no more for the statistics of layers, which the caller drops."""
+        """Expect no statistics of these layers; the caller drops them."""
         if self._begun is not None:
-            # What other ranks send must be received, or it would be taken for the next message.
+            # Messages of other ranks must be received, else they would pass for the next ones.
             self._begun[1].end()
             self._begun = None
         self._expected.difference_update(layers)
@@ -99,8 +98,8 @@ class FactorRefresh:
         """Follow a model whose layers have changed.
 
         Args:
-            kept: The present name of each layer that stays, by the name that it had. Statistics that wait under another
-                name are left out from now on.
+            kept: The present name of each remaining layer, by its former name. Statistics under other names are
+                dropped.
         """
         self.discard([name for name in self._expected if kept.get(name) != name])
         self._given_up = {kept[name]: reason for name, reason in self._given_up.items() if name in kept}
@@ -126,7 +125,7 @@ class FactorRefresh:
             layer, reduced = by_name[name], found[name]
             layer.drop_pending()
             statistics = reduced.statistics
-            # Released one by one: together they are as large as all factors.
+            # Released one by one, since together they are as large as all factors.
             found[name] = replace(reduced, statistics=None)
             if reduced.present == 0:
                 continue
@@ -155,8 +154,8 @@ class FactorRefresh:
         if self._group.size == 1 or self._ownership.replicated or not found:
             return finite
         device = next(iter(self._summed[0].adapter.parameters().values())).device
-        told = self._group.max(torch.tensor([float(not ok) for ok in finite.values()], device=device)).tolist()
-        return {name: not flag for name, flag in zip(finite, told, strict=True)}
+        bad = self._group.max(torch.tensor([float(not ok) for ok in finite.values()], device=device)).tolist()
+        return {name: not flag for name, flag in zip(finite, bad, strict=True)}
 
     def _pending_of_all_ranks(self, layers: Sequence[Layer]) -> dict[str, ReducedStatistics]:
         if self._group.size == 1:
@@ -170,20 +169,20 @@ class FactorRefresh:
         while self._begun is not None:
             if not found:
                 self._communication.begin("factors")
-            asked, reduction = self._begun
+            requested, reduction = self._begun
             self._begun = None
-            self._summed += asked
+            self._summed += requested
             self._communication.add("factors", reduction.bytes)
             found |= reduction.end()
             self.begin(layers)
         return found
 
-    def _reduction_of(self, asked: Sequence[Layer]) -> FactorReduction:
-        pending = {layer.name: layer.pending for layer in asked if layer.pending is not None}
-        for layer in asked:
+    def _reduction_of(self, requested: Sequence[Layer]) -> FactorReduction:
+        pending = {layer.name: layer.pending for layer in requested if layer.pending is not None}
+        for layer in requested:
             if layer.pending is None:
                 layer.note_roles()
-        outlines = [_outline(layer, self._ownership.owner(layer)) for layer in asked]
+        outlines = [_outline(layer, self._ownership.owner(layer)) for layer in requested]
         return FactorReduction(self._group, outlines, pending, self._given_up, self._precision)
 
     def _flagged(self, found: Mapping[str, ReducedStatistics], layers: Mapping[str, Layer]) -> dict[str, str]:
@@ -198,7 +197,7 @@ class FactorRefresh:
         Args:
             layers: The layers.
             step: The optimizer step.
-            moments: By layer, in the present basis.
+            moments: The second moments in the present basis, by layer.
         """
         by_name = {layer.name: layer for layer in layers}
         found = {name: Statistics({}, {"S": S}, 0) for name, S in moments.items()}
@@ -217,11 +216,11 @@ class FactorRefresh:
     def _moments_of_all_ranks(self, found: dict[str, Statistics]) -> dict[str, Statistics]:
         if self._group.size == 1:
             return found
-        asked = [layer for layer in self._summed if isinstance(layer.inverse, EkfacInverse)]
-        if not asked:
+        requested = [layer for layer in self._summed if isinstance(layer.inverse, EkfacInverse)]
+        if not requested:
             return {}
         outlines = []
-        for layer in asked:
+        for layer in requested:
             assert isinstance(layer.inverse, EkfacInverse)
             outline = _outline(layer)
             outlines.append(replace(outline, shapes={"S": layer.inverse.basis.shape}, symmetric=False))

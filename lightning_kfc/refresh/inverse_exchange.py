@@ -20,14 +20,14 @@ from lightning_kfc.factors.statistics import factor_dtype
 from lightning_kfc.monitoring.messages import inform
 from lightning_kfc.utilities.load_balancing import factorisation_cost, longest_first
 
-#: Seconds that first inverses take before a line is logged; each later line comes after twice the time.
+#: Seconds of first inverses before a line is logged; the delay doubles with each further line.
 PATIENCE = 2.0
 #: The result of a layer's refresh.
 Outcome = Inverse | FactorisationError
 
 
 class Status(IntEnum):
-    """What a rank sends of a layer's inverse; the largest over ranks is that of the one which factorises it."""
+    """A rank's status of a layer's inverse; the largest over ranks is that of the factorising rank."""
 
     NOT_OWN = 0
     MADE = 1
@@ -35,10 +35,10 @@ class Status(IntEnum):
 
 
 class InverseExchange:
-    """Has each inverse made by one rank, and received by the others that hold it.
+    """Factorises each inverse on one rank, and sends it to the other ranks that hold it.
 
     Args:
-        ownership: Which rank holds what.
+        ownership: The ranks that hold each inverse.
         kind: The user's kind of inverse.
     """
 
@@ -48,9 +48,9 @@ class InverseExchange:
         self._any_refreshed = False
 
     def _inverters(self, layers: Sequence[Layer]) -> dict[str, int]:
-        """The rank that makes each layer's inverse, given the layers that are due together; the same on every rank."""
+        """The rank that factorises each of the due layers; the same on every rank."""
         if self._ownership.replicated:
-            # What is due together is spread over all ranks, whatever else they own.
+            # Spread over all ranks, irrespective of ownership.
             return longest_first({e.name: factorisation_cost(shapes_of(e)) for e in layers}, self._ownership.group.size)
         return {layer.name: self._ownership.owner(layer) or 0 for layer in layers}
 
@@ -59,15 +59,15 @@ class InverseExchange:
 
         Args:
             layers: The layers that are due, the same on every rank.
-            damping: In force at this step.
+            damping: The damping in force at this step.
 
         Returns:
-            By layer: the inverse, a stand-in where another rank has it, or the error of its factorisation.
+            By layer: the inverse, a stand-in if another rank holds it, or the error of its factorisation.
         """
         made: dict[str, Outcome] = {}
         owners = self._inverters(layers)
         own = [layer for layer in layers if owners[layer.name] == self._ownership.group.rank]
-        # The later ones take as long, which is known by then.
+        # Later inverses take as long as the first, so their progress is not logged.
         for layer in own if self._any_refreshed else _with_progress(own):
             made[layer.name] = self._attempt(layer, damping)
         self._any_refreshed = True
@@ -96,7 +96,7 @@ class InverseExchange:
         except FactorisationError as error:
             return error
         except Exception as error:
-            # Of an adapter of the user's, or for want of memory: other ranks wait for the outcome all the same.
+            # Such as an error of a user's adapter, or of memory: the other ranks wait for an outcome.
             return FactorisationError(f"{type(error).__name__}: {error}")
 
     def _sent_by_owners(
@@ -128,7 +128,7 @@ class InverseExchange:
         made: Mapping[str, Outcome],
         numbers: Mapping[str, list[float]],
     ) -> dict[str, Inverse]:
-        """The inverses that this rank is to hold, from their owners in its group."""
+        """Receive the inverses that this rank holds, from their owners in its group."""
         members = self._ownership.placement.grid.members(self._ownership.group.rank)
         own = [layer for layer in layers if owners[layer.name] in members]
         parcels = []
@@ -149,7 +149,7 @@ class InverseExchange:
         for inside, flat, wait in parcels:
             wait()
             for layer, part in zip(inside, torch.split(flat, [layouts[e.name].numel() for e in inside]), strict=True):
-                # The owner, too, takes what it sent, so that all hold the same to the last bit.
+                # The owner reads the buffer too, so that all ranks hold the same to the last bit.
                 found[layer.name] = layouts[layer.name].read(part, numbers[layer.name])
         return found
 
@@ -170,7 +170,7 @@ class _Layout:
 
     @classmethod
     def of(cls, kind: type[Inverse], factors: Mapping[str, Shape], matrix: Shape) -> _Layout:
-        """What follows from the factors' shapes: ``A_inverse`` is shaped as A, ``values`` as the gradient."""
+        """The layout from the factors' shapes: ``A_inverse`` is shaped as A, ``values`` as the gradient."""
         tensors: dict[str, tuple[Shape, bool]] = {}
         numbers = []
         for field in fields(kind):  # type: ignore[arg-type]  # each kind is a dataclass
@@ -207,7 +207,7 @@ class _Layout:
 
 
 def _with_progress(layers: Sequence[Layer]) -> Iterator[Layer]:
-    """The layers that first inverses are made of, one after another; where that takes long, its progress is logged."""
+    """The layers of the first inverses, one by one; slow progress is logged."""
     started, wait = time.monotonic(), PATIENCE
     for done, layer in enumerate(layers, 1):
         yield layer

@@ -32,11 +32,11 @@ class InverseRefresh:
         self._exchange = InverseExchange(ownership, kind)
 
     def dated(self, layers: Iterable[str], step: int) -> list[str]:
-        """The layers with statistics for whose inverse this step is a date, or follows one that was missed."""
+        """The layers with statistics whose inverse is due at this step, or was due and missed."""
         return [name for name in layers if self._tracker.has_statistics(name) and self._tracker.new_inverse(name, step)]
 
     def outdated(self, dated: Iterable[str], damping: float) -> list[str]:
-        """Those layers whose inverses would change."""
+        """The dated layers whose inverses would change."""
         return [name for name in dated if self._tracker.inverse_outdated(name, damping)]
 
     def __call__(self, layers: Sequence[Layer], step: int, damping: float) -> None:
