@@ -55,7 +55,7 @@ class KFC:
 
     Raises:
         TypeError: If a setting is of the wrong type, or there is no such setting; for a setting of an earlier version
-            the message names the way out.
+            the message has its replacement.
         ValueError: If a setting is out of range, a pattern matches nothing, or no layer is left to precondition.
     """
 
@@ -115,7 +115,7 @@ class KFC:
 
     @property
     def kl_clip(self) -> float | None:
-        """The bound on the squared norm of a step in force at this step; None for none."""
+        """The bound on the squared norm of this step; None for no bound."""
         return self.reviewer.kl_clip
 
     def coverage(self) -> Coverage:
@@ -244,7 +244,7 @@ class KFC:
         gradients = {layer: own for layer in layers if (own := layer.gradients()) is not None}
         stages.pending.before_step(gradients, step)
         ready = received_updates(stages.ownership, rule.ready(gradients, coming), damping)
-        # A gradient from elsewhere than where the step ends, as SAM's second one, does not judge the last step.
+        # SAM's second gradient, at other weights than those after the last step, does not measure that step.
         if first := not stages.steps.again:
             self.reviewer.last_updates.follow({entry.layer.name: entry.gradient for entry in ready})
         kl_clip, most_decrease = self.kl_clip, None

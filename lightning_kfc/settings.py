@@ -144,23 +144,22 @@ class Settings:
         damping: :math:`\lambda` of E4, in the units of the Fisher matrix of the loss; a number, or a function of
             the step such as :class:`~lightning_kfc.ExponentialSchedule`; ``"auto"`` is a share of the
             loss, in units of each layer's weights (``lightning_kfc.trust_region.region``).
-        fisher: The targets of the curvature: ``"mc"``: one sample a term from the model's own
-            distribution; ``"exact"``: all its outcomes, with one back-propagation each; ``"empirical"``: those of the
-            data.
-        likelihood: The likelihood whose negative logarithm is the loss. ``"auto"`` recognises it from the loss
-            functions that are called, and uses the empirical Fisher of a loss without a recognised term;
-            ``"categorical"``, ``"bernoulli"`` and ``"gaussian"`` keep only terms of that kind; a
+        fisher: The targets of the curvature: ``"mc"``: one sample per term from the model's distribution; ``"exact"``:
+            all outcomes, with one back-propagation each; ``"empirical"``: the targets of the data.
+        likelihood: The likelihood whose negative logarithm is the loss. ``"auto"`` recognises it from the called loss
+            functions, and uses the empirical Fisher of a loss without a recognised term; ``"categorical"``,
+            ``"bernoulli"`` and ``"gaussian"`` keep only terms of this kind; for other losses, a
             :class:`~lightning_kfc.losses.likelihoods.Likelihood` with ``output_of`` names the module whose output is
-            the logits, for other losses.
+            the logits.
         factor_every_n_steps: Optimizer steps between statistics (the paper's T_cov). ``"auto"``: chosen
             soon after the warm-up from measured times, to keep to ``timing.max_overhead``.
         inverse_every_n_steps: Optimizer steps between refreshes of inverses (the paper's T_inv), or ``"auto"``.
         warmup_steps: The number of first optimizer steps that all take statistics.
         ema_decay: :math:`\rho`, the decay of the factors' zero-debiased running averages, at least 0, below 1.
         kl_clip: :math:`\kappa` of E7, the bound on the squared norm of a step in the Fisher metric; ``"auto"`` is set
-            by :meth:`~lightning_kfc.KFC.review`; None for none.
+            by :meth:`~lightning_kfc.KFC.review`; None for no bound.
         inverse: The inverse of damped factors: ``"cholesky"`` (E4, E5: damping split over both factors);
-            ``"eigh"`` (E6: exact damping, that of the present step); ``"ekfac"``: E6 with the running second moments of
+            ``"eigh"`` (E6: exact damping of the present step); ``"ekfac"``: E6 with the running second moments of
             the examples' gradients as eigenvalues (George et al. 2018). EKFAC keeps the layers' inputs and the
             derivatives at their outputs through the backward of steps that refresh inverses.
         rule: The update from gradients and inverses: ``"natural"``, the paper's KFC-pre; ``"adam"``: Adam in the
@@ -168,19 +167,19 @@ class Settings:
             steps, implies ``inverse="eigh"``, and does not use ``damping``; ``"auto"``, with
             ``damping="auto"``: ``"adam"`` for models with attention and no wide factors
             (``lightning_kfc.rules.choice``), else ``"natural"``.
-        weight_sharing: ``"expand"``: each use of a weight is a row; ``"reduce"``: each example is one.
-        max_factor_dim: A factor of more dimensions is held as its diagonal, which
-            :meth:`~lightning_kfc.KFC.coverage` shows; None for no bound. The default admits every layer of the
-            usual convolutional nets and transformers (d_in 4,609 in a ResNet-50, 9,217 in the widest ResNets), and no
-            vocabulary; a factor with its inverse takes 0.8 GB there.
+        weight_sharing: ``"expand"``: each use of a weight is a row; ``"reduce"``: each example is a row.
+        max_factor_dim: A factor of more dimensions is held as its diagonal, as shown by
+            :meth:`~lightning_kfc.KFC.coverage`; None for no bound. The default admits every layer of the
+            usual convolutional nets and transformers (d_in 4,609 in a ResNet-50, 9,217 in the widest ResNets), but no
+            vocabulary. At the bound, a factor with its inverse takes 0.8 GB.
         rows_per_dim: The rows of a batch for each dimension of A. With more rows, A comes from a sample of them: each
             example gives every k-th of its positions, k at most 16. None for all rows.
         include: Glob patterns over module names; only these are preconditioned. None for all.
         exclude: Glob patterns over module names that are not preconditioned.
         seed: Seed of the sampling of targets; the global random stream is never touched.
-        placement: The ranks that hold a layer's factors and inverse: ``"comm-opt"``: all, so that only
-            refreshes communicate; ``"mem-opt"``: one, which sends the preconditioned gradient at every step; a
-            number: that fraction of the ranks (KAISA, Pauloski et al. 2021); ``"auto"``: ``"mem-opt"`` for sharded
+        placement: The ranks that hold a layer's factors and inverse: ``"comm-opt"``: all ranks, so that only
+            refreshes communicate; ``"mem-opt"``: one rank, which sends the preconditioned gradient at every step; a
+            number: this fraction of the ranks (KAISA, Pauloski et al. 2021); ``"auto"``: ``"mem-opt"`` for sharded
             parameters, else ``"comm-opt"``.
         timing: The dates of inverses within their period, and the bound on the overhead.
         precision: The precision of inverses, and of statistics sent between ranks.
@@ -209,7 +208,7 @@ class Settings:
     placement: str | float = "auto"
     timing: RefreshTiming = RefreshTiming()
     precision: Precision = Precision()
-    #: Until periods that are "auto" are chosen, those of the defaults.
+    #: The periods; the defaults until "auto" ones are chosen.
     schedule: RefreshSchedule = field(init=False)
 
     def __new__(cls, *args: Any, **options: Any) -> Settings:
@@ -242,7 +241,7 @@ class Settings:
                     f"rule='adam' needs the eigenbases of all layers on all ranks, and placement={self.placement!r} "
                     "does not keep them there. Use placement='comm-opt', or rule='natural'."
                 )
-            # The defaults are for the other rule.
+            # The default is for the rule "natural".
             object.__setattr__(self, "inverse", "eigh")
             object.__setattr__(self, "placement", "comm-opt")
         check_choice("weight_sharing", self.weight_sharing, WEIGHT_SHARINGS)
@@ -264,7 +263,7 @@ class Settings:
 
     @property
     def automatic_periods(self) -> bool:
-        """Whether a period is chosen by what the first steps cost."""
+        """Whether a period is chosen by the costs of the first steps."""
         return "auto" in (self.factor_every_n_steps, self.inverse_every_n_steps)
 
     def _first_schedule(self) -> RefreshSchedule:

@@ -1,4 +1,4 @@
-"""A batch: its forward is recorded, and the statistics of its loss wait for the refresh."""
+"""Record the forward of a batch, and take the statistics of its loss."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ class Batches:
 
     @property
     def sources(self) -> str:
-        """The source of the last statistics, such as the loss functions, or the gradient of the loss itself."""
+        """The source of the last statistics, such as loss functions, or the gradient of the loss itself."""
         return ", ".join(self._estimator.sources) or "nothing so far"
 
     def step_begins(self) -> None:
-        """Begin to count the losses of a new step."""
+        """Reset the count of losses."""
         self.losses = 0
 
     def require_capture(self) -> None:
-        """Require a forward that was recorded, if the step is due.
+        """Require a recorded forward, if the step is due.
 
         Raises:
-            RuntimeError: If the step is due and there is none.
+            RuntimeError: If the step is due and no forward was recorded.
         """
         stages, step = self._stages, self._stages.steps.number
         if stages.layers and not self._estimator.active and stages.tracker.statistics_due(step):
@@ -58,7 +58,7 @@ class Batches:
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[None]:
-        """Record the forward and the loss of one batch, where they are due."""
+        """Record the forward and the loss of one batch, if they are due."""
         steps = self._stages.steps
         if steps.again:
             self._estimator.record_nothing()
@@ -72,7 +72,7 @@ class Batches:
                 self.resume()
 
     def back_propagate(self, loss: Tensor, *, loss_scale: float, loss_fraction: float) -> None:
-        """Send the seeds of a loss to the layers while its graph lives.
+        """Back-propagate the seeds of a loss to the layers, while its graph lives.
 
         Args:
             loss: The scalar whose backward follows.
@@ -89,7 +89,7 @@ class Batches:
             before = set(self._stages.layers)
             self._give_up(self._estimator.differentiated(loss))
             self._estimator.record_replacements(before)
-            # A layer that was given up has others in its place.
+            # Other layers replace dropped ones.
             expected.update(self.recorded)
             found = self._estimator.statistics(
                 loss,
@@ -107,7 +107,7 @@ class Batches:
         self._give_up(found.unexplained)
         self._pending.leave_out(found.failed, steps.number)
         self._stages.factors.expect(expected)
-        # Finite or not is for all ranks to decide together: the refresh checks the sum over ranks.
+        # Not checked here: whether statistics are finite is decided from the sum over ranks.
         self._pending.add(found.by_layer)
         self.losses += 1
 
@@ -115,11 +115,11 @@ class Batches:
         if self._stages.group.size == 1:
             self._stages.layers.drop_all(reasons)
         else:
-            # The next refresh of factors drops them on all ranks.
+            # The next refresh of factors drops these layers on all ranks.
             self._stages.factors.give_up_together(reasons)
 
     def pause(self) -> None:
-        """Record nothing until :meth:`resume`: a backward re-runs checkpointed forwards, which belong to no loss."""
+        """Record nothing until :meth:`resume`, since a backward re-runs checkpointed forwards."""
         if self._estimator.active or self._reviewer.recording:
             # Activation checkpointing must run the same code, eagerly, in the backward.
             self._backward.enter_context(eager_compiled_code())
@@ -127,7 +127,7 @@ class Batches:
         self._reviewer.pause()
 
     def resume(self) -> None:
-        """Record again, if the capture is still open; also to be called where a backward has raised."""
+        """Record again, if the capture is still open. Call it also after a backward that raised."""
         self._estimator.resume()
         self._backward.close()
         self._reviewer.resume()
@@ -139,11 +139,11 @@ class Batches:
         self._stages.factors.abandon()
 
     def forget(self, layers: Iterable[str]) -> None:
-        """Take no statistics of layers until their next step: their gradient gets a part that was not seen here."""
+        """Take no statistics of layers until their next step, since a part of their gradient is unrecorded."""
         self._pending.forget(layers)
 
     def skip(self, layers: Collection[str]) -> None:
-        """Drop the statistics of layers after a step without them."""
+        """Drop the statistics of layers that made no step."""
         self._pending.skip(layers)
         self._stages.factors.discard(layers)
         self._reviewer.cancel()
@@ -156,9 +156,8 @@ class Batches:
         self._reviewer.resume()
 
     def follow_gradients(self) -> None:
-        """Let statistics live and die with the gradient they belong to; call it just before each backward.
+        """Drop the statistics of gradients that were zeroed; call it just before each backward.
 
-        Where a loss passes through a network that another optimizer trains (a generator's loss through the
-        discriminator), that gradient is zeroed before it is ever used, and its statistics must not stay either.
+        A generator's loss, for example, leaves a gradient in the discriminator that is zeroed before it is used.
         """
         self._pending.follow_gradients()

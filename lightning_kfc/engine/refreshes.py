@@ -1,4 +1,4 @@
-"""A refresh: the statistics of a step become factors and inverses."""
+"""Refresh factors and inverses from the statistics of a step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_kfc.utilities.isolation import full_precision
 
 
 class Refreshes:
-    """Refreshes factors and inverses, where they are due.
+    """Refreshes factors and inverses, if they are due.
 
     Args:
         stages: The stages.
@@ -29,7 +29,7 @@ class Refreshes:
         """Begin the sum of a step's statistics over ranks; the next refresh waits for it.
 
         Args:
-            optimizer: Of the layers that this optimizer steps.
+            optimizer: The optimizer that steps the layers.
         """
         layers = self._stages.layers
         if self._factors.expects(layers):
@@ -40,10 +40,10 @@ class Refreshes:
         """Refresh if due, unless a gradient is not finite and the step will be skipped.
 
         Args:
-            optimizer: Of the layers that this optimizer steps.
+            optimizer: The optimizer that steps the layers.
         """
         layers = self._stages.layers
-        # Asked first: this comes after every backward, and between due steps nothing waits.
+        # First, since it is cheap, and usually false: this runs after every backward.
         if not self._factors.expects(layers):
             return
         names = layers.stepped_by(optimizer)
@@ -51,15 +51,15 @@ class Refreshes:
             self(names)
 
     def gradients_finite(self, parameters: Iterable[nn.Parameter], names: Collection[str]) -> bool:
-        """Whether all gradients are finite; with several ranks, those of all wherever messages follow.
+        """Whether all gradients are finite, on all ranks if messages follow.
 
         Args:
-            parameters: All that are stepped, preconditioned or not.
-            names: The layers among them.
+            parameters: The parameters of the step, preconditioned or not.
+            names: The layers of the step.
         """
         stages = self._stages
         finite = all_finite([p.grad for p in parameters if p.grad is not None])
-        # If messages follow, all ranks must take part, whatever their own gradients are.
+        # If messages follow, all ranks must take part.
         if stages.group.size > 1 and (self._reviewer.active or self._sends(names)):
             return stages.group.all_agree(finite, next(stages.model.parameters()).device)
         return finite
@@ -82,17 +82,17 @@ class Refreshes:
                 stages.pending.unseen.update(folded.unusable)
                 self._refresh_inverses(layers, expected)
                 with stages.times.phase("statistics"):
-                    # In the basis that the refresh has left.
+                    # After the refresh, in the new basis.
                     moments = stages.estimator.examples.second_moments(layers)
                     self._factors.fold_second_moments(layers, step, moments)
         except Exception as error:
-            # With several ranks the others wait for messages of this one, which must not continue alone.
+            # With several ranks, the others wait for messages of this rank, so it must not continue alone.
             if not stages.steps.any_made or stages.group.size > 1:
                 raise
             stages.pending.leave_out({layer.name: error for layer in layers}, step)
 
     def _sends(self, names: Collection[str]) -> bool:
-        """Whether a refresh of these layers at this step takes statistics or makes inverses, on any rank."""
+        """Whether a refresh of these layers at this step has statistics or inverses on any rank."""
         step = self._stages.steps.number
         dated = self._inverses.dated(names, step)
         return self._factors.expects(names) or bool(self._inverses.outdated(dated, self._reviewer.damping_at(step)))
@@ -103,7 +103,7 @@ class Refreshes:
         if expected or self._inverses.outdated(dated, self._reviewer.damping_at(step)):
             self._reviewer.measure_units(layers, never_negative=self._stages.estimator.never_negative)
         damping = self._reviewer.damping_at(step)
-        # An automatic damping has no unit before the first loss that is not 0: the inverses stay due.
+        # Before the first nonzero loss an automatic damping has no unit; the inverses stay due.
         if not math.isnan(damping):
             due = set(self._inverses.outdated(dated, damping))
             with self._stages.times.phase("inverses"):

@@ -1,4 +1,4 @@
-"""The stages of a step: made of a model and settings, following the model, saved and restored."""
+"""The stages of a step."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class Stages:
 
     Args:
         model: The model.
-        settings: The settings as they were given.
+        settings: The given settings.
         group: The ranks between which a batch is split.
 
     Attributes:
-        settings: Those in force, with the rule that was chosen.
-        rule_choice: The rule, and why it was chosen, where it is ``"auto"``.
+        settings: The settings in force, with the chosen rule.
+        rule_choice: The rule, with the reason for its choice if it is ``"auto"``.
     """
 
     def __init__(self, model: nn.Module, settings: Settings, group: ProcessGroup) -> None:
@@ -63,7 +63,7 @@ class Stages:
                 settings.schedule,
                 self.layers.costs,
                 staggered=settings.timing.stagger_inverses,
-                # EKFAC's eigenvalues, carried over into a new basis, are best corrected by statistics of the same step.
+                # Statistics of the same step correct EKFAC's eigenvalues in the new basis.
                 with_statistics=kind.wants_examples,
             ),
         )
@@ -96,7 +96,7 @@ class Stages:
         """Require equal settings and layers of all ranks, once, and again when layers have changed. Collective.
 
         Raises:
-            RanksDisagreeError: On every rank, naming what differs.
+            RanksDisagreeError: On every rank, with the differences.
         """
         if not self._ranks_agree:
             facts = facts_of(self.settings) | {"layers": str(self.layers)}
@@ -106,7 +106,7 @@ class Stages:
     def follow_structure(self) -> str | None:
         """Find modules and parameters that were added, replaced or removed; other layers keep their state.
 
-        All ranks must do so at the same step.
+        Call at the same step on every rank.
 
         Returns:
             A description of the changes; None without any.
@@ -125,7 +125,7 @@ class Stages:
         return f"KFC at step {step}: the layers of the model have changed; {changed}." if changed else None
 
     def choose_periods(self) -> None:
-        """Choose the periods that are ``"auto"`` once enough steps were timed, as a step begins. Collective."""
+        """Choose the ``"auto"`` periods at the first step after enough timed ones. Collective."""
         taken, device = bool(self.estimator.recorded), next(self.model.parameters()).device
         chosen = self.periods.step_begins(self.steps.number - self.tracker.started_at, statistics=taken, device=device)
         if chosen is not None:
@@ -175,5 +175,5 @@ class Stages:
         return list(loaded.problems)
 
     def _with_state(self) -> dict[str, Any]:
-        """The objects that are restored after the periods, by name in a state."""
+        """The objects that are restored after the periods, by their names in a state."""
         return {"due": self.tracker, "events": self.events, "trust_region": self.reviewer.region}

@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
 
-#: The largest whole number that torch takes.
+#: The largest integer in torch.
 LARGEST = 2**63 - 1
 
 
 def plain_number(value: Any) -> Any:
-    """A number of another package, or a fraction, as Python's own; anything else as it is."""
+    """A number of another package, or a fraction, as Python's own; other values unchanged."""
     if isinstance(value, bool | int | float) or not isinstance(value, Real):
         return value
     return int(value) if isinstance(value, Integral) else float(value)
@@ -50,7 +50,7 @@ def check_fraction(name: str, value: Any) -> None:
 
 
 def check_integer(name: str, value: Any, *, minimum: int | None = None) -> None:
-    """Require a whole number, of at least ``minimum`` where one is given."""
+    """Require a whole number, of at least ``minimum`` if given."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be a whole number, got {value!r} of type {type(value).__name__}.")
     if minimum is not None and value < minimum:
@@ -74,7 +74,7 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def check_instance(name: str, value: Any, kind: type) -> None:
-    """Require an object of a class that the user makes."""
+    """Require an instance of a class."""
     if not isinstance(value, kind):
         made = f"{name}={kind.__name__}(...)"
         raise TypeError(f"{name} must be given as {made}, got {value!r} of type {type(value).__name__}.")
@@ -88,7 +88,7 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
 
 
 def check_module_name(name: str, value: Any) -> None:
-    """Require a string; whether a module has that name is only known with the model."""
+    """Require a string; the name is checked later, with the model."""
     if not isinstance(value, str):
         raise TypeError(f"{name} must be the name of a module, got {value!r} of type {type(value).__name__}.")
 
@@ -106,7 +106,7 @@ def check_patterns(name: str, value: Any) -> tuple[str, ...] | None:
         return None
     try:
         patterns = (value,) if isinstance(value, str) else tuple(value)
-    except TypeError:  # an array of no dimension has iter() as well
+    except TypeError:  # a zero-dimensional array has iter() too
         patterns = (value,)
     for pattern in patterns:
         if not isinstance(pattern, str):

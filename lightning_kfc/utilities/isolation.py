@@ -16,10 +16,10 @@ from lightning_kfc.utilities.torch_internals import buffers_of, hooks_of, is_sin
 
 
 class _EagerStance:
-    """The compiler's stance during due steps, however many engines are in one.
+    """The compiler's stance during due steps, shared by all engines.
 
     The stance belongs to the process, and the backwards of two callbacks in one trainer are not nested: A begins, B
-    begins, A ends, B ends. If each put back what it found, the last would put back the first one's force_eager.
+    begins, A ends, B ends. If each restored the stance at its beginning, B would restore A's ``force_eager``.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ _EAGER_STANCE = _EagerStance()
 def eager_compiled_code() -> Iterator[None]:
     """Run compiled code eagerly, so that hooks and the recording of losses work; nothing is compiled again."""
     if "torch._dynamo" not in sys.modules:
-        # Nothing can have been compiled, and importing the compiler would cost seconds.
+        # No code is compiled, and the import of the compiler would take seconds.
         yield
         return
     _EAGER_STANCE.enter()
@@ -55,15 +55,16 @@ def eager_compiled_code() -> Iterator[None]:
 
 
 def full_precision(model: nn.Module) -> torch.autocast:
-    """A plain loop may call us under autocast, which would form factors and updates in half precision."""
+    """Disable autocast, in which a plain loop would form factors and updates in half precision."""
     return torch.autocast(next(model.parameters()).device.type, enabled=False)
 
 
 @contextlib.contextmanager
 def leaving_no_trace(model: nn.Module) -> Iterator[None]:
-    """Around an extra back-propagation: the user's buffers, random streams and hooks on parameters do not notice it.
+    """Protect buffers, random streams and hooks on parameters from an extra back-propagation.
 
-    Under activation checkpointing it runs forwards again, which update buffers and draw random numbers once more.
+    Under activation checkpointing, the back-propagation runs forwards again, which update buffers and draw random
+    numbers.
     """
     with _buffers_kept(model), _random_streams_kept(model), _parameter_hooks_set_aside(model):
         yield
@@ -73,9 +74,9 @@ def leaving_no_trace(model: nn.Module) -> Iterator[None]:
 def sinks_at_rest(loss: Tensor) -> Iterator[None]:
     """Keep DistributedDataParallel from counting an extra back-propagation as its own.
 
-    With ``static_graph=True`` it puts a node on what the first forward returns, whose backward has all gradients
-    reduced at the end of that pass. An extra pass through it would leave the real one without, silently, so that
-    the ranks would go apart.
+    With ``static_graph=True`` the output of the first forward has a node whose backward starts the reduction of all
+    gradients. After an extra pass through this node, the real backward would not reduce, and the ranks would silently
+    diverge.
     """
     if not (dist.is_available() and dist.is_initialized()) or loss.grad_fn is None:
         yield
@@ -91,7 +92,7 @@ def sinks_at_rest(loss: Tensor) -> Iterator[None]:
 
 
 def _data_parallel_sinks(loss: Tensor) -> list[Any]:
-    """The DistributedDataParallel modules whose outputs a loss is made of."""
+    """The DistributedDataParallel modules in the graph of a loss."""
     pending, seen, found = [loss.grad_fn], set(), []
     while pending:
         node = pending.pop()
@@ -106,7 +107,7 @@ def _data_parallel_sinks(loss: Tensor) -> list[Any]:
 
 @contextlib.contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Put the buffers (batch norm's running statistics) of modules in training mode back as they were."""
+    """Restore the buffers (batch norm's running statistics) of modules in training mode."""
     kept = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
@@ -118,7 +119,7 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, name, buffer, value in kept:
-            # Through .data: the graph may hold the buffer, and its backward must not take it for changed.
+            # .data leaves the version unchanged, which the backward checks if the graph holds the buffer.
             buffer.data.copy_(value)
             buffers_of(module)[name] = buffer
 
@@ -130,7 +131,7 @@ def random_state(device: torch.device) -> Tensor:
 
 
 def set_random_state(device: torch.device, state: Tensor) -> None:
-    """Give a device's default generator a state."""
+    """Set the state of a device's default generator."""
     if device.type == "cpu":
         torch.set_rng_state(state)
     else:
@@ -139,7 +140,7 @@ def set_random_state(device: torch.device, state: Tensor) -> None:
 
 @contextlib.contextmanager
 def random_states_kept(devices: Iterable[torch.device]) -> Iterator[None]:
-    """Leave the default generators of devices as they were."""
+    """Restore the default generators of devices."""
     states = {device: random_state(device) for device in devices}
     try:
         yield
@@ -150,7 +151,7 @@ def random_states_kept(devices: Iterable[torch.device]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _random_streams_kept(model: nn.Module) -> Iterator[None]:
-    """Leave the random streams of torch, Python and NumPy as they were."""
+    """Restore the random streams of torch, Python and NumPy."""
     devices = {torch.device("cpu"), *(p.device for p in model.parameters() if p.device.type != "meta")}
     numpy_random = sys.modules.get("numpy.random")
     python_state, numpy_state = random.getstate(), None if numpy_random is None else numpy_random.get_state()

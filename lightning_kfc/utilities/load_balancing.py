@@ -17,17 +17,17 @@ def factorisation_cost(shapes: Shapes) -> float:
 
 
 def longest_first(costs: Mapping[str, float], ranks: int, loads: list[float] | None = None) -> dict[str, int]:
-    """Give each job, the longest first, to the rank that has least to do.
+    """Assign each job, the longest first, to the rank with the least load.
 
-    The longest rank's work is at most 4/3 - 1/(3 ranks) of that of the best assignment (Graham 1969).
+    The largest load is at most 4/3 - 1/(3 ranks) of that of the best assignment (Graham 1969).
 
     Args:
         costs: The jobs' costs by name.
         ranks: The number of ranks.
-        loads: The load of each rank; the jobs are added to it.
+        loads: The load of each rank, to which the jobs are added.
 
     Returns:
-        The rank of each job, the same on every rank: ties go by the order of the names and of the ranks.
+        The rank of each job; ties are broken by the order of names and ranks, so all ranks get the same result.
     """
     loads = [0.0] * ranks if loads is None else loads
     given = {}
