@@ -35,7 +35,7 @@ def check_agreement(facts: Mapping[str, str], device: torch.device) -> None:
     differing = [name for i, name in enumerate(facts) if len({int(digests[i]) for digests in everyone}) > 1]
     if not differing:
         return
-    # Texts are sent only after a mismatch: they are long, and of unequal length.
+    # Texts are long, and sent only after a mismatch.
     texts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(texts, {name: facts[name] for name in differing})
     lines = []
@@ -56,7 +56,7 @@ def facts_of(settings: Any) -> dict[str, str]:
 
 
 def described(value: Any) -> str:
-    """A value as a text that is the same on every rank, without addresses of objects."""
+    """A value as a text without addresses of objects, so that ranks can compare it."""
     if is_dataclass(value) and not isinstance(value, type):
         parts = (f"{field.name}={described(getattr(value, field.name))}" for field in fields(value))
         return f"{type(value).__name__}({', '.join(parts)})"
@@ -71,7 +71,7 @@ def _digest(text: str) -> int:
 
 
 def _difference(first: str, second: str, most: int = 120) -> tuple[str, str]:
-    """Both texts; long ones from a little before their first difference."""
+    """Both texts; long ones are cut around their first difference."""
     if max(len(first), len(second)) <= most:
         return first, second
     same = next(

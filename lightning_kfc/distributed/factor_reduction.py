@@ -1,11 +1,11 @@
 r"""One sum over ranks for the statistics of all layers: flat buffers of packed triangles, filled and sent in buckets.
 
-The loss is the mean over the W ranks, so :math:`G = (1/W)\sum G_\mathrm{rank}`, while totals and numbers of rows behind
-A add up.
+The loss is the mean over the W ranks, so :math:`G = (1/W)\sum G_\mathrm{rank}`. For A, totals and numbers of rows are
+added.
 
-What ranks found may differ: a branch that only some took, a rank without examples. So each of them sends the same
-layout, with zeros for what it has not, and beside it a header that says what it has. No rank ever waits for a
-message that another one does not send.
+Ranks may have statistics of different layers, after a branch of the forward or without examples. All ranks send the
+same layout, with zeros for missing statistics, and a header with the present ones. So no rank waits for a message that
+another rank does not send.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lightning_kfc.distributed.process_group import ProcessGroup
 from lightning_kfc.factors.packing import Shape, pack, packed_numel, unpack
 from lightning_kfc.factors.statistics import Statistics
 
-#: A buffer is sent when it has grown to this size, while the next one is filled.
+#: The size at which a buffer is sent, while the next one is filled.
 BUCKET_BYTES = 32 * 2**20
 PRECISIONS = ("full", "bfloat16")
 
@@ -33,12 +33,12 @@ class StatisticsLayout:
 
     Attributes:
         name: The layer.
-        shapes: Of its statistics, by factor name.
-        means: The names of those that are divided by a number of rows; the others are plain sums.
-        dtype: The precision they are in.
+        shapes: The shapes of its statistics, by factor name.
+        means: The names of statistics that are divided by a number of rows; the others are plain sums.
+        dtype: Their precision.
         device: Their device.
-        owner: The rank of the group that keeps the sum; None where all do.
-        symmetric: Whether those of three axes are symmetric matrices, of which a triangle is sent.
+        owner: The rank of the group that keeps the sum; None if all do.
+        symmetric: Whether statistics with three axes are symmetric matrices, of which a triangle is sent.
     """
 
     name: str
@@ -50,11 +50,11 @@ class StatisticsLayout:
     symmetric: bool = True
 
     def sizes(self) -> list[int]:
-        """The number of elements that each of them takes in a buffer."""
+        """The number of each statistic's elements in a buffer."""
         return [packed_numel(shape, symmetric=self.symmetric) for shape in self.shapes.values()]
 
     def numel(self) -> int:
-        """The number of elements that all of them take."""
+        """The number of the layer's elements in a buffer."""
         return sum(self.sizes())
 
 
@@ -63,8 +63,8 @@ class ReducedStatistics:
     """The sum of a layer's statistics over ranks.
 
     Attributes:
-        present: On how many ranks there were any.
-        rows: The rows of all ranks.
+        present: The number of ranks with statistics.
+        rows: The number of rows of all ranks.
         flagged: Whether any rank raised the layer's flag.
         statistics: The sum; None on ranks that do not keep it.
     """
@@ -80,10 +80,10 @@ class _Bucket:
     """A part of the statistics on its way.
 
     Attributes:
-        outlines: The layers in it, in order.
-        flat: Their packed statistics, then the sum of those of all ranks.
+        outlines: Its layers, in order.
+        flat: The packed statistics, first of this rank, later their sum over ranks.
         owner: The rank that gets the sum; None for all.
-        finish: Waits for the sum, and returns it; None on ranks that do not get it.
+        finish: Waits for the sum and returns it, or None on ranks that do not get it.
     """
 
     outlines: list[StatisticsLayout]
@@ -93,15 +93,15 @@ class _Bucket:
 
 
 class FactorReduction:
-    """A sum over ranks that has begun; every rank of the group must begin it, and then end it, with the same outlines.
+    """A sum over ranks that has begun. Collective: begin and end it on every rank, with the same outlines.
 
     Args:
         group: The ranks.
-        outlines: The layers, the same and in the same order on every rank.
+        outlines: The layers, in the same order on every rank.
         statistics: The statistics of this rank, by layer.
         flags: Layers whose flag this rank raises.
-        precision: ``"full"``, or ``"bfloat16"``: numbers are rounded to bfloat16 before they are sent, added up in
-            their own precision, and rounded again if all ranks get the sum.
+        precision: ``"full"``, or ``"bfloat16"``: numbers are rounded to bfloat16, sent, added in their own precision,
+            and rounded again if all ranks get the sum.
         bucket_bytes: The size at which a buffer is sent; None for the default.
     """
 
@@ -118,7 +118,7 @@ class FactorReduction:
         self._outlines = list(outlines)
         self._wire = torch.bfloat16 if precision == "bfloat16" else None
         flagged = set(flags)
-        # A row count is whole and below 2**53, which float64 holds exactly.
+        # float64 holds row counts below 2**53 exactly.
         header = [
             (float(o.name in statistics), statistics[o.name].rows if o.name in statistics else 0.0, o.name in flagged)
             for o in self._outlines
@@ -139,7 +139,7 @@ class FactorReduction:
             self.bytes += flat.nbytes
 
     def end(self) -> dict[str, ReducedStatistics]:
-        """Wait for the sums, which are then the same on every rank that keeps them."""
+        """Wait for the sums, and return them; they are equal on all ranks that keep them."""
         self._header_work.wait()
         header = {o.name: row for o, row in zip(self._outlines, self._header.tolist(), strict=True)}
         sums: dict[str, Statistics] = {}
@@ -169,9 +169,9 @@ class FactorReduction:
         return bucket
 
     def _send_rounded(self, bucket: _Bucket) -> Callable[[], Tensor | None]:
-        """Each rank adds up its own piece in full precision, which no library's sum of bfloat16 numbers does.
+        """Begin a sum of rounded numbers: each rank adds one piece in full precision, unlike a library's bfloat16 sum.
 
-        As bytes: gloo moves no bfloat16.
+        Numbers are sent as bytes, since gloo has no bfloat16.
         """
         group, dtype, numel = self._group, bucket.outlines[0].dtype, bucket.flat.numel()
         if bucket.owner is not None:
@@ -201,7 +201,7 @@ class FactorReduction:
 
 
 def _buckets(outlines: Sequence[StatisticsLayout], largest: int) -> Iterable[list[StatisticsLayout]]:
-    """Layers in order, together where precision, device and owner are the same and the buffer is not full."""
+    """Groups of layers in order, with equal precision, device and owner, until a buffer is full."""
     kinds: dict[Any, list[StatisticsLayout]] = {}
     for outline in outlines:
         kinds.setdefault((outline.dtype, outline.device, outline.owner), []).append(outline)

@@ -1,9 +1,9 @@
 r"""The ranks that factorise and hold each layer: a pure function of the layers' costs (KAISA, Pauloski et al. 2021).
 
-The W ranks form W/k groups of k *gradient workers*. Each layer has an owner, that factorises it; all workers of the
-owner's group get the inverse and precondition the layer's gradient, and each of them sends the result to one
-rank of every other group. k = W is COMM-OPT: every rank holds every inverse, and no step but a refresh communicates.
-k = 1 is MEM-OPT: an inverse is held once, and every step sends the preconditioned gradients.
+The W ranks form W/k groups of k *gradient workers*. The owner of a layer factorises it. All workers of the owner's
+group get the inverse and precondition the layer's gradient, and each worker sends the result to one rank of every
+other group. k = W is COMM-OPT: every rank holds every inverse, and only refreshes communicate. k = 1 is MEM-OPT: one
+rank holds an inverse, and every step sends the preconditioned gradients.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from lightning_kfc.utilities.checks import check_choice, check_positive
 from lightning_kfc.utilities.load_balancing import longest_first
 
-#: The placements that have a name; a number between is the fraction k/W of ranks that hold an inverse.
+#: The named placements; a number is the fraction k/W of ranks that hold an inverse.
 PLACEMENTS = ("auto", "comm-opt", "mem-opt")
 
 
@@ -23,11 +23,11 @@ def check_placement(placement: Any, inverse: str) -> None:
     """Require a valid placement that suits the inverse.
 
     Args:
-        placement: The user's.
+        placement: The user's placement.
         inverse: The user's kind of inverse.
 
     Raises:
-        TypeError: If it is neither a word nor a number.
+        TypeError: If the placement is neither a word nor a number.
         ValueError: If it is none of :data:`PLACEMENTS` and no fraction, or does not suit the inverse.
     """
     if isinstance(placement, str):
@@ -69,11 +69,11 @@ class Grid:
     workers: int
 
     def group(self, rank: int) -> int:
-        """The group of workers that a rank is in; neighbours, who often share a machine, are in one group."""
+        """The group of a rank; neighbouring ranks, which often share a machine, are in one group."""
         return rank // self.workers
 
     def in_turns(self, seat: int) -> int:
-        """The rank of a seat, where neighbouring seats are in different groups."""
+        """The rank of a seat; neighbouring seats are in different groups."""
         groups = self.ranks // self.workers
         return seat % groups * self.workers + seat // groups
 
@@ -87,7 +87,7 @@ class Grid:
         return tuple(range(rank % self.workers, self.ranks, self.workers))
 
     def source(self, owner: int, rank: int) -> int:
-        """From whom a rank gets the preconditioned gradient of an owner's layer; itself where it holds the inverse."""
+        """The rank that sends the gradient of an owner's layer to a rank; the rank itself if it holds the inverse."""
         return self.group(owner) * self.workers + rank % self.workers
 
     def holds(self, owner: int, rank: int) -> bool:
@@ -97,11 +97,11 @@ class Grid:
 
 @dataclass
 class Placement:
-    """The owner of each layer; layers that are found later are added to the ranks that have least to do.
+    """The owner of each layer; later layers are added to the ranks with the least load.
 
     Attributes:
         grid: The ranks.
-        owners: By layer.
+        owners: The owner, by layer.
     """
 
     grid: Grid
@@ -109,12 +109,12 @@ class Placement:
     _loads: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Nobody has anything to do yet."""
+        """Start with loads of zero."""
         self._loads = [0.0] * self.grid.ranks
 
     def add(self, costs: Mapping[str, float]) -> None:
-        """Give owners to the layers that have none."""
+        """Assign owners to layers without one."""
         new = {name: cost for name, cost in costs.items() if name not in self.owners}
-        # Taken in turns from all groups: where there are more ranks than layers, no group is to hold them all.
+        # In turns from all groups, so that no group holds all of few layers.
         seats = longest_first(new, self.grid.ranks, self._loads)
         self.owners |= {name: self.grid.in_turns(seat) for name, seat in seats.items()}

@@ -20,7 +20,7 @@ def initialised() -> bool:
 
 
 def rank() -> int:
-    """This process's rank among all; 0 where no process group is initialised."""
+    """This process's rank among all; 0 without a process group."""
     return dist.get_rank() if initialised() else 0
 
 
@@ -28,7 +28,7 @@ class ProcessGroup:
     """The ranks between which a batch is split: all of them, or those of one data-parallel group.
 
     Args:
-        group: Their process group; None for all ranks.
+        group: The process group; None for all ranks.
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -36,7 +36,7 @@ class ProcessGroup:
 
     @property
     def size(self) -> int:
-        """The number of ranks; 1 where no process group is initialised."""
+        """The number of ranks; 1 without a process group."""
         return dist.get_world_size(self.group) if initialised() else 1
 
     @property
@@ -45,11 +45,11 @@ class ProcessGroup:
         return dist.get_rank(self.group) if initialised() else 0
 
     def global_rank(self, member: int) -> int:
-        """The rank among all processes of a member of the group."""
+        """The global rank of a member of the group."""
         return member if self.group is None else dist.get_global_rank(self.group, member)
 
     def max(self, values: Tensor) -> Tensor:
-        """The largest of each number over the group. Collective: call on every rank."""
+        """The maximum of each number over the group. Collective: call on every rank."""
         if self.size > 1:
             dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
         return values
@@ -59,7 +59,7 @@ class ProcessGroup:
 
         Args:
             values: This rank's numbers.
-            device: One that the process group can send from.
+            device: A device from which the process group can send.
         """
         if self.size == 1:
             return list(values)
@@ -70,7 +70,7 @@ class ProcessGroup:
         return found
 
     def all_agree(self, here: bool, device: torch.device) -> bool:
-        """Whether something holds on every rank of the group. Collective: call on every rank."""
+        """Whether ``here`` is true on every rank of the group. Collective: call on every rank."""
         if self.size == 1:
             return here
         return not bool(self.max(torch.tensor([0.0 if here else 1.0], device=device)).item())
@@ -78,13 +78,13 @@ class ProcessGroup:
 
 @dataclass
 class Communication:
-    """Bytes of the buffers that this rank passed through collectives; a ring moves up to twice that for a sum.
+    """Bytes of this rank's buffers in collectives; a ring moves up to twice as many for a sum.
 
     Attributes:
-        factors: Of the last refresh of factors.
-        inverses: Of the last refresh of inverses.
-        updates: Of the last step's preconditioned gradients.
-        total: Of all steps.
+        factors: Bytes of the last refresh of factors.
+        inverses: Bytes of the last refresh of inverses.
+        updates: Bytes of the last step's preconditioned gradients.
+        total: Bytes of all steps.
     """
 
     factors: int = 0
@@ -98,12 +98,12 @@ class Communication:
             setattr(self, name, 0)
 
     def add(self, what: str, count: int) -> None:
-        """Count what passed through a collective."""
+        """Count the bytes of a collective."""
         setattr(self, what, getattr(self, what) + count)
         self.total += count
 
     def as_metrics(self) -> dict[str, float]:
-        """The numbers under the names that loggers show."""
+        """The numbers under their names in loggers."""
         return {f"kfc/bytes_{name}": float(getattr(self, name)) for name in ("factors", "inverses", "updates")}
 
 
@@ -113,22 +113,21 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def own_part(tensor: Any) -> Tensor:
-    """A tensor, or what this rank holds of a sharded one."""
+    """A tensor, or this rank's part of a sharded one."""
     part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
     return part
 
 
 def all_finite(gradients: Sequence[Tensor]) -> bool:
-    """Whether all gradients are finite; of sparse ones the stored values.
+    """Whether all gradients are finite.
 
     Args:
-        gradients: Reduced gradients, for the same result on all ranks. For sharded ones, of which
-            each rank has a part, the call is collective, and the result is that of the whole.
+        gradients: Reduced gradients, so that all ranks get the same result. With sharded ones the call is collective.
     """
     parts = [own_part(gradient) for gradient in gradients]
     dense = [values_of(gradient) for gradient in parts]
     some = [gradient for gradient in dense if gradient.numel()]
-    # Both norms keep NaN and infinity. The sum of squares is many times cheaper on a CPU, but may itself overflow.
+    # Both norms keep NaN and infinity. The sum of squares is far cheaper on a CPU, but may overflow.
     finite = any(bool(torch.isfinite(torch.nn.utils.get_total_norm(some, order))) for order in (2.0, math.inf))
     if initialised() and any(map(is_sharded, gradients)):
         return ProcessGroup().all_agree(finite, gradients[0].device)
@@ -136,11 +135,11 @@ def all_finite(gradients: Sequence[Tensor]) -> bool:
 
 
 def mean(values: Sequence[float], device: torch.device) -> list[float]:
-    """The means over ranks, the same on each of them.
+    """The means over all ranks. Collective: call on every rank, with as many numbers.
 
     Args:
-        values: As many on every rank.
-        device: One that the process group can send from.
+        values: This rank's numbers.
+        device: A device from which the process group can send.
     """
     everyone = ProcessGroup()
     return [total / everyone.size for total in everyone.sum(values, device)]

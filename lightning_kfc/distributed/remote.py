@@ -19,11 +19,11 @@ class RemoteInverse(Inverse):
 
     @classmethod
     def factorise(cls, factors: Factors, damping: float) -> Self:
-        """There are no factors here; see :class:`Inverse`."""
+        """The stand-in, without factors; see :class:`Inverse`."""
         return cls()
 
     def solve(self, gradient: Tensor) -> Tensor:
-        """Not here; see :class:`Inverse`.
+        """Raise an error, since this rank has no inverse.
 
         Raises:
             RuntimeError: Always.
@@ -36,7 +36,7 @@ class ReceivedUpdate(StepInverse):
     """The preconditioned gradient that another rank computed for this step.
 
     Attributes:
-        update: The answer.
+        update: The preconditioned gradient.
     """
 
     update: Tensor

@@ -1,4 +1,4 @@
-"""Tensors of which each rank holds a part (DTensor): read whole, written part by part."""
+"""Tensors of which each rank holds a part (DTensor)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def whole(tensor: Any) -> Any:
 
 
 def part_of(full: Tensor, like: Any) -> Tensor:
-    """The part of a tensor, which all ranks have whole, that this rank holds in the layout of another one."""
+    """This rank's part of a whole tensor, in the layout of another tensor."""
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = like.device_mesh
