@@ -14,9 +14,9 @@ from lightning_kfc.monitoring.timing import PHASES, REST, StepTimes
 from lightning_kfc.scheduling.period_costs import Costs, Periods, choose_periods
 from lightning_kfc.scheduling.refresh_schedule import RefreshSchedule
 
-#: So many steps without statistics are timed after the warm-up; every tenth step is reviewed.
+#: The number of timed steps without statistics after the warm-up; every tenth step is reviewed.
 BETWEEN = 5
-#: The choice is made after so many steps that follow the warm-up at the latest: those of the period until then.
+#: The largest number of steps from the end of the warm-up to the choice: the default period.
 ENOUGH = 20
 
 #: A timed step: whether it took statistics, whether it refreshed all inverses, and the seconds of its parts.
@@ -30,8 +30,8 @@ class PeriodChoice:
         schedule: The schedule until periods are chosen.
         factors: The period of statistics; None to choose it.
         inverses: The period of inverses; None to choose it.
-        max_overhead: The share by which a step may take longer.
-        times: The clock of the engine's phases, to which one of our own is attached until the choice.
+        max_overhead: The budget of the overhead, as a share of a plain step.
+        times: The clock of the engine's phases, to which a second clock is attached until the choice.
 
     Attributes:
         chosen: The chosen periods; None before the choice.
@@ -60,7 +60,7 @@ class PeriodChoice:
         self._clock: StepTimes | None = None
         self._timed: list[Timed] = []
         self._seen: dict[str, float] = {}
-        # Steps timed after the warm-up, and those of them without statistics.
+        # Timed steps after the warm-up, and those without statistics.
         self._after = self._between = 0
         self.chosen: Periods | None = None
 
@@ -76,20 +76,20 @@ class PeriodChoice:
         )
 
     def step_begins(self, since: int, *, statistics: bool, device: torch.device) -> str | None:
-        """Begin a step, and end the one before it. Collective: call on every rank at the same steps.
+        """Begin a step, and end the last one. Collective: call on every rank at the same steps.
 
         Args:
             since: The number of the new step, counted from the start of the warm-up, at least 1.
-            statistics: Whether the step before took statistics.
-            device: Where the model is.
+            statistics: Whether the last step took statistics.
+            device: The model's device.
 
         Returns:
-            What was chosen just now, in words; None where nothing was.
+            The choice in words, at the step that makes it; else None.
         """
         if not self._automatic or self.chosen is not None:
             return None
         if self._clock is None:
-            # The first step, with its setup, is not timed.
+            # The first step, with its setup, is not typical.
             self._clock = self._times.also = StepTimes()
         else:
             self._clock.end_step()
@@ -119,7 +119,7 @@ class PeriodChoice:
     def _choose(self, device: torch.device) -> str:
         costs = costs_of(self._timed, self._first.inverse_every_n_steps)
         own = choose_periods(costs, self._budget, self._factors, self._inverses)
-        # Those of rank 0 for all: each has measured something else.
+        # The ranks' times differ, so all use those of rank 0.
         everyone = ProcessGroup()
         chosen = torch.tensor([own.factors, own.inverses, own.overhead], dtype=torch.float64, device=device)
         chosen = everyone.max(chosen if everyone.rank == 0 else torch.zeros_like(chosen))
@@ -153,7 +153,7 @@ class PeriodChoice:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave; nothing where a version without "auto" has saved it."""
+        """Load a state of :meth:`state_dict`; empty states are those of versions without "auto"."""
         self._clock = self._times.also = None
         self._seen = {}
         chosen = state.get("chosen")
@@ -163,16 +163,16 @@ class PeriodChoice:
 
 
 def costs_of(timed: Sequence[Timed], period: int) -> Costs:
-    """What the parts of a step cost, from timed steps: medians, since some steps wait for something else.
+    """The costs of a step's phases, as medians of timed steps, since some steps wait for something else.
 
     Args:
         timed: At least one step.
-        period: T_inv of the time when they were taken: so many steps together refresh all inverses once.
+        period: T_inv at the time of these steps, in which all inverses are refreshed once.
     """
     between = [parts for statistics, _, parts in timed if not statistics]
     some = between or [parts for _, _, parts in timed]
     plain = max(median(parts[REST] for parts in some), 1e-9)
-    # What is recorded makes the forward longer, too: compiled code runs eagerly then.
+    # Recording makes the forward longer too, since compiled code runs eagerly.
     taken = [parts["statistics"] + max(parts[REST] - plain, 0.0) for statistics, _, parts in timed if statistics]
     full = [parts["inverses"] for _, all_inverted, parts in timed if all_inverted]
     recent = [parts["inverses"] for _, _, parts in timed[-period:]]

@@ -1,7 +1,7 @@
 """Periods that keep the overhead within a budget: a pure function of the costs of a step's phases.
 
-Of the pairs of periods that do, the one with the youngest curvature: an inverse in use is T_inv / 2 steps old in the
-mean, and the statistics that it was made from T_cov / 2 more.
+Among the pairs within the budget, the one with the youngest curvature is chosen: the mean age of an inverse in use is
+T_inv / 2 steps, and its statistics are T_cov / 2 steps older.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-#: T_cov and T_inv are chosen between these. Shorter ones leave the running averages, at the default decay, a memory of
-#: too few steps; with longer ones they hold statistics of a network that is no longer there.
+#: The bounds of T_cov and T_inv. With shorter periods and the default decay, running averages hold too few steps; with
+#: longer ones they hold statistics of former weights.
 SHORTEST, LONGEST = (5, 10), (50, 200)
 
 
@@ -19,10 +19,10 @@ class Costs:
     """The costs of a step, in seconds.
 
     Attributes:
-        plain: A step without the callback.
-        each_step: Costs of each step for any periods: preconditioning, and reviews in the mean.
-        statistics: Taking statistics once.
-        inverses: Refreshing all inverses once.
+        plain: The time of a step without the callback.
+        each_step: The costs of every step: preconditioning, and reviews in the mean.
+        statistics: The cost to take statistics once.
+        inverses: The cost to refresh all inverses once.
     """
 
     plain: float
@@ -37,12 +37,12 @@ class Costs:
 
 @dataclass(frozen=True)
 class Periods:
-    """A choice.
+    """The chosen periods.
 
     Attributes:
         factors: T_cov, in steps.
         inverses: T_inv, in steps.
-        overhead: The mean overhead with them, as a share of a plain step.
+        overhead: The mean overhead, as a share of a plain step.
     """
 
     factors: int
@@ -71,14 +71,14 @@ def candidates(factors: int | None = None, inverses: int | None = None) -> Itera
     """Pairs T_cov, T_inv to choose from; if both are free, T_inv is a multiple of T_cov.
 
     Args:
-        factors: T_cov where it is given.
-        inverses: T_inv where it is given.
+        factors: T_cov if given.
+        inverses: T_inv if given.
     """
     if factors is not None and inverses is not None:
         yield factors, inverses
         return
     if inverses is not None:
-        # With rarer statistics most inverses would not change.
+        # With rarer statistics, most refreshes would not change the inverses.
         yield from ((t, inverses) for t in range(min(SHORTEST[0], inverses), min(LONGEST[0], inverses) + 1))
         return
     for t in (factors,) if factors is not None else range(SHORTEST[0], LONGEST[0] + 1):

@@ -13,9 +13,9 @@ from lightning_kfc.utilities.checks import check_integer, check_positive
 class RefreshSchedule:
     """The dates of statistics and inverses.
 
-    During warm-up the factors are refreshed at every step, and the inverses at steps 0, 1, 2, 3, then at
-    every second one, and at the step that ends it: curvature moves fastest at the start, and the first
-    averages rest on few batches. After that the two periods rule.
+    During the warm-up the factors are refreshed at every step, and the inverses at steps 0, 1, 2, 3, then at every
+    second step, and at the last one: curvature changes fastest at the start, and the first averages are means of few
+    batches. The two periods apply after the warm-up.
 
     Attributes:
         factor_every_n_steps: Period of the statistics, in optimizer steps (the paper's T_cov).
@@ -52,8 +52,8 @@ class RefreshSchedule:
 
         Args:
             step: Counted from 0.
-            offset: At which step of the period they are refreshed once the warm-up is over, the step that ends it
-                included; None for all at the schedule's own dates.
+            offset: The step of the period at which they are refreshed from the end of the warm-up on; None for the
+                schedule's own dates.
         """
         end = max(self.warmup_steps, 1)
         if offset is None or step < end:
@@ -64,7 +64,7 @@ class RefreshSchedule:
     def _last(self, due: Callable[[int], bool], step: int, period: int) -> int:
         if step > self.warmup_steps:
             return max(step - step % period, self._last(due, self.warmup_steps, period))
-        # The search ends: step 0 is a date of both kinds.
+        # Step 0 is a date of both kinds, so the search ends.
         return next(past for past in range(step, -1, -1) if due(past))
 
 
@@ -72,8 +72,8 @@ class RefreshSchedule:
 class Schedule(ABC):
     """A value that moves from ``start`` to ``end``, then stays.
 
-    An abstract class, not a plain dataclass: jsonargparse drops the ``class_path`` of the latter, and two
-    schedules of the same fields would be one in YAML.
+    The class is abstract because jsonargparse drops the ``class_path`` of a plain dataclass, so that two schedules with
+    the same fields would be the same in YAML.
 
     Attributes:
         start: The value at step 0; positive.

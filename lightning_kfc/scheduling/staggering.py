@@ -1,8 +1,8 @@
 """The offset of each layer within the inverses' period: a pure function of the layers' costs.
 
-Where all layers are inverted at the same step, that step takes as long as all of them together. So each has an *offset*
-within the period: as few offsets are used as leave no step longer than the most expensive single layer, which cannot be
-divided. Small layers so stay together, which several ranks factorise side by side.
+If all layers were inverted at the same step, this step would take the time of all of them. So each layer has an
+*offset* within the period. The number of offsets is the smallest with which no step exceeds the cost of the most
+expensive layer, which cannot be divided. Small layers share offsets, and several ranks factorise them in parallel.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from lightning_kfc.utilities.load_balancing import longest_first
 def open_offsets(schedule: RefreshSchedule, *, with_statistics: bool) -> Iterator[int]:
     """The offsets of a schedule, in the order of filling.
 
-    First those just after a date of statistics, so that inverses are made from factors as fresh as can be; last those
-    at such a date, which is expensive enough without inverses.
+    Offsets just after a date of statistics come first, since their factors are the freshest. Offsets at such a date,
+    which is expensive anyway, come last.
 
     Args:
-        schedule: The periods. There are no offsets where statistics are taken less often than inverses are due.
-        with_statistics: Whether only offsets at dates of statistics are open; there are none where the period of the
+        schedule: The periods. There are no offsets if statistics are rarer than inverses.
+        with_statistics: Whether only offsets at dates of statistics are open; there are none if the period of the
             inverses is no multiple of that of the statistics.
     """
     factors, inverses = schedule.factor_every_n_steps, schedule.inverse_every_n_steps

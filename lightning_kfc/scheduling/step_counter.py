@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class StepCounter:
-    """Counts optimizer steps; a step is over when its optimizer has stepped, and the next one begins at a forward.
+    """Counts optimizer steps; a step ends with its optimizer's step, and the next one begins at a forward.
 
     Attributes:
         number: The present step, counted from 0.
@@ -18,7 +18,7 @@ class StepCounter:
 
     @property
     def any_made(self) -> bool:
-        """Whether an optimizer step has been made: from then on, training goes on whatever happens here."""
+        """Whether an optimizer step has been made; from then on, no problem stops the training."""
         return self.over or self.number > 0
 
     @property
@@ -40,9 +40,9 @@ class StepCounter:
         self.over = True
 
     def reopen(self) -> None:
-        """Take the present step for one whose optimizer evaluates its closure once more."""
+        """Continue the present step, whose optimizer evaluates its closure once more."""
         self.over, self.again = False, True
 
     def restart(self, number: int) -> None:
-        """Go on from a step that has not begun."""
+        """Continue from a step that has not begun."""
         self.number, self.over = number, False

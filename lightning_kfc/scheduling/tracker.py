@@ -1,7 +1,7 @@
 """Track which layers' statistics and inverses are due at a step.
 
-The schedule alone would do if every layer were trained at every step. Where several optimizers take turns (a
-generator stepped at every fifth batch), a layer can miss each of its dates, so that what it missed is made up for.
+With several optimizers in turns, such as a generator that steps at every fifth batch, a layer can miss its dates.
+Missed refreshes are made up for.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from lightning_kfc.scheduling.staggering import StaggeredDates
 
 
 class RefreshTracker:
-    """Keeps, for each layer, when its statistics and its inverse were last refreshed.
+    """Holds the steps of each layer's last refreshes of statistics and inverse.
 
     Args:
         schedule: The dates.
         offsets: The step of the period at which each layer's inverse is due after the warm-up.
 
     Attributes:
-        started_at: The step from which the schedule counts, so that a restart without statistics warms up again.
+        started_at: The step from which the schedule counts; a restart without statistics has a new warm-up.
     """
 
     def __init__(self, schedule: RefreshSchedule, offsets: StaggeredDates) -> None:
@@ -40,10 +40,10 @@ class RefreshTracker:
         return self._schedule.factors_due(step - self.started_at)
 
     def recorded_at(self, step: int, layers: Iterable[str]) -> list[str]:
-        """The layers whose statistics are taken at a step: all at a date, else those that wait for theirs.
+        """The layers whose statistics are taken at a step: all layers at a date, else the waiting ones.
 
-        A layer waits for no longer than one period: it may not be trained any more. Layers that were found later
-        have their own warm-up.
+        A layer waits for at most one period, since it may not be trained any more. Layers that were found later have
+        their own warm-up.
         """
         if self.statistics_due(step):
             return list(layers)
@@ -75,12 +75,12 @@ class RefreshTracker:
         return None if folded is None else step - folded, None if inverse is None else step - inverse[0]
 
     def missed_its_date(self, layer: str, step: int) -> None:
-        """Note that a layer was trained at a step that did not record it; if it missed a date, it waits from now."""
+        """Note that a layer was trained unrecorded; if it missed a date, it waits from now on."""
         if self._folded.get(layer, -1) < self._last_dates(step)[0]:
             self._waiting[layer] = step
 
     def stop_waiting(self, layer: str) -> None:
-        """Wait no longer for a layer whose record brought nothing."""
+        """Stop waiting for a layer that was recorded without statistics."""
         self._waiting.pop(layer, None)
 
     def new_inverse(self, layer: str, step: int) -> bool:
@@ -88,8 +88,7 @@ class RefreshTracker:
         if layer not in self._factorised:
             return True
         at, date = self._factorised[layer][0], self._last_inverse_date(layer, step)
-        # A date of its own that no statistics have preceded is passed over. Were it made up for when they come, all
-        # layers that have passed theirs over would be inverted at that step.
+        # A layer without new statistics skips its date. Catching up later would invert all skipped layers in one step.
         return at < date and (self._offset(layer, step) is None or at < self._last_factors_before(date))
 
     def inverse_outdated(self, layer: str, damping: float) -> bool:
@@ -104,7 +103,7 @@ class RefreshTracker:
     def _last_dates(self, step: int) -> tuple[int, dict[int | None, int]]:
         """The latest steps, up to this one, at which statistics and, by offset, inverses were due.
 
-        Kept, since every layer asks at every step.
+        Cached, since it is read for every layer at every step.
         """
         if self._dates is None or self._dates[0] != step:
             self._dates = step, self._last_factors_before(step), {}
@@ -123,20 +122,20 @@ class RefreshTracker:
         return dates[offset]
 
     def _offset(self, layer: str, step: int) -> int | None:
-        # Offsets are assigned after the first step, when dropped layers are known.
+        # Offsets are assigned after the first step, which drops layers.
         since = step - self.started_at
         if self._warms_up(layer, step):
             return None
         return self._offsets.of(layer) if since >= self._schedule.warmup_steps and since > 0 else None
 
     def refresh_soon(self, layers: Iterable[str], step: int) -> None:
-        """Let layers take statistics and refresh their inverses at their next step, from this one on."""
+        """Refresh statistics and inverses of layers at their next step, from this one on."""
         for layer in layers:
             self._waiting[layer] = step
             self._factorised.pop(layer, None)
 
     def forget(self, layer: str) -> None:
-        """Forget a layer that starts anew."""
+        """Forget the refreshes of a layer that starts anew."""
         self._folded.pop(layer, None)
         self._factorised.pop(layer, None)
 
@@ -186,5 +185,5 @@ class RefreshTracker:
         self._factorised = {name: (int(at), float(damping)) for name, (at, damping) in state["factorised"].items()}
         self._waiting = {name: int(at) for name, at in state["waiting"].items()}
         self._own_starts = {name: int(at) for name, at in state.get("own_starts", {}).items()}
-        # States of versions without offsets get them as at the start.
+        # States of versions without offsets get new ones.
         self._offsets.load_state_dict(state.get("slots", {}))
