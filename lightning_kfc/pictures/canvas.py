@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 #: Colours for colour-blind readers (Okabe & Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
 
-#: Text stays text and ids stay the same from run to run: small files, small diffs.
+#: Text stays text and ids are the same in every run, for small files and small diffs.
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "lightning-kfc",
@@ -31,13 +31,13 @@ STYLE: dict[str, Any] = {
 
 
 def check_matplotlib(wanted_for: str) -> None:
-    """Say what to install where matplotlib is missing.
+    """Require matplotlib.
 
     Args:
-        wanted_for: The feature that needs it, as the subject of the message.
+        wanted_for: The feature that needs matplotlib, as the subject of the message.
 
     Raises:
-        ModuleNotFoundError: If matplotlib is not installed.
+        ModuleNotFoundError: If matplotlib is not installed; the message has the command to install it.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ModuleNotFoundError(
@@ -47,7 +47,7 @@ def check_matplotlib(wanted_for: str) -> None:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Draw in the package's style, leaving the user's own settings of matplotlib alone.
+    """Draw in the package's style, without a change of the user's settings of matplotlib.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
@@ -61,13 +61,13 @@ def style() -> Iterator[None]:
 
 
 def grid(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[list[Axes]]]:
-    """A figure of panels; a plain one, without pyplot, so that no window and no global list holds it.
+    """A figure of panels, made without pyplot, so that no window or global list refers to it.
 
     Args:
         rows: The number of rows of panels.
         columns: The number of columns.
-        width: That of one panel, in inches.
-        height: That of one panel, in inches.
+        width: The width of one panel, in inches.
+        height: The height of one panel, in inches.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -87,7 +87,7 @@ def png(figure: Figure) -> bytes:
 
 
 def svg(figure: Figure) -> str:
-    """A figure as SVG, without a date, a document type or any address but its own name spaces."""
+    """A figure as SVG, without date, document type or addresses other than name spaces."""
     out = io.StringIO()
     with style():
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 #: Most pixels per side of a heat map; larger matrices are averaged.
 HEAT_MAP_PIXELS = 128
-#: Eigenvalues below this share of the largest one are rounding in float32, and are not drawn.
+#: Eigenvalues below this share of the largest one are rounding errors in float32, and are not drawn.
 SMALLEST_SHARE = 1e-7
 #: The units of the engine's numbers, by key.
 UNITS: Mapping[str, str] = {
@@ -54,17 +54,17 @@ UNITS: Mapping[str, str] = {
 }
 #: The axis of the module's own metrics, whose units are unknown.
 UNITS_OF_OTHERS = "as logged"
-#: Most points of a line; a panel has few more pixels.
+#: Most points of a line, nearly as many as a panel has pixels.
 MOST_POINTS = 80
 
 Spectra = Mapping[str, Mapping[str, Sequence[tuple[int, Tensor]]]]
 
 
 def draw_spectra(spectra: Spectra) -> Figure:
-    """The eigenvalues of each layer's factors, a line for each time.
+    """The eigenvalues of each layer's factors, one line for each step.
 
     Args:
-        spectra: By layer and factor (``"A"``, ``"G"``): steps with the eigenvalues then, descending.
+        spectra: By layer and factor (``"A"``, ``"G"``): steps with eigenvalues, descending.
     """
     with style():
         figure, axes = _panels(spectra, 3.4, 2.0)
@@ -86,7 +86,7 @@ def draw_spectra(spectra: Spectra) -> Figure:
 
 
 def draw_factors(factors: Mapping[str, Mapping[str, Tensor]]) -> Figure:
-    """The magnitudes of the correlations in each factor, as heat maps: a factor with its diagonal scaled to 1.
+    """The magnitudes of the correlations in each factor, as heat maps.
 
     Args:
         factors: By layer and name; ``(d, d)``, or ``(groups, d, d)`` of which the first group is drawn. Diagonal
@@ -113,7 +113,7 @@ def draw_autocorrelation(statistics: Sequence[SpatialStatistics]) -> Figure:
     """Maps of the correlation between two locations, by their offset: the paper's sec. 5.1.
 
     Args:
-        statistics: Of any layers' activations and derivatives.
+        statistics: The statistics of activations and derivatives.
     """
     layers: dict[str, dict[str, SpatialStatistics]] = {}
     for entry in statistics:
@@ -142,7 +142,7 @@ def draw_numbers(history: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
     """Numbers over the optimizer steps, a panel for each key.
 
     Args:
-        history: By key: steps with the number then. Numbers that are not finite leave a gap.
+        history: By key: steps with numbers. Numbers that are not finite leave a gap.
     """
     columns = 3
     with style():
@@ -166,10 +166,10 @@ def draw_numbers(history: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
 
 
 def draw_step_time(parts: Mapping[str, float]) -> Figure:
-    """The mean time of a step, by part, as one bar.
+    """The mean time of a step, by phase, as one bar.
 
     Args:
-        parts: Seconds by part, in the order of drawing.
+        parts: Seconds by phase, in the order of drawing.
     """
     total = sum(parts.values())
     with style():
@@ -188,7 +188,7 @@ def draw_step_time(parts: Mapping[str, float]) -> Figure:
 
 
 def draw_coverage(table: str) -> Figure:
-    """A coverage table, which is text, as a picture.
+    """A coverage table as a picture of its text.
 
     Args:
         table: ``str(kfc.coverage())``.
@@ -204,7 +204,7 @@ def draw_coverage(table: str) -> Figure:
 def _panels(
     layers: Mapping[str, Mapping[str, object]], width: float, height: float, columns: int | None = None
 ) -> tuple[Figure, list[list[Axes]]]:
-    """A row of panels for each layer; those that stay empty are not shown."""
+    """A row of panels for each layer; empty panels are hidden."""
     count = columns or max([1, *(len(own) for own in layers.values())])
     figure, axes = grid(max(1, len(layers)), count, width, height)
     for row, own in zip(axes, layers.values(), strict=False):
@@ -219,26 +219,26 @@ def _panels(
 
 
 def _spread(count: int) -> list[int]:
-    """At most :data:`MOST_POINTS` indices, evenly spread, including the first and the last one."""
+    """At most :data:`MOST_POINTS` indices, evenly spread, including the first and the last."""
     if count <= MOST_POINTS:
         return list(range(count))
     return [round(i * (count - 1) / (MOST_POINTS - 1)) for i in range(MOST_POINTS)]
 
 
 def _shaded(snapshots: Sequence[tuple[int, Tensor]]) -> list[tuple[float, tuple[int, Tensor]]]:
-    """Snapshots with their place in time, from 0 to 1."""
+    """Snapshots with their relative time, from 0 to 1."""
     return [(i / max(1, len(snapshots) - 1), snapshot) for i, snapshot in enumerate(snapshots)]
 
 
 def _shade(share: float) -> Any:
     import matplotlib as mpl
 
-    # Not to the end of the map, whose yellow is too light for a line.
+    # The yellow at the end of the map is too light for a line.
     return mpl.colormaps["viridis"](0.85 * (1 - share))
 
 
 def _logarithmic(axis: Axes) -> None:
-    """A logarithmic axis without the many small ticks, which take most of the time of drawing."""
+    """A logarithmic axis without minor ticks, which take most of the time to draw."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     axis.set_yscale("log")
@@ -257,7 +257,7 @@ def _whole_numbers() -> Any:
 
 
 def _legend_of_steps(axis: Axes | None) -> None:
-    """First and last step: all would hide the lines."""
+    """A legend of the first and the last step; all steps would hide the lines."""
     if axis is None:
         return
     handles, labels = axis.get_legend_handles_labels()

@@ -29,7 +29,7 @@ img { background: #fff; border-radius: 4px; }
 """
 
 
-#: A figure wider than this, in inches, is not shrunk to a phone: it scrolls.
+#: Wider figures, in inches, scroll on a phone instead of shrinking.
 _WIDE = 6.0
 
 
@@ -55,7 +55,7 @@ def as_table(rows: Mapping[str, object]) -> str:
 
 
 def as_list(sentences: Sequence[str]) -> str:
-    """Sentences one under another, as HTML."""
+    """Sentences as an HTML list."""
     return f"<ul>{''.join(f'<li>{escape(sentence)}</li>' for sentence in sentences)}</ul>"
 
 
@@ -65,7 +65,7 @@ def as_text(text: str) -> str:
 
 
 def as_image(figure: Figure, alternative: str) -> str:
-    """A figure as HTML; an image of its own, so that the identifiers of several cannot meet.
+    """A figure as an HTML image, in which identifiers cannot collide with those of other figures.
 
     Args:
         figure: The figure.

@@ -9,16 +9,16 @@ from torch import Tensor
 
 from lightning_kfc.curvature.layer import Layer
 
-#: So many layers are shown at most, evenly spread over the network: more would not be legible.
+#: Most shown layers, evenly spread over the network; more would not be legible.
 MOST_LAYERS = 10
-#: Larger factors are not decomposed for a picture: it would take seconds on a CPU.
+#: Larger factors, whose decomposition takes seconds on a CPU, are not drawn.
 LARGEST_FACTOR = 1024
-#: So many times are kept at most; when there are more, every second one goes.
+#: Most kept steps; when there are more, every second one is dropped.
 MOST_TIMES = 12
 
 
 def shown(names: Iterable[str]) -> list[str]:
-    """At most :data:`MOST_LAYERS` of the names, evenly spread, the first and the last one among them."""
+    """At most :data:`MOST_LAYERS` of the names, evenly spread, including the first and the last."""
     names = list(names)
     if len(names) <= MOST_LAYERS:
         return names
@@ -32,13 +32,13 @@ def shown_factors(layers: Mapping[str, Layer]) -> dict[str, dict[str, Tensor]]:
 
 
 def spectrum(factor: Tensor) -> Tensor | None:
-    """The eigenvalues of a factor, of all its groups together, descending, on the CPU.
+    """The eigenvalues of all groups of a factor, descending, on the CPU.
 
     Args:
         factor: Shape ``(groups, d, d)``, or ``(groups, d)`` if diagonal.
 
     Returns:
-        Shape ``(groups * d,)``; None where the factor is too large, or there is no finite decomposition.
+        Shape ``(groups * d,)``; None if the factor is too large, or has no finite decomposition.
     """
     if not bool(torch.isfinite(factor).all()) or (factor.ndim == 3 and factor.shape[-1] > LARGEST_FACTOR):
         return None
@@ -50,7 +50,7 @@ def spectrum(factor: Tensor) -> Tensor | None:
 
 
 class SpectraOverTime:
-    """The spectra of the factors of some layers, at a few times."""
+    """The spectra of the factors of some layers, at a few steps."""
 
     def __init__(self) -> None:
         self._taken: dict[str, dict[str, list[tuple[int, Tensor]]]] = {}
@@ -68,13 +68,13 @@ class SpectraOverTime:
                 if values is not None:
                     own.setdefault(key, []).append((step, values))
         if len(self._times) > MOST_TIMES:
-            # The first one stays, for comparison.
+            # The first step stays, for comparison.
             self._times = self._times[::2]
             for own in self._taken.values():
                 for key, snapshots in own.items():
                     own[key] = [entry for entry in snapshots if entry[0] in self._times]
 
     def by_layer(self) -> dict[str, dict[str, list[tuple[int, Tensor]]]]:
-        """Steps with the eigenvalues then, by layer and factor; layers without any are left out."""
+        """Steps with eigenvalues, by layer and factor; layers without spectra are left out."""
         kept = {name: {key: taken for key, taken in own.items() if taken} for name, own in self._taken.items()}
         return {name: own for name, own in kept.items() if own}

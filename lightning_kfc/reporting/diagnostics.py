@@ -17,7 +17,7 @@ from lightning_kfc.monitoring.advice import CUT_STEPS, Facts
 from lightning_kfc.monitoring.timing import PHASES, REST
 from lightning_kfc.rules.base import ReadyLayer
 
-#: Measurements in a row at which a layer's curvature must be below the damping to count as such.
+#: Measurements in a row below the damping after which a layer's curvature counts as below it.
 LOOKS = 3
 #: The numbers for loggers without ``logging.layers``.
 LOGGED = (
@@ -34,13 +34,13 @@ LOGGED = (
 )
 #: The events that `kfc/nonfinite_events` adds up.
 NONFINITE = ("nonfinite_gradients", "nonfinite_statistics", "nonfinite_updates", "restored_inverses")
-#: The parts of a step as keys have them.
+#: The phases of a step in keys.
 OURS = PHASES[:-1]
 
 
 @dataclass
 class _Looked:
-    """Numbers of the layers at the last step that was inspected."""
+    """Numbers of the layers at the last inspected step."""
 
     cosine: float = math.nan
     by_layer: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -50,11 +50,11 @@ class Diagnostics:
     """Collects the numbers of a fit.
 
     Call :meth:`begin_step` before each :meth:`~lightning_kfc.KFC.precondition`, :meth:`end_step` after it, and
-    :meth:`numbers` at logged steps. With parameters sharded over ranks, every rank must do the same.
+    :meth:`numbers` at logged steps. With sharded parameters, collective: call on every rank.
 
     Args:
         kfc: The engine.
-        layers: Whether there are numbers for each layer, besides the smallest, the median and the largest one.
+        layers: Whether to collect numbers of each layer, besides the smallest, the median and the largest one.
     """
 
     def __init__(self, kfc: KFC, *, layers: bool = False) -> None:
@@ -73,19 +73,19 @@ class Diagnostics:
     # Around a step.
 
     def begin_step(self, *, look: bool) -> None:
-        """Before the step is preconditioned.
+        """Begin a step, before it is preconditioned.
 
         Args:
-            look: Whether :meth:`numbers` will be called after it.
+            look: Whether a call of :meth:`numbers` follows the step.
         """
         kfc = self._kfc
         kfc.inspect = self._inspect if look else None
-        # The warm-up refreshes at nearly every step, and its shares of time are not what follows.
+        # The shares of time in the warm-up, which refreshes at nearly every step, are not typical.
         if self._first_seconds is None and kfc.step > kfc.settings.warmup_steps:
             self._first_seconds, self._first_timed = kfc.times.seconds(), kfc.times.steps
 
     def end_step(self) -> None:
-        """After a step was preconditioned."""
+        """End a step, after it was preconditioned."""
         kfc = self._kfc
         kfc.inspect = None
         if kfc.last_step is None:
@@ -112,7 +112,7 @@ class Diagnostics:
 
     def _look_at_factors(self) -> None:
         kfc = self._kfc
-        # Only layers with a new inverse are measured again.
+        # The spectra change with the inverse only.
         new = {
             name: layer
             for name, layer in kfc.layers.items()
@@ -131,7 +131,7 @@ class Diagnostics:
     # Results.
 
     def numbers(self) -> dict[str, float]:
-        """The numbers of the last step under the names that loggers show; empty before there was one."""
+        """The numbers of the last step under their names in loggers; empty before the first step."""
         kfc = self._kfc
         if kfc.last_step is None:
             return {}
@@ -170,7 +170,7 @@ class Diagnostics:
         }
 
     def _shares_since(self) -> dict[str, float]:
-        """The share of the time since the last call by part, in percent."""
+        """The share of each phase in the time since the last call, in percent."""
         seconds = self._kfc.times.seconds()
         shares = _shares(seconds, self._last_seconds)
         self._last_seconds = seconds
@@ -189,11 +189,11 @@ class Diagnostics:
     def facts(
         self, *, gradient_scaler: bool = False, gradient_clip_factors: Sequence[float] = (), momentum: float = 0.0
     ) -> Facts:
-        """The facts that rules of advice read.
+        """The facts for the rules of advice.
 
         Args:
-            gradient_scaler: Whether a gradient scaler is at work.
-            gradient_clip_factors: The share of its length that clipping left of each of the last updates.
+            gradient_scaler: Whether a gradient scaler is in use.
+            gradient_clip_factors: The factor of gradient clipping on each of the last updates.
             momentum: The highest momentum of an optimizer.
         """
         kfc = self._kfc
@@ -232,7 +232,7 @@ class Diagnostics:
         return self._kfc.events.state_dict()[event] - self._first_events[event]
 
     def count_from_here(self) -> None:
-        """Count events from now on, without those before the checkpoint."""
+        """Count events from now on, without those in the checkpoint."""
         self._first_events = self._kfc.events.state_dict()
 
 
@@ -248,10 +248,7 @@ def summary(by_layer: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def bytes_held(kfc: KFC) -> int:
-    """Bytes of factors, inverses, the moments of the rule "adam" and the last updates on this rank.
-
-    Inverses that are kept until the next ones have proved usable are among them.
-    """
+    """Bytes of factors, present and former inverses, Adam's moments and the last updates on this rank."""
     held = kfc.reviewer.last_updates.nbytes()
     for layer in kfc.layers.values():
         held += sum(average.nbytes for average in layer.averages.values())
@@ -261,7 +258,7 @@ def bytes_held(kfc: KFC) -> int:
 
 
 def _sums(entry: ReadyLayer, update: Tensor) -> Tensor:
-    r""":math:`\langle V, \nabla\rangle, \|\nabla\|^2, \|V\|^2, \|W\|^2` of a layer, in float64 where there is such."""
+    r""":math:`\langle V, \nabla\rangle, \|\nabla\|^2, \|V\|^2, \|W\|^2` of a layer, in float64 if available."""
     wide = torch.float32 if update.device.type == "mps" else torch.float64
     weights = entry.layer.matrix({role: p.detach() for role, p in entry.layer.trained_parameters().items()})
     norms = [torch.linalg.vector_norm(part).to(wide).square() for part in (entry.gradient, update, weights)]
@@ -274,7 +271,7 @@ def _cosine(product: float, squared_a: float, squared_b: float) -> float:
 
 
 def _shares(seconds: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
-    """The share of each part in the seconds since then; empty where no time has passed."""
+    """The share of each phase in the seconds since ``before``; empty if no time has passed."""
     passed = {part: taken - before.get(part, 0.0) for part, taken in seconds.items()}
     total = sum(passed.values())
     return {part: taken / total for part, taken in passed.items()} if total > 0 else {}

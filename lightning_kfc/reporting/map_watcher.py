@@ -19,22 +19,22 @@ SPATIAL_MODULES = (nn.Conv2d, nn.ConvTranspose2d)
 
 
 def spatial_modules(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Those of some modules whose maps have two spatial dimensions."""
+    """The modules whose maps have two spatial dimensions."""
     return {name: module for name, module in modules.items() if isinstance(module, SPATIAL_MODULES)}
 
 
 class MapWatcher:
-    """Keeps maps of some layers while a loss is computed and derivatives are sent back.
+    """Keeps maps of some layers in a forward and in the back-propagation of seeds.
 
-    Attach it around the forward. Derivatives are kept while :attr:`listening`: the seeds' ones, not those of the
-    loss itself, whose targets are the data's.
+    Attach it around the forward. Derivatives are kept while :attr:`listening`, without those of the loss itself, whose
+    targets are from the data.
 
     Args:
         modules: The modules by layer name, all of :data:`SPATIAL_MODULES`.
         radius: The largest offset along each axis.
         max_examples: The largest number of kept examples of a batch.
         max_channels: The largest number of kept channels, evenly spread; None for all.
-        max_passes: The largest number of kept back-propagations, of which all targets take several; None for all.
+        max_passes: The largest number of kept back-propagations; None for all.
     """
 
     def __init__(
@@ -57,13 +57,13 @@ class MapWatcher:
         self.listening = False
 
     def attach(self) -> None:
-        """Watch the modules' forwards."""
+        """Record the modules' forwards."""
         for name, module in self._modules.items():
             hook = ForwardHook(partial(self._seen, name))
             self._handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
 
     def detach(self) -> None:
-        """Watch no more forwards; derivatives of those that were seen still arrive."""
+        """Stop recording forwards; derivatives of recorded forwards are still kept."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -71,7 +71,7 @@ class MapWatcher:
     def statistics(self) -> tuple[SpatialStatistics, ...]:
         """Statistics of the recorded maps, in the model's order: of activations, then of derivatives.
 
-        A layer that was not called is left out; one that was called several times has the maps of all calls.
+        A layer without a call is left out; a layer with several calls has the maps of all of them.
         """
         found = []
         for name in self._modules:

@@ -1,4 +1,4 @@
-"""The numbers of a training over time, each at the step at which it was measured."""
+"""The numbers of a training over time."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch import Tensor
 
 from lightning_kfc.monitoring.events import History
 
-#: Points of each series, by key: the step, and the number then.
+#: The points of each series, steps with numbers, by key.
 Series = Mapping[str, Sequence[tuple[int, float]]]
-#: Numbers that differ by less than this share are the same in a chart.
+#: Numbers that differ by less than this share look the same in a chart.
 FLAT_SHARE = 1e-6
 
 
 class MeasuredNumbers:
-    """Keeps the engine's numbers and the module's metrics at the steps of their measurement.
+    """Holds the engine's numbers and the module's metrics at the steps of their measurement.
 
-    A trainer's metrics keep their value until they are measured again, when they are new tensors: these are kept.
+    A trainer holds old values of metrics too; a new measurement is a new tensor, by which it is recognised.
 
     Args:
         trainer: The trainer.
-        keeps: Whether anything is kept.
+        keeps: Whether to hold numbers at all.
     """
 
     def __init__(self, trainer: Any, *, keeps: bool) -> None:
@@ -35,17 +35,17 @@ class MeasuredNumbers:
         self.history = History()
 
     def numbers(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Keep the engine's numbers of a step that is logged."""
+        """Add the engine's numbers of a logged step."""
         if self._keeps:
             self.history.add(step, numbers)
             self._logged = True
 
     def step_ends(self, step: int, outputs: object) -> None:
-        """Keep what was measured in a training step, if it is one that is logged.
+        """Add the measurements of a training step, if it is logged.
 
         Args:
             step: The number of this step in loggers.
-            outputs: The training step's return value; its loss stands in for a loss that is not logged.
+            outputs: The training step's return value, whose loss replaces an unlogged loss.
         """
         if not self._logged:
             return
@@ -57,18 +57,18 @@ class MeasuredNumbers:
         self._add(step, fresh)
 
     def validation_ends(self, step: int) -> None:
-        """Keep the numbers of a validation after this step, since the call of :meth:`ignore`."""
+        """Add the numbers of a validation after this step, since the call of :meth:`ignore`."""
         fresh = self._fresh()
         self._of_validation |= fresh.keys()
         self._add(step, fresh)
 
     def epoch_ends(self, step: int) -> None:
-        """Keep the numbers of a training epoch that ended with this step."""
+        """Add the numbers of a training epoch that ended with this step."""
         by_now = self._of_steps | self._of_validation
         self._add(step, {key: value for key, value in self._fresh().items() if key not in by_now})
 
     def ignore(self) -> None:
-        """Drop the numbers so far."""
+        """Ignore the present values of the trainer's metrics."""
         self._fresh()
 
     def moving(self) -> dict[str, Sequence[tuple[int, float]]]:
@@ -81,7 +81,7 @@ class MeasuredNumbers:
         return {key: found[key] for key in sorted(found, key=place)}
 
     def flat(self) -> dict[str, float]:
-        """The last number of each series that never changed, or has a single number: its chart would show nothing."""
+        """The last number of each constant series, whose chart would show nothing."""
         return {key: points[-1][1] for key, points in self.history.series().items() if is_flat(points)}
 
     def _fresh(self) -> dict[str, object]:
@@ -99,7 +99,7 @@ class MeasuredNumbers:
 
 
 def is_flat(points: Sequence[tuple[int, float]]) -> bool:
-    """Whether a series has no two numbers that differ; those that are not finite do not count."""
+    """Whether all finite numbers of a series are equal."""
     finite = [value for _, value in points if abs(value) < float("inf")]
     return not finite or max(finite) - min(finite) <= FLAT_SHARE * max(map(abs, finite))
 

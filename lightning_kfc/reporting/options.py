@@ -13,12 +13,12 @@ class Logging:
     """Contents of loggers, progress bar and report of a training.
 
     Args:
-        layers: Whether loggers get all numbers, those of each layer included, instead of ten of the whole training.
+        layers: Whether loggers get all numbers, including those of each layer, instead of ten numbers.
         progress_bar: Whether the progress bar shows the factor of the KL clip, and the damping.
-        pictures_every_n_steps: Every so many optimizer steps, pictures of the curvature go to each logger that takes
-            figures (TensorBoardLogger does), and into `report_dir`; null for none. Needs the extra "pictures".
-        report_dir: A folder for a report of the training, one HTML file written when it ends; null for none. Needs the
-            extra "pictures".
+        pictures_every_n_steps: The period in optimizer steps at which pictures of the curvature go to loggers with
+            figures, such as TensorBoardLogger, and to `report_dir`; null for none. Needs the extra "pictures".
+        report_dir: A folder for the report of the training, one HTML file, written at its end; null for none. Needs
+            the extra "pictures".
 
     Raises:
         ModuleNotFoundError: If pictures or a report are given and matplotlib is not installed.

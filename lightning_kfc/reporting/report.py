@@ -35,15 +35,13 @@ REPORT = "report.html"
 
 
 class Report:
-    """Draws the pictures of one fit and writes its report, on the rank that writes.
-
-    Between the steps of pictures only the clock runs.
+    """Draws the pictures of one fit and writes its report, on rank zero.
 
     Args:
         options: The options of pictures and report.
         kfc: The engine.
         trainer: The trainer.
-        module: The module that is trained.
+        module: The trained module.
     """
 
     def __init__(self, options: Logging, kfc: KFC, trainer: Any, module: nn.Module) -> None:
@@ -60,21 +58,21 @@ class Report:
         self._coverage = ""
         #: The numbers over time.
         self.measured = MeasuredNumbers(trainer, keeps=self._active)
-        #: The advice that was given, for the report.
+        #: The advice in the report.
         self.advice: tuple[str, ...] = ()
 
     # Around a training step.
 
     def step_begins(self) -> None:
-        """Start the clock of a batch, where numbers are logged or a report is written."""
+        """Start the clock of a batch, if numbers are logged or a report is written."""
         if self._timed:
             self._kfc.times.begin_step(next(self._module.parameters()).device)
 
     @contextlib.contextmanager
     def observing(self) -> Iterator[None]:
-        """Watch the maps of convolutions in this forward, if pictures are due and the engine takes statistics."""
+        """Record the maps of convolutions in this forward, if pictures are due and the engine takes statistics."""
         kfc = self._kfc
-        # At the first step only, where micro-batches are accumulated: one of them is enough.
+        # Of accumulated micro-batches, the first is enough.
         if not self._active or kfc.step < self._due_at or not kfc.batches.recorded or kfc.step == self._watched_step:
             yield
             return
@@ -99,13 +97,13 @@ class Report:
             self._watcher.listening = False
 
     def numbers(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Keep numbers that are logged at a step, for the report."""
-        # Of numbers of layers only the median is drawn.
+        """Add numbers that are logged at a step to the report."""
+        # Of the layers' numbers only the median is drawn.
         drawn = {k: v for k, v in numbers.items() if not k.endswith(("_min", "_max")) and _of_all(k)}
         self.measured.numbers(step, drawn)
 
     def step_ends(self, step: int, outputs: object) -> None:
-        """The batch is over; take the pictures, if they are due.
+        """End the batch, and draw the pictures if they are due.
 
         Args:
             step: The number of this batch's step in loggers.
@@ -124,7 +122,7 @@ class Report:
 
     def _take(self, done: int, step: int) -> None:
         every = self._options.pictures_every_n_steps
-        # Without a period: at growing distances, since changes become slower.
+        # Without a period, distances grow, since changes become slower.
         self._due_at = max(1, 2 * done) if every is None else (done // every + 1) * every
         self._spectra.take(done, self._kfc.layers)
         if every is not None:
@@ -133,7 +131,7 @@ class Report:
     # Pictures.
 
     def figures(self) -> dict[str, Figure]:
-        """All pictures as of now, by name."""
+        """All pictures at present, by name."""
         kfc = self._kfc
         return {
             "numbers": draw_numbers(self.measured.moving()),
@@ -148,13 +146,13 @@ class Report:
         figures = self.figures()
         coverage = str(self._kfc.coverage())
         if coverage == self._coverage:
-            # It hardly ever changes, and one picture of it is enough.
+            # The coverage hardly changes, so one picture is enough.
             del figures["coverage"]
         self._coverage = coverage
         for logger in self._trainer.loggers:
             add_figure = getattr(logger.experiment, "add_figure", None)
             if callable(add_figure):
-                # A logger has the numbers themselves.
+                # Loggers get the numbers themselves.
                 for name in (name for name in figures if name != "numbers"):
                     add_figure(f"kfc/{name}", figures[name], global_step=step)
         if self._options.report_dir is not None:
@@ -163,7 +161,7 @@ class Report:
                 _write(folder / f"{name}-{step:07d}.png", png(figure))
 
     def write(self, *, interrupted_by: BaseException | None = None) -> Path | None:
-        """Write the report, once; None where there is none to write.
+        """Write the report once, and return its path; None without a report.
 
         Args:
             interrupted_by: The exception that ended the training early.
@@ -195,12 +193,12 @@ class Report:
 
 
 def _of_all(key: str) -> bool:
-    """Whether a key has no layer in it."""
+    """Whether a key names no layer."""
     return key.count("/") == 1
 
 
 def _write(path: Path, content: bytes) -> bool:
-    """Write a file whole or not at all; a failure is a warning."""
+    """Write a file completely or not at all; warn on failure."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.part")

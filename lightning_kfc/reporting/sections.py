@@ -55,9 +55,9 @@ def sections(
         kfc: The engine at the end of the training.
         facts: From :func:`run_facts`.
         figures: The pictures, by name.
-        missing: Sentences in the place of pictures that have nothing to show, by name.
-        flat: Logged numbers that never changed, by key.
-        advice: Sentences of advice that were given.
+        missing: Sentences in the place of empty pictures, by name.
+        flat: Constant logged numbers, by key.
+        advice: The sentences of advice.
     """
     events = {name.replace("_", " "): count for name, count in kfc.events.state_dict().items() if count}
     drawn = {
@@ -88,7 +88,7 @@ def run_facts(kfc: KFC, trainer: Any, interrupted_by: BaseException | None) -> d
     Args:
         kfc: The engine.
         trainer: The trainer.
-        interrupted_by: What ended the training before its time.
+        interrupted_by: The exception that ended the training early.
     """
     rates = {o: ", ".join(f"{group['lr']:g}" for group in o.param_groups) for o in trainer.optimizers}
     ended = "as planned" if interrupted_by is None else f"{type(interrupted_by).__name__}: {interrupted_by}"
