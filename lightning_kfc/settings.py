@@ -168,10 +168,9 @@ class Settings:
             ``damping="auto"``: ``"adam"`` for models with attention and no wide factors
             (``lightning_kfc.rules.choice``), else ``"natural"``.
         weight_sharing: ``"expand"``: each use of a weight is a row; ``"reduce"``: each example is a row.
-        max_factor_dim: A factor of more dimensions is held as its diagonal, as shown by
-            :meth:`~lightning_kfc.KFC.coverage`; None for no bound. The default admits every layer of the
-            usual convolutional nets and transformers (d_in 4,609 in a ResNet-50, 9,217 in the widest ResNets), but no
-            vocabulary. At the bound, a factor with its inverse takes 0.8 GB.
+        max_factor_dim: A factor of more dimensions is held as its diagonal; None for no bound. The default admits the
+            layers of usual convolutional nets and transformers (d_in 4,609 in a ResNet-50, 9,217 in the widest
+            ResNets), but no vocabulary. At the bound, a factor with its inverse takes 0.8 GB.
         rows_per_dim: The rows of a batch for each dimension of A. With more rows, A comes from a sample of them: each
             example gives every k-th of its positions, k at most 16. None for all rows.
         include: Glob patterns over module names; only these are preconditioned. None for all.

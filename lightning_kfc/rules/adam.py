@@ -142,7 +142,7 @@ def _share(parameter: Tensor, momentum: Mapping[int, float]) -> float:
 
 
 def curvature_weights(values: Tensor) -> Tensor:
-    r"""Weights w for eigenvalues :math:`\lambda_G\lambda_A^\top`, ``(groups, d_out, d_in)``, of mean square 1 by group."""
+    r"""The weights w of eigenvalues :math:`\lambda_G\lambda_A^\top`, ``(groups, d_out, d_in)``; mean square 1."""
     mean = values.mean((-1, -2), keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
     weights = (values / mean).add_(LEAST_CURVATURE).pow_(EXPONENT)
     return weights / weights.square().mean((-1, -2), keepdim=True).sqrt()
