@@ -94,7 +94,7 @@ def find_layers(model: nn.Module, options: LayerOptions | None = None, *, strict
     """
     options = options or LayerOptions()
     include, exclude = options.include, options.exclude
-    # A norm layer without scale and shift has the names of both, and None for each.
+    # A norm layer without scale and shift has None for both.
     owners = {n: m for n, m in model.named_modules() if any(p is not None for p in parameters_of(m).values())}
     if strict:
         check_patterns_match("include", include, owners)

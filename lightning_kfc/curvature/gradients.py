@@ -14,7 +14,7 @@ from lightning_kfc.utilities.torch_internals import values_of
 
 
 def is_zero(gradient: Tensor) -> bool:
-    """Whether a gradient is zero in every element; of a sparse one, in its stored values."""
+    """Whether all elements of a gradient are zero."""
     return not bool(values_of(gradient).any())
 
 

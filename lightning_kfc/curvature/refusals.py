@@ -23,7 +23,7 @@ EMPTY = "empty: it has no elements"
 
 
 def uninitialised(module: nn.Module) -> bool:
-    """Whether a lazy module is not initialised yet."""
+    """Whether a module is lazy and uninitialised."""
     return any(parameter is not None and is_lazy(parameter) for parameter in parameters_of(module).values())
 
 

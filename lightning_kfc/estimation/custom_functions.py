@@ -77,7 +77,7 @@ class _Context:
             size = tensor.untyped_storage().nbytes()
             self._tensors.append((tensor, version_of(tensor), size, tensor.detach().clone()))
             self._versions.enter_context(version_kept(tensor))
-        self.node.maybe_clear_saved_tensors = self._asked_to_clear
+        self.node.maybe_clear_saved_tensors = self._note_change
         self.running = True
 
     def _note_change(self) -> None:
@@ -104,7 +104,7 @@ class _Context:
 
 
 def _custom_nodes(loss: Tensor) -> list[tuple[Any, type]]:
-    """The nodes of custom functions in a loss's graph, each with its function, but for torch's own."""
+    """The nodes of custom functions in a loss's graph, each with its function, without torch's own."""
     start = loss_edge(loss).node
     pending: list[Any] = [start]
     seen, found = {start}, []

@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from lightning_kfc.utilities.torch_internals import is_sink
 
-#: Parts of torch's messages for graphs that cannot be differentiated again, with ours.
+#: The error message by a part of torch's message, for graphs that cannot be differentiated again.
 UNDIFFERENTIABLE = {
     "backward through the graph a second time": (
         "KFC needs the graph of the loss, but a backward has freed it. Call update(loss) before loss.backward()."

@@ -129,7 +129,7 @@ def output_edge(output: Tensor) -> GradientEdge:
 
 
 def _has_no_rows(output: Tensor) -> bool:
-    """Whether a call is one of ``torch.func``'s own, or has nested tensors."""
+    """Whether a call belongs to a ``torch.func`` transform, or has nested tensors."""
     return output.is_nested or is_wrapped(output)
 
 
@@ -234,7 +234,7 @@ class ForwardRecorder:
             forward = whole_forward(forward)
         inputs = KeptInputs.of(forward) if keep_inputs else None
         part = self.times.phase("statistics")
-        # Autocast would form the statistics in half precision; what looks for the loss would look at each operation.
+        # Autocast would form the statistics in half precision; the loss recorder would inspect each operation.
         off = torch.autocast(output.device.type, enabled=False), DisableTorchFunction()
         with part, torch.no_grad(), off[0], off[1], unseen_by_dispatch_modes():
             recorded = adapter.record(forward)

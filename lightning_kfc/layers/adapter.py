@@ -99,7 +99,7 @@ class Adapter(ABC):
         return 1
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The module's parameters that the rows explain, by role."""
+        """The covered parameters of the module, by role."""
         named = {role: parameters_of(self.module).get(role) for role in ("weight", "bias")}
         return {role: parameter for role, parameter in named.items() if parameter is not None}
 

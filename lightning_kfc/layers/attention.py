@@ -95,7 +95,7 @@ class ProjectionAdapter(LinearAdapter):
         return leading_rows(output_gradient, batch_axis=1)
 
     def select(self, role: str, tensor: Tensor) -> Tensor:
-        """A third of what is packed."""
+        """A third of a packed tensor; else the whole tensor."""
         if self._part == "out_proj" or (role == "weight" and not has_packed_projections(self.module)):
             return tensor
         return tensor.chunk(3)[PROJECTIONS.index(self._part)]

@@ -33,7 +33,7 @@ class StorageReferences:
         self._references: list[Any] = []
 
     def hold(self, storage: torch.UntypedStorage) -> None:
-        """Hold a reference to a storage, which does not keep its memory."""
+        """Hold a weak reference to a storage; its memory may be freed."""
         self._references.append(weak_reference(storage))
 
     def release(self) -> None:

@@ -166,7 +166,7 @@ def _random_streams_kept(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _parameter_hooks_set_aside(model: nn.Module) -> Iterator[None]:
-    """Keep hooks on parameters from seeing, and from changing, derivatives that are not the loss's gradient."""
+    """Disable hooks on parameters, which belong to the loss's gradient alone."""
     kept = [(parameter, hooks_of(parameter)) for parameter in model.parameters() if hooks_of(parameter)]
     for parameter, _ in kept:
         set_hooks(parameter, None)
