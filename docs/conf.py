@@ -58,6 +58,7 @@ nitpick_ignore = [
     ("py:class", "lightning_kfc.factors.statistics.InputStatistic"),
     ("py:class", "lightning_kfc.factors.inverses.base.Inverse"),
     ("py:class", "AdapterOptions"),
+    ("py:class", "FormerOptions"),
     ("py:class", "LayerOwnership"),
     ("py:class", "Options"),
     ("py:class", "Spectra"),

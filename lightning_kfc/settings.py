@@ -29,22 +29,29 @@ RULE_NAMES = ("natural", "adam", "auto")
 #: Shortest warm-up for periods that are "auto": it must contain timed steps with statistics and inverses.
 LEAST_WARMUP = 4
 WEIGHT_SHARINGS = ("expand", "reduce")
-#: Settings of earlier versions, with their replacements.
-FORMER = {
-    "background_inverses": "background_inverses was removed: inverses are made at the step that is due. Leave it out.",
-    "factor_examples": "factor_examples was removed: statistics come from whole batches. Leave it out.",
-    "factor_storage": "factor_storage was removed: factors stay as they are on their layer's device. Leave it out.",
-    "inverse_tolerance": "inverse_tolerance was removed: every inverse that is due is refreshed. Leave it out.",
-    "stagger_inverses": "stagger_inverses is now timing=RefreshTiming(stagger_inverses=...).",
-    "max_overhead": "max_overhead is now timing=RefreshTiming(max_overhead=...).",
-    "inverse_precision": "inverse_precision is now precision=Precision(inverses=...).",
-    "reduce_precision": "reduce_precision is now precision=Precision(reduction=...).",
-    "log_layers": "log_layers is now logging=Logging(layers=...) of KFCCallback.",
-    "progress_bar": "progress_bar is now logging=Logging(progress_bar=...) of KFCCallback.",
-    "pictures_every_n_steps": (
-        "pictures_every_n_steps is now logging=Logging(pictures_every_n_steps=...) of KFCCallback."
-    ),
-    "report_dir": "report_dir is now logging=Logging(report_dir=...) of KFCCallback.",
+#: Settings of earlier versions that are in groups now: the class of the group, the group, and the name in it.
+MOVED = {
+    "stagger_inverses": ("RefreshTiming", "timing", "stagger_inverses"),
+    "max_overhead": ("RefreshTiming", "timing", "max_overhead"),
+    "inverse_precision": ("Precision", "precision", "inverses"),
+    "reduce_precision": ("Precision", "precision", "reduction"),
+    "log_layers": ("Logging", "logging", "layers"),
+    "progress_bar": ("Logging", "logging", "progress_bar"),
+    "pictures_every_n_steps": ("Logging", "logging", "pictures_every_n_steps"),
+    "report_dir": ("Logging", "logging", "report_dir"),
+}
+#: Settings of earlier versions that were removed, with what is done instead.
+REMOVED = {
+    "background_inverses": "inverses are made at the step that is due",
+    "factor_examples": "statistics come from whole batches",
+    "factor_storage": "factors stay as they are on their layer's device",
+    "inverse_tolerance": "every inverse that is due is refreshed",
+}
+#: The way out for each setting of an earlier version.
+FORMER = {name: f"{name} was removed: {instead}. Leave it out." for name, instead in REMOVED.items()} | {
+    name: f"{name} is now {group}={kind}({option}=...){of}, in YAML {group}.{option}."
+    for name, (kind, group, option) in MOVED.items()
+    for of in [" of KFCCallback" if group == "logging" else ""]
 }
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
+from lightning_kfc.callback.former_options import FormerOptions
 from lightning_kfc.losses.likelihoods import Bernoulli, Categorical, Gaussian
 from lightning_kfc.reporting.options import Logging
 from lightning_kfc.scheduling.refresh_schedule import ExponentialSchedule, LinearSchedule
@@ -64,7 +65,7 @@ class KFCOptions:
         save_factors: Whether checkpoints hold the factors and inverses. Without them checkpoints are small, and a
             resumed run repeats the warm-up.
         logging: The numbers and pictures for loggers, the progress bar and the report.
-        **removed: Settings of earlier versions; each raises an error that names its replacement.
+        **removed: Settings of earlier versions; each raises an error that names its replacement, in YAML, too.
 
     Raises:
         TypeError: If a setting is of the wrong type, or there is no such setting.
@@ -98,7 +99,7 @@ class KFCOptions:
         average_weights: float | None = 0.9,
         save_factors: bool = True,
         logging: Logging = DEFAULT_LOGGING,
-        **removed: Any,
+        **removed: Unpack[FormerOptions],
     ) -> None:
         given = dict(locals())
         super().__init__()

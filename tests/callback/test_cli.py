@@ -22,6 +22,7 @@ from lightning_kfc import (
     Precision,
     RefreshTiming,
 )
+from lightning_kfc.callback.former_options import FormerOptions
 from lightning_kfc.settings import FORMER
 from tests.helpers.lightning_nets import QUIET
 
@@ -160,7 +161,7 @@ def test_the_help_explains_every_option(cli, capsys):
         # Its name, at least five words on it, and its type.
         assert re.search(rf"--trainer\.callbacks\.{option} \S+.{{0,90}}? (\S+ ){{5,}}.*?\(type: ", shown), option
     assert "Untyped" not in shown
-    assert "removed" not in shown
+    assert "--trainer.callbacks.removed" not in shown
     assert "(type: Union[float, Literal['auto'], ExponentialSchedule, LinearSchedule], default: auto" in shown
 
 
@@ -190,9 +191,10 @@ def test_a_wrong_value_in_yaml_is_refused_naming_option_and_value(cli, tmp_path,
 
 
 @pytest.mark.parametrize("option", sorted(FORMER))
-def test_an_option_of_an_earlier_version_is_refused_by_name(cli, tmp_path, capsys, option):
+def test_an_option_of_an_earlier_version_is_an_error_with_the_way_out(cli, tmp_path, option):
+    assert set(FormerOptions.__annotations__) == set(FORMER)
     config = written(tmp_path, [entry(**{option: 1})])
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match=re.escape(FORMER[option])):
         cli(["fit", "--config", config, *FAST])
-    shown = capsys.readouterr().err
-    assert re.search(rf"'lightning_kfc.KFCCallback':\s+Option '{option}' is not accepted", shown), shown
+    with pytest.raises(ValueError, match=re.escape(FORMER[option])):
+        cli(["fit", "--config", CONFIG, *FAST, f"--trainer.callbacks.{option}=1"])

@@ -37,7 +37,7 @@ from lightning_kfc.losses.readers.distributions import DISTRIBUTIONS
 from lightning_kfc.monitoring.advice import RULES
 from lightning_kfc.monitoring.events import Events, StepNumbers
 from lightning_kfc.reporting.diagnostics import LOGGED
-from lightning_kfc.settings import FORMER
+from lightning_kfc.settings import FORMER, MOVED
 from tests.reporting.test_diagnostics import OF_ALL, PER_LAYER
 
 ROOT = Path(__file__).parents[2]
@@ -199,6 +199,9 @@ def test_the_settings_page_explains_every_option_under_a_heading_of_its_own() ->
 def test_the_settings_page_names_every_option_of_earlier_versions() -> None:
     _, _, section = (ROOT / "docs/settings.md").read_text("utf-8").partition("## Options of earlier versions")
     assert set(FORMER) <= set(re.findall(r"`(\w+)`", section))
+    for name, (kind, group, option) in MOVED.items():
+        now = f"| [`{group}`](#{group})`={kind}({option}=...)` | [`{group}`](#{group})`.{option}` |"
+        assert f"| `{name}` {now}" in section
 
 
 def test_the_api_page_has_every_public_name() -> None:
