@@ -1,0 +1,146 @@
+"""What the contest of whole recipes came to: values at the end, and the time to the best peer's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.recipes.runs import AVERAGED, AVERAGES, KFC_NAME, PLAIN, TRAINEES
+
+LENGTHS = (0.25, 0.5, 1.0)
+#: KFC is to need at most this share of the best peer's time to its value.
+GOAL = 0.6
+#: Of the curves of a run: by average what is validated.
+VALUES, LOSSES = "values", "losses"
+CURVES = {VALUES: "validation value", LOSSES: "validation loss"}
+
+
+@dataclass(frozen=True)
+class End:
+    """The end of an optimizer's runs at one length, medians over seeds.
+
+    Attributes:
+        name: Of the optimizer.
+        length: Of the schedule.
+        average: What is validated: the average with the lower value; KFC's is its default.
+        value: The validation value; infinite where it diverged.
+        seconds: CPU seconds of the steps.
+        epochs: Of the run.
+    """
+
+    name: str
+    length: float
+    average: str
+    value: float
+    seconds: float
+    epochs: float
+
+
+def _runs(record: dict[str, Any], name: str, length: float) -> list[dict[str, Any]]:
+    return [results[name][f"{length:g}"] for results in record["runs"].values()]
+
+
+def _number(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def end(record: dict[str, Any], name: str, length: float, curve: str = VALUES) -> End:
+    """What an optimizer came to at a length."""
+    runs = _runs(record, name, length)
+
+    def value(average: str) -> float:
+        return median(_number(run[average][curve][-1]) for run in runs)
+
+    average = AVERAGED if name == KFC_NAME else min(AVERAGES, key=value)
+    seconds = median(run[average]["seconds"][-1] for run in runs)
+    return End(name, length, average, value(average), seconds, median(run["epochs"][-1] for run in runs))
+
+
+def best_peer(record: dict[str, Any], curve: str = VALUES) -> End:
+    """The peer, length and average with the lowest value at the end; the faster one of equals."""
+    ends = [end(record, name, length, curve) for name in TRAINEES if name != KFC_NAME for length in LENGTHS]
+    return min(ends, key=lambda each: (each.value, each.seconds))
+
+
+def reach(record: dict[str, Any], name: str, target: float, curve: str = VALUES) -> tuple[float, float, float | None]:
+    """Seconds and epochs to the first validation at a value, medians over seeds, at the length that is there first.
+
+    Returns:
+        Seconds, epochs and that length; infinite, infinite and None if most seeds never were there.
+    """
+    found: list[tuple[float, float, float | None]] = [(math.inf, math.inf, None)]
+    for length in LENGTHS:
+        average = end(record, name, length, curve).average
+        seconds, epochs = [], []
+        for run in _runs(record, name, length):
+            values = [_number(value) for value in run[average][curve]]
+            first = next((i for i, value in enumerate(values) if value <= target), None)
+            seconds.append(math.inf if first is None else run[average]["seconds"][first])
+            epochs.append(math.inf if first is None else run["epochs"][first])
+        if math.isfinite(median(seconds)):
+            found.append((median(seconds), median(epochs), length))
+    return min(found, key=lambda each: each[0])
+
+
+def goals(records: Sequence[dict[str, Any]], curve: str = VALUES) -> str:
+    """A row for each recipe: the best peer's value at the end, and KFC's time to it."""
+    lines = [
+        f"| recipe | best peer's {CURVES[curve]} | its epochs / seconds | KFC there after | share of the time | goal |",
+        "|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        best = best_peer(record, curve)
+        seconds, epochs, length = reach(record, KFC_NAME, best.value, curve)
+        share = seconds / best.seconds
+        there = "never" if length is None else f"{epochs:.3g} / {seconds:.1f}, length {length:g}"
+        name = record["recipe"].replace("_", " ") + (f", {record['metric']}" if curve == VALUES else "")
+        lines.append(
+            f"| {name} | {best.value:.4g}, {TRAINEES[best.name].title}, length {best.length:g} | "
+            f"{best.epochs:.3g} / {best.seconds:.1f} | {there} | {'-' if length is None else f'{share:.2f}'} | "
+            f"{'met' if share <= GOAL else 'missed'} |"
+        )
+    return "\n".join(lines)
+
+
+def recipe_table(record: dict[str, Any]) -> str:
+    """A row for each optimizer: value at the end / seconds by length, and the way to the best peer's value."""
+    ends = {(name, length): end(record, name, length) for name in TRAINEES for length in LENGTHS}
+    best = min(each.value for each in ends.values())
+    target = best_peer(record).value
+    heads = " | ".join(f"{length * record['epochs']:g} epochs" for length in LENGTHS)
+    lines = [
+        f"| {record['metric']} / CPU seconds | rate | {heads} | to {target:.4g}: epochs / seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, trainee in TRAINEES.items():
+        cells = []
+        for length in LENGTHS:
+            own = ends[name, length]
+            value = "diverged" if math.isinf(own.value) else f"{own.value:.4g}"
+            marked = f"**{value}**" if own.value == best else value
+            cells.append(f"{marked} / {own.seconds:.1f}" + ("" if own.average == PLAIN else " (a)"))
+        seconds, epochs, length_there = reach(record, name, target)
+        there = "never" if length_there is None else f"{epochs:.3g} / {seconds:.1f}"
+        lines.append(f"| {trainee.title} | {record['rates'][name]:.3g} | {' | '.join(cells)} | {there} |")
+    return "\n".join(lines)
+
+
+def write_tables(folder: Path, records: Sequence[dict[str, Any]]) -> str:
+    """Write the tables of the recipes that were run.
+
+    Returns:
+        The text.
+    """
+    measured = [record for record in records if record["runs"]]
+    parts = [goals(measured), "The same for the loss on the held-out examples:", goals(measured, LOSSES)]
+    for record in measured:
+        seeds = len(record["runs"])
+        title = f"**{record['title']}**; batch {record['batch_size']}, {seeds} seed{'s' if seeds > 1 else ''}."
+        parts += [title, recipe_table(record)]
+    text = "\n\n".join(parts)
+    (folder / "recipes_contest.md").write_text(text + "\n")
+    return text
