@@ -1,4 +1,4 @@
-"""What KFC costs and brings on an accelerator: ``python -m benchmarks.accelerator``.
+"""Costs and gains of KFC on an accelerator: ``python -m benchmarks.accelerator``.
 
 A ResNet-50 is trained on synthetic images under Lightning's trainer, by SGD alone and with ``KFCCallback()`` beside it:
 in float32, with bf16 autocast, and compiled. ``--device cpu --small`` tries the script on a small net, in a minute.

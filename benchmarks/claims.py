@@ -1,4 +1,4 @@
-"""The README's table of claims, at home and away, from what the contests measured.
+"""The README's table of claims, from the results of both contests.
 
 ``python -m benchmarks.claims`` writes it into ``results/claims.md``, which the documentation includes, and into the
 README.
@@ -20,9 +20,9 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- claims: python -m benchmarks.claims -->\n", "<!-- end of claims -->\n"
 #: Columns, by contestant.
 SHOWN = {"adam": "Adam", "muon": "Muon", "soap": "SOAP", "kfc": "KFC"}
-#: The average that is the callback's own default; the others' was searched.
+#: The callback's default average; the peers' averages are tuned.
 OWN_AVERAGE = "0.9"
-#: Rows, by task; a task of the contest stands in it once for each of its batch sizes.
+#: Rows, by task; a task of the contest has one row for each of its batch sizes.
 HOME = {
     "conv": "conv net",
     "autoencoder": "deep autoencoder",
@@ -46,7 +46,7 @@ ELSEWHERE = {
     "contrastive": "contrastive",
 }
 
-#: Iterations and CPU seconds to the target, infinite where never; None where not measured.
+#: Iterations and CPU seconds to the target, infinite if never; None if not measured.
 Reached = Mapping[str, tuple[float, float] | None]
 
 
@@ -79,7 +79,7 @@ def row(title: str, batch_size: int, reached: Reached) -> str:
 
 
 def rows_at_home(folder: Path) -> Iterator[str]:
-    """The tasks of the contest that were measured."""
+    """The measured tasks of the contest."""
     for name, title in HOME.items():
         for batch_size in sorted(TASKS[name].goals, reverse=True):
             path = folder / f"contest_{name}_b{batch_size}.json"
@@ -88,7 +88,7 @@ def rows_at_home(folder: Path) -> Iterator[str]:
 
 
 def rows_away(folder: Path) -> Iterator[str]:
-    """The tasks away from home that were measured."""
+    """The measured tasks away from home."""
     for name, title in ELSEWHERE.items():
         path = folder / f"away_{name}.json"
         if path.exists():

@@ -1,4 +1,4 @@
-"""What benchmarks need to run on a CPU and on accelerators alike."""
+"""Devices, for benchmarks on a CPU and on accelerators."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from benchmarks.contest.report import measured_with
 
 
 def clock(device: torch.device) -> float:
-    """Wall-clock seconds, once the device has done all that it was given."""
+    """Wall-clock seconds, after the device has finished its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
 def device_of(trainer: pl.Trainer) -> torch.device:
-    """The device that a trainer trains on."""
+    """A trainer's device."""
     return trainer.strategy.root_device
 
 
 def measured_on(device: torch.device) -> dict[str, Any]:
-    """Versions, threads and the device, to stand beside numbers."""
+    """Versions, number of threads and the device."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {**measured_with(), "threads": torch.get_num_threads(), "device": name}
 
@@ -33,8 +33,8 @@ def quiet_trainer(accelerator: str, **options: Any) -> pl.Trainer:
     """A trainer on one device that prints, logs and saves nothing.
 
     Args:
-        accelerator: Lightning's name of it; ``"auto"``: one that there is, else the CPU.
-        options: Of the trainer.
+        accelerator: Lightning's name of the accelerator; ``"auto"`` uses the CPU if there is none.
+        options: Options of the trainer.
     """
     return pl.Trainer(
         accelerator=accelerator,

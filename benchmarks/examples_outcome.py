@@ -1,7 +1,7 @@
-"""The last line that each example prints: ``python -m benchmarks.examples_outcome``.
+"""The last line of each example: ``python -m benchmarks.examples_outcome``.
 
-Each example runs as its user runs it, in a process of its own on one thread. A run is a piece: interrupted, the command
-goes on from there.
+Each example runs in a separate process on one thread. A run is a piece; after an interruption, the command continues
+with the missing pieces.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def measure(example: str) -> dict[str, Any]:
         Its last line as ``"outcome"``, and the CPU ``"seconds"`` of the whole command.
 
     Raises:
-        RuntimeError: If it fails, with what it printed.
+        RuntimeError: If it fails, with its output.
     """
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
@@ -74,7 +74,7 @@ def markdown(found: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what is missing, and write the table.
+    """Run the missing examples, and write the table.
 
     Returns:
         The exit status: 0 when all is done, 3 when pieces are left.

@@ -1,4 +1,4 @@
-"""Where results and plots are kept."""
+"""The folders of results and plots."""
 
 from __future__ import annotations
 

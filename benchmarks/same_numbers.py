@@ -33,7 +33,7 @@ from lightning_kfc import KFC
 STEPS = 25
 BATCH = 16
 CLASSES = 4
-#: What a training leaves, by name.
+#: The results of a training, by name.
 Record = dict[str, Any]
 
 
@@ -114,7 +114,7 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _train_as_rank(rank: int, folder: str, settings: dict[str, Any]) -> None:
-    """One of two processes: train with its own half of the data, and leave the record in a folder."""
+    """Train as one of two processes with half of the data, and save the record in a folder."""
     _prepare()
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.save(_train(_conv_net, _images, 0.1, rank, **settings), f"{folder}/{rank}.pt")
@@ -145,7 +145,7 @@ def _prepare() -> None:
 
 
 def difference(before: Record, now: Record) -> str | None:
-    """The first entry that is not the same to the last bit, with both values; None where there is none."""
+    """The first entry that differs in any bit, with both values; None without a difference."""
     for name in dict.fromkeys((*before, *now)):
         old, new = before.get(name), now.get(name)
         if isinstance(old, Tensor) and isinstance(new, Tensor) and old.shape == new.shape:

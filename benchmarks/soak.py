@@ -1,8 +1,8 @@
-"""Long trainings under the callback: ``python -m benchmarks.soak --steps 10000``.
+"""Long trainings with the callback: ``python -m benchmarks.soak --steps 10000``.
 
-Memory must stay flat and nothing may be left attached. Resident memory (Linux only), live tensors and hooks are
-sampled while each net trains, after a warm-up of a tenth of the steps. The exit status is 1 where they grew. A net is a
-piece: interrupted, the command goes on from there.
+Memory must not grow, and no hook may stay attached. Resident memory (Linux only), live tensors and hooks are sampled
+while each net trains, after a warm-up of a tenth of the steps. The exit status is 1 if they grew. A net is a piece;
+after an interruption, the command continues with the missing pieces.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks.contest.pieces import parser_of_pieces
 from benchmarks.contest.report import lists_on_one_line, measured_with
 from lightning_kfc import KFCCallback
 
-#: Growth of the resident memory that is taken for the allocator's own, in MiB.
+#: Growth of the resident memory that is attributed to the allocator, in MiB.
 SLACK_MIB = 16.0
 STEPS = 10_000
 
@@ -76,7 +76,7 @@ TITLES = {
 
 
 class Trained(pl.LightningModule):
-    """A net that is trained on random labels, at a rate that they stand for long."""
+    """A net in training on random labels, at a small learning rate."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ def resident_mib() -> float:
 def live_tensors() -> int:
     """Tensors that Python can reach."""
     gc.collect()
-    # By type: asking some objects for their class would load what they stand for.
+    # By type: the attribute ``__class__`` of lazy objects would load them.
     return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
 
 
@@ -112,7 +112,7 @@ def attached_hooks(module: nn.Module) -> int:
 
 
 class Sampler(pl.Callback):
-    """Samples and prints the numbers some twenty times, the first time after the warm-up."""
+    """Samples and prints the numbers about twenty times, first after the warm-up."""
 
     def __init__(self, steps: int) -> None:
         self.every = max(1, steps // 20)
@@ -121,7 +121,7 @@ class Sampler(pl.Callback):
         self._started = time.process_time()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: Any) -> None:
-        """Sample, where due."""
+        """Take a sample if due."""
         step = trainer.global_step
         if step >= self.start and step % self.every == 0:
             reached = time.process_time()
@@ -129,21 +129,21 @@ class Sampler(pl.Callback):
             self.samples.append((step, memory, live_tensors(), attached_hooks(pl_module), seconds))
             line = "step {:7d}   resident {:8.1f} MiB   tensors {:5d}   hooks {}   {:7.1f} CPU seconds"
             print(line.format(*self.samples[-1]), flush=True)
-            # To count tensors takes longer than many steps.
+            # The count of tensors takes longer than many steps.
             self._started += time.process_time() - reached
 
 
 def soak(net: str, steps: int, *more: pl.Callback, **options: Any) -> tuple[list[Sample], list[str]]:
-    """Train a net for so many steps.
+    """Train a net.
 
     Args:
         net: A name of :data:`NETS`.
-        steps: Optimizer steps.
-        more: Callbacks beside KFC's.
-        options: Those of ``KFCCallback``.
+        steps: The number of optimizer steps.
+        more: Further callbacks.
+        options: The options of ``KFCCallback``.
 
     Returns:
-        The samples, and what is wrong.
+        The samples, and the problems.
     """
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(64, 1, 10, 10), torch.randint(0, 10, (64,)))
@@ -196,10 +196,10 @@ def markdown(found: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train the nets that are missing, and write the table.
+    """Train the missing nets, and write the table.
 
     Returns:
-        The exit status: 0 when all is well, 1 where something grew, 3 when pieces are left.
+        The exit status: 0 without problems, 1 if something grew, 3 when pieces are left.
     """
     parser = parser_of_pieces(__doc__, plots=False)
     parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps (default: {STEPS})")

@@ -1,1 +1,1 @@
-"""What approximations lose."""
+"""Errors of approximations."""

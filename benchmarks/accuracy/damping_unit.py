@@ -16,13 +16,13 @@ from benchmarks.contest.tasks import TASKS, Task
 from lightning_kfc.trust_region import region
 
 CONSTANTS = (3e-7, 1e-6, 3e-6, 1e-5, 3e-5)
-#: What an automatic damping began at before, in the loss's units.
+#: The former initial value of an automatic damping, in the loss's units.
 NUMBER = 0.003
 DECAY = 0.9
 
 
 def iterations(task: Task, seed: int, **settings: Any) -> float:
-    """Iterations to the hardest target; infinity where the budget ends before."""
+    """Iterations to the hardest target; infinity if the budget ends before."""
     run = Run(task, kfc("kfc", "KFC", average=DECAY, rule="natural", **settings), 0.5, seed)
     target = task.targets[-1]
     while not run.over() and min(run.curve.losses) > target:

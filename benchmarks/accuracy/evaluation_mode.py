@@ -1,10 +1,10 @@
-"""What evaluation mode shows of a training with batch norm: ``python -m benchmarks.accuracy.evaluation_mode``.
+"""Losses in evaluation mode with batch norm: ``python -m benchmarks.accuracy.evaluation_mode``.
 
-Two networks with batch norm train beside :class:`~lightning_kfc.KFCCallback` at its defaults. Every 20 steps the
-training loss of the same examples is taken in evaluation mode: with the weights that train, with the averaged weights
-that a validation sees, and with each of the two where the statistics of batch norm are taken afresh, by a pass over
-the training data with these weights. A fifth loss is that of averaged weights beside the running statistics as
-training has them. A run of one network with one seed is a piece: interrupted, the command goes on from there.
+Two networks with batch norm train with :class:`~lightning_kfc.KFCCallback` at its defaults. Every 20 steps the training
+loss of the same examples is taken in evaluation mode: with the trained weights, with the averaged weights of a
+validation, and with each of them and new statistics of batch norm, from a pass over the training data. A fifth loss is
+that of averaged weights with the training's running statistics. A run of one network with one seed is a piece; after an
+interruption, the command continues with the missing pieces.
 
 Written to ``results/evaluation_mode.{json,md}``.
 """
@@ -36,7 +36,7 @@ SEEDS = (0, 1, 2)
 EVERY = 20
 STEPS = 120
 REPORTED = (20, 40, 60, 80, 120)
-#: Examples that the loss is taken on, and those that fresh statistics are taken of.
+#: The numbers of examples for the loss, and for new statistics.
 MEASURED, PASSED = 512, 2048
 NETWORKS: dict[str, Callable[[], Task]] = {
     "depthwise-separable net": lambda: AWAY["separable"],
@@ -53,10 +53,10 @@ class _Batches(IterableDataset[tuple[Tensor, Tensor]]):
 
 
 class Measured(pl.LightningModule):
-    """A network of a task, which measures losses where a validation begins.
+    """A network of a task, which measures losses at the begin of a validation.
 
     Args:
-        task: What is trained, up to 2048 of its examples measured.
+        task: The task; at most 2048 of its examples are measured.
 
     Attributes:
         losses: By step, the losses by kind.
@@ -67,7 +67,7 @@ class Measured(pl.LightningModule):
         self.task = task
         self.net = task.make_model()
         self.losses: dict[int, dict[str, float]] = {}
-        # In a tuple, so that it is no part of this module.
+        # In a tuple, so that the network is no part of this module.
         self._of_training: tuple[nn.Module, ...] = ()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -75,15 +75,15 @@ class Measured(pl.LightningModule):
         return self.task.loss(self.net(batch[0]), batch[1])
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Keep the network as training has it, where a validation follows."""
+        """Keep the training's network, if a validation follows."""
         if self.global_step % EVERY == 0:
             self._of_training = (copy.deepcopy(self.net),)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Nothing: what is measured is measured where the validation begins."""
+        """Do nothing: :meth:`on_validation_epoch_start` measures."""
 
     def on_validation_epoch_start(self) -> None:
-        """Take all losses of what the module holds now, and of what training has."""
+        """Take all losses of the module's present weights, and of the training's."""
         if self.trainer.sanity_checking:
             return
         split = self.task.data()
@@ -105,12 +105,12 @@ class Measured(pl.LightningModule):
         }
 
     def configure_optimizers(self) -> Any:
-        """The one that all defaults are made for."""
+        """The recommended optimizer."""
         return torch.optim.SGD(self.parameters(), lr=0.5, momentum=0.5)
 
 
 def with_fresh_statistics(net: nn.Module, inputs: Tensor) -> nn.Module:
-    """A copy whose batch norm has the means over batches of 512 of a pass without dropout."""
+    """A copy whose batch norm has the means of a pass without dropout, in batches of 512."""
     net = copy.deepcopy(net).train()
     for layer in net.modules():
         if isinstance(layer, _BatchNorm):
@@ -145,7 +145,7 @@ def measure(task: Task, seed: int, steps: int = STEPS) -> dict[int, dict[str, fl
 
 
 def table(results: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]) -> str:
-    """The table of all runs that were made: medians of the losses, and the largest misses of the seeds."""
+    """The table of all runs: medians of the losses, and the largest misses of the seeds."""
     lines = [
         "| network | step | weights that train | fresh | averaged weights, as validated | fresh "
         "| validated beyond fresh, by seed | with the statistics of training |",
@@ -172,7 +172,7 @@ def _percent(value: float, base: float) -> str:
 
 
 def main() -> int:
-    """Make the runs that were not made yet, and write the table."""
+    """Make the missing runs, and write the table."""
     options = parser_of_pieces(__doc__, plots=False).parse_args()
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

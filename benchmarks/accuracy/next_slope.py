@@ -27,7 +27,7 @@ SHOWN = ("none", "0.9")
 
 
 def iterations(task: Task, seed: int) -> dict[str, float]:
-    """By average of the weights: iterations to the hardest target; infinity where the budget ends before."""
+    """By average of the weights: iterations to the hardest target; infinity if the budget ends before."""
     run = AveragedRun(task, kfc("kfc", "KFC", rule="natural"), 0.5, seed)
     while not (run.over() or all(run.arrived(name) for name in AVERAGES)):
         run.advance(5)

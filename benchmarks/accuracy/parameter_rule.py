@@ -1,17 +1,17 @@
-"""Which rule for the parameters that no layer's rows explain? Iterations to a training loss, on real digits.
+"""Compare rules for parameters without rows, by iterations to a training loss on real digits.
 
     python -m benchmarks.accuracy.parameter_rule [--seeds 5] [--steps 300]
 
-Position embeddings, scalar gates, LSTM cells and weights used by functional calls have no Kronecker factors. What there
-is of their curvature is the square of one derivative of sampled seeds a step: unbiased for the diagonal, but with one
-degree of freedom, so that after few steps a coordinate whose draws happened to be small looks flat. The rules:
+Position embeddings, scalar gates, LSTM cells and weights of functional calls have no Kronecker factors. The estimate of
+their curvature is the square of one derivative of sampled seeds per step. It is unbiased for the diagonal, but has one
+degree of freedom, so that after few steps a coordinate with small draws looks flat. The rules:
 
     diagonal    f as estimated
     shrunk k    (k * mean(f) + n f) / (k + n): the tensor's mean counts as k draws, n the draws in the running average
     blend       half the coordinate's own, half the tensor's mean, however many draws there were
     mean        the tensor's mean for every coordinate
-    matched     no curvature: the gradient, times what makes its relative step that of the layers with factors
-    plain       the gradient as it is, at the optimizer's learning rate
+    matched     no curvature: the gradient, scaled to the relative step of the layers with factors
+    plain       the gradient, at the optimizer's learning rate
 
 Four nets: a transformer with raw position embeddings, layer scales and zero-initialised gates; an LSTM with a linear
 head; a perceptron whose hidden weights are used by functional calls; a net whose logits a raw scale multiplies.
@@ -76,7 +76,7 @@ class Transformer(nn.Module):
 
 
 class _OwnLSTM(nn.LSTM):
-    """Of no class that an adapter serves: a class with a forward of its own never is."""
+    """An LSTM without an adapter, since it has its own forward."""
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """The class's own."""
@@ -84,7 +84,7 @@ class _OwnLSTM(nn.LSTM):
 
 
 class LSTM(nn.Module):
-    """The eight rows of an image, one after the other; its weights count as parameters that no rows explain."""
+    """An LSTM over the eight rows of an image; its weights count as parameters without rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class LSTM(nn.Module):
 
 
 class Functional(nn.Module):
-    """A perceptron whose hidden weights no module call explains."""
+    """A perceptron with hidden weights in functional calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class Functional(nn.Module):
 
 
 class Scaled(nn.Module):
-    """Logits times a raw scale, as in contrastive nets: one number with the curvature of all of them."""
+    """A net whose logits are multiplied by a raw scale, as in contrastive nets."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class Scaled(nn.Module):
         return self.log_scale.exp() * self.head(h)
 
 
-#: Each net, and the training loss that it is to reach.
+#: Each net, and its target training loss.
 NETS: dict[str, tuple[Callable[[], nn.Module], float]] = {
     "transformer": (Transformer, 0.3),
     "lstm": (LSTM, 0.1),
@@ -140,7 +140,7 @@ Rule = Callable[[Tensor, float], Tensor]
 
 
 def draws(updates: int, decay: float) -> float:
-    """How many draws a zero-debiased exponential average of so many updates is worth: (sum w)^2 / sum w^2."""
+    """The effective number of draws in a zero-debiased exponential average: (sum w)^2 / sum w^2."""
     return (1 + decay) / (1 - decay) * (1 - decay**updates) / (1 + decay**updates)
 
 
@@ -163,7 +163,7 @@ RULES: dict[str, Rule | None] = {
 
 @dataclass(frozen=True)
 class Identity(DiagonalInverse):
-    """No curvature; marks the layers whose step is matched to that of the others."""
+    """No curvature; marks the layers whose step is matched to that of other layers."""
 
 
 def refreshed_by(rule: Rule | None, decay: float) -> Callable[[Layer, type[Inverse], float], Inverse]:
@@ -190,7 +190,7 @@ def matched_step(
     fallbacks: Sequence[Inverse | None],
     most_decrease: float | None = None,
 ) -> NaturalUpdates:
-    """A natural step in which the layers without curvature step as far, relative to their gradients, as the others."""
+    """A natural step; layers without curvature get the same relative step as the other layers."""
     own = [i for i, inverse in enumerate(inverses) if isinstance(inverse, Identity)]
     updates = {i: inverses[i].solve(gradients[i]) for i in range(len(inverses)) if i not in own}
     after = sum(float(u.square().sum()) for u in updates.values())
@@ -201,7 +201,7 @@ def matched_step(
 
 
 def iterations(net: str, rule: str, seed: int, steps: int, lr: float, damping: float) -> float:
-    """Steps until the loss on all training data is below the threshold; infinity where it never is."""
+    """Steps until the loss on all training data is below the threshold; infinity if never."""
     digits = load_digits()
     x = torch.tensor(digits.data[:TRAINING] / 16, dtype=torch.float32)
     y = torch.tensor(digits.target[:TRAINING])

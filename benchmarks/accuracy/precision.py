@@ -1,8 +1,8 @@
-"""What inverses in bfloat16 do to the update: ``python -m benchmarks.accuracy.precision``.
+"""The error of updates by inverses in bfloat16: ``python -m benchmarks.accuracy.precision``.
 
-ResNet-20 and the deep autoencoder are trained for some steps on real digits by KFC. Then the update of one more
-gradient is made from the same factors with the inverses as they are, and rounded to bfloat16 (``precision.inverses``).
-The relative error and the cosine to the first, over all layers together, and the largest error of a layer.
+ResNet-20 and the deep autoencoder are trained for some steps on real digits by KFC. Then two updates of one more
+gradient are computed from the same factors, with full and with bfloat16 inverses (``precision.inverses``). Measured are
+the relative error and the cosine of the second update over all layers, and the largest error of a layer.
 
 Written to ``results/precision.md``.
 """

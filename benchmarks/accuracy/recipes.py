@@ -1,9 +1,9 @@
 """Parts of a recipe that work against KFC, and their replacements: ``python -m benchmarks.accuracy.recipes``.
 
-Each case trains a small convolutional net on scikit-learn's digits twice beside :class:`~lightning_kfc.KFCCallback`:
-as a recipe for another optimizer has it, and with one part replaced. Medians of three seeds of the loss and the error
-on held-out digits. What the callback says of a recipe is said since the replacement trains better here. A case is a
-piece: interrupted, the command goes on from there.
+Each case trains a small convolutional net on scikit-learn's digits twice with :class:`~lightning_kfc.KFCCallback`: by a
+recipe for another optimizer, and with one part replaced. The results are medians of three seeds of the loss and the
+error on held-out digits. The callback warns of a recipe if the replacement trains better here. A case is a piece; after
+an interruption, the command continues with the missing pieces.
 
 Written to ``results/recipes.{json,md}``.
 """
@@ -39,19 +39,19 @@ NAME = "recipes"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a net is trained.
+    """A recipe for the training of a net.
 
     Attributes:
-        text: The part of it that matters, as code.
+        text: Its relevant part, as code.
         optimizer: Makes the optimizer.
         scheduler: Makes the schedule from the optimizer and the number of steps.
-        interval: Whether the schedule goes on at each step or each epoch.
+        interval: Whether the schedule steps at each step or each epoch.
         trainer: Options of the Trainer.
         callback: Options of the callback.
         callbacks: Makes other callbacks.
         batch_size: Examples in a batch.
-        epochs: How often all examples are seen.
-        reduction: Of the loss.
+        epochs: The number of epochs.
+        reduction: The reduction of the loss.
         widths: Channels of the convolutions, and units of the linear layer.
     """
 
@@ -70,7 +70,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe, and the same with one part replaced."""
+    """A recipe, and its variant with one part replaced."""
 
     title: str
     against: Recipe
@@ -254,7 +254,7 @@ CASES = {
     ),
 }
 
-#: The cases that the callback advises on; of the others it is silent, since their replacement is no better.
+#: The cases with a warning of the callback; the replacements of the other cases are no better.
 AT_START = frozenset(
     (
         "adam",
@@ -308,7 +308,7 @@ class Digits(pl.LightningModule):
         return F.cross_entropy(self.net(inputs), labels, reduction=self.recipe.reduction)
 
     def configure_optimizers(self) -> Any:
-        """The recipe's."""
+        """The recipe's optimizer and schedule."""
         optimizer = self.recipe.optimizer(self.parameters())
         if self.recipe.scheduler is None:
             return optimizer
@@ -353,7 +353,7 @@ def train(recipe: Recipe, seed: int) -> tuple[float, float]:
 
 
 def table(results: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]) -> str:
-    """The table of all cases that were measured."""
+    """The table of all measured cases."""
     lines = [
         "| part of the recipe | as it was | loss, error | replaced by | loss, error | advised |",
         "|---|---|---|---|---|---|",
@@ -370,7 +370,7 @@ def table(results: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]) -> str
 
 
 def main() -> int:
-    """Train what was not trained yet, and write the table."""
+    """Train the missing cases, and write the table."""
     parser = parser_of_pieces(__doc__, plots=False)
     parser.add_argument("cases", nargs="*", help="names of cases; all where there are none")
     options = parser.parse_args()

@@ -10,8 +10,8 @@ engines that differ in ``rows_per_dim`` alone take statistics. For each setting:
 - cosine of the update to that from all rows, with factors averaged over the batches;
 - cost: CPU time of a step that takes statistics, plain SGD step = 1.
 
-The yardstick: the distance between A of different batches, divided by the root of two: how far one is from its own
-expectation. An error well below it is free.
+The reference is the distance between A of different batches, divided by the root of two. It estimates the distance of A
+to its expectation. An error well below the reference does no harm.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Factors = dict[str, dict[str, Tensor]]
 
 
 def photographs() -> list[Tensor]:
-    """The two that scikit-learn ships, as ``(3, height, width)`` in [0, 1]."""
+    """scikit-learn's two photographs, as ``(3, height, width)`` in [0, 1]."""
     from sklearn.datasets import load_sample_images
 
     return [torch.tensor(image).permute(2, 0, 1).float() / 255 for image in load_sample_images().images]
@@ -88,7 +88,7 @@ def engine(model: nn.Module, rows_per_dim: int | None, decay: float, seed: int =
 
 
 def observe(kfc: KFC, model: nn.Module, batch: Batch) -> None:
-    """One step of statistics and a gradient, which leaves the weights as they are."""
+    """Take the statistics of one step, and a gradient, without a change of weights."""
     model.zero_grad()
     with kfc.capture():
         loss = F.cross_entropy(model(batch[0]), batch[1])
@@ -114,7 +114,7 @@ def update(model: nn.Module, rows_per_dim: int | None, batches: list[Batch]) -> 
 
 
 def errors(found: list[Factors], exact: list[Factors], samples: float = 1.0) -> dict[str, float]:
-    """Relative distance of A by layer, a root mean square over pairs, divided by the root of ``samples``."""
+    """The relative distance of A by layer, a root mean square over pairs, divided by the root of ``samples``."""
     result = {}
     for name in exact[0]:
         squares = [
@@ -126,7 +126,7 @@ def errors(found: list[Factors], exact: list[Factors], samples: float = 1.0) -> 
 
 
 def cost(model: nn.Module, settings: list[int | None], batch: Batch, rounds: int) -> dict[int | None, float]:
-    """CPU time of a step that takes statistics, by setting, plain SGD being 1; medians of interleaved rounds."""
+    """The CPU time of a step with statistics, by setting, plain SGD = 1; medians of interleaved rounds."""
     kfcs = {}
     for setting in settings:
         kfcs[setting] = KFC(
@@ -151,7 +151,7 @@ def cost(model: nn.Module, settings: list[int | None], batch: Batch, rounds: int
 
 
 def measure(batch_size: int, steps: int, batches: int, rounds: int) -> dict[str, Any]:
-    """All numbers, as plain as JSON wants them."""
+    """All numbers, for JSON."""
     images, generator = photographs(), torch.Generator().manual_seed(1)
     model = trained(lambda: crops(images, batch_size, generator), steps)
     data = [crops(images, batch_size, generator) for _ in range(batches)]

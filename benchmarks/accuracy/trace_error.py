@@ -1,8 +1,8 @@
-"""How far the estimated curvature of a reviewed step is from the exact one.
+"""The error of the estimated curvature of reviewed steps.
 
-Trains tasks with large layers by KFC's defaults; at each review, what the estimate
-(:func:`lightning_kfc.factors.quadratic_form.estimated_quadratic_form`) gives for the layers that it is made for is
-compared with the exact form. ``python -m benchmarks.accuracy.trace_error`` writes ``results/trace_error.md``.
+Tasks with large layers are trained by KFC's defaults. At each review, the estimate
+(:func:`lightning_kfc.factors.quadratic_form.estimated_quadratic_form`) of its layers is compared with the exact form.
+``python -m benchmarks.accuracy.trace_error`` writes ``results/trace_error.md``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BATCH_SIZES = (512, 128)
 
 
 def errors(batch_size: int) -> list[float]:
-    """The relative errors of the sums over the estimated layers, one a review, on the deep autoencoder."""
+    """The relative errors of the sums over the estimated layers, one per review, on the deep autoencoder."""
     pairs: list[tuple[float, float]] = []
 
     def compared(factors: Mapping[str, Tensor], delta: Tensor) -> Tensor:

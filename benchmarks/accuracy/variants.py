@@ -16,7 +16,7 @@ from benchmarks.paths import RESULTS
 
 
 def count(iterations: Sequence[float]) -> str:
-    """The median over seeds; ``-`` where the budget ended before the target."""
+    """The median over seeds; ``-`` if the budget ended before the target."""
     middle = median(iterations)
     return f"{middle:.0f}" if math.isfinite(middle) else "-"
 

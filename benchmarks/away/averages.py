@@ -1,4 +1,4 @@
-"""Runs that keep averages of their weights beside them, so that one run measures the optimizer with and without."""
+"""Runs with averages of their weights, so that one run measures an optimizer with and without averages."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from benchmarks.contest.harness import Run
 from benchmarks.contest.optimizers import BatchLoss, Contestant, Stepper
 from benchmarks.contest.tasks import Task
 
-#: The name of the weights as the optimizer leaves them.
+#: The name of the weights without an average.
 NONE = "none"
-#: The decays of the averages that are kept.
+#: The decays of the averages.
 DECAYS = (0.8, 0.9)
-#: All that is evaluated in one run.
+#: The evaluated averages of one run.
 AVERAGES = (NONE, *(f"{decay:g}" for decay in DECAYS))
-#: How often the training loss is evaluated, as in the search for learning rates.
+#: The spacing of evaluations of the training loss, as in the search for learning rates.
 SPACING = 8
 
 
 class Average:
-    """An exponential average of a model's weights, with the start forgotten: step k mixes in 1/k at least.
+    """An exponential average of a model's weights; step k has a weight of at least 1/k.
 
     Args:
-        model: Whose weights are averaged; buffers are taken as they are.
+        model: The model; its buffers are copied.
         decay: The share of the average that stays at each step.
 
     Attributes:
@@ -61,7 +61,7 @@ class Average:
 
 
 class KeepingStepper(Stepper):
-    """Another stepper, with averages of the weights beside it; what is evaluated in place of the weights stays its."""
+    """Another stepper, with averages of its weights."""
 
     def __init__(self, stepper: Stepper, averages: Mapping[str, Average]) -> None:
         self._stepper = stepper
@@ -74,21 +74,21 @@ class KeepingStepper(Stepper):
             average.update()
 
     def evaluated(self, model: nn.Module) -> dict[str, nn.Module]:
-        """By average, what is evaluated; the model itself, or what its optimizer keeps in its place, without one."""
+        """The evaluated models, by average; without an average, the model or the optimizer's own average."""
         own = self._stepper.averaged
         averaged = {name: average.model() for name, average in self.averages.items()}
         return {NONE: model if own is None else own, **averaged}
 
     def seconds(self, name: str) -> float:
-        """CPU seconds of a run that are not those of a run with this average alone."""
+        """The CPU seconds of a run that a run with this average alone would not have."""
         return sum(average.seconds for other, average in self.averages.items() if other != name)
 
 
 class AveragedRun(Run):
-    """A run with a loss curve for each average, up to the target; ``curve`` is the lowest of those that go on.
+    """A run with a loss curve for each average, up to the target; ``curve`` is the lowest unfinished one.
 
     Attributes:
-        curves: By average.
+        curves: The curves, by average.
     """
 
     _stepper: KeepingStepper

@@ -1,12 +1,12 @@
 """The contest on tasks away from home.
 
 ``python -m benchmarks.away.contest --tasks choosing`` runs the half that may choose constants, ``--tasks held-back``
-the other one, which is run once, at the end. Each peer's learning rate and average of weights (none, 0.8, 0.9) are
+the other half, which is run once, at the end. Each peer's learning rate and average of weights (none, 0.8, 0.9) are
 those with the fewest iterations to the target on one seed; KFC has no search, and all its averages are reported.
 
-Everything is kept as it comes, and the same command goes on where it was interrupted. The contestants of one command
-run interleaved on each task and seed, so name together those whose CPU seconds are to be compared. ``--again`` forgets
-the named contestants' runs, not their searches.
+Results are saved after each run, and the same command continues after an interruption. The contestants of one command
+run interleaved on each task and seed, so name them together to compare CPU seconds. ``--again`` drops the named
+contestants' runs, not their searches.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from benchmarks.paths import RESULTS
 HALVES = {"choosing": CHOOSING, "held-back": HELD_BACK}
 SEEDS = (0, 1, 2)
 TUNING_SEED = 100
-#: How often a grid may grow at an edge.
+#: The largest number of extensions of a grid.
 EXTENSIONS = 3
 
 
 def record_file(folder: Path, task: Task) -> Path:
-    """Where a task's record is kept."""
+    """The file of a task's record."""
     return folder / f"away_{task.name}.json"
 
 
 def load_record(folder: Path, task: Task) -> Record:
-    """What was measured so far; empty if nothing was.
+    """A task's record; empty before the first measurement.
 
     Raises:
-        ValueError: If the task has no target, or another one than when it was measured.
+        ValueError: If the task has no target, or another one than the record.
     """
     target = task.targets[-1]
     if math.isinf(target):
@@ -64,7 +64,7 @@ def load_record(folder: Path, task: Task) -> Record:
 
 
 def search(task: Task, contestant: Contestant, entry: Entry) -> None:
-    """Choose a contestant's learning rate and average of weights, and put all that was tried into its entry."""
+    """Choose a contestant's learning rate and average of weights, and add all trials to its entry."""
     runs: dict[float, AveragedRun] = {}
 
     def make_run(task: Task, contestant: Contestant, lr: float, seed: int, seconds: float, spacing: int) -> AveragedRun:
@@ -92,9 +92,9 @@ def search(task: Task, contestant: Contestant, entry: Entry) -> None:
 
 
 def compete(task: Task, contestants: Sequence[Contestant], record: Record, seed: int) -> None:
-    """Run contestants interleaved on one seed and put what they came to into the record.
+    """Run contestants interleaved on one seed, and add the outcomes to the record.
 
-    A run ends when the average that is reported reached the target, or all of them have; at the budget; or out of time.
+    A run ends when its reported average, or else all averages have reached the target; at the budget; or out of time.
     """
     runs = []
     for contestant in contestants:
@@ -109,7 +109,7 @@ def compete(task: Task, contestants: Sequence[Contestant], record: Record, seed:
 
 
 def outcome(curve: Curve, target: float) -> Outcome:
-    """What a curve came to."""
+    """The outcome of a curve."""
     reach, loss = curve.reach(target), curve.losses[-1]
     four_digits = float(f"{loss:.4g}") if math.isfinite(loss) else None
     return Outcome(_or_none(reach.iterations), _or_none(reach.seconds, 3), curve.iterations[-1], four_digits)
@@ -122,7 +122,7 @@ def _or_none(value: float, digits: int = 1) -> float | None:
 def run_missing(
     tasks: Sequence[Task], contestants: Sequence[Contestant], seeds: Sequence[int], folder: Path, again: Sequence[str]
 ) -> None:
-    """Search where no learning rate is known, then run what is missing, saving after each."""
+    """Search missing learning rates, then make the missing runs, saving after each."""
     for task in tasks:
         record = load_record(folder, task)
         for contestant in contestants:
@@ -160,7 +160,7 @@ def write_tables(folder: Path, half: str, seeds: Sequence[int]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the command line says."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", choices=HALVES, default="choosing")
     parser.add_argument("--only", nargs="+", choices=AWAY, help="of that half, these tasks alone")

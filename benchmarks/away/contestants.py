@@ -1,7 +1,7 @@
-"""Who competes away from home: KFC as it ships, and the peers, newer ones among them.
+"""The contestants away from home: KFC at its defaults, and the peers.
 
-Each peer has a grid of three learning rates, a factor of three apart, that grows where the best is at its edge. What is
-set beside the learning rate is named here; all else is the library's default. pytorch-optimizer 4.1 has no KL-Shampoo.
+Each peer has a grid of three learning rates, a factor of three apart, that grows if the best is at its edge. Other
+settings than the learning rate are given here, or the library's defaults. pytorch-optimizer 4.1 has no KL-Shampoo.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 from benchmarks.contest.contestants import CONTESTANTS, hidden_matrices
 from benchmarks.contest.optimizers import Contestant, PlainStepper, Stepper
 
-#: KFC with everything "auto", and with each of its rules; nothing of it is searched.
+#: KFC with everything "auto", and with each of its rules, without a search.
 KFC_VARIANTS = ("kfc", "kfc_adam", "kfc_natural", "kfc_ekfac")
 
 
@@ -26,7 +26,7 @@ def thirds(middle: float) -> tuple[float, ...]:
 
 
 class ScheduleFreeStepper(PlainStepper):
-    """A schedule-free optimizer, whose average is evaluated in place of the weights it steps from."""
+    """A schedule-free optimizer, whose average is evaluated."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         super().__init__(optimizer)
@@ -65,7 +65,7 @@ def _normuon(model: nn.Module, lr: float, seed: int) -> Stepper:
 
 
 def _splus(model: nn.Module, lr: float, seed: int) -> Stepper:
-    # Its own average (0.999) and its eigenvectors every 100 steps are for far longer runs; it treats matrices alone.
+    # The defaults (average 0.999, eigenvectors every 100 steps) are for far longer runs; it trains matrices alone.
     from pytorch_optimizer import SPlus
 
     return PlainStepper(SPlus(model.parameters(), lr=lr, weight_decay=0.0, inverse_steps=10))

@@ -74,7 +74,7 @@ def patches(photo: Tensor, count: int, size: int, generator: torch.Generator) ->
 
 @functools.cache
 def turned_patches(count: int = 4096 + HELD_OUT, size: int = 16) -> Split:
-    """Patches of the two photographs, turned by a multiple of 90 degrees: which photograph, and how far turned."""
+    """Patches of the two photographs, turned by a multiple of 90 degrees; classes are photograph and angle."""
     generator = torch.Generator().manual_seed(12)
     kind = torch.randint(8, (count,), generator=generator)
     both = torch.stack([patches(photo, count, size, generator) for photo in photographs()])
@@ -101,7 +101,7 @@ def docstrings() -> Split:
 
 @functools.cache
 def prices(count: int = 16384 + HELD_OUT, width: int = 24) -> Split:
-    """A table to regress on: columns with long tails and of two kinds, kinks, products, noise; all standardised."""
+    """A table for regression: columns with long tails and of two kinds, kinks, products, noise; all standardised."""
     generator = torch.Generator().manual_seed(14)
     columns = torch.randn(count, width, generator=generator) @ torch.randn(width, width, generator=generator) / 4
     columns[:, :6] = columns[:, :6].exp()
@@ -117,7 +117,7 @@ def prices(count: int = 16384 + HELD_OUT, width: int = 24) -> Split:
 
 @functools.cache
 def customers(count: int = 16384 + HELD_OUT, width: int = 32, kinds: int = 7) -> Split:
-    """A table to classify: rare kinds, columns in groups that belong together, some of noise alone; standardised."""
+    """A table for classification: rare kinds, groups of related columns, columns of noise; standardised."""
     generator = torch.Generator().manual_seed(15)
     centres = 0.9 * torch.randn(kinds, 3, 12, generator=generator)
     kind = torch.multinomial(0.7 ** torch.arange(kinds).float(), count, replacement=True, generator=generator)
@@ -131,7 +131,7 @@ def customers(count: int = 16384 + HELD_OUT, width: int = 32, kinds: int = 7) ->
 
 @functools.cache
 def coloured_coordinates() -> Split:
-    """Places in the temple's photograph, in [-1, 1] both ways, and the colours there, 3 channels in [0, 1]."""
+    """Coordinates in the temple's photograph, in [-1, 1], and their colours, 3 channels in [0, 1]."""
     photo = F.avg_pool2d(photographs()[0], 2)[:, :100, :150]
     height, width = photo.shape[1:]
     rows, columns = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
@@ -150,7 +150,7 @@ def blurred_patches(count: int = 4096 + HELD_OUT, size: int = 16) -> Split:
 
 @functools.cache
 def noisy_patches(count: int = 8192 + HELD_OUT, size: int = 12) -> Split:
-    """Flower patches mixed with noise: 3 channels and one with the share of noise; the noise is to be predicted.
+    """Flower patches mixed with noise: 3 channels and one with the share of noise; targets are the noise.
 
     The mixture is that of the cosine schedule of Nichol & Dhariwal 2021, arXiv:2102.09672: sines and cosines.
     """
@@ -199,7 +199,7 @@ def digits_with_draws(latent: int) -> Split:
 
 @functools.cache
 def series(count: int = 4096 + HELD_OUT, past: int = 48, future: int = 8) -> Split:
-    """Series with a season, a trend and noise that remembers: ``past`` values, and the ``future`` ones that follow."""
+    """Series with a season, a trend and autocorrelated noise: ``past`` values, and ``future`` ones as targets."""
     generator = torch.Generator().manual_seed(21)
     time = torch.arange(past + future)
     period = 6 + 12 * torch.rand(count, 1, generator=generator)
@@ -215,9 +215,9 @@ def series(count: int = 4096 + HELD_OUT, past: int = 48, future: int = 8) -> Spl
 
 @functools.cache
 def pairs_of_crops(count: int = 8192 + HELD_OUT, size: int = 8) -> Split:
-    """Two crops of a patch of the flower, each with a brightness and noise of its own; shape ``(N, 2, 3, 8, 8)``.
+    """Two crops of a patch of the flower with different brightness and noise, shape ``(N, 2, 3, 8, 8)``.
 
-    Targets are the examples' numbers, which the loss does not need: a crop belongs with the other of its patch.
+    Targets are the examples' numbers, which the loss does not need: both crops of a patch belong together.
     """
     generator = torch.Generator().manual_seed(22)
     large = patches(photographs()[1], count, size + 6, generator)

@@ -67,7 +67,7 @@ class RecurrentModel(nn.Module):
 
 
 def table_net(columns: int, outputs: int, widths: tuple[int, ...], norm: bool = False) -> nn.Sequential:
-    """Linear layers with GELU between, and layer norm where asked for."""
+    """Linear layers with GELU between, with or without layer norm."""
     layers: list[nn.Module] = []
     for width in widths:
         layers += [nn.Linear(columns, width), *([nn.LayerNorm(width)] if norm else []), nn.GELU()]
@@ -131,7 +131,7 @@ class _Residual(nn.Module):
 
 
 class NoiseUNet(nn.Module):
-    """Predicts the noise in images of 3 channels, given a fourth with its share; one level below the images'."""
+    """Predicts the noise in images of 3 channels, given a fourth channel with its share; one lower level."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ class VariationalAutoencoder(nn.Module):
 
 
 class Forecaster(nn.Module):
-    """A transformer over pieces of six values; the last piece's output gives the values that follow."""
+    """A transformer over pieces of six values; the last piece's output is the forecast."""
 
     def __init__(self, past: int = 48, future: int = 8, width: int = 32, depth: int = 2, piece: int = 6) -> None:
         super().__init__()

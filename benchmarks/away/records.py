@@ -1,4 +1,4 @@
-"""What was measured away from home: a file a task, and the tables of a half."""
+"""Records of the contest away from home: one file per task, and the tables of a half."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from benchmarks.contest.report import lists_on_one_line, measured_with
 
 @dataclass
 class Outcome:
-    """What one run came to with one average.
+    """The outcome of one run with one average.
 
     Attributes:
-        iterations: To the target; None if it was not reached in these steps.
+        iterations: Iterations to the target; None if it was not reached.
         seconds: CPU seconds of these steps.
-        steps: Iterations up to the last evaluation, which is that at the target where it was reached.
-        loss: The last training loss; None where it is not finite.
+        steps: Iterations up to the last evaluation, or to the target.
+        loss: The last training loss; None if it is not finite.
     """
 
     iterations: float | None
@@ -34,14 +34,14 @@ class Outcome:
 
 @dataclass
 class Entry:
-    """What is known of one contestant on one task.
+    """The results of one contestant on one task.
 
     Attributes:
         title: Its name in tables.
         search: By learning rate and average, iterations to the target on the seed of the search; None if never.
-        lr: The learning rate that was chosen; None before the search.
-        average: The average that was chosen; None where all are reported.
-        runs: By seed and average.
+        lr: The chosen learning rate; None before the search.
+        average: The chosen average; None if all are reported.
+        runs: The outcomes, by seed and average.
     """
 
     title: str
@@ -51,7 +51,7 @@ class Entry:
     runs: dict[str, dict[str, Outcome]] = field(default_factory=dict)
 
     def medians(self, average: str, seeds: Sequence[int]) -> tuple[float, float] | None:
-        """Iterations and seconds to the target, infinite where never; None as long as a seed is missing."""
+        """Iterations and seconds to the target, infinite if never; None while a seed is missing."""
         if any(str(seed) not in self.runs for seed in seeds):
             return None
         outcomes = [self.runs[str(seed)][average] for seed in seeds]
@@ -61,15 +61,15 @@ class Entry:
 
 @dataclass
 class Record:
-    """All that was measured on one task.
+    """The results of one task.
 
     Attributes:
         task: Its name.
-        title: What it is.
+        title: Its description.
         batch_size: Examples in a batch.
         target: The training loss to reach.
-        budget: Iterations a run may make.
-        entries: By contestant.
+        budget: The largest number of iterations of a run.
+        entries: The entries, by contestant.
     """
 
     task: str
@@ -80,7 +80,7 @@ class Record:
     entries: dict[str, Entry] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """Write JSON, with the versions that were used; the file is never there in part."""
+        """Write JSON with the used versions, completely or not at all."""
         content = {**asdict(self), "measured_with": measured_with()}
         partial = path.with_suffix(".partial")
         partial.write_text(lists_on_one_line(json.dumps(content, indent=1)) + "\n")
@@ -88,7 +88,7 @@ class Record:
 
     @classmethod
     def load(cls, path: Path) -> Record:
-        """Read what :meth:`save` wrote."""
+        """Load a file of :meth:`save`."""
         content: dict[str, Any] = json.loads(path.read_text())
         del content["measured_with"]
         content["entries"] = {name: _entry(entry) for name, entry in content["entries"].items()}
@@ -139,14 +139,14 @@ def _cell(values: tuple[float, float]) -> str:
 
 
 def _peers(record: Record, names: Sequence[str], seeds: Sequence[int]) -> dict[str, tuple[float, float]]:
-    """By title, the medians of the peers that have run on all seeds, each with the average that was chosen."""
+    """The medians of the peers that have run on all seeds, each with its chosen average, by title."""
     entries = [record.entries[name] for name in names if name not in KFC_VARIANTS and name in record.entries]
     medians = {entry.title: entry.medians(entry.average, seeds) for entry in entries if entry.average is not None}
     return {title: values for title, values in medians.items() if values is not None}
 
 
 def ahead(records: Sequence[Record], names: Sequence[str], seeds: Sequence[int]) -> list[str]:
-    """A line for each column of KFC: on how many tasks it needs fewer iterations, or less time, than every peer."""
+    """A line for each column of KFC: the numbers of tasks with fewer iterations, and with less time, than all peers."""
     lines = []
     for name in (name for name in names if name in KFC_VARIANTS):
         for average in AVERAGES:
@@ -166,7 +166,7 @@ def ahead(records: Sequence[Record], names: Sequence[str], seeds: Sequence[int])
 
 
 def missed(records: Sequence[Record], names: Sequence[str], seeds: Sequence[int]) -> list[str]:
-    """A line for each task on which a peer needed fewer iterations than KFC at its defaults, or less time."""
+    """A line for each task on which a peer needs fewer iterations, or less time, than KFC at its defaults."""
     lines = []
     for record in records:
         own = record.entries["kfc"].medians(NONE, seeds) if "kfc" in record.entries else None

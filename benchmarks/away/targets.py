@@ -1,8 +1,8 @@
-"""Measures the tasks' targets: the training loss that tuned Adam reaches at 70 % of the budget, median of three seeds.
+"""Measure the tasks' targets: the training loss of tuned Adam at 70 % of the budget, median of three seeds.
 
-Adam's learning rate is the one with the lowest such loss on a seed of its own, on a grid of factor three that grows
-where the best is at its edge. ``python -m benchmarks.away.targets [TASK ...]`` measures those that have none, or again
-those that are named.
+Adam's learning rate is the one with the lowest such loss on a separate seed, on a grid of factor three that grows if
+the best is at its edge. ``python -m benchmarks.away.targets [TASK ...]`` measures the missing targets, or the named
+ones again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from benchmarks.contest.tuning import beyond, lowest_until
 SHARE = 0.7
 TUNING_SEED = 100
 SEEDS = (0, 1, 2)
-#: How often a grid may grow at an edge.
+#: The largest number of extensions of a grid.
 EXTENSIONS = 3
 
 
@@ -42,7 +42,7 @@ def reached(task: Task, settings: Sequence[tuple[float, int]]) -> list[float]:
 
 
 def measure(task: Task) -> dict[str, Any]:
-    """A task's target, and how it was found."""
+    """A task's target, with its measurement."""
     tried: dict[float, float] = {}
     missing = list(AWAY_CONTESTANTS["adam"].grid)
     for _ in range(EXTENSIONS + 1):
@@ -61,7 +61,7 @@ def measure(task: Task) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the command line says, saving after each task."""
+    """Run the command line, saving after each task."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", choices=[[], *AWAY])
     named = parser.parse_args(sys.argv[1:] if arguments is None else arguments).tasks

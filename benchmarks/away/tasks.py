@@ -1,4 +1,4 @@
-"""Twelve tasks of twelve families, small enough that a run takes some CPU seconds.
+"""Twelve tasks of twelve families; a run takes some CPU seconds.
 
 The tasks of :data:`CHOOSING` may choose constants of KFC. Those of :data:`HELD_BACK` have no part in any choice: they
 are run once, at the end, and reported apart. Which is which is fixed. Before the end Adam
@@ -28,20 +28,20 @@ from benchmarks.paths import RESULTS
 
 #: Tasks that may choose constants.
 CHOOSING = ("signals", "separable", "table_classification", "picture", "forecast", "vae")
-#: Tasks that choose nothing, run once at the end.
+#: Tasks that choose no constant, run once at the end.
 HELD_BACK = ("table_regression", "gru", "diffusion", "segmentation", "sharpening", "contrastive")
 #: Training examples that the training loss is measured on.
 MEASURED = 512
-#: Where the targets are kept.
+#: The file of the targets.
 TARGETS = RESULTS / "away_targets.json"
 
 
 @dataclass(frozen=True)
 class AwayTask(Task):
-    """A task whose training loss is that of its first 512 training examples: there are three averages to measure."""
+    """A task with a training loss of 512 examples, since three averages are measured."""
 
     def training_loss(self, model: nn.Module) -> float:
-        """The loss on the first training examples as they are stored, in evaluation mode."""
+        """The loss on the first training examples, not augmented, in evaluation mode."""
         split = self.data()
         return self._measure(model, split.train_inputs[:MEASURED], split.train_targets[:MEASURED], None)[0]
 
@@ -66,7 +66,7 @@ def belonging(codes: Tensor, numbers: Tensor, temperature: float = 0.2) -> Tenso
 
 
 def measured_targets() -> dict[str, float]:
-    """The targets that were measured, by task."""
+    """The measured targets, by task."""
     if not TARGETS.exists():
         return {}
     return {name: entry["target"] for name, entry in json.loads(TARGETS.read_text()).items()}

@@ -1,1 +1,1 @@
-"""Which optimizer reaches a loss first: the contest, its ablations, and what they share."""
+"""The contest of optimizers for the least time to a loss, with its ablations."""

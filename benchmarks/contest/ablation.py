@@ -1,7 +1,7 @@
-"""What each part of KFC is worth: ``python -m benchmarks.contest.ablation``.
+"""Ablation of KFC: ``python -m benchmarks.contest.ablation``.
 
-KFC with one thing changed at a time, interleaved with its defaults, on three of the contest's tasks, to each task's
-hardest loss. A seed of a task is a piece: interrupted, the command goes on from there.
+KFC with one change at a time, interleaved with its defaults, on three of the contest's tasks, to each task's hardest
+loss. A seed of a task is a piece; after an interruption, the command continues with the missing pieces.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ DEFAULT = CONTESTANTS["kfc"]
 
 
 def changed(name: str, title: str, change: Callable[[KFC], None]) -> Contestant:
-    """The defaults with a part of the engine switched off that no setting reaches.
+    """The defaults with a part of the engine switched off, for which there is no setting.
 
     Args:
-        name: In files.
-        title: In tables.
-        change: Does it to an engine.
+        name: The name in files.
+        title: The name in tables.
+        change: Changes an engine.
     """
 
     def make(model: nn.Module, lr: float, seed: int) -> Stepper:
@@ -48,13 +48,13 @@ def changed(name: str, title: str, change: Callable[[KFC], None]) -> Contestant:
 
 
 def promise_anything(kfc: KFC) -> None:
-    """Let the slope of a step promise more than twice the loss."""
+    """Do not bound the slope of a step."""
     # Assigned to the one object: the engine has no such setting, and is to have none.
     kfc.reviewer.most_decrease = lambda parameters, *, never_negative: None  # type: ignore[method-assign]  # the part is taken out
 
 
 def keep_or_take_back(kfc: KFC) -> None:
-    """Never shorten a step: keep it, or take it back as a whole where the loss has grown."""
+    """Never shorten a step: keep it, or undo it if the loss has grown."""
     review = kfc.reviewer.region.judge
 
     def judge(outcome: Outcome, size: float) -> Verdict:
@@ -102,7 +102,7 @@ def _ratios(results: Results, name: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what is missing, and write the table.
+    """Measure the missing pieces, and write the table.
 
     Returns:
         The exit status: 0 when all is done, 3 when pieces are left.

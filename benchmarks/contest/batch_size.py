@@ -1,10 +1,10 @@
 """Iterations to a training loss against the batch size: ``python -m benchmarks.contest.batch_size``.
 
-The paper's case for many machines: a method that needs few iterations, and ever fewer as the batch grows, gains from
-every machine that computes a part of the gradient. Here it is measured in iterations, on one machine: the conv net
-on MNIST-5000, from batches of 64 to all 4,096 examples. For each batch size the peers' learning rate is searched anew,
-on a seed that is not reported, around the one that suited the size before, by the rules of ``tuning.py``; KFC runs at
-its defaults. A size of an optimizer is a piece: interrupted, the command goes on from there.
+The paper's argument for many machines is that a method whose iterations decrease with the batch size gains from every
+machine that computes a part of the gradient. Here the iterations are measured on one machine: the conv net on
+MNIST-5000, with batches of 64 to all 4,096 examples. For each batch size the peers' learning rate is tuned, on a seed
+that is not reported, around that of the size before, by the rules of ``tuning.py``; KFC runs at its defaults. A size of
+an optimizer is a piece; after an interruption, the command continues with the missing pieces.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SEEDS = (0, 1, 2)
 TUNING_SEED = 100
 TARGET = 0.1
 BUDGET = 600
-#: A doubling of the batch that saves less than this share of the iterations is no gain; a perfect one saves half.
+#: The least gain of a doubling of the batch, as a share of the iterations; a perfect doubling saves half.
 GAIN = 0.2
 
 #: By contestant and batch size: the learning rate, and the iterations of each seed (None: not reached).
@@ -52,10 +52,10 @@ def measure(task: Task, contestant: Contestant, around: float, seeds: Sequence[i
     """Search a learning rate around one, and count the iterations to the target with it.
 
     Args:
-        task: At the batch size in question.
-        contestant: Who trains.
-        around: The middle of the grid of three, from which the search starts.
-        seeds: Whose iterations are counted.
+        task: The task at the batch size.
+        contestant: The contestant.
+        around: The middle of the initial grid of three.
+        seeds: The seeds whose iterations are counted.
     """
     lr = contestant.grid[0]
     if contestant.tuned:
@@ -72,10 +72,10 @@ def measure(task: Task, contestant: Contestant, around: float, seeds: Sequence[i
 def measure_missing(
     task: Task, sizes: Sequence[int], seeds: Sequence[int], found: Found, save: Path, pieces: int | None = None
 ) -> bool:
-    """Fill in what was not measured yet, saving after each batch size of each contestant.
+    """Measure the missing pieces, saving after each batch size of each contestant.
 
     Returns:
-        Whether nothing is left.
+        Whether all pieces are measured.
     """
     missing = [(name, size) for name in NAMES for size in sizes if size not in found.get(name, {})]
     for name, size in missing[:pieces]:
@@ -97,7 +97,7 @@ def store(found: Found, path: Path) -> None:
 
 
 def load(path: Path) -> Found:
-    """Read what :func:`store` wrote; nothing where there is no file."""
+    """Load a file of :func:`store`; empty without a file."""
     if not path.exists():
         return {}
     entries = json.loads(path.read_text())["found"]
@@ -105,7 +105,7 @@ def load(path: Path) -> Found:
 
 
 def medians(sizes: dict[int, dict[str, Any]]) -> dict[int, float]:
-    """The median iterations at each batch size; infinite where most runs did not arrive."""
+    """The median iterations at each batch size; infinite if most runs missed the target."""
     return {
         size: median(math.inf if count is None else count for count in entry["iterations"])
         for size, entry in sorted(sizes.items())
@@ -113,7 +113,7 @@ def medians(sizes: dict[int, dict[str, Any]]) -> dict[int, float]:
 
 
 def stops_gaining(iterations: dict[int, float]) -> int | None:
-    """The first batch size whose doubling saves less than ``GAIN`` of the iterations; None where every one gains."""
+    """The first batch size whose doubling saves less than ``GAIN`` of the iterations; None if there is none."""
     for smaller, larger in itertools.pairwise(sorted(iterations)):
         if math.isfinite(iterations[smaller]) and iterations[larger] > (1 - GAIN) * iterations[smaller]:
             return smaller
@@ -121,7 +121,7 @@ def stops_gaining(iterations: dict[int, float]) -> int | None:
 
 
 def markdown(task: Task, found: Found) -> str:
-    """A row a batch size, and where each optimizer stops gaining."""
+    """A row per batch size, and the size at which each optimizer stops gaining."""
     titles = [CONTESTANTS[name].title for name in found]
     lines = [
         f"{task.title}: iterations to a training loss of {TARGET:g}, median of {len(SEEDS)} seeds (learning rate).",
@@ -170,7 +170,7 @@ def plot(task: Task, found: Found, path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what is missing, and write table and plot.
+    """Measure the missing pieces, and write table and plot.
 
     Returns:
         The exit status: 0 when all is done, 3 when pieces are left.

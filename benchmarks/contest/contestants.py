@@ -1,7 +1,6 @@
 """The contestants: the peers, each with a grid for its learning rate, and KFC, which is not tuned.
 
-Weight decay is 0 but for AdamW, whose point it is. What is set beside the learning rate is named here; all else is
-the library's default.
+Weight decay is 0 except for AdamW. Other settings than the learning rate are given here, or the library's defaults.
 """
 
 from __future__ import annotations
@@ -62,8 +61,8 @@ def _soap(model: nn.Module, lr: float, seed: int) -> Stepper:
 
 
 def _shampoo(model: nn.Module, lr: float, seed: int) -> Stepper:
-    # The defaults (inverse roots every 1,000 steps) are for far longer runs. With RMSProp's length of step it was ahead
-    # of SGD's on the conv net, and one grid suits all tasks.
+    # The defaults (inverse roots every 1,000 steps) are for far longer runs. With RMSProp's step length, better than
+    # SGD's on the conv net, one grid suits all tasks.
     from pytorch_optimizer import ScalableShampoo
     from pytorch_optimizer.optimizer.utils.graft import LayerWiseGrafting
 
@@ -83,7 +82,7 @@ def _kron(model: nn.Module, lr: float, seed: int) -> Stepper:
     return PlainStepper(Kron(model.parameters(), lr=lr))
 
 
-#: What the callback has by default where the engine's own defaults ask nothing of the loop around it.
+#: The callback's defaults that differ from the engine's.
 SHIPPED: dict[str, Any] = {"damping": "auto", "kl_clip": "auto", "rule": "auto"}
 
 
@@ -95,15 +94,15 @@ def kfc(
     average: float | None = None,
     **settings: Any,
 ) -> Contestant:
-    """KFC beside SGD, by default as it is recommended.
+    """KFC with SGD, by default with the recommended settings.
 
     Args:
-        name: On the command line.
-        title: In tables and plots.
-        lr: Of SGD.
-        momentum: Of SGD.
-        average: The decay of an exponential average of the weights, which is then evaluated; None for none.
-        settings: Of KFC; none for the callback's defaults.
+        name: The name on the command line.
+        title: The name in tables and plots.
+        lr: The learning rate of SGD.
+        momentum: The momentum of SGD.
+        average: The decay of an exponential average of the weights, which is then evaluated; None for no average.
+        settings: The settings of KFC; empty for the callback's defaults.
     """
 
     def make(model: nn.Module, rate: float, seed: int) -> Stepper:
@@ -117,7 +116,7 @@ def kfc(
 PEERS = (
     Contestant("sgd", "SGD, momentum 0.9", _sgd, powers_of_two(0.05)),
     Contestant("adam", "Adam", _adam, powers_of_two(0.004)),
-    # Over so few steps its decay of 0.01 lr a step takes less than a hundredth off a weight: what suits Adam suits it.
+    # In so few steps, its decay of 0.01 lr per step shrinks a weight by less than 1 %, so Adam's learning rate fits.
     Contestant("adamw", "AdamW", _adamw, powers_of_two(0.004), takes_from="adam"),
     Contestant("muon", "Muon", _muon, powers_of_two(0.016)),
     Contestant("soap", "SOAP", _soap, powers_of_two(0.004)),
@@ -125,7 +124,7 @@ PEERS = (
     Contestant("kron", "PSGD-Kron", _kron, powers_of_two(0.002)),
 )
 
-#: KFC with one thing changed at a time; shipped defaults are "kfc".
+#: KFC with one change at a time; the defaults are "kfc".
 ABLATION = (
     kfc("kfc_adam", "KFC, rule adam", rule="adam"),
     kfc("kfc_natural", "KFC, rule natural", rule="natural"),
@@ -141,5 +140,5 @@ ABLATION = (
 )
 
 CONTESTANTS = {contestant.name: contestant for contestant in (*PEERS, kfc("kfc", "KFC, defaults"), *ABLATION)}
-#: Who competes where nobody is named.
+#: The default contestants.
 USUAL = (*(peer.name for peer in PEERS), "kfc")

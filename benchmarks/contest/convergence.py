@@ -1,12 +1,12 @@
-"""Which optimizer reaches a training loss first.
+"""The contest: iterations and CPU seconds of optimizers to a training loss.
 
 ``python -m benchmarks.contest.convergence tune TASK`` chooses the peers' learning rates, on seeds that are not
-reported; ``compete TASK`` runs everybody on the reported seeds; ``table`` writes tables and plots of all that was run;
-``run TASK``, or the task's name alone, does what is missing of the three.
+reported; ``compete TASK`` runs all contestants on the reported seeds; ``table`` writes tables and plots of all runs;
+``run TASK``, or the task's name alone, does the missing pieces of the three.
 
-Both can be interrupted after each piece and go on from there: a contestant is a piece of the tuning, a seed one of the
-contest. In a contest all contestants of a seed run interleaved, in blocks of steps, on one thread. Time is the CPU time
-of the steps alone: batches are ready, evaluation is not counted.
+After an interruption, the commands continue with the missing pieces: a contestant is a piece of the tuning, a seed one
+of the contest. In a contest all contestants of a seed run interleaved, in blocks of steps, on one thread. Time is the
+CPU time of the steps alone: batches are ready, evaluation is not counted.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ TUNING_SEEDS = (100, 101)
 
 
 def tuning_file(folder: Path, task: Task) -> Path:
-    """Where a task's tuning is kept."""
+    """The file of a task's tuning."""
     return folder / f"tuning_{task.label}.json"
 
 
 def contest_file(folder: Path, task: Task) -> Path:
-    """Where a task's contest is kept."""
+    """The file of a task's contest."""
     return folder / f"contest_{task.label}.json"
 
 
 def load_tuning(folder: Path, task: Task) -> Tuning:
-    """What was tuned so far; empty if nothing was."""
+    """A task's tuning; empty before its first piece."""
     path = tuning_file(folder, task)
     tuning = Tuning.load(path) if path.exists() else Tuning.of(task)
     tuning.check(task)
@@ -52,17 +52,17 @@ def load_tuning(folder: Path, task: Task) -> Tuning:
 def tune_missing(
     task: Task, contestants: Sequence[Contestant], seeds: Sequence[int], folder: Path, pieces: int | None = None
 ) -> bool:
-    """Tune those that have no trials yet, saving after each.
+    """Tune contestants without trials, saving after each.
 
     Args:
         task: The task.
-        contestants: Whom to tune; those that are not tuned, or take another's learning rate, are passed over.
-        seeds: Of the tuning.
-        folder: Where results are kept.
-        pieces: How many to do at most; None for all.
+        contestants: The contestants; those without a grid are skipped.
+        seeds: The seeds of the tuning.
+        folder: The folder of results.
+        pieces: The largest number of pieces; None for all.
 
     Returns:
-        Whether nothing is left.
+        Whether all pieces are done.
     """
     tuning = load_tuning(folder, task)
     searched = [c for c in contestants if c.tuned and c.takes_from is None]
@@ -77,7 +77,7 @@ def tune_missing(
 def learning_rates(
     task: Task, contestants: Sequence[Contestant], folder: Path
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Each contestant's learning rate, and how it was found.
+    """Each contestant's learning rate, with its search.
 
     Raises:
         ValueError: If a contestant was not tuned on this task.
@@ -101,7 +101,7 @@ def learning_rates(
 
 
 def tried(tuning: Tuning, name: str) -> str:
-    """A sentence with all that a search tried."""
+    """A sentence with all trials of a search."""
     cells = []
     for lr, trials in sorted(tuning.trials[name].items()):
         found = [trial.ended if trial.iterations is None else f"{trial.iterations:.0f}" for trial in trials]
@@ -118,21 +118,21 @@ def compete_missing(
     pieces: int | None = None,
     again: Sequence[str] = (),
 ) -> bool:
-    """Run the contestants on the seeds they have not run on, saving after each seed.
+    """Run the contestants on their missing seeds, saving after each seed.
 
     Args:
         task: The task.
-        contestants: Who competes; who is added later runs interleaved with others that are added.
+        contestants: The contestants; those added later run interleaved with each other.
         seeds: The reported seeds.
-        folder: Where results are kept.
-        pieces: How many seeds to do at most; None for all.
-        again: Names of contestants whose earlier runs are thrown away.
+        folder: The folder of results.
+        pieces: The largest number of seeds; None for all.
+        again: Names of contestants whose earlier runs are dropped.
 
     Returns:
-        Whether nothing is left.
+        Whether all seeds are done.
 
     Raises:
-        ValueError: If a learning rate has changed since a contestant's earlier runs, which are not run again.
+        ValueError: If a contestant's learning rate has changed since its earlier runs.
     """
     path = contest_file(folder, task)
     goal = task.goal
@@ -202,7 +202,7 @@ def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the command line says.
+    """Run the command line.
 
     Returns:
         The exit status: 0 when all is done, 3 when pieces are left.

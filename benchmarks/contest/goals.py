@@ -1,9 +1,7 @@
-"""The goals that the contest's results meet: ``python -m benchmarks.contest.goals``.
+"""Goals for the contest's results: ``python -m benchmarks.contest.goals``.
 
-It reads what ``python -m benchmarks.contest.convergence`` has written.
-
-KFC has the callback's defaults on every task, the others the learning rate that suited them best. A ratio is the
-median over seeds of what the other needed over what KFC needed, to the task's hardest loss.
+KFC has the callback's defaults on every task, the other contestants their tuned learning rates. A ratio is the median
+over seeds of the other contestant's iterations or seconds to the task's hardest loss, divided by those of KFC.
 """
 
 from __future__ import annotations
@@ -22,13 +20,13 @@ OWN = "kfc"
 
 @dataclass(frozen=True)
 class Goal:
-    """One thing that was set out for.
+    """One goal.
 
     Attributes:
         task: The label of a contest, such as ``"conv_b512"``.
         other: The contestant compared with.
         unit: ``"iterations"`` or ``"seconds"``.
-        ratio: How many times more of them the other was to need, at least.
+        ratio: The least ratio of the other contestant's to KFC's.
     """
 
     task: str
@@ -37,7 +35,7 @@ class Goal:
     ratio: float
 
     def measured(self, results: Results) -> float:
-        """The ratio in these results; NaN where neither got there, or where it was not measured."""
+        """The ratio in these results; NaN if neither reached the loss, or without a measurement."""
         if self.other not in results.curves or OWN not in results.curves:
             return math.nan
         target = results.targets[-1]
@@ -46,10 +44,10 @@ class Goal:
 
 
 def goals(labels: list[str]) -> Iterator[Goal]:
-    """All goals: those set for single tasks, and those of every task.
+    """All goals: those for single tasks, and those for every task.
 
     Args:
-        labels: The tasks that were measured.
+        labels: The measured tasks.
     """
     yield Goal("conv_b512", "sgd", "iterations", 10.0)
     yield Goal("conv_b512", "sgd", "seconds", 5.0)
@@ -67,15 +65,15 @@ def goals(labels: list[str]) -> Iterator[Goal]:
 
 
 def diverged(results: Results) -> int:
-    """The number of KFC's runs that ended above the loss they began with, or at none."""
+    """The number of KFC's runs that ended above their first loss, or without a finite loss."""
     return sum(not curve.losses[-1] < curve.losses[0] for curve in results.of(OWN))
 
 
 def table(contests: Mapping[str, Results]) -> str:
-    """Every goal with what was measured.
+    """Every goal with its measurement.
 
     Args:
-        contests: By label.
+        contests: The results, by label.
     """
     lines = ["| task | other | of what | goal: times more than KFC | measured | met |", "|---|---|---|---|---|---|"]
     met = []
@@ -92,11 +90,11 @@ def table(contests: Mapping[str, Results]) -> str:
 
 
 def cost_table(contests: Mapping[str, Results], plain: str = "sgd", start: int = 10) -> str:
-    """What KFC's steps cost in each contest, in steps of plain SGD: those of the warm-up, and the later ones.
+    """The costs of KFC's steps in each contest, in steps of plain SGD: in the warm-up, and later.
 
     Args:
-        contests: By label.
-        plain: Whose steps are the unit.
+        contests: The results, by label.
+        plain: The contestant whose steps are the unit.
         start: The length of the warm-up.
     """
     lines = [
@@ -135,7 +133,7 @@ def _word(met: bool) -> str:
 
 
 def main() -> int:
-    """Write the table beside the results, and print it."""
+    """Write and print the table."""
     contests = {
         path.stem.removeprefix("contest_"): Results.load(path) for path in sorted(RESULTS.glob("contest_*.json"))
     }

@@ -1,4 +1,4 @@
-"""Runs contestants on a task, interleaved, and measures each one's loss against iterations and CPU seconds."""
+"""Run contestants interleaved on a task, and measure their losses against iterations and CPU seconds."""
 
 from __future__ import annotations
 
@@ -16,29 +16,28 @@ from benchmarks.contest.tasks import Task
 
 R = TypeVar("R", bound="Run")
 
-#: Steps that one run makes before the next one's turn: a disturbance of the machine then meets them all.
+#: Steps of a run in its turn; with short turns, a disturbance of the machine affects all runs.
 BLOCK = 5
-#: The training loss is evaluated after each step at first, later each time the iterations have grown by this part.
+#: Evaluations of the training loss per doubling of the iterations.
 SPACING = 16
-#: The held-out loss, each time they have grown by this part.
+#: Evaluations of the held-out loss per doubling of the iterations.
 HELD_OUT_SPACING = 4
-#: A run of a contest ends after so many times the iterations it took to the hardest target: no more is reported.
+#: A run of a contest ends at this multiple of its iterations to the hardest target.
 PAST_THE_TARGET = 1.5
 
 
 def evaluation_due(iteration: int, spacing: int = SPACING) -> bool:
     """Whether a loss is evaluated after this iteration.
 
-    Evenly over the logarithm, so that fast and slow optimizers are resolved alike.
-
-    Between 2^k and 2^(k+1) iterations there are ``spacing`` evaluations, as long as there are so many iterations.
+    Between 2^k and 2^(k+1) iterations there are at most ``spacing`` evaluations, so that fast and slow optimizers are
+    resolved alike.
     """
     period = max(1, (1 << iteration.bit_length() - 1) // spacing)
     return iteration % period == 0
 
 
 class RandomStream:
-    """The global random state as one run sees it, whoever else runs between: a run then never depends on the others."""
+    """The global random state of one run, which other runs do not change."""
 
     def __init__(self, seed: int) -> None:
         self._torch = torch.Generator().manual_seed(seed).get_state()
@@ -46,7 +45,7 @@ class RandomStream:
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """Draw from this stream inside, and leave the one outside untouched."""
+        """Draw from this stream inside, and restore the outer one."""
         outside = torch.get_rng_state(), np.random.get_state()
         torch.set_rng_state(self._torch)
         np.random.set_state(self._numpy)
@@ -59,18 +58,18 @@ class RandomStream:
 
 
 class Run:
-    """One contestant with one learning rate and seed; advances when asked to.
+    """One contestant with one learning rate and seed.
 
     The seed sets the initial weights and the order of the examples, the same for all contestants.
 
     Args:
-        task: What is trained.
-        contestant: Who trains.
-        lr: With which learning rate.
-        seed: Of all that is random.
-        measure_held_out: Whether the held-out examples are measured too: now and then, at each target, at the end.
+        task: The task.
+        contestant: The contestant.
+        lr: The learning rate.
+        seed: The seed of all random numbers.
+        measure_held_out: Whether to measure held-out examples too: sometimes, at each target, and at the end.
         seconds: CPU seconds of steps after which the run is over; None for no limit.
-        spacing: How often the training loss is evaluated; see :func:`evaluation_due`.
+        spacing: The spacing of evaluations; see :func:`evaluation_due`.
     """
 
     def __init__(
@@ -101,7 +100,7 @@ class Run:
             self.curve.append(0, 0.0, task.training_loss(self.model))
 
     def advance(self, steps: int) -> None:
-        """Make so many more steps, fewer if the budget ends or the run diverges."""
+        """Make more steps, until the budget ends or the run diverges."""
         with self._random.entered():
             for _ in range(steps):
                 if self.over():
@@ -134,12 +133,12 @@ class Run:
         return self._iteration >= self.task.budget or out_of_time
 
     def over(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether the run is over."""
         return self._exhausted() or self.curve.diverged()
 
 
 def interleave(runs: Sequence[R], until: Callable[[R], bool] = Run.over, block: int = BLOCK) -> None:
-    """Advance all runs by turns, a block of steps each, until all are over or where the caller wants them."""
+    """Advance all runs in turns of a block of steps, each until it is over or ``until`` holds."""
     going = list(runs)
     while going:
         for run in going:

@@ -1,4 +1,4 @@
-"""Networks of the benchmarks that torch does not ship."""
+"""Networks of the benchmarks."""
 
 from __future__ import annotations
 

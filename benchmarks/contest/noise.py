@@ -1,9 +1,9 @@
-"""Radius and damping where the objective is noisy: ``python -m benchmarks.contest.noise``.
+"""Radius and damping on noisy objectives: ``python -m benchmarks.contest.noise``.
 
-Small batches, dropout, augmentation and batch norm make the loss of a batch differ from that of all examples. On the
-batch itself a step may look better, or worse, than it is, and a trust region could follow the noise: shrink to nothing,
-or grow without bound. Here are its radius and damping over several hundred steps at the defaults, beside the training
-loss. A setting is a piece: interrupted, the command goes on from there.
+With small batches, dropout, augmentation and batch norm, the loss of a batch differs from that of all examples. A trust
+region could follow this noise, and shrink to 0 or grow without bound. The benchmark measures radius, damping and
+training loss over several hundred steps at the defaults. A setting is a piece; after an interruption, the command
+continues with the missing pieces.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from benchmarks.contest.tasks import TASKS, Goal, Task
 from lightning_kfc.trust_region.region import LARGEST_RADIUS, SMALLEST_RADIUS
 
 STEPS = 600
-#: Numbers are noted after every so many steps.
+#: The period of measurements, in steps.
 EVERY = 5
 SEED = 0
 
@@ -47,9 +47,9 @@ class Setting:
     """A noisy training.
 
     Attributes:
-        name: In files.
-        title: In the table and the plot.
-        task: What is trained, at which batch size.
+        name: The name in files.
+        title: The name in the table and the plot.
+        task: The task, at its batch size.
     """
 
     name: str
@@ -82,7 +82,7 @@ Found = dict[str, dict[str, list[float]]]
 
 
 def follow(task: Task, steps: int) -> dict[str, list[float]]:
-    """Train at the defaults, noting radius, damping and the loss on training examples in evaluation mode."""
+    """Train at the defaults, and record radius, damping and the loss on training examples in evaluation mode."""
     torch.manual_seed(SEED)
     model = task.make_model()
     contestant = CONTESTANTS["kfc"]
@@ -103,7 +103,7 @@ def follow(task: Task, steps: int) -> dict[str, list[float]]:
 
 
 def markdown(found: Found) -> str:
-    """What radius and damping did: lowest, median of the second half, highest; and the losses of the two halves."""
+    """The table: lowest, late median and highest radius and damping, and the losses of both halves."""
     lines = [
         f"Over {STEPS} steps; lowest, median of the second half, highest. The radius may be {SMALLEST_RADIUS:g} to "
         f"{LARGEST_RADIUS:g} times the loss.",
@@ -126,7 +126,7 @@ def markdown(found: Found) -> str:
 
 
 def plot(found: Found, path: Path) -> None:
-    """Radius, damping and loss against steps, a line a training."""
+    """Radius, damping and loss against steps, one line per training."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
@@ -142,7 +142,7 @@ def plot(found: Found, path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what is missing, and write table and plot.
+    """Measure the missing pieces, and write table and plot.
 
     Returns:
         The exit status: 0 when all is done, 3 when pieces are left.

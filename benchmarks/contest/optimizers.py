@@ -1,4 +1,4 @@
-"""What steps: a plain optimizer, or one whose gradients KFC preconditions, with or without averaged iterates."""
+"""Steppers: a plain optimizer, or one with gradients preconditioned by KFC, with or without averaged iterates."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class BatchLoss:
 
     Attributes:
         model: The model.
-        loss: Outputs and targets to a scalar.
-        inputs: One for each example.
-        targets: One for each example.
+        loss: A function of outputs and targets to a scalar.
+        inputs: The inputs, by example.
+        targets: The targets, by example.
     """
 
     model: Callable[[Tensor], Tensor]
@@ -31,7 +31,7 @@ class BatchLoss:
     targets: Tensor
 
     def __call__(self) -> Tensor:
-        """Evaluate it."""
+        """Evaluate the loss."""
         return self.loss(self.model(self.inputs), self.targets)
 
 
@@ -40,16 +40,16 @@ class Stepper(ABC):
 
     @property
     def averaged(self) -> nn.Module | None:
-        """A model with averaged weights, to be evaluated in place of the trained one; None where none is kept."""
+        """A model with averaged weights, which is evaluated instead of the trained one; None without an average."""
         return None
 
     @abstractmethod
     def step(self, compute_loss: BatchLoss) -> None:
-        """Forward, backward and update on the batch that ``compute_loss`` looks at."""
+        """Make forward, backward and update on the batch of ``compute_loss``."""
 
 
 class PlainStepper(Stepper):
-    """Optimizers as they are, each for its own parameters."""
+    """Plain optimizers, each for its own parameters."""
 
     def __init__(self, *optimizers: Optimizer) -> None:
         self.optimizers = optimizers
@@ -64,7 +64,7 @@ class PlainStepper(Stepper):
 
 
 class KFCStepper(Stepper):
-    """An optimizer whose gradients KFC preconditions; the reviews are a part of the steps."""
+    """An optimizer with gradients preconditioned by KFC, including reviews."""
 
     def __init__(self, kfc: KFC, optimizer: Optimizer) -> None:
         self.kfc = kfc
@@ -77,19 +77,19 @@ class KFCStepper(Stepper):
             loss = compute_loss()
         self.kfc.back_propagate(loss)
         loss.backward()
-        # It refreshes first what is due, as the callback does: when the memory of the graph is free again.
+        # Includes the refresh, as in the callback, when the memory of the graph is free again.
         self.kfc.precondition(optimizer=self.optimizer)
         self.optimizer.step()
         self.kfc.review(optimizer=self.optimizer)
 
 
 class AveragingStepper(Stepper):
-    """Another stepper, whose weights are averaged exponentially after each step (and buffers taken as they are).
+    """Another stepper, whose weights are averaged exponentially after each step; buffers are copied.
 
     Args:
-        stepper: The other one.
-        model: What it trains.
-        decay: Of the average, with the start forgotten: at step k it is min(1 - 1/k, decay).
+        stepper: The other stepper.
+        model: Its model.
+        decay: The decay of the average; at step k it is min(1 - 1/k, decay).
     """
 
     def __init__(self, stepper: Stepper, model: nn.Module, decay: float) -> None:
@@ -118,9 +118,9 @@ class Contestant:
     Attributes:
         name: Its name on the command line and in files.
         title: Its name in tables and plots.
-        make: From a model, a learning rate and a seed to a stepper.
-        grid: The learning rates tried; a single one means that nothing is tuned.
-        takes_from: The contestant whose tuned learning rate it takes over; None where it is tuned itself.
+        make: A function of model, learning rate and seed to a stepper.
+        grid: The tried learning rates; a single one is not tuned.
+        takes_from: The contestant whose tuned learning rate is used; None if it is tuned itself.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The command line of a benchmark that is measured in pieces and goes on where it was interrupted."""
+"""The command line of a benchmark in pieces, which continues after an interruption."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from benchmarks.paths import PLOTS, RESULTS
 
 
 def parser_of_pieces(description: str | None, *, plots: bool = True) -> argparse.ArgumentParser:
-    """A parser with ``--pieces``, ``--results`` and, where there are plots, ``--plots``.
+    """A parser with ``--pieces``, ``--results`` and, if there are plots, ``--plots``.
 
     Args:
-        description: What the script does, laid out as it is to be shown.
+        description: The description of the script, printed unchanged.
         plots: Whether the script draws.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -17,7 +17,7 @@ from benchmarks.contest.curves import Curve
 from benchmarks.contest.report import Results
 from benchmarks.paths import PLOTS, RESULTS
 
-#: Colours that colour-blind readers tell apart (Okabe & Ito), by contestant; others follow in this order.
+#: Colours for colour-blind readers (Okabe & Ito), by contestant; other contestants follow in this order.
 COLOURS = {
     "sgd": "#0072B2",
     "adam": "#E69F00",
@@ -29,7 +29,7 @@ COLOURS = {
 }
 OTHER_COLOURS = ("#000000", "#F0E442", "#7F3C8D", "#A5AA99", "#5D4037")
 
-#: Text stays text and ids stay the same from run to run: small files, small diffs.
+#: Text stays text and ids are the same in every run, for small files and small diffs.
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "lightning-kfc",
@@ -39,13 +39,13 @@ STYLE: dict[Any, Any] = {
 }
 
 
-#: The picture of the documentation's first page: its contest and whom it shows.
+#: The contest in the picture of the documentation's first page.
 FIRST_PAGE = ("conv", 512)
 SHOWN_FIRST = ("sgd", "adam", "muon", "soap", "kfc")
 
 
 def median_curve(curves: Sequence[Curve]) -> Curve:
-    """The medians over seeds, at the iterations that all of them evaluated."""
+    """The medians over seeds, at common iterations."""
     shared = set.intersection(*(set(curve.iterations) for curve in curves))
     result = Curve()
     for iteration in sorted(shared):
@@ -86,7 +86,7 @@ def plot_convergence(results: Results, path: Path) -> None:
 
 
 def plot_first_page(results: Results, path: Path) -> None:
-    """Medians of a few contestants, with letters that can still be read on a phone."""
+    """Medians of a few contestants, in letters that are legible on a phone."""
     with mpl.rc_context({**STYLE, "font.size": 12}):
         figure, axes = plt.subplots(1, 2, figsize=(6.4, 3.8), sharey=True, layout="constrained")
         for name in (name for name in SHOWN_FIRST if name in results.curves):
@@ -103,7 +103,7 @@ def plot_first_page(results: Results, path: Path) -> None:
 
 
 def plot_all(contests: Sequence[Results], plots: Path) -> None:
-    """The plot of every contest, and that of the first page."""
+    """Plot every contest, and the picture of the first page."""
     for results in contests:
         plot_convergence(results, plots / f"contest_{results.task}_b{results.batch_size}.svg")
         if (results.task, results.batch_size) == FIRST_PAGE:
@@ -111,7 +111,7 @@ def plot_all(contests: Sequence[Results], plots: Path) -> None:
 
 
 def _sensible_top(results: Results) -> float:
-    """A little above the highest start, so that a run that blows up does not flatten the others."""
+    """Slightly above the highest start, so that a diverging run does not flatten the others."""
     starts = [curve.losses[0] for name in results.curves for curve in results.of(name)]
     return 2 * max(start for start in starts if math.isfinite(start))
 

@@ -18,18 +18,18 @@ from benchmarks.contest.curves import Curve, HeldOut, median_ratio
 
 @dataclass
 class Results:
-    """All that one task's contest measured.
+    """The measurements of one task's contest.
 
     Attributes:
         task: The task's name.
-        title: What it is.
+        title: Its description.
         batch_size: Examples in a batch.
-        budget: Iterations of each run.
-        seconds: CPU seconds after which a run ended all the same.
+        budget: The largest number of iterations of a run.
+        seconds: The largest number of CPU seconds of a run.
         targets: Training losses whose time is reported.
         titles: The contestants' titles, by name.
         lrs: Their learning rates.
-        tuned: How each was chosen, for the table's footnotes; empty for those that are not tuned.
+        tuned: The choice of each learning rate, for the table's footnotes; empty without tuning.
         curves: The curves, by contestant and seed.
     """
 
@@ -45,7 +45,7 @@ class Results:
     curves: dict[str, dict[int, Curve]] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """Write JSON, with the versions that were measured."""
+        """Write JSON with the measured versions."""
         entries: dict[str, Any] = dict(vars(self))
         entries["curves"] = {
             name: {str(seed): curve.as_dict() for seed, curve in curves.items()} for name, curves in self.curves.items()
@@ -55,7 +55,7 @@ class Results:
 
     @classmethod
     def load(cls, path: Path) -> Results:
-        """Read what :meth:`save` wrote."""
+        """Load a file of :meth:`save`."""
         entries = json.loads(path.read_text())
         del entries["measured_with"]
         entries["curves"] = {
@@ -65,7 +65,7 @@ class Results:
         return cls(**entries)
 
     def seeds(self) -> list[int]:
-        """The seeds that all contestants have run on."""
+        """The seeds of all contestants."""
         return sorted(set.intersection(*(set(curves) for curves in self.curves.values()))) if self.curves else []
 
     def of(self, name: str) -> list[Curve]:
@@ -74,7 +74,7 @@ class Results:
 
 
 def measured_with() -> dict[str, Any]:
-    """Versions and threads, to stand beside numbers."""
+    """Versions and number of threads."""
     return {"torch": torch.__version__, "python": platform.python_version(), "threads": 1}
 
 
@@ -91,7 +91,7 @@ def lists_on_one_line(text: str) -> str:
         if stripped.endswith("[") and not depth:
             depth = 1
         elif depth and (stripped.rstrip(",") == "]" or stripped.endswith(("{", "["))):
-            # A list of objects stays as it is.
+            # A list of objects stays unchanged.
             depth = 0
     return "\n".join(line.rstrip() for line in lines)
 
@@ -100,8 +100,8 @@ def markdown(results: Results, reference: str = "kfc") -> str:
     """Medians over seeds with their range, and medians of ratios to the reference contestant.
 
     Args:
-        results: What was measured.
-        reference: The contestant that the ratios divide by.
+        results: The results.
+        reference: The contestant in the denominator of ratios.
     """
     lines = [
         f"{results.title}, batch {results.batch_size}; {len(results.seeds())} seeds: median (lowest to highest); "
@@ -152,7 +152,7 @@ def _held_out(points: Iterable[HeldOut | None]) -> list[str]:
 
 
 def _unreached(results: Results) -> Iterable[str]:
-    """What a median hides: runs that missed the easiest target, or ended above the loss they began with."""
+    """Runs that missed the easiest target, or ended above their first loss, which a median hides."""
     for name in results.curves:
         curves = results.of(name)
         missed = sum(math.isinf(curve.reach(results.targets[0]).iterations) for curve in curves)
@@ -172,7 +172,7 @@ def _choices(results: Results) -> Iterable[str]:
 
 
 def overview(all_results: Sequence[Results], names: Sequence[str]) -> str:
-    """Iterations and CPU seconds to the hardest target: a row a contestant, KFC first; the least time is bold."""
+    """Iterations and CPU seconds to the hardest target, one row per contestant, KFC first; the least time is bold."""
     columns = [{name: _time_to_hardest(results, name) for name in results.curves} for results in all_results]
     ordered = sorted(names, key=lambda name: not name.startswith("kfc"))
     titles = {name: results.titles[name] for name in ordered for results in all_results if name in results.titles}
@@ -194,13 +194,13 @@ def times_table(
     titles: Mapping[str, str],
     columns: Sequence[Mapping[str, tuple[float, float] | None]],
 ) -> str:
-    """A row a contestant, a column a task: iterations / CPU seconds to a loss.
+    """Iterations / CPU seconds to a loss, one row per contestant and one column per task.
 
     Args:
-        corner: What the heads of the columns say.
-        heads: A task each.
-        titles: Of the rows, by contestant.
-        columns: For each task, iterations and seconds by contestant, infinite where never; missing where not measured.
+        corner: The title of the heads.
+        heads: The tasks.
+        titles: The titles of the rows, by contestant.
+        columns: For each task, iterations and seconds by contestant, infinite if never; missing if not measured.
     """
     lines = [f"| {corner} | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for name, title in titles.items():
@@ -213,7 +213,7 @@ def times_table(
 
 
 def time_cell(value: tuple[float, float] | None, least: float, never: str = "-") -> str:
-    """Iterations / CPU seconds, bold where they are the least time; empty where not measured."""
+    """Iterations / CPU seconds, bold for the least time; empty if not measured."""
     if value is None:
         return ""
     if math.isinf(value[0]):

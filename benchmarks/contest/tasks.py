@@ -1,4 +1,4 @@
-"""The tasks: a network, its data and loss, and the losses that count as reached."""
+"""The tasks: a network with data, loss and target losses."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from benchmarks.contest.curves import HeldOut
 from benchmarks.contest.data import Split
 from benchmarks.contest.networks import conv_net, convolutional_autoencoder, deep_autoencoder, resnet20
 
-#: Training examples that the training loss is measured on.
+#: The number of training examples for the training loss.
 MEASURED = 1024
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What counts as reached, and how long a run may take to.
+    """The target losses, and the budget of a run.
 
     Attributes:
         targets: Training losses whose time is reported, the hardest last.
-        budget: Iterations that every run gets.
-        seconds: CPU seconds of steps after which a run of the contest ends all the same.
+        budget: The largest number of iterations of a run.
+        seconds: The largest number of CPU seconds of a run in the contest.
     """
 
     targets: tuple[float, ...]
@@ -37,18 +37,18 @@ class Goal:
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained.
+    """A network with data, loss and goals.
 
     Attributes:
         name: Its name on the command line and in file names.
-        title: What it is, for tables and plots.
-        make_model: Builds the network; initialised from the global random state.
-        loss: Outputs and targets to a scalar.
-        data: Gives inputs and targets, to train on and held out.
-        goals: By batch size, targets and budgets.
+        title: Its description in tables and plots.
+        make_model: Makes the network, initialised from the global random state.
+        loss: A function of outputs and targets to a scalar.
+        data: Returns inputs and targets, for training and held out.
+        goals: Targets and budgets, by batch size.
         batch_size: Examples in a batch; one of ``goals``.
-        augment: Changes a batch of inputs at random; None for none.
-        accuracy: Outputs and targets to the share that is right; None where there is none.
+        augment: Changes a batch of inputs at random; None for no augmentation.
+        accuracy: A function of outputs and targets to the accuracy; None without an accuracy.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Task:
 
     @property
     def budget(self) -> int:
-        """Iterations that every run gets."""
+        """The largest number of iterations of a run."""
         return self.goal.budget
 
     @property
@@ -82,11 +82,11 @@ class Task:
         return f"{self.name}_b{self.batch_size}"
 
     def at(self, batch_size: int | None = None, budget: int | None = None) -> Task:
-        """The same task at another batch size or with another budget.
+        """The task at another batch size or with another budget.
 
         Args:
             batch_size: One of ``goals``; None for the present one.
-            budget: Iterations; None for the goal's.
+            budget: The number of iterations; None for the goal's.
 
         Raises:
             ValueError: If there is no goal for this batch size.
@@ -98,7 +98,7 @@ class Task:
         return replace(self, batch_size=size, goals={**self.goals, size: goal})
 
     def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches without end: each epoch in a new order, a remainder too small for a batch left out."""
+        """Endless whole batches, in a new order in each epoch."""
         split = self.data()
         inputs, targets = split.train_inputs, split.train_targets
         generator = torch.Generator().manual_seed(seed)
@@ -115,7 +115,7 @@ class Task:
         return self._measure(model, split.train_inputs[:MEASURED], split.train_targets[:MEASURED], None)[0]
 
     def held_out(self, model: nn.Module, iteration: int) -> HeldOut:
-        """Loss and accuracy on the held-out examples (the first 2,048 where there are more), in evaluation mode."""
+        """Loss and accuracy on at most 2,048 held-out examples, in evaluation mode."""
         split = self.data()
         inputs, targets = split.test_inputs[: 2 * MEASURED], split.test_targets[: 2 * MEASURED]
         return HeldOut(iteration, *self._measure(model, inputs, targets, self.accuracy))
@@ -137,12 +137,12 @@ def summed_cross_entropy(logits: Tensor, pixels: Tensor) -> Tensor:
 
 
 def next_byte_cross_entropy(logits: Tensor, following: Tensor) -> Tensor:
-    """Loss of a language model in nats a byte: logits ``(N, S, V)``, the bytes that follow ``(N, S)``."""
+    """Loss of a language model in nats per byte: logits ``(N, S, V)``, next bytes ``(N, S)``."""
     return F.cross_entropy(logits.flatten(0, 1), following.flatten())
 
 
 def share_right(logits: Tensor, labels: Tensor) -> float:
-    """The share of labels whose logit is the highest."""
+    """The accuracy."""
     return float((logits.argmax(-1) == labels).float().mean())
 
 

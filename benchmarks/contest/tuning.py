@@ -1,14 +1,15 @@
 """The search for each peer's learning rate: fewest iterations to the task's hardest training loss.
 
-On the first tuning seed all learning rates of a grid run side by side. A run ends at the target, where it diverges, at
-the budget of iterations or CPU seconds, or where it is hopeless:
+On the first tuning seed all learning rates of a grid run side by side. A run ends at the target, on divergence, at the
+budget of iterations or CPU seconds, or if it is hopeless:
 
-- another learning rate of the same optimizer got there, and this run has made ``PATIENCE`` times as many iterations;
-- a quarter of the budget is spent, none got there yet, and three others of the same optimizer were at a lower loss.
+- another learning rate of the same optimizer reached the target, and this run has made ``PATIENCE`` times as many
+  iterations;
+- a quarter of the budget is spent, no run reached the target, and three others of the same optimizer had a lower loss.
 
-Neither rule looks at another optimizer. If the best is at the grid's edge, the grid grows beyond it. On further tuning
-seeds, the learning rates that came within ``PATIENCE`` of the best run again (the best two, where none got there); if
-none of them gets there on every seed, that is, where the best is at the edge of stability, the next lower one runs too.
+No rule compares two optimizers. If the best is at the grid's edge, the grid grows. On further tuning seeds, the
+learning rates within ``PATIENCE`` of the best run again (the best two, if none reached the target). If none of them
+reaches the target on every seed, the best is at the edge of stability, and the next lower one runs too.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ from benchmarks.contest.report import lists_on_one_line, measured_with
 from benchmarks.contest.tasks import Task
 
 PATIENCE = 1.25
-#: CPU seconds of a run, as a multiple of those in the contest: a busy machine shall not decide.
+#: CPU seconds of a run, as a multiple of those in the contest, so that a busy machine does not decide.
 LENIENCE = 1.25
-#: Evaluations of the loss are half as many as in the contest.
+#: The spacing of evaluations, half as many as in the contest.
 SPACING = 8
-#: The share of the budget after which, as long as none has got there, only the best ``SURVIVORS`` of a grid go on.
+#: The share of the budget after which, before any run has reached the target, the best ``SURVIVORS`` continue.
 TRIAL_SHARE = 0.25
 SURVIVORS = 3
-#: How often a grid may grow at an edge.
+#: The largest number of extensions of a grid.
 EXTENSIONS = 6
-#: How many further learning rates are tried where none is stable.
+#: The number of lower learning rates that are tried if none is stable.
 STEPS_DOWN = 2
 
 
@@ -46,11 +47,11 @@ class Trial:
     """One run of the search.
 
     Attributes:
-        seed: Of the run.
-        iterations: To the target; None if it was not reached.
-        steps: Iterations made.
-        loss: The last training loss; None where it is not finite.
-        ended: By what: ``"target"``, ``"budget"``, ``"diverged"`` or ``"hopeless"``.
+        seed: The seed of the run.
+        iterations: Iterations to the target; None if it was not reached.
+        steps: The number of iterations.
+        loss: The last training loss; None if it is not finite.
+        ended: The reason of its end: ``"target"``, ``"budget"``, ``"diverged"`` or ``"hopeless"``.
     """
 
     seed: int
@@ -61,7 +62,7 @@ class Trial:
 
     @property
     def last_loss(self) -> float:
-        """The last loss as it counts in a comparison: infinite where the run diverged."""
+        """The last loss in comparisons; infinite if the run diverged."""
         return math.inf if self.loss is None or self.ended == "diverged" else self.loss
 
 
@@ -73,8 +74,8 @@ class Tuning:
         task: The task's name.
         batch_size: Examples in a batch.
         target: The training loss to reach.
-        budget: Iterations a run may make.
-        trials: By contestant and learning rate, a trial a seed.
+        budget: The largest number of iterations of a run.
+        trials: The trials of the seeds, by contestant and learning rate.
     """
 
     task: str
@@ -85,11 +86,11 @@ class Tuning:
 
     @classmethod
     def of(cls, task: Task) -> Tuning:
-        """An empty one."""
+        """The empty tuning of a task."""
         return cls(task.name, task.batch_size, task.targets[-1], task.budget)
 
     def save(self, path: Path) -> None:
-        """Write JSON, with the versions that were used."""
+        """Write JSON with the used versions."""
         entries: dict[str, Any] = dict(vars(self))
         entries["trials"] = {
             name: {f"{lr:g}": _columns(trials) for lr, trials in sorted(grid.items())}
@@ -100,7 +101,7 @@ class Tuning:
 
     @classmethod
     def load(cls, path: Path) -> Tuning:
-        """Read what :meth:`save` wrote."""
+        """Load a file of :meth:`save`."""
         entries = json.loads(path.read_text())
         del entries["measured_with"]
         entries["trials"] = {
@@ -113,10 +114,10 @@ class Tuning:
         return cls(**entries)
 
     def check(self, task: Task) -> None:
-        """Refuse to be used for another target.
+        """Require the task's target and budget to be those of the tuning.
 
         Raises:
-            ValueError: If the task's target or budget is not the one that was tuned for.
+            ValueError: If they differ.
         """
         if (self.target, self.budget) != (task.targets[-1], task.budget):
             raise ValueError(
@@ -125,10 +126,10 @@ class Tuning:
             )
 
     def choice(self, name: str) -> float:
-        """The learning rate that got there on most seeds, in the fewest iterations on average.
+        """The learning rate that reached the target on most seeds, in the fewest iterations on average.
 
-        Only those count that were tried on the most seeds. Where none got there, the lowest last loss; where
-        all diverged, the lowest learning rate.
+        Only learning rates with the most seeds count. If none reached the target, the one with the lowest last loss is
+        chosen; if all diverged, the lowest learning rate.
         """
         grid = self.trials[name]
         most = max(len(trials) for trials in grid.values())
@@ -141,7 +142,7 @@ class Tuning:
         return min(sorted(lr for lr, trials in grid.items() if len(trials) == most), key=score)
 
     def unsettled(self, name: str) -> bool:
-        """Whether the choice is at the edge of what was tried, where a better one may lie beyond."""
+        """Whether the choice is at the edge of the tried ones, so that a better one may lie outside."""
         return at_edge(self.choice(name), list(self.trials[name]))
 
 
@@ -153,9 +154,9 @@ class Search:
     """The trials of one contestant on one seed.
 
     Args:
-        task: What is trained.
-        contestant: Whose learning rate is searched.
-        seed: Of all that is random.
+        task: The task.
+        contestant: The contestant.
+        seed: The seed of all random numbers.
         make_run: Makes a run, with the arguments of :class:`Run`.
     """
 
@@ -208,14 +209,14 @@ class Search:
 
 
 def lowest_until(curve: Curve, iteration: int) -> float:
-    """The lowest loss up to an iteration, which a passing spike does not hide; infinite where the run diverged."""
+    """The lowest loss up to an iteration; infinite if the run diverged."""
     if curve.diverged():
         return math.inf
     return min(loss for made, loss in zip(curve.iterations, curve.losses, strict=True) if made <= iteration)
 
 
 def tune(task: Task, contestant: Contestant, seeds: Sequence[int], tuning: Tuning) -> None:
-    """Search a contestant's learning rate and put the trials into ``tuning``, in place of earlier ones."""
+    """Search a contestant's learning rate, and replace its trials in ``tuning``."""
     grid: dict[float, list[Trial]] = {}
     tuning.trials[contestant.name] = grid
     first = Search(task, contestant, seeds[0])
@@ -240,14 +241,14 @@ def tune(task: Task, contestant: Contestant, seeds: Sequence[int], tuning: Tunin
 
 
 def beyond(grid: Sequence[float], edge: float) -> float:
-    """The next learning rate outside a grid, at the distance (as a ratio) of its two last ones."""
+    """The next learning rate outside a grid, at the ratio of its two last ones."""
     ordered = sorted(grid)
     nearest, inner = (ordered[0], ordered[1]) if edge == ordered[0] else (ordered[-1], ordered[-2])
     return float(f"{nearest * nearest / inner:.6g}")
 
 
 def promising(trials: Mapping[float, Trial]) -> list[float]:
-    """The learning rates that came close to the best on one seed."""
+    """The learning rates close to the best on one seed."""
     reached = {lr: trial.iterations for lr, trial in trials.items() if trial.iterations is not None}
     if reached:
         return sorted(lr for lr, iterations in reached.items() if iterations <= PATIENCE * min(reached.values()))

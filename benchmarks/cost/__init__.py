@@ -1,1 +1,1 @@
-"""What steps, reviews, layers and numbers cost."""
+"""The costs of steps, reviews, layers and numbers."""

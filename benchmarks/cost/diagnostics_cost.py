@@ -1,7 +1,7 @@
-"""What the numbers in the log cost: ``python -m benchmarks.cost.diagnostics_cost``.
+"""The cost of the numbers in the log: ``python -m benchmarks.cost.diagnostics_cost``.
 
-A run of the default schedule takes its numbers every 50 steps, as the Trainer's default has it; the time of all that
-the numbers need is added up, and divided by the time of the run. The clocks of the parts of a step are measured apart.
+A run of the default schedule takes its numbers every 50 steps, the Trainer's default. The time for the numbers is
+divided by the time of the run. The clocks of a step's phases are measured separately.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Timed:
 
 
 def run(name: str, steps: int, batch_size: int | None) -> dict[str, float]:
-    """The mean step in seconds, those of one look at the layers, and the share of the whole that numbers take."""
+    """Seconds of a mean step and of one inspection of the layers, and the share of the numbers in the run's time."""
     torch.manual_seed(0)
     workload = WORKLOADS[name]
     model = workload.make_model()
@@ -62,7 +62,7 @@ def run(name: str, steps: int, batch_size: int | None) -> dict[str, float]:
             timed(diagnostics.numbers)
         optimizer.step()
         kfc.times.end_step()
-        # The first step sets everything up.
+        # The first step includes the setup.
         if number > 0:
             taken.append(time.process_time() - started)
             looks += [timed.seconds - spent] if look else []
@@ -72,7 +72,7 @@ def run(name: str, steps: int, batch_size: int | None) -> dict[str, float]:
 
 
 def clocks(cycles: int = 2000) -> float:
-    """Seconds that the clocks of one step with all of its parts take."""
+    """Seconds of the clocks in one step with all phases."""
     times = StepTimes()
     started = time.process_time()
     for _ in range(cycles):

@@ -1,12 +1,11 @@
-"""How the cost of KFC grows: ``python -m benchmarks.cost.growth``.
+"""The growth of KFC's cost: ``python -m benchmarks.cost.growth``.
 
 A stack of convolutions with ReLU is grown along one of five directions at a time. For each size: CPU seconds of the
-step itself (forward, backward, SGD) and of the parts that KFC adds (statistics of all rows, inverses, preconditioning),
-each the least over a few steps, and the bytes of factors and inverses. Exponents are slopes of log cost against log
-size over the three largest sizes, beside those of the leading terms of the operations counted.
+step itself (forward, backward, SGD) and of KFC's phases (statistics of all rows, inverses, preconditioning), each the
+least over a few steps, and the bytes of factors and inverses. Exponents are slopes of log cost against log size over
+the three largest sizes, next to those of the leading terms of the count of operations.
 
-The same count predicts a ResNet-50 on images of 224 x 224 in batches of 256, from the rates that this processor reached
-on the stacks.
+The count also predicts a ResNet-50 on images of 224 x 224 in batches of 256, from this processor's rates on the stacks.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from lightning_kfc.factors.row_sampling import number_of_parts
 from lightning_kfc.factors.running_average import stored_nbytes
 from lightning_kfc.monitoring.timing import REST
 
-#: The parts that are timed, by their names in ``StepTimes``.
+#: The timed phases, with their names in ``StepTimes``.
 PARTS = {"step": REST, "statistics": "statistics", "inverses": "inverses", "preconditioning": "preconditioning"}
 TITLES = {"step": "forward, backward, SGD", **{part: part for part in list(PARTS)[1:]}, "bytes": "memory"}
 
@@ -55,7 +54,7 @@ class Stack:
         return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(self.width, 10))
 
     def operations(self) -> dict[str, float]:
-        """Floating-point operations of each part of a step: the convolutions' products, two for a multiply-add."""
+        """Floating-point operations of each phase of a step: the convolutions' products, two for a multiply-add."""
         d_out, d_in = self.width, self.width * self.kernel**2
         rows = self.batch * self.side**2
         lags = ((2 * self.kernel - 1) ** 2 + 1) // 2
@@ -67,7 +66,7 @@ class Stack:
         }
 
 
-#: The sizes along each direction, and the exponents of each part's leading term.
+#: The sizes along each direction, and the exponents of each phase's leading term.
 SIZES: dict[str, tuple[int, ...]] = {
     "batch": (8, 16, 32, 64, 128),
     "width": (16, 32, 64, 128),
@@ -95,14 +94,14 @@ def application(d_in: int, d_out: int) -> float:
 
 
 def measure(stack: Stack, steps: int, clock: Callable[[], float] = time.process_time) -> dict[str, float]:
-    """Seconds of each part, the least over steps, and bytes of factors and inverses."""
+    """Seconds of each phase, the least over steps, and bytes of factors and inverses."""
     torch.manual_seed(0)
     model = stack.model()
     inputs = torch.randn(stack.batch, stack.width, stack.side, stack.side)
     targets = torch.randint(10, (stack.batch,))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     kfc = KFC(model, factor_every_n_steps=1, inverse_every_n_steps=1, warmup_steps=0, rows_per_dim=None, kl_clip=1.0)
-    # The processor's time rather than the wall's: others may run beside.
+    # CPU time, since other processes may run.
     kfc.times._mark = clock  # type: ignore[method-assign]  # another clock
     taken: dict[str, list[float]] = {part: [] for part in PARTS}
     for step in range(steps + 1):
@@ -117,7 +116,7 @@ def measure(stack: Stack, steps: int, clock: Callable[[], float] = time.process_
         optimizer.step()
         kfc.times.end_step()
         after = kfc.times.seconds()
-        if step:  # the first one tests itself
+        if step:  # the first step includes the self-test
             for part, name in PARTS.items():
                 taken[part].append(after[name] - before[name])
     return {
@@ -135,7 +134,7 @@ def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
 
 
 def rates(results: dict[str, list[dict[str, float]]]) -> dict[str, float]:
-    """Operations a second that each part reached: the median over the largest size along each direction."""
+    """Operations per second of each phase: the median over the largest size along each direction."""
     found: dict[str, list[float]] = {part: [] for part in PARTS}
     for direction, costs in results.items():
         operations = replace(Stack(), **{direction: SIZES[direction][-1]}).operations()
@@ -145,13 +144,13 @@ def rates(results: dict[str, list[dict[str, float]]]) -> dict[str, float]:
 
 
 def predicted_operations(layers: Sequence[LayerShape], batch: int, rows_per_dim: int | None) -> dict[str, float]:
-    """Operations of a network's step; patches are unfolded where they come from a part of the rows, as always here."""
+    """Operations of a network's step; patches come from a part of the rows, and are unfolded."""
     total = dict.fromkeys(PARTS, 0.0)
     for layer in layers:
         d_in, d_out, rows = layer.d_in, layer.d_out, layer.rows * batch
         parts = number_of_parts(batch, layer.rows, d_in, rows_per_dim)
         total["step"] += 6.0 * rows * d_in * d_out
-        # Half of the symmetric product of A's rows; those of G all count.
+        # Half of the symmetric product for A, the whole product for G.
         total["statistics"] += rows / parts * d_in**2 + 2.0 * rows * (d_out**2 + d_in * d_out)
         total["inverses"] += inversion(*(d if d <= LARGEST else 0 for d in (d_in, d_out)))
         total["preconditioning"] += application(d_in, d_out)
@@ -159,7 +158,7 @@ def predicted_operations(layers: Sequence[LayerShape], batch: int, rows_per_dim:
 
 
 def prediction(reached: dict[str, float], batch: int = 256) -> dict[str, Any]:
-    """Seconds of each part of a ResNet-50's step on this processor, and bytes."""
+    """Seconds of each phase of a ResNet-50's step on this processor, and bytes."""
     layers = resnet50()
     operations = predicted_operations(layers, batch, 16)
     exact = predicted_operations(layers, batch, None)["statistics"]
@@ -198,7 +197,7 @@ def tables(results: dict[str, list[dict[str, float]]], predicted: dict[str, Any]
 
 
 def plot(results: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Measured points of each part along each direction, with the theoretical slope through the largest."""
+    """Measured points of each phase along each direction, with the theoretical slope through the largest."""
     from matplotlib import pyplot as plt
 
     from benchmarks.contest.plots import OTHER_COLOURS, STYLE

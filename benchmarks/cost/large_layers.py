@@ -1,10 +1,9 @@
-"""What a large factor costs, dense and as its diagonal: ``python -m benchmarks.cost.large_layers``.
+"""The cost of a large factor, dense and as its diagonal: ``python -m benchmarks.cost.large_layers``.
 
-The reason for the default of ``max_factor_dim``. For factors of several dimensions: the memory that a running average
-and its inverse hold, and the time of one statistic and of one refresh by each inverse. Then a whole
-vocabulary head with its large factor as a diagonal: time of a due step over a plain one, and the growth of
-resident memory. Times are processor seconds, medians over repetitions; memory is counted from the tensors and, for the
-head, read from the kernel (Linux only).
+The reason for the default of ``max_factor_dim``. For factors of several sizes: the memory of a running average and its
+inverse, and the time of one statistic and of one refresh by each inverse. Then a vocabulary head with its large factor
+as a diagonal: time of a due step over a plain one, and the growth of resident memory. Times are CPU seconds, medians
+over repetitions; memory is counted from the tensors and, for the head, read from the kernel (Linux only).
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from lightning_kfc import KFC
 from lightning_kfc.factors.inverses import INVERSES, Inverse
 from lightning_kfc.factors.statistics import second_moment_diagonal, second_moment_total
 
-#: The other side of the measured layer, small, so that the large side's cost is what is seen.
+#: The small side of the measured layer, whose cost is negligible.
 SMALL = 64
 #: ResNet-50's widest factor, the default bound, BERT's vocabulary.
 KNOWN = {4_609: "ResNet-50, 3x3 on 512", 10_000: "the default bound", 30_522: "BERT's vocabulary"}
 
 
 def processor_seconds(work: Callable[[], object], repeats: int) -> float:
-    """The median processor time of a piece of work, after one run that is not counted."""
+    """The median CPU time of a piece of work, after one warm-up run."""
     work()
     times = []
     for _ in range(repeats):
@@ -41,7 +40,7 @@ def processor_seconds(work: Callable[[], object], repeats: int) -> float:
 
 
 def held_bytes(kind: type[Inverse], d: int, *, diagonal: bool) -> int:
-    """Bytes of the large factor's running average and inverse, float32; what belongs to the small side is left out."""
+    """Bytes of the large factor's running average and inverse, in float32."""
     small = {"G": (1, SMALL, SMALL)}
     large = {"A": (1, d) if diagonal else (1, d, d)}
     numel = d if diagonal else d * d
@@ -96,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    # The head first: the kernel only tells the largest memory so far.
+    # The head first, since the kernel has the peak of memory only.
     ratio, grown = measure_head(options.words, options.hidden, 128, options.repeats)
 
     print(f"{'dimensions':>10}  {'memory cholesky':>16}  {'memory eigh':>12}  {'diagonal':>9}")

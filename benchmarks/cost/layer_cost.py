@@ -1,12 +1,12 @@
-"""What unusual layers cost beside their own forward and backward: ``python -m benchmarks.cost.layer_cost``.
+"""The cost of unusual layers, relative to their forward and backward: ``python -m benchmarks.cost.layer_cost``.
 
-For each layer, the CPU time of its own forward and backward (to its parameters, and to its input where that has a
-derivative), of its statistics of one batch (A in the forward, G from the derivative), of one refresh of its inverse,
-and of one preconditioned gradient. The back-propagation of the seeds, which all layers share, is not in it. Each round
-does all of them once, the order reversed every other round; numbers are medians over rounds of the quotients within a
-round. *Amortised* is the sum over the default periods of the callback: statistics over T_cov, inverse over T_inv, and
-the preconditioned gradient of every step. *Dense* are the same numbers with a pair of dense factors for each group
-(``max_factor_dim=None``), where the default has another form (:mod:`lightning_kfc.factors.cost`).
+For each layer, the CPU time of its forward and backward (to its parameters, and to an input with a derivative), of its
+statistics of one batch (A in the forward, G from the derivative), of one refresh of its inverse, and of one
+preconditioned gradient, without the back-propagation of the seeds, which all layers share. Each round does all of them
+once, the order reversed every other round; numbers are medians over rounds of the quotients within a round. *Amortised*
+is the mean cost of a step with the callback's default periods: statistics over T_cov, inverse over T_inv, and the
+preconditioned gradient of every step. *Dense* are the numbers with a pair of dense factors for each group
+(``max_factor_dim=None``), if the default has another form (:mod:`lightning_kfc.factors.cost`).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Pieces:
     form: str
 
     def named(self) -> dict[str, Callable[[], object]]:
-        """By name."""
+        """The pieces by name."""
         return {"own": self.own, "statistics": self.statistics, "inverse": self.inverse, "solve": self.solve}
 
 
@@ -77,7 +77,7 @@ def pieces(title: str, *, cost_rule: bool) -> Pieces:
 
     Args:
         title: A key of :data:`LAYERS`.
-        cost_rule: Whether the rules choose the form (``max_factor_dim``, and that of cost); else all are dense.
+        cost_rule: Whether ``max_factor_dim`` and the cost rule choose the form; else all factors are dense.
     """
     torch.manual_seed(0)
     make, shape = LAYERS[title]
@@ -123,7 +123,7 @@ def pieces(title: str, *, cost_rule: bool) -> Pieces:
 
 
 def measure(title: str, rounds: int, clock: Callable[[], float] = time.process_time) -> dict[str, Any]:
-    """What a layer costs, its own forward and backward being 1, with the cost rule and without."""
+    """The cost of a layer with and without the cost rule, forward and backward = 1."""
     forms = {"kfc": pieces(title, cost_rule=True)}
     full = pieces(title, cost_rule=False)
     if full.form != forms["kfc"].form:
@@ -147,7 +147,7 @@ def measure(title: str, rounds: int, clock: Callable[[], float] = time.process_t
 
 
 def amortised(costs: dict[str, Any]) -> float:
-    """Of a step, in the mean over the callback's default periods."""
+    """The mean cost of a step with the callback's default periods."""
     settings = Settings()
     assert isinstance(settings.factor_every_n_steps, int)
     assert isinstance(settings.inverse_every_n_steps, int)
@@ -156,7 +156,7 @@ def amortised(costs: dict[str, Any]) -> float:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a row for each layer, and one more for the dense form where the default has another one."""
+    """Markdown: a row for each layer, and a second row for the dense form if the default has another one."""
     lines = [
         "| layer | factors | statistics | inverse | a step with both | preconditioning | a step, amortised |",
         "|---|---|---|---|---|---|---|",

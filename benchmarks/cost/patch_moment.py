@@ -1,10 +1,10 @@
-"""What the second moment of patches costs beside its own layer: ``python -m benchmarks.cost.patch_moment``.
+"""The cost of the second moment of patches, relative to the layer: ``python -m benchmarks.cost.patch_moment``.
 
-For three convolutions of stride 1, the CPU time of A's exact total over all patches (E1), over that of the layer's own
-forward and backward (to its weight and to its input) on the same batch. *This library* is what it does
-(:mod:`lightning_kfc.factors.convolution.patches`: products by lag, no patches); *unfolding* makes all patches by
-``torch.nn.functional.unfold`` and multiplies them by their transpose; *unfolding by chunks* holds 16 MiB of them
-at most, and multiplies half of each symmetric product. Each round does all of them once, the order reversed every other
+For three convolutions of stride 1, the CPU time of A's exact total over all patches (E1), divided by that of the
+layer's forward and backward (to its weight and to its input) on the same batch. *This library* uses products by lag,
+without patches (:mod:`lightning_kfc.factors.convolution.patches`); *unfolding* makes all patches by
+``torch.nn.functional.unfold`` and multiplies them by their transpose; *unfolding by chunks* holds at most 16 MiB of
+patches, and multiplies half of each symmetric product. Each round does all of them once, the order reversed every other
 round; numbers are medians over rounds of the quotients within a round.
 """
 
@@ -28,7 +28,7 @@ from lightning_kfc.factors.convolution.geometry import Geometry
 from lightning_kfc.factors.convolution.patches import image_chunks, patch_columns, patch_second_moment
 from lightning_kfc.factors.statistics import gram
 
-#: The forms that are compared, in the order of the table.
+#: The compared forms, in the order of the table.
 FORMS = {"kfc": "this library", "chunks": "unfolding by chunks", "unfold": "unfolding"}
 
 
@@ -40,7 +40,7 @@ class Case:
         channels: The channels.
         side: Height and width of the images.
         kernel: Height and width of the kernel.
-        goal: The most that A should cost, the layer's forward and backward being 1.
+        goal: The goal for the cost of A, the layer's forward and backward = 1.
     """
 
     channels: int
@@ -49,7 +49,7 @@ class Case:
     goal: float
 
     def title(self) -> str:
-        """In words."""
+        """The case in words."""
         k = self.kernel
         return f"{self.channels} channels, {self.side} x {self.side}, kernel {k} x {k}"
 
@@ -58,7 +58,7 @@ CASES = (Case(64, 32, 3, 0.8), Case(256, 8, 3, 1.2), Case(32, 14, 5, 2.0))
 
 
 def works(case: Case, batch_size: int) -> dict[str, Callable[[], object]]:
-    """The pieces of work by name: the layer's own, then each of ``FORMS``, which give the same total."""
+    """The pieces of work by name: the layer's own, then each of ``FORMS``."""
     torch.manual_seed(0)
     layer = nn.Conv2d(case.channels, case.channels, case.kernel, padding=case.kernel // 2, bias=False)
     images = torch.randn(batch_size, case.channels, case.side, case.side)
@@ -86,7 +86,7 @@ def works(case: Case, batch_size: int) -> dict[str, Callable[[], object]]:
 
 
 def measure(case: Case, batch_size: int, rounds: int, clock: Callable[[], float] = time.process_time) -> dict[str, Any]:
-    """The cost of each form, the layer's own being 1, and the layer's seconds."""
+    """The cost of each form, relative to the layer, and the layer's seconds."""
     todo = works(case, batch_size)
     for work in todo.values():
         work()

@@ -1,9 +1,8 @@
-"""How long the quickstart takes: ``python -m benchmarks.cost.quickstart_time``.
+"""The time of the quickstart: ``python -m benchmarks.cost.quickstart_time``.
 
-The page is followed to the letter: a fresh clone of this repository in an empty folder, the commands of step 1 in a
-fresh environment without a cache of packages, the Python of steps 2 to 5 put into ``first_run.py``, and the command of
-step 3. What a reader spends on reading and copying is not in the numbers; most of the installation is the download of
-torch.
+The page is followed to the letter: a new clone of this repository in an empty folder, the commands of step 1 in a new
+environment without a cache of packages, the Python code of steps 2 to 5 in ``first_run.py``, and the command of step 3.
+The time for reading and copying is not included; most of the installation is the download of torch.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def steps(page: str) -> tuple[str, str, str]:
-    """What the page says to type: the commands that install, the file's content, and the command that runs it.
+    """The page's commands for the installation, its Python file, and its command to run the file.
 
     Args:
         page: The page's text. Its steps are the sections whose headings begin with a number; blocks of step 1 marked
-            ``console`` install, those of the others run, and all that are marked ``python`` make the file.
+            ``console`` install, those of other steps run, and all blocks marked ``python`` are the file.
     """
     sections = {int(number): text for number, text in re.findall(r"^## (\d)\. (.*?)(?=^## |\Z)", page, re.M | re.S)}
     install = "".join(code for language, code in FENCE.findall(sections.pop(1)) if language == "console")
@@ -41,12 +40,12 @@ def steps(page: str) -> tuple[str, str, str]:
 
 
 def timed(commands: str, folder: Path) -> tuple[float, str]:
-    """Seconds of commands in a shell, and what they print.
+    """Seconds of commands in a shell, and their output.
 
     Raises:
-        RuntimeError: If one of them fails, with what it printed.
+        RuntimeError: If a command fails, with its output.
     """
-    # "python" is the one that runs this script, and nothing else of its environment is seen.
+    # "python" is this script's interpreter; nothing else of its environment is visible.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     hidden = ("PYTHONPATH", "VIRTUAL_ENV")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
@@ -68,7 +67,7 @@ def timed(commands: str, folder: Path) -> tuple[float, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Follow the page, and write what it took."""
+    """Follow the page, and write the times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
-"""What a review costs: ``python -m benchmarks.cost.review_cost``.
+"""The cost of a review: ``python -m benchmarks.cost.review_cost``.
 
-For each network, in CPU time on one thread: a forward with its loss; the same while it is recorded; and the replay of
-its loss with other weights. The three take turns; each figure is the median of the ratios to the forward beside it.
+For each network, the CPU time on one thread of a forward with its loss; of a recorded forward; and of the replay of its
+loss with other weights. The three take turns; each number is the median of the ratios to the forward of the round.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LossOf = Callable[[], Tensor]
 
 
 class Gated(nn.Module):
-    """A GRU that reads symbols."""
+    """A GRU over symbols."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ def _recorded(loss_of: LossOf) -> tuple[Tensor, RecordedLoss]:
 
 
 def measure(loss_of: LossOf, rounds: int) -> dict[str, float]:
-    """Medians over rounds of a recorded forward and of a replay, a forward = 1."""
+    """Medians over rounds of a recorded forward and of a replay, plain forward = 1."""
     _, found = _recorded(loss_of)
     recorded, replayed = [], []
     for _ in range(rounds):

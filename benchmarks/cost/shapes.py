@@ -1,4 +1,4 @@
-"""The layers of three well-known networks, as far as the cost of their curvature goes."""
+"""The shapes of layers in three well-known networks, for the cost of their curvature."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class LayerShape:
         name: Its name.
         d_in: Dimensions of A.
         d_out: Dimensions of G.
-        rows: Rows an example: output locations, or tokens.
-        one_hot: Whether its rows are one-hot (an embedding), which no product is needed for.
+        rows: Rows per example: output locations, or tokens.
+        one_hot: Whether its rows are one-hot (an embedding), which need no product.
     """
 
     name: str
@@ -33,7 +33,7 @@ class LayerShape:
         return tuple(d for d in sides if d <= LARGEST)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of its factors, as an adapter states them."""
+        """The shapes of its factors, as in an adapter."""
         return {
             name: (1, d, d) if d in self.dense() and not (self.one_hot and name == "A") else (1, d)
             for name, d in (("A", self.d_in), ("G", self.d_out))
@@ -75,7 +75,7 @@ def vit_large(classes: int = 1000) -> list[LayerShape]:
 
 
 def transformer_1b(tokens: int = 2048, words: int = 32_000) -> list[LayerShape]:
-    """A language model of 1.1 billion parameters: 20 layers of width 2,048, and a head tied to nothing."""
+    """A language model of 1.1 billion parameters: 20 layers of width 2,048, and an untied head."""
     blocks = _transformer(20, 2048, tokens)
     embedding = LayerShape("embedding", words, 2048, tokens, one_hot=True)
     return [embedding, *blocks, LayerShape("head", 2048, words, tokens)]
@@ -83,7 +83,7 @@ def transformer_1b(tokens: int = 2048, words: int = 32_000) -> list[LayerShape]:
 
 @dataclass(frozen=True)
 class Network:
-    """A network with a batch as one rank sees it.
+    """A network with the batch of one rank.
 
     Attributes:
         title: Its name.

@@ -1,21 +1,21 @@
-"""What a step costs: ``python -m benchmarks.cost.step_cost`` measures time and memory of two networks.
+"""The cost of a step: ``python -m benchmarks.cost.step_cost`` measures time and memory of two networks.
 
-The numbers are added to ``results/step_cost.json`` by network, threads and clock, and ``results/step_cost.md`` has the
-tables of all that is there.
+The numbers are added to ``results/step_cost.json`` by network, threads and clock; ``results/step_cost.md`` has all
+tables.
 
-Time: each round makes one step of every kind, the order reversed every other round, so that all meet the same state
-of the machine; a kind's cost is the median over rounds of its time divided by that round's plain SGD step.
+Time: each round makes one step of every kind, the order reversed every other round, so that all run in the same state
+of the machine. A kind's cost is the median over rounds of its time divided by that round's plain SGD step.
 
-Kinds of KFC step: *between* refreshes (gradients are only preconditioned), *factors* (statistics are taken), *refresh*
-(statistics and inverses). A schedule's amortised cost follows from them:
+Kinds of KFC step: *between* refreshes (gradients are only preconditioned), *factors* (with statistics), *refresh*
+(with statistics and inverses). The amortised cost of a schedule is
 between + (factors - between) / T_cov + (refresh - factors) / T_inv.
 
-Spread (``--spread``): the shipped schedule, step after step, with inverses refreshed in turns and all at one step. The
-median, the 99th percentile and the longest step, the median SGD step being 1: what a mean does not tell.
+Spread (``--spread``): the default schedule, step after step, with inverses refreshed in turns and all at one step. The
+median, the 99th percentile and the longest step, the median SGD step = 1.
 
-Memory: each kind runs in processes of its own; the growth of one is the peak of its resident memory over the whole run,
-less what was resident before the first step. The median over processes (what the C library's allocator makes of the
-same requests varies) is divided by SGD's. Linux only.
+Memory: each kind runs in separate processes. The growth of a process is the peak of its resident memory minus the
+resident memory before the first step. The median over processes, which the allocator makes differ, is divided by SGD's.
+Linux only.
 """
 
 from __future__ import annotations
@@ -94,10 +94,10 @@ KINDS: dict[str, Callable[[nn.Module], Stepper]] = {
     "exact": _kfc(1, NEVER, rows_per_dim=None),
     "between_bfloat16": _kfc(NEVER, NEVER, precision=Precision(inverses="bfloat16")),
 }
-#: T_cov and T_inv of the schedules whose amortised cost is reported.
+#: T_cov and T_inv of the reported schedules.
 SCHEDULES = {"T_cov 10, T_inv 100": (10, 100), "defaults": (10, 20)}
 
-#: Runs of the schedule "defaults" whose steps are looked at one by one.
+#: Runs of the schedule "defaults" with single steps measured.
 RUNS: dict[str, Callable[[nn.Module], Stepper]] = {
     "sgd": _sgd,
     "in turns": _kfc(*SCHEDULES["defaults"]),
@@ -126,7 +126,7 @@ def amortised(between: float, factors: float, refresh: float, t_cov: int, t_inv:
 
 
 def measure_time(workload: Workload, rounds: int, batch_size: int, clock: Callable[[], float]) -> dict[str, float]:
-    """The cost of each kind of step, a plain SGD step being 1."""
+    """The cost of each kind of step, plain SGD step = 1."""
     steps = {kind: Steps(workload, make, batch_size) for kind, make in KINDS.items()}
     for kind in steps:
         for _ in range(2):
@@ -146,10 +146,10 @@ def measure_time(workload: Workload, rounds: int, batch_size: int, clock: Callab
 def measure_spread(
     workload: Workload, steps: int, batch_size: int, clock: Callable[[], float]
 ) -> dict[str, dict[str, float]]:
-    """The median, 99th percentile and maximum over steps of each run, the median plain SGD step being 1."""
+    """The median, 99th percentile and maximum over steps of each run, median plain SGD step = 1."""
     runs = {name: Steps(workload, make, batch_size) for name, make in RUNS.items()}
     for run in runs.values():
-        # The first period has the warm-up in it.
+        # The first period includes the warm-up.
         for _ in range(SCHEDULES["defaults"][1]):
             run.step()
     taken: dict[str, list[float]] = {name: [] for name in runs}
@@ -181,9 +181,9 @@ def resident(field: str) -> int:
 
 
 def memory_growth(workload: Workload, kind: str, batch_size: int, steps: int = 3) -> int:
-    """Bytes by which this process grows at its peak while it makes some steps of one kind."""
+    """The growth of this process in bytes, at its peak, in some steps of one kind."""
     repeated = Steps(workload, KINDS[kind], batch_size)
-    # Importing torch has its own peak, which is not a step's.
+    # The import of torch has its own peak.
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     for _ in range(steps):
@@ -192,7 +192,7 @@ def memory_growth(workload: Workload, kind: str, batch_size: int, steps: int = 3
 
 
 def measure_memory(name: str, batch_size: int, threads: int, processes: int) -> dict[str, float]:
-    """The growth of processes that make steps of one kind, SGD's being 1; ``sgd_bytes`` has that."""
+    """The growth of processes with steps of one kind, SGD = 1; ``sgd_bytes`` is the growth with SGD."""
     grown = {}
     for kind in ("sgd", "between", "refresh"):
         command = [sys.executable, "-m", "benchmarks.cost.step_cost", name, "--memory-of", kind]
@@ -227,7 +227,7 @@ def table(found: dict[str, Any]) -> str:
     """Markdown: a column for each measurement of one network, a row for each kind of step and schedule, then memory.
 
     Args:
-        found: By threads and clock, what :func:`measure_time` gave; by ``"memory"``, what :func:`measure_memory` did.
+        found: Results of :func:`measure_time`, by threads and clock; of :func:`measure_memory`, by ``"memory"``.
     """
     times = {key: time_rows(costs) for key, costs in found.items() if key not in ("memory", "spread")}
     lines = [f"| step | {' | '.join(times)} |", f"|---|{'---|' * len(times)}"] if times else []

@@ -28,7 +28,7 @@ class _ArrayUnpickler(pickle.Unpickler):
     allowed = frozenset({("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")})
 
     def find_class(self, module: str, name: str) -> Any:
-        """What a file names, where it belongs to an array."""
+        """Return a class that belongs to an array."""
         if (module, name) not in self.allowed:
             raise pickle.UnpicklingError(f"it names {module}.{name}, and an official file names nothing but arrays")
         return super().find_class(module, name)

@@ -1,4 +1,4 @@
-"""What was trained so far, what comes next, and the tables."""
+"""The record of trainings, the next training, and the tables."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from benchmarks.paper.training import Contestant, Run
 #: Training errors whose time is reported: assumed, the paper's text was not at hand.
 THRESHOLDS: Mapping[str, tuple[float, ...]] = {"cifar10": (0.3, 0.2, 0.1, 0.05), "svhn": (0.1, 0.05, 0.02, 0.01)}
 SEARCH_SEED = 100
-#: How often a grid of learning rates may grow at an edge.
+#: The largest number of extensions of a grid of learning rates.
 EXTENSIONS = 3
 
 
 @dataclass
 class Record:
-    """All that was trained on one data set.
+    """The trainings on one data set.
 
     Attributes:
         data: Its name.
@@ -47,7 +47,7 @@ class Record:
 
     @classmethod
     def load(cls, path: Path) -> Record:
-        """Read what :meth:`save` wrote."""
+        """Load a file of :meth:`save`."""
         content = json.loads(path.read_text("utf-8"))
         return cls(**{**content, "runs": [Run(**run) for run in content["runs"]]})
 
@@ -64,7 +64,7 @@ def best_rate(searched: Sequence[Run]) -> float:
 def next_run(
     record: Record, name: str, contestant: Contestant, seeds: Sequence[int], epochs: float, search_epochs: float
 ) -> Run | None:
-    """What a contestant trains next: a learning rate of its search, then a seed; None where all is done."""
+    """A contestant's next training: a learning rate of its search, then a seed; None after the last."""
     lr = contestant.rates[0]
     if len(contestant.rates) > 1:
         searched = record.of(name, search=True)

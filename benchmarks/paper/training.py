@@ -26,7 +26,7 @@ EVALUATION_BATCH = 1000
 
 @dataclass(frozen=True)
 class Contestant:
-    """Who trains, always by SGD with momentum.
+    """A contestant, which trains by SGD with momentum.
 
     Attributes:
         title: Its name in tables.

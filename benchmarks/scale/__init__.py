@@ -1,1 +1,1 @@
-"""What many ranks cost."""
+"""The costs with many ranks."""

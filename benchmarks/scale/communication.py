@@ -1,10 +1,9 @@
 """Bytes on the wire and time of one refresh's sum over ranks: ``python -m benchmarks.scale.communication``.
 
-Real processes with gloo on this machine. The factors of a ResNet-50 (or those of another network's list), float32,
-in several ways: every full matrix by an all-reduce of its own, one after the other, as a straightforward program does
-it; the package's packed triangles in one buffer, in buckets, and rounded to bfloat16. In each, the time runs from the
-finished statistics to the finished sums on all ranks, packing and unpacking included. Bytes are those of the buffers
-that a rank passes to collectives.
+Real processes with gloo on this machine sum the factors of a ResNet-50 (or of another network) in float32 in several
+ways: one all-reduce for every full matrix, one after the other; the package's packed triangles in one buffer, in
+buckets, and rounded to bfloat16. The time is that from the statistics to the sums on all ranks, including packing and
+unpacking. Bytes are those of a rank's buffers in collectives.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ WAYS = {
 
 
 def statistics_of(network: str) -> dict[str, Statistics]:
-    """Symmetric totals of a network's layers; their values do not matter."""
+    """Symmetric totals of a network's layers, with arbitrary values."""
     found = {}
     for layer in NETWORKS[network].layers:
         totals = {name: torch.rand(shape) for name, shape in layer.shapes().items()}
@@ -64,7 +63,7 @@ def _outlines(statistics: dict[str, Statistics]) -> list[StatisticsLayout]:
 
 
 def naive(statistics: dict[str, Statistics]) -> int:
-    """Every full factor by an all-reduce of its own, which is waited for."""
+    """One blocking all-reduce for every full factor."""
     sent = 0
     for entry in statistics.values():
         for total in (*entry.means.values(), *entry.sums.values()):
@@ -85,7 +84,7 @@ def full_in_one(statistics: dict[str, Statistics]) -> int:
 
 
 def packed(precision: str, bucket: int | None) -> Callable[[dict[str, Statistics]], int]:
-    """The package's own way."""
+    """The package's reduction."""
 
     def run(statistics: dict[str, Statistics]) -> int:
         reduction = FactorReduction(ProcessGroup(), _outlines(statistics), statistics, (), precision, bucket)
@@ -118,7 +117,7 @@ def _rank(rank: int, size: int, port: int, network: str, repeats: int, path: str
             started = time.perf_counter()
             sent = run(statistics)
             dist.barrier()
-            # The first one warms up.
+            # The first repeat is a warm-up.
             if repeat:
                 seconds.append(time.perf_counter() - started)
         results[name] = {"bytes": sent, "seconds": min(seconds)}

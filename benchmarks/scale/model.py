@@ -1,10 +1,9 @@
-"""The model of what KFC costs on many ranks: computing, communicating and placing.
+"""A model of KFC's cost with many ranks: computation, communication and placement.
 
-It adds up, for one refresh, what the package does: products of rows (A and G), the sum over ranks, the
-factorisations of the rank that has most of them (by the package's own assignment), the inverses sent to their group;
-and for each step the products that precondition and, where not every rank holds every inverse, the updates sent. A
-collective takes a latency and the bytes that a ring moves over the slowest link. Nothing is taken to overlap: these are
-upper bounds.
+The cost of one refresh is the sum of products of rows (A and G), the sum over ranks, the factorisations of the busiest
+rank (by the package's own assignment), and the messages of inverses to their group. The cost of each step is the sum of
+the preconditioning products and, if not every rank holds every inverse, the messages of updates. A collective costs a
+latency, and the bytes that a ring moves over the slowest link. Without any overlap, the costs are upper bounds.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from lightning_kfc.factors.packing import packed_numel
 
 @dataclass(frozen=True)
 class Machine:
-    """What ranks and links can do.
+    """The speed of ranks and links.
 
     Attributes:
-        title: Its name.
-        step_rate: Operations a second of a plain forward and backward.
-        product_rate: Operations a second of products in float32.
+        title: The machine's name.
+        step_rate: Operations per second of a plain forward and backward.
+        product_rate: Operations per second of products in float32.
         factorise: Seconds to invert one factor of d dimensions.
-        bandwidth: Bytes a second that a rank sends and receives, by the number of ranks.
-        latency: Seconds that a collective takes besides, by the number of ranks.
+        bandwidth: Bytes per second that a rank sends and receives, by the number of ranks.
+        latency: The latency of a collective in seconds, by the number of ranks.
     """
 
     title: str
@@ -48,15 +47,15 @@ def gpu_nodes(
     between: float = 2.5e10,
     per_node: int = 8,
 ) -> Machine:
-    """Nodes of eight GPUs. The numbers are stated, not measured; each is an argument of the command line.
+    """Nodes of eight GPUs. The numbers are assumed, not measured; each is an argument of the command line.
 
     Args:
         step_rate: Half-precision training, about 40% of an A100's peak.
-        product_rate: TF32 products, about 40% of its peak.
-        factorise_rate: Operations a second of a large Cholesky factorisation and inversion, which is no product.
-        factorise_latency: Seconds that it takes besides for each dimension, which go one after the other.
-        inside: Bytes a second a GPU, within a node.
-        between: The same between nodes (200 Gb/s a GPU).
+        product_rate: TF32 products, about 40% of the peak.
+        factorise_rate: Operations per second of a large Cholesky factorisation and inversion.
+        factorise_latency: Sequential seconds of a factorisation per dimension.
+        inside: Bytes per second and GPU within a node.
+        between: Bytes per second and GPU between nodes (200 Gb/s).
         per_node: GPUs of a node.
     """
     return Machine(
@@ -71,7 +70,7 @@ def gpu_nodes(
 
 @dataclass(frozen=True)
 class Schedule:
-    """How often statistics and inverses are refreshed: a well-warmed run's, ten times rarer than the defaults."""
+    """The periods of statistics and inverses late in a run, ten times the defaults."""
 
     factor_every: int = 100
     inverse_every: int = 200
@@ -79,16 +78,16 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds and bytes of one rank, the one that has most to do.
+    """Seconds and bytes of the busiest rank.
 
     Attributes:
-        step: A plain step with its gradients' sum over ranks.
+        step: A plain step with the sum of gradients over ranks.
         statistics: Products of rows, and the seeds' back-propagation, of one refresh.
         reduction: The sum of statistics over ranks, of one refresh.
-        factorisation: Of one refresh.
-        sharing: Sending inverses, of one refresh.
-        preconditioning: Products, of every step.
-        updates: Sending updates, of every step.
+        factorisation: The factorisations of one refresh.
+        sharing: The messages of inverses in one refresh.
+        preconditioning: The products of every step.
+        updates: The messages of updates in every step.
         memory: Bytes of factors and inverses.
     """
 
@@ -102,30 +101,30 @@ class Cost:
     memory: float
 
     def overhead(self, schedule: Schedule) -> float:
-        """The share by which an average step is longer than a plain one."""
+        """The overhead of an average step, as a share of a plain one."""
         factors = (self.statistics + self.reduction) / schedule.factor_every
         inverses = (self.factorisation + self.sharing) / schedule.inverse_every
         return (factors + inverses + self.preconditioning + self.updates) / self.step
 
 
 def packed_bytes(layer: LayerShape) -> float:
-    """Bytes of a layer's factors as they are sent."""
+    """Bytes of a layer's factors in messages."""
     return 4.0 * sum(packed_numel(shape) for shape in layer.shapes().values())
 
 
 def held_bytes(layer: LayerShape) -> float:
-    """Bytes of a layer's factors as they are held; its inverse takes as many."""
+    """Bytes of a layer's factors in memory; its inverse takes as many."""
     return 4.0 * sum(math.prod(shape) for shape in layer.shapes().values())
 
 
 def statistics_flops(network: Network) -> float:
-    """Products of rows, and a back-propagation of seeds to the layers' outputs: a third of a plain step."""
+    """Operations of products of rows, and of a back-propagation of seeds, a third of a plain step."""
     rows = [(layer, layer.rows * network.examples) for layer in network.layers if not layer.one_hot]
     return sum(2.0 * count * sum(d * d for d in layer.dense()) for layer, count in rows)
 
 
 def solve_flops(layer: LayerShape) -> float:
-    """Products that precondition a layer's gradient."""
+    """Operations of the products that precondition a layer's gradient."""
     return 2.0 * layer.parameters() * sum(layer.dense())
 
 
@@ -144,7 +143,7 @@ def predict(network: Network, machine: Machine, ranks: int, placement: str | flo
     ring = (ranks - 1) / ranks
     replicated = grid.workers == ranks
 
-    # A sum for all goes round the ring twice; one for the owners alone, once.
+    # A sum for all ranks goes round the ring twice, a sum for the owners once.
     reduction = (2 if replicated else 1) * ring * triangles / bandwidth + latency if ranks > 1 else 0.0
     groups = [0.0] * (ranks // grid.workers)
     solving, holding = list(groups), list(groups)

@@ -1,8 +1,8 @@
-"""What KFC costs on 1 to 4,096 ranks.
+"""Predict the cost of KFC on 1 to 4,096 ranks.
 
-``python -m benchmarks.scale.scaling`` prints and plots the predicted overhead of a step, and the memory a rank takes,
-for each placement, by :mod:`benchmarks.scale.model`; ``python -m benchmarks.scale.scaling_check`` compares the same
-model with runs on this machine.
+``python -m benchmarks.scale.scaling`` prints and plots the predicted overhead of a step, and the memory of a rank, for
+each placement, by :mod:`benchmarks.scale.model`; ``python -m benchmarks.scale.scaling_check`` compares the model with
+runs on this machine.
 """
 
 from __future__ import annotations

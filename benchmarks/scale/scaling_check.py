@@ -1,8 +1,8 @@
 """The scaling model against runs on this machine, of 1, 2 and 4 ranks: ``python -m benchmarks.scale.scaling_check``.
 
-Every number that the model asks of a machine is measured first, by all ranks at once, since here they share cores:
-products, factorisations, and gloo's bandwidth and latency. Then a network of equal Linear layers makes due steps
-under each placement, and the time of a refresh and of a preconditioned gradient is laid beside the prediction.
+The machine's numbers in the model are measured first: products, factorisations, and gloo's bandwidth and latency. All
+ranks measure at once, since here they share cores. Then a network of equal Linear layers makes due steps with each
+placement, and the time of a refresh and of a preconditioned gradient is compared with the prediction.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ PLACEMENTS: dict[str, str | float] = {"comm-opt": "comm-opt", "half of the ranks
 
 
 def network() -> Network:
-    """What the model is asked about."""
+    """The network of the comparison."""
     layers = [LayerShape(str(i), WIDTH + 1, WIDTH, 1) for i in range(DEPTH)]
     return Network("Linear layers", layers, EXAMPLES)
 
 
 def seconds_of(work: Callable[[], object], repeats: int) -> float:
-    """The least time of a piece of work that all ranks begin together: what else the machine does only adds to it."""
+    """The least time of a piece of work that all ranks begin together, since other work only adds to it."""
     times = []
     for _ in range(repeats + 1):
         dist.barrier()
@@ -76,7 +76,7 @@ def calibrated(repeats: int) -> Machine:
 
 
 def measured(placement: str | float, repeats: int) -> dict[str, float]:
-    """Seconds of a refresh and of a preconditioned gradient, and the bytes that the fullest rank holds."""
+    """Seconds of a refresh and of a preconditioned gradient, and the largest number of bytes on a rank."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(DEPTH)))
     kfc = KFC(model, factor_every_n_steps=1, inverse_every_n_steps=1, warmup_steps=0, placement=placement)
@@ -117,7 +117,7 @@ def _rank(rank: int, size: int, port: int, repeats: int, path: str) -> None:
     for name, placement in PLACEMENTS.items():
         cost = predict(network(), machine, size, placement)
         predicted = {
-            # The forward is timed with the refresh, since A is formed in it.
+            # Includes the forward, in which A is formed.
             "refresh": forward + cost.statistics + cost.reduction + cost.factorisation + cost.sharing,
             "precondition": cost.preconditioning + cost.updates,
             "memory": cost.memory,

@@ -15,7 +15,7 @@ Costs = Mapping[str, Mapping[str, Mapping[int, Cost]]]
 
 
 def plot(costs: Costs, schedule: Schedule, path: Path) -> None:
-    """A column a network: overhead of an average step above, memory of factors and inverses below."""
+    """One column per network: overhead of an average step above, memory of factors and inverses below."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(2, len(costs), figsize=(10, 5), sharex=True, layout="constrained", squeeze=False)
