@@ -32,7 +32,7 @@ def quadratic_form(factors: Mapping[str, Tensor], delta: Tensor) -> Tensor:
     F, flat = factors["F"], delta.flatten(1)
     if F.ndim == 2:
         return torch.sum(F * flat.square())
-    return torch.einsum("gi,gij,gj->", flat, F, flat)
+    return torch.sum(torch.bmm(F, flat.unsqueeze(-1)).squeeze(-1) * flat)
 
 
 def estimated_quadratic_form(factors: Mapping[str, Tensor], delta: Tensor) -> Tensor:

@@ -65,6 +65,7 @@ class Adapter(ABC):
         self.options = options or AdapterOptions()
         #: The present weight sharing.
         self.sharing = WeightSharing(self.options.weight_sharing, self.options.name)
+        self._matrix_shapes: dict[tuple[tuple[str, torch.Size], ...], tuple[int, int, int]] = {}
 
     # Which parameters, and the shape of their joint gradient.
 
@@ -144,11 +145,14 @@ class Adapter(ABC):
 
     def matrix_shape_of(self, parameters: Mapping[str, Tensor]) -> tuple[int, int, int]:
         """``(groups, d_out, d_in)`` for parameters by role."""
-        with torch.no_grad():
+        key = tuple((role, parameter.shape) for role, parameter in parameters.items())
+        if key not in self._matrix_shapes:
             # This rank may hold only a part of the parameters themselves.
-            shapes = {role: torch.empty(p.shape, dtype=p.dtype, device="meta") for role, p in parameters.items()}
-            groups, d_out, d_in = self.matrix(shapes).shape
-        return groups, d_out, d_in
+            shapes = {role: torch.empty(shape, device="meta") for role, shape in key}
+            with torch.no_grad():
+                groups, d_out, d_in = self.matrix(shapes).shape
+            self._matrix_shapes[key] = groups, d_out, d_in
+        return self._matrix_shapes[key]
 
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the layer's factors, by name, with the groups axis first; a diagonal has two axes."""

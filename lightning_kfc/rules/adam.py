@@ -79,7 +79,8 @@ class AdamRule(Rule[AdamUpdates]):
             [entry.gradient for entry in ready],
             [layer.moments for layer in layers],
             [layer.inverse for layer in layers if layer.inverse is not None],
-            [layer.curvature() for layer in layers],
+            # The running factors of a layer with an eigenbasis are not read: unpacking them has a cost.
+            [{} if eigenbasis(layer.inverse) is not None else layer.curvature() for layer in layers],
             [entry.learning_rate for entry in ready],
             kl_clip,
         )

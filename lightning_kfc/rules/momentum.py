@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_kfc.factors.sparse import dense
@@ -47,25 +47,33 @@ def take_momentum_out(optimizer: Optimizer, parameters: Iterable[nn.Parameter], 
             group = groups.get(id(parameter))
             if parameter.grad is None or group is None or not group["momentum"]:
                 continue
-            update = dense(parameter.grad) / loss_scale
             state = optimizer.state.get(parameter, {})
             buffer = state.get("momentum_buffer")
             if buffer is not None and buffer.is_sparse:
                 # A sparse buffer cannot take a dense gradient.
                 buffer = state["momentum_buffer"] = buffer.to_dense()
-            parameter.grad = (_gradient_for(update, parameter, buffer, group) * loss_scale).to(parameter.grad.dtype)
+            parameter.grad = gradient = dense(parameter.grad)
+            of_update, of_parameter, of_buffer = _shares(group, first=buffer is None)
+            if of_update != 1:
+                gradient.mul_(of_update)
+            if of_parameter:
+                gradient.add_(parameter, alpha=of_parameter * loss_scale)
+            if buffer is not None:
+                gradient.add_(buffer, alpha=of_buffer * loss_scale)
 
 
-def _gradient_for(update: Tensor, parameter: Tensor, buffer: Tensor | None, group: Mapping[str, Any]) -> Tensor:
-    """The gradient for which SGD's step, before its learning rate, is the update with weight decay."""
+def _shares(group: Mapping[str, Any], *, first: bool) -> tuple[float, float, float]:
+    """The factors of update, parameter and buffer whose sum is the gradient that makes SGD step by the update.
+
+    Args:
+        group: The parameter's group of the optimizer.
+        first: Whether it is the parameter's first step, which has neither buffer nor dampening.
+    """
     momentum, decay = float(group["momentum"]), float(group.get("weight_decay", 0))
     sign = -1.0 if group.get("maximize") else 1.0
-    wanted = sign * update + (decay / (1 - momentum)) * parameter if decay else sign * update
     if group.get("nesterov"):
         # The step is d + momentum (momentum b + d).
-        direction = wanted / (1 + momentum) if buffer is None else (wanted - momentum**2 * buffer) / (1 + momentum)
+        own, of_buffer = 1 + momentum, momentum**2
     else:
-        # The first step has no dampening: its buffer is d.
-        own = 1.0 if buffer is None else 1 - float(group.get("dampening", 0))
-        direction = (wanted if buffer is None else wanted - momentum * buffer) / own
-    return sign * (direction - decay * parameter if decay else direction)
+        own, of_buffer = 1.0 if first else 1 - float(group.get("dampening", 0)), momentum
+    return 1 / own, sign * decay * (1 / (1 - momentum) / own - 1), -sign * of_buffer / own
