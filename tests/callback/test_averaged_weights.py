@@ -101,6 +101,7 @@ def line(**options):
     return Line(**options).note()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("make_optimizer", [sgd, torch.optim.AdamW])
 def test_validation_sees_the_average_of_all_steps_with_the_start_forgotten(decay, make_optimizer):
@@ -112,6 +113,7 @@ def test_validation_sees_the_average_of_all_steps_with_the_start_forgotten(decay
     assert_close(weights(module), averaged_by_hand(module.steps, decay))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulated", [1, 3])
 def test_training_is_bit_for_bit_what_it_is_without_averages(accumulated):
     """Also where validation comes between the micro-batches of a step, and steps are reviewed."""
@@ -182,6 +184,7 @@ def test_steps_that_are_skipped_do_not_count():
     assert_close(weights(module), averaged_by_hand([module.steps[0], *moved], 0.9))
 
 
+@pytest.mark.slow
 def test_shortened_steps_count_as_they_were_kept_and_undone_ones_not_at_all():
     torch.manual_seed(3)
     module, callback = Conv(lr=60.0, make_optimizer=sgd).note(), KFCCallback()
@@ -227,6 +230,7 @@ def validation_loss(module, data):
         return F.cross_entropy(module(data.tensors[0]), data.tensors[1]).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights_only", [False, True])
 def test_what_is_saved_by_a_monitored_loss_has_that_loss_without_the_callback(tmp_path, weights_only):
     data = images(4, seed=1)
@@ -296,6 +300,7 @@ def resumed(path, decay, data):
     return module, callback
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved_with", [None, 0.9])
 @pytest.mark.parametrize("resumed_with", [None, 0.9])
 def test_training_goes_on_bit_for_bit_whether_averages_were_on_or_are(tmp_path, saved_with, resumed_with):
@@ -488,6 +493,7 @@ def test_complex_parameters_are_averaged():
     assert_close(weights(module), averaged_by_hand(module.steps, 0.9))
 
 
+@pytest.mark.slow
 def test_a_compiled_module_is_validated_with_its_averages():
     module = Conv(make_optimizer=sgd).note()
     module.body = torch.compile(module.body, backend="eager")

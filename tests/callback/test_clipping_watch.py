@@ -67,6 +67,7 @@ def gentle(parameters: Any) -> SGD:
     return SGD(parameters, lr=0.5, momentum=0.5)
 
 
+@pytest.mark.slow
 def test_clipping_that_leaves_little_is_advised_on_once_after_a_window(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -74,6 +75,7 @@ def test_clipping_that_leaves_little_is_advised_on_once_after_a_window(
     assert f"the last {CLIPPED_STEPS} updates" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "options"),
     [

@@ -55,6 +55,7 @@ def run(callback: Any, path: Any, epochs: int = 2, **options: Any) -> Any:
     return module, rows, torch.rand(3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}])
 def test_a_run_does_not_notice_its_reviews(tmp_path, monkeypatch, options):
     reviews = []

@@ -100,6 +100,7 @@ def test_the_step_is_the_dense_solve_of_each_block(d_in: int, d_out: int, bias: 
     oracles.assert_equal(found, torch.cat(solved, axis), what="V")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize("options", [{}, {"inverse": "eigh"}, {"inverse": "ekfac"}, {"rule": "adam"}], ids=str)
 def test_it_trains_by_every_inverse_and_rule_and_from_its_state(options: dict[str, Any]) -> None:

@@ -75,6 +75,7 @@ def train(*, pairs: bool, lr: float, **options: Any) -> tuple[Spectral, KFCCallb
     return task, callback
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lr", [0.5, 4.0])
 def test_a_complex_parameter_trains_as_its_real_twin_whose_gradient_is_plain(lr: float) -> None:
     task, callback = train(pairs=False, lr=lr)

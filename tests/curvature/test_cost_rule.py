@@ -73,6 +73,7 @@ def test_statistics_of_a_depthwise_convolution_take_no_more_than_the_stated_mult
     assert ratio <= MOST_IN_A_STEP, f"statistics take {ratio:.1f} x the layer's own"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("channels", "kernel"), [(2, 17), (8, 31), (3, 21)])
 def test_a_large_depthwise_kernel_has_the_diagonal_of_its_dense_factor(channels: int, kernel: int) -> None:
     module = nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels).double()

@@ -70,6 +70,7 @@ def review_contrastive() -> tuple[list[float], list[float], int, bool]:
     return reviewed, fresh, callback.kfc.events.missed_reviews, callback.kfc.reviewer.active
 
 
+@pytest.mark.slow
 def test_a_loss_of_what_all_ranks_have_gathered_is_replayed_by_all_of_them(two_ranks: Ranks) -> None:
     for reviewed, fresh, missed, reviews in two_ranks.run(review_contrastive):
         assert len(reviewed) == len(fresh) >= 4

@@ -64,6 +64,7 @@ def _loss(outputs: Tensor, targets: Tensor, name: str) -> Tensor:
     return F.gaussian_nll_loss(outputs[:, 0], targets.double(), F.softplus(outputs[:, 1]) + 0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_of", ["cross_entropy", "gaussian_nll"])
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3, 1e6])
 def test_a_loss_times_c_gives_the_same_training(scale: float, loss_of: str) -> None:
@@ -75,6 +76,7 @@ def test_a_loss_times_c_gives_the_same_training_with_exact_damping() -> None:
     assert losses(net(), loss_scale=1e4, inverse="eigh") == pytest.approx(losses(net(), inverse="eigh"), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"inverse": "ekfac"}, {"rule": "adam"}])
 @pytest.mark.parametrize("exponent", [-20, 20])
 def test_a_loss_times_c_gives_the_same_training_by_numbers_kept_in_an_eigenbasis(

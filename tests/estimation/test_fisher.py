@@ -51,6 +51,7 @@ def test_monte_carlo_factors_converge_to_the_exact_ones_at_the_root_rate() -> No
         assert found[-1] < 0.1, f"{name}: errors {found}"
 
 
+@pytest.mark.slow
 def test_monte_carlo_factors_averaged_over_steps_converge_to_the_exact_ones() -> None:
     model, x, target = double(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)), data(4, 3), classes(4, count=3)
 

@@ -179,6 +179,7 @@ class PerLocation(nn.Module):
         return self.linear(x.movedim(-x.ndim + 1, -1)).movedim(-1, 1)
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(case=st.one_of(convolutions(most_dims=2), transposed_convolutions(most_dims=2)))
 def test_every_group_before_linear_maps_per_location_has_the_dense_fisher_of_squared_error(

@@ -40,6 +40,7 @@ def loss_of(model: nn.Module) -> Tensor:
     return F.cross_entropy(model(data(6, 2, 3)), classes(6, count=4))
 
 
+@pytest.mark.slow
 def test_the_diagonal_is_that_of_the_dense_fisher_on_average_over_samples() -> None:
     model, rounds = Gated(), 400
     kfc = engine(model, fisher="mc", ema_decay=0.0, inverse_every_n_steps=10**6, warmup_steps=0)

@@ -127,6 +127,7 @@ def test_a_name_that_validation_has_measured_is_validation_s(tmp_path: Path) -> 
     assert [point for point in series["val_loss"] if point[0] >= 19] == [(19, 7.0), (39, 7.0)]
 
 
+@pytest.mark.slow
 def test_losses_are_drawn_first_with_units_and_what_never_changes_is_a_number(tmp_path: Path) -> None:
     kfc = run(tmp_path, Validated())
     page = (tmp_path / "report" / "report.html").read_text("utf-8")

@@ -158,6 +158,7 @@ def test_statistics_at_every_step_leave_no_other_step_to_measure_and_it_is_chose
     assert periods(training.kfc) == (1, choose_periods(Costs(1.0, 0.02, 0.6, 2.0), 0.9, factors=1).inverses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [3, 8, 12, 20])
 def test_a_resumed_run_goes_on_to_the_same_choice_and_keeps_it(clock: Clock, at: int, informed: list[str]) -> None:
     first = timed(clock)
