@@ -71,9 +71,11 @@ def refuse_former(owner: str, names: Iterable[str]) -> None:
 
 @dataclass(frozen=True)
 class RefreshTiming:
-    """The dates of inverses within their period, and the bound on the overhead.
+    """The dates of inverses within their period, later periods, and the bound on the overhead.
 
     Args:
+        later_periods: The factor on both periods from step 100 on, where curvature moves slowly; 1 for the same periods.
+            Periods that are "auto" do not grow.
         stagger_inverses: Whether, after the warm-up, layers refresh their inverses at different steps of the period, so
             that no step refreshes all inverses.
         max_overhead: The largest mean overhead of a step, as a share of its time, for a period that is "auto".
@@ -83,11 +85,13 @@ class RefreshTiming:
         ValueError: If a value is out of range.
     """
 
+    later_periods: int = 5
     stagger_inverses: bool = True
     max_overhead: float = 0.15
 
     def __post_init__(self) -> None:
         """Check the options."""
+        check_integer("timing.later_periods", self.later_periods, minimum=1)
         check_flag("timing.stagger_inverses", self.stagger_inverses)
         check_positive("timing.max_overhead", self.max_overhead)
 
@@ -277,7 +281,8 @@ class Settings:
         for name, value in periods.items():
             check_period(name, value)
         chosen = {name: value for name, value in periods.items() if value != "auto"}
-        schedule = RefreshSchedule(**chosen, warmup_steps=self.warmup_steps)
+        later = 1 if self.automatic_periods else self.timing.later_periods
+        schedule = RefreshSchedule(**chosen, warmup_steps=self.warmup_steps, later_periods=later)
         if self.automatic_periods and self.warmup_steps < LEAST_WARMUP:
             raise ValueError(
                 "Periods that are 'auto' are chosen from times in the warm-up, which needs at least "

@@ -73,6 +73,7 @@ class PeriodChoice:
             self._first,
             factor_every_n_steps=self.chosen.factors,
             inverse_every_n_steps=self.chosen.inverses,
+            later_periods=1,
         )
 
     def step_begins(self, since: int, *, statistics: bool, device: torch.device) -> str | None:

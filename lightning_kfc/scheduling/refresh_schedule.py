@@ -9,39 +9,54 @@ from dataclasses import dataclass
 from lightning_kfc.utilities.checks import check_integer, check_positive
 
 
+#: From this step on, the periods are longer.
+LATER_FROM = 100
+
+
 @dataclass(frozen=True)
 class RefreshSchedule:
     """The dates of statistics and inverses.
 
-    During the warm-up the factors are refreshed at every step, and the inverses at steps 0, 1, 2, 3, then at every
-    second step, and at the last one: curvature changes fastest at the start, and the first averages are means of few
-    batches. The two periods apply after the warm-up.
+    During warm-up the factors are refreshed at every step, and the inverses at steps 0, 1, 2, 3, then at
+    every second one, and at the step that ends it: curvature moves fastest at the start, and the first
+    averages rest on few batches. After that the two periods rule, and from step :data:`LATER_FROM` on their multiples.
 
     Attributes:
         factor_every_n_steps: Period of the statistics, in optimizer steps (the paper's T_cov).
         inverse_every_n_steps: Period of the inverses, in optimizer steps (the paper's T_inv).
         warmup_steps: Length of the warm-up, in optimizer steps.
+        later_periods: The factor on both periods from step :data:`LATER_FROM` on.
     """
 
     factor_every_n_steps: int = 10
     inverse_every_n_steps: int = 20
     warmup_steps: int = 10
+    later_periods: int = 1
 
     def __post_init__(self) -> None:
-        """Check the three numbers."""
+        """Check the numbers."""
         check_integer("factor_every_n_steps", self.factor_every_n_steps, minimum=1)
         check_integer("inverse_every_n_steps", self.inverse_every_n_steps, minimum=1)
         check_integer("warmup_steps", self.warmup_steps, minimum=0)
+        check_integer("later_periods", self.later_periods, minimum=1)
+
+    def factor_period(self, step: int) -> int:
+        """The period of the statistics at this step (counted from 0)."""
+        return self._at(self.factor_every_n_steps, step)
+
+    def _at(self, period: int, step: int) -> int:
+        """A period as it is at a step: a multiple of itself, so that each later date is one of the shorter period."""
+        return period if step < LATER_FROM else period * self.later_periods
 
     def factors_due(self, step: int) -> bool:
         """Whether statistics are taken at this step (counted from 0)."""
-        return step < self.warmup_steps or step % self.factor_every_n_steps == 0
+        return step < self.warmup_steps or step % self.factor_period(step) == 0
 
     def inverses_due(self, step: int) -> bool:
         """Whether inverses are refreshed at this step (counted from 0)."""
         if step < self.warmup_steps:
             return step <= 3 or step % 2 == 1
-        return step == self.warmup_steps or step % self.inverse_every_n_steps == 0
+        return step == self.warmup_steps or step % self._at(self.inverse_every_n_steps, step) == 0
 
     def last_factors_due(self, step: int) -> int:
         """The latest step, up to this one, at which statistics are taken."""
@@ -52,28 +67,40 @@ class RefreshSchedule:
 
         Args:
             step: Counted from 0.
-            offset: The step of the period at which they are refreshed from the end of the warm-up on; None for the
-                schedule's own dates.
+            offset: At which step of the period they are refreshed once the warm-up is over, the step that ends it
+                included; None for all at the schedule's own dates.
         """
         end = max(self.warmup_steps, 1)
         if offset is None or step < end:
             return self._last(self.inverses_due, step, self.inverse_every_n_steps)
-        date = step - (step - offset) % self.inverse_every_n_steps
-        return date if date >= end else self.last_inverses_due(end - 1)
+        date = self._last_in_turn(step, self.inverse_every_n_steps, offset, end)
+        return self.last_inverses_due(end - 1) if date is None else date
 
     def _last(self, due: Callable[[int], bool], step: int, period: int) -> int:
-        if step > self.warmup_steps:
-            return max(step - step % period, self._last(due, self.warmup_steps, period))
-        # Step 0 is a date of both kinds, so the search ends.
-        return next(past for past in range(step, -1, -1) if due(past))
+        date = self._last_in_turn(step, period, 0, self.warmup_steps + 1)
+        if date is not None:
+            return date
+        # The search ends: step 0 is a date of both kinds.
+        return next(past for past in range(min(step, self.warmup_steps), -1, -1) if due(past))
+
+    def _last_in_turn(self, step: int, period: int, offset: int, begin: int) -> int | None:
+        """The latest date up to a step, and not before ``begin``, with this offset in its period; None without one."""
+        later = max(LATER_FROM, begin)
+        if step >= later:
+            date = step - (step - offset) % self._at(period, step)
+            if date >= later:
+                return date
+        date = min(step, later - 1)
+        date -= (date - offset) % period
+        return date if date >= begin else None
 
 
 @dataclass(frozen=True)
 class Schedule(ABC):
     """A value that moves from ``start`` to ``end``, then stays.
 
-    The class is abstract because jsonargparse drops the ``class_path`` of a plain dataclass, so that two schedules with
-    the same fields would be the same in YAML.
+    An abstract class, not a plain dataclass: jsonargparse drops the ``class_path`` of the latter, and two
+    schedules of the same fields would be one in YAML.
 
     Attributes:
         start: The value at step 0; positive.

@@ -49,7 +49,7 @@ class RefreshTracker:
             return list(layers)
         if not self._waiting and not self._own_starts:
             return []
-        period = self._schedule.factor_every_n_steps
+        period = self._schedule.factor_period(step - self.started_at)
         return [
             name
             for name in layers

@@ -33,9 +33,9 @@ DAMPING = 3e-6
 #: The least ratio of a loss's magnitudes at two refreshes, for a loss that may be negative and so may come close to 0.
 SLOWEST_FALL = 0.5
 
-#: The number of first steps that are all reviewed, and the period of reviews afterwards.
+#: The number of first steps that are all reviewed, the period of reviews afterwards, and that from step LATER_FROM on.
 REVIEWED_AT_FIRST = 10
-REVIEW_EVERY_N_STEPS = 10
+REVIEW_EVERY_N_STEPS, LATER_FROM, LATER_REVIEWS = 10, 100, 50
 #: The radius follows c, the slope of the last step on the next batch, by exp(NEXT_SLOPE c) a step.
 NEXT_SLOPE = 0.35
 
@@ -194,7 +194,8 @@ class TrustRegion:
         Args:
             step: The optimizer step.
         """
-        return self.review_next or step < REVIEWED_AT_FIRST or step % REVIEW_EVERY_N_STEPS == 0
+        every = REVIEW_EVERY_N_STEPS if step < LATER_FROM else LATER_REVIEWS
+        return self.review_next or step < REVIEWED_AT_FIRST or step % every == 0
 
     def note_size(self, size: float) -> None:
         r"""Note the size of the coming step; plan a review if it is surprisingly large.

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_kfc import ExponentialSchedule, LinearSchedule
-from lightning_kfc.scheduling.refresh_schedule import RefreshSchedule, value_at
+from lightning_kfc.scheduling.refresh_schedule import LATER_FROM, RefreshSchedule, value_at
 
 
 def due(schedule: RefreshSchedule, until: int) -> tuple[list[int], list[int]]:
@@ -35,6 +35,35 @@ def test_the_default_steps_are_those_of_the_design() -> None:
 )
 def test_warm_up_then_the_two_periods(schedule: RefreshSchedule, factors: list[int], inverses: list[int]) -> None:
     assert due(schedule, 12) == (factors, inverses)
+
+
+def test_from_step_100_on_the_periods_are_longer() -> None:
+    factors, inverses = due(RefreshSchedule(later_periods=5), 301)
+    assert factors[-8:] == [70, 80, 90, 100, 150, 200, 250, 300]
+    assert inverses[-5:] == [60, 80, 100, 200, 300]
+
+
+@given(
+    factor=st.integers(1, 30),
+    inverse=st.integers(1, 60),
+    warmup=st.integers(0, 150),
+    later=st.integers(1, 7),
+    offset=st.integers(0, 59),
+)
+def test_the_last_date_is_found_as_by_going_through_all(
+    factor: int, inverse: int, warmup: int, later: int, offset: int
+) -> None:
+    schedule, offset = RefreshSchedule(factor, inverse, warmup, later), offset % inverse
+    last_factors = last_inverses = last_in_turn = 0
+    for step in range(500):
+        last_factors = step if schedule.factors_due(step) else last_factors
+        last_inverses = step if schedule.inverses_due(step) else last_inverses
+        every = inverse if step < LATER_FROM else inverse * later
+        in_turn = schedule.inverses_due(step) if step < max(warmup, 1) else step % every == offset
+        last_in_turn = step if in_turn else last_in_turn
+        assert schedule.last_factors_due(step) == last_factors
+        assert schedule.last_inverses_due(step) == last_inverses
+        assert schedule.last_inverses_due(step, offset) == last_in_turn
 
 
 @given(factor=st.integers(1, 30), inverse=st.integers(1, 30), warmup=st.integers(0, 30))
