@@ -74,7 +74,7 @@ class RefreshTiming:
     """The dates of inverses within their period, later periods, and the bound on the overhead.
 
     Args:
-        later_periods: The factor on both periods from step 100 on, where curvature moves slowly; 1 for the same periods.
+        later_periods: The factor on both periods from step 100 on, where curvature moves slowly; 1 for none.
             Periods that are "auto" do not grow.
         stagger_inverses: Whether, after the warm-up, layers refresh their inverses at different steps of the period, so
             that no step refreshes all inverses.

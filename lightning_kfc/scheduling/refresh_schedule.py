@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from lightning_kfc.utilities.checks import check_integer, check_positive
 
-
 #: From this step on, the periods are longer.
 LATER_FROM = 100
 
@@ -17,9 +16,9 @@ LATER_FROM = 100
 class RefreshSchedule:
     """The dates of statistics and inverses.
 
-    During warm-up the factors are refreshed at every step, and the inverses at steps 0, 1, 2, 3, then at
-    every second one, and at the step that ends it: curvature moves fastest at the start, and the first
-    averages rest on few batches. After that the two periods rule, and from step :data:`LATER_FROM` on their multiples.
+    During the warm-up the factors are refreshed at every step, and the inverses at steps 0, 1, 2, 3, then at every
+    second step, and at the last one: curvature changes fastest at the start, and the first averages are means of few
+    batches. The two periods apply after the warm-up, and their multiples from step :data:`LATER_FROM` on.
 
     Attributes:
         factor_every_n_steps: Period of the statistics, in optimizer steps (the paper's T_cov).
@@ -80,7 +79,7 @@ class RefreshSchedule:
         date = self._last_in_turn(step, period, 0, self.warmup_steps + 1)
         if date is not None:
             return date
-        # The search ends: step 0 is a date of both kinds.
+        # Step 0 is a date of both kinds, so the search ends.
         return next(past for past in range(min(step, self.warmup_steps), -1, -1) if due(past))
 
     def _last_in_turn(self, step: int, period: int, offset: int, begin: int) -> int | None:

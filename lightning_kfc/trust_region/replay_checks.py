@@ -25,11 +25,13 @@ class Replayability:
     Attributes:
         refused: The reason why no recording can be replayed; empty if recordings can.
         missed: The reason why the losses of this step cannot be replayed; empty if they can.
+        any_recorded: Whether any rank has a recorded loss; a loss of exactly 0 is a multiple of no recorded one.
         with_collectives: Whether the losses of some rank depend on data of other ranks.
     """
 
     refused: str = ""
     missed: str = ""
+    any_recorded: bool = True
     with_collectives: bool = False
 
 
@@ -43,10 +45,13 @@ def replayability(tape: Tape | None, losses: Sequence[SeenLoss], device: torch.d
     """
     refusal = tape.refusal if tape is not None else None
     known = [seen.recorded for seen in losses if seen.recorded is not None]
+    unknown = any(seen.recorded is None and float(seen.value) != 0 for seen in losses)
     stale = any(recorded.is_stale() for recorded in known)
-    missing = refusal is None and (not losses or len(known) < len(losses) or stale)
+    missing = refusal is None and (not losses or unknown or stale)
     needs_collectives = any(recorded.needs_collectives for recorded in known)
-    refused, missed, with_collectives = _any_rank(device, refusal is not None, missing, needs_collectives)
+    refused, missed, any_recorded, with_collectives = _any_rank(
+        device, refusal is not None, missing, bool(known), needs_collectives
+    )
     if refused:
         return Replayability(refused=refusal or "the forward of another rank cannot be replayed")
     if missed:
@@ -54,7 +59,7 @@ def replayability(tape: Tape | None, losses: Sequence[SeenLoss], device: torch.d
             missed="the losses of the step were computed outside the recorded training step, or their inputs "
             "have changed since"
         )
-    return Replayability(with_collectives=with_collectives)
+    return Replayability(any_recorded=any_recorded, with_collectives=with_collectives)
 
 
 def replay_error(

@@ -214,11 +214,15 @@ class StepReviewer:
             return
         losses = self._losses.of(coming.parameters)
         found = replayability(self._tape, losses, self._device)
+        losses = [seen for seen in losses if seen.recorded is not None]
         if found.refused:
             self._end_with_warning(found.refused)
         elif found.missed:
             self._miss(found.missed)
-        elif self._checked or self._reproduces(losses, {}, with_collectives=found.with_collectives):
+        # Without a recorded loss all are 0, which no step can lower.
+        elif found.any_recorded and (
+            self._checked or self._reproduces(losses, {}, with_collectives=found.with_collectives)
+        ):
             self._checked = True
             self._snapshot = StepSnapshot.of(coming, losses, size, damping, found.with_collectives)
 

@@ -201,14 +201,14 @@ def test_a_damping_that_has_no_part_in_the_steps_is_not_blamed(caplog: pytest.Lo
     assert sum("does not use `damping`" in record.getMessage() for record in caplog.records) == 1
 
 
-def wide() -> Classifier:
-    return Classifier(nn.Sequential(nn.Flatten(), nn.Linear(36, 300), nn.Tanh(), nn.Linear(300, 3)))
+def wide(units: int = 300) -> Classifier:
+    return Classifier(nn.Sequential(nn.Flatten(), nn.Linear(36, units), nn.Tanh(), nn.Linear(units, 3)))
 
 
 @pytest.mark.parametrize("period", [1, 50])
 def test_inverses_at_every_step_of_a_wide_net_are_noticed(period: int) -> None:
     callback = KFCCallback(damping=0.01, factor_every_n_steps=1, inverse_every_n_steps=period, warmup_steps=1)
-    said = advice(callback, wide(), steps=70 if period == 1 else 110)
+    said = advice(callback, wide(600), steps=70 if period == 1 else 110)
     assert spoken("inverses take", said) == (period == 1), said
 
 

@@ -204,6 +204,28 @@ def test_a_step_before_which_other_weights_have_moved_is_not_reviewed(monkeypatc
     assert callback.kfc.events.missed_reviews == 4
 
 
+def test_a_loss_of_0_with_a_gradient_is_no_missed_review() -> None:
+    # Rounding: the probabilities of the other classes are 1e-18, which the gradient has and the loss has not.
+    model = nn.Linear(3, 3, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(42 * torch.eye(3))
+    kfc, optimizer = KFC(model, damping=0.01, kl_clip="auto"), SGD(model.parameters(), lr=0.1)
+    for _ in range(8):
+        optimizer.zero_grad()
+        with kfc.capture():
+            loss = F.cross_entropy(model(torch.eye(3)), torch.arange(3))
+        kfc.update(loss)
+        loss.backward()
+        assert float(loss.detach()) == 0
+        assert model.weight.grad is not None
+        assert float(model.weight.grad.abs().max()) > 0
+        kfc.precondition(optimizer=optimizer)
+        optimizer.step()
+        kfc.review(optimizer=optimizer)
+    assert kfc.events.missed_reviews == 0
+    assert kfc.reviewer.active
+
+
 # Optimizers that wrap others, or call their closure again.
 
 
