@@ -65,7 +65,7 @@ def test_the_finders_name_their_checkpoints_as_is_relied_on(module: Any, start: 
 def test_they_mean_what_they_are_taken_for() -> None:
     seen: list[tuple[bool, int]] = []
 
-    class Looking(Regression):  # type: ignore[misc]
+    class Looking(Regression):  # type: ignore[misc]  # its base is untyped
         def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
             seen.append((accumulates(self.trainer), logged_step(self.trainer)))
 

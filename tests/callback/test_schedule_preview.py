@@ -176,7 +176,7 @@ def test_a_preview_ends_with_the_schedule_and_is_of_bounded_length() -> None:
 def test_a_scheduler_that_cannot_be_copied_is_left_alone_without_a_warning() -> None:
     optimizer = two_groups()
     schedule = StepLR(optimizer, 5)
-    schedule.lock = (line for line in "generators cannot be copied")  # type: ignore[attr-defined]
+    schedule.lock = (line for line in "generators cannot be copied")  # type: ignore[attr-defined]  # not its own
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert preview(optimizer, optimizer.param_groups, [Schedule(schedule)], STEPS) is None
