@@ -271,6 +271,8 @@ class Estimator:
         test = self.self_test.running
         found = self._of_losses(due, failures)
         unexplained = {} if test is None else self.self_test.concluded(test)
+        if loss.requires_grad:
+            self.self_test.follow_uses(loss, recorded, step)
         statistics = self._by_layer(found, calls, len(recorded))
         kept = {n: own for n, own in statistics.items() if n in self._layers and n not in failures.by_layer}
         return StepStatistics(kept, unexplained, failures.by_layer)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -69,6 +70,27 @@ def refuse_reentrant_checkpointing(loss: Tensor) -> None:
                 "before the backward. Pass use_reentrant=False; the gradients are the same."
             )
         pending += [below for below, _ in node.next_functions if below is not None]
+
+
+def uses(start: Node, nodes: Collection[Node]) -> Counter[Node]:
+    """The number of edges that lead to each of the nodes from those of a graph.
+
+    Args:
+        start: The node at which the graph begins.
+        nodes: The nodes that count, such as the parameters'.
+    """
+    found: Counter[Node] = Counter()
+    pending, seen = [start], {start}
+    while pending:
+        for below, _ in pending.pop().next_functions:
+            if below is None:
+                continue
+            if below in nodes:
+                found[below] += 1
+            elif below not in seen:
+                seen.add(below)
+                pending.append(below)
+    return found
 
 
 #: Called with the position of an edge and the derivative there.

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from lightning_kfc.curvature.layer import Layer
+from lightning_kfc.estimation.graph import loss_edge, uses
 from lightning_kfc.estimation.random_streams import RandomStreams
+from lightning_kfc.estimation.recording import Call
 from lightning_kfc.estimation.self_test import SelfTest
+
+#: A layer is tested again no more often than this: the uses of some weights change with the length of the input.
+MOST_REPEATS = 3
 
 
 class SelfTestProgress:
@@ -24,6 +32,8 @@ class SelfTestProgress:
         self._streams = streams
         self._test: SelfTest | None = None
         self._done = False
+        # How often the loss used a layer's weights for each of its calls.
+        self._uses: dict[str, set[float]] = {}
 
     @property
     def done(self) -> bool:
@@ -57,6 +67,7 @@ class SelfTestProgress:
 
     def follow(self, kept: Mapping[str, str], new: Iterable[str], step: int) -> None:
         """Test new layers, and those that still wait; the arguments are those of :meth:`.Estimator.follow`."""
+        self._uses = {kept[name]: seen for name, seen in self._uses.items() if name in kept}
         if self._test is None and not self._done:
             return
         waiting = {kept[name] for name in (self._test.waiting if self._test else ()) if name in kept}.union(new)
@@ -64,6 +75,37 @@ class SelfTestProgress:
         self.restart(done=not layers_with_rows(self._layers, names))
         if not self._done:
             self._test = self._test_of(names, step)
+
+    def follow_uses(self, loss: Tensor, calls: Sequence[Call], step: int) -> None:
+        """Test layers once more whose weights a loss uses more or less often, for each of their calls, than before.
+
+        A use outside the layer may have begun after its test.
+
+        Args:
+            loss: The loss.
+            calls: The recorded calls of layers.
+            step: The optimizer step.
+        """
+        number = Counter(call.layer for call in calls if call.layer in self._layers and call.adapter.has_rows)
+        owners = {
+            get_gradient_edge(parameter).node: name
+            for name in number
+            for parameter in self._layers[name].adapter.own_parameters().values()
+        }
+        found: Counter[str] = Counter()
+        for node, count in uses(loss_edge(loss).node, owners).items():
+            found[owners[node]] += count
+        new = []
+        for name, count in number.items():
+            seen = self._uses.setdefault(name, {found[name] / count})
+            if found[name] / count not in seen and len(seen) <= MOST_REPEATS:
+                seen.add(found[name] / count)
+                new.append(name)
+        if new:
+            waiting = [name for name in (self._test.waiting if self._test else ()) if name in self._layers]
+            self._test, self._done = self._test_of(dict.fromkeys([*waiting, *new]), step), False
+            # Further losses of this forward have no products with the new test's directions.
+            self._test.recorded = set()
 
     def give_up(self, names: Collection[str]) -> None:
         """Stop testing the named layers."""

@@ -31,6 +31,20 @@ class Twice(nn.Module):
         return self.head(h)
 
 
+class TwiceLater(nn.Module):
+    """Uses its layer's weight as a function, too, once it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.head = nn.Linear(3, 3)
+        self.twice = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).tanh()
+        return self.head(h + F.linear(x, self.first.weight) if self.twice else h)
+
+
 class Unseen(nn.Module):
     """Uses a layer's weight without ever calling the layer."""
 
@@ -58,6 +72,43 @@ def test_a_weight_also_used_outside_its_module_gets_a_diagonal_which_is_said_onc
     last = [float(train_step(kfc, optimizer, loss)) for _ in range(8)][-1]
     assert last < first
     assert {row.treatment for row in kfc.coverage()} == {"kfc", "diagonal"}
+
+
+@pytest.mark.parametrize("fisher", ["mc", "exact", "empirical"])
+def test_a_use_outside_its_module_that_begins_later_is_noticed_then(fisher: str) -> None:
+    model = TwiceLater().double()
+    kfc, optimizer = engine(model, fisher=fisher), torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def steps(number: int) -> None:
+        for _ in range(number):
+            train_step(kfc, optimizer, lambda: F.cross_entropy(model(data(4, 3)), TARGET))
+
+    steps(3)
+    assert kronecker_layers(kfc) == ["first", "head"]
+    model.twice = True
+    with pytest.warns(UserWarning, match=r"'first': its rows do not rebuild.*also used otherwise.*`exclude`") as said:
+        steps(3)
+    assert len(said) == 1
+    assert kronecker_layers(kfc) == ["head"]
+    assert kfc.layers["first.weight"].inverse is not None
+
+
+def penalised(model: TwiceLater) -> Tensor:
+    out = model(data(4, 3))
+    return F.cross_entropy(out, TARGET) + 0.1 * model.first.weight.square().sum() * out.detach().square().mean()
+
+
+def scaled_by_its_norm(model: TwiceLater) -> Tensor:
+    return F.cross_entropy(model(data(4, 3)) / model.head.weight.detach().norm(), TARGET)
+
+
+@pytest.mark.parametrize("later", [penalised, scaled_by_its_norm])
+def test_a_penalty_that_begins_later_is_no_use_outside_a_module(later: Callable[[TwiceLater], Tensor]) -> None:
+    model = TwiceLater().double()
+    kfc, optimizer = engine(model), torch.optim.SGD(model.parameters(), lr=0.1)
+    for loss in [lambda model: F.cross_entropy(model(data(4, 3)), TARGET)] * 3 + [later] * 4:
+        train_step(kfc, optimizer, lambda loss=loss: loss(model))
+    assert kronecker_layers(kfc) == ["first", "head"]
 
 
 def test_a_layer_that_is_excluded_as_the_warning_says_is_no_warning() -> None:
