@@ -42,7 +42,7 @@ class KFCOptions:
         warmup_steps: The number of first optimizer steps that all take statistics.
         ema_decay: Decay of the running averages of the statistics, at least 0 and below 1.
         kl_clip: Bound on the size of a step, measured as the change of the model's predictions. "auto": set
-            from the ratio of actual to expected decrease of the loss; null for none.
+            from the ratio of actual to expected decrease of the loss; null for no bound.
         inverse: The inverse of the damped curvature. "cholesky": damping split over both factors, the cheapest;
             "eigh": damping applied exactly; "ekfac": also with the second moments of single examples' gradients.
         rule: The update from gradients and inverses. "natural": the paper's. "adam": Adam in the eigenbasis of the
@@ -55,8 +55,8 @@ class KFCOptions:
         include: Glob patterns over module names, such as "encoder.*": only these modules are preconditioned.
         exclude: Glob patterns over module names that are not preconditioned.
         seed: Seed of the sampled targets. The global random stream is never touched.
-        placement: The ranks that hold a layer's factors and inverse. "comm-opt": all; "mem-opt": one, which
-            sends the preconditioned gradient at every step; a number: that fraction of the ranks; "auto": "mem-opt"
+        placement: The ranks that hold a layer's factors and inverse. "comm-opt": all ranks; "mem-opt": one rank, which
+            sends the preconditioned gradient at every step; a number: this fraction of the ranks; "auto": "mem-opt"
             for sharded parameters, else "comm-opt".
         timing: The dates of inverses within their period, and the bound on the overhead.
         precision: The precision of inverses, and of statistics sent between ranks.

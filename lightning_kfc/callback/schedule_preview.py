@@ -141,7 +141,7 @@ def _is_known(scheduler: Any) -> bool:
 
 
 def _is_repeatable(value: Any, depth: int = 5) -> bool:
-    """Whether a function, and all that it refers to, is plainly one of numbers, which calls leave as they were."""
+    """Whether a function and its references are of numbers alone, so that calls have no side effects."""
     if value is None or isinstance(value, (int, float, str, bool)) or value is math:
         return True
     if isinstance(value, (tuple, frozenset)):
@@ -164,4 +164,4 @@ def _is_repeatable(value: Any, depth: int = 5) -> bool:
 
 
 class _Unknown:
-    """A name that has no value."""
+    """The stand-in of a name without a value."""

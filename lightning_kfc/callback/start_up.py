@@ -50,7 +50,7 @@ def refuse_shared_folder(folder: str | None, folders: Sequence[str | None]) -> N
 
     Args:
         folder: The folder of one callback's report; None for no report.
-        folders: Those of all callbacks of the trainer.
+        folders: The folders of all callbacks of the trainer.
     """
     if folder is not None and folders.count(folder) > 1:
         raise ValueError(f"two KFCCallbacks have logging.report_dir={folder!r}. Give each its own folder.")
@@ -60,7 +60,7 @@ def announce(kfc: KFC, trainer: Any, pl_module: Any, *, save_factors: bool, aver
     """Log the treatment of each layer, and warnings about optimizers.
 
     Args:
-        kfc: The engine; reviews of its steps end where the model is sharded.
+        kfc: The engine; its reviews end if the model is sharded.
         trainer: The trainer.
         pl_module: The module that is trained.
         save_factors: Whether checkpoints hold factors and inverses.
@@ -137,7 +137,7 @@ def _advise(kfc: KFC, trainer: Any, pl_module: Any) -> None:
 
 
 def _planned_steps(trainer: Any) -> float:
-    """The number of optimizer steps of a fit; infinity where Lightning cannot foresee it."""
+    """The number of optimizer steps of a fit; infinity if Lightning cannot predict it."""
     try:
         steps = trainer.estimated_stepping_batches
     except MisconfigurationException:  # the number of accumulated batches changes with the epoch

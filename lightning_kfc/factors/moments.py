@@ -13,7 +13,7 @@ from lightning_kfc.factors.inverses import EighInverse, Inverse
 
 #: The decays of Adam's first and second moment.
 MOMENTUM_DECAY, SECOND_MOMENT_DECAY = 0.9, 0.95
-#: Relative to the mean root of the second moments, so that it has no unit.
+#: Adam's epsilon, relative to the mean root of the second moments, so that it has no unit.
 EPSILON = 1e-5
 
 

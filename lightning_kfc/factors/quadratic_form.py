@@ -78,7 +78,7 @@ def estimated_trace(multiply: Callable[[Tensor], Tensor], groups: int, dimension
 
 
 def inner_product(update: Tensor, gradient: Tensor) -> Tensor:
-    """Their inner product, in one pass if both are contiguous."""
+    """The inner product of two tensors, in one pass if both are contiguous."""
     if update.is_contiguous() and gradient.is_contiguous():
         return torch.dot(update.view(-1), gradient.view(-1))
     return torch.sum(update * gradient)

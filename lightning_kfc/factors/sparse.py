@@ -1,4 +1,4 @@
-"""Sparse gradients, as embeddings have them."""
+"""Sparse gradients, as of embeddings."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def _tridiagonal(matrix: Tensor, steps: int) -> Tensor:
     """Lanczos' tridiagonal matrix ``(groups, k, k)`` of a batch ``(groups, d, d)``, fully reorthogonalised."""
     groups, d, _ = matrix.shape
     k = min(steps, d)
-    # A generator of its own leaves the global random stream alone.
+    # A separate generator leaves the global random stream unchanged.
     start = torch.randn(d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     vector = (start / start.norm()).to(matrix).expand(groups, d)
     basis = [vector]

@@ -1,1 +1,1 @@
-"""Which likelihood a loss is the negative logarithm of."""
+"""The likelihoods of losses."""

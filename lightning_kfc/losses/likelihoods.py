@@ -127,7 +127,7 @@ def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class _ElementwiseLikelihood(Likelihood):
-    """Every output is a term of its own, with a scalar Fisher information."""
+    """A likelihood in which every output is one term, with a scalar Fisher information."""
 
     @abstractmethod
     def standard_deviations(self, logits: Tensor, weights: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from lightning_kfc.utilities.torch_internals import DisableTorchFunction, unseen
 def _with_the_weight_that_torch_drops(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of ``l1_loss`` with its ``weight``, which torch does not pass to a function mode.
 
-    Without the weight the recorded call would compute another loss. It is read from the frame of the call.
+    Without the weight the recorded call would compute another loss. The weight comes from the frame of the call.
     """
     code, frame = getattr(F.l1_loss, "__code__", None), inspect.currentframe()
     while frame is not None and frame.f_code is not code:
@@ -70,7 +70,7 @@ class LossRecorder(TorchFunctionMode):
         def log_prob(distribution: Any, value: Any) -> Any:
             paused, self.paused = self.paused, True
             try:
-                # Some call a loss function themselves, which would be a second term.
+                # Some distributions call a loss function, which would be a second term.
                 result = original(distribution, value)
             finally:
                 self.paused = paused

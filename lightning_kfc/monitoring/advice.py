@@ -60,7 +60,7 @@ class Facts:
             :data:`CLIPPED_STEPS` updates; empty without clipping.
         momentum: The highest momentum of an optimizer.
         fewest_rows: The rows of a step (examples times positions) of the layer with Kronecker factors that has the
-            fewest; None where that is not known.
+            fewest; None if unknown.
         layer_of_fewest_rows: The name of that layer.
     """
 
@@ -164,7 +164,7 @@ def longer_period(period: int, share: float, wanted: float) -> int:
 
 
 def many_undone_steps(facts: Facts) -> str | None:
-    """Reviews take many steps back."""
+    """Reviews undo many steps."""
     undone = facts.undone_steps
     if undone < MANY or undone < MANY_UNDONE_SHARE * facts.steps:
         return None

@@ -133,7 +133,7 @@ class History:
     A key that has reached the limit loses every second number, and takes every second one from then on.
 
     Args:
-        limit: A key has so many numbers at most, besides its last one; even.
+        limit: The largest number of numbers by key, besides the last one; even.
     """
 
     def __init__(self, limit: int = 400) -> None:
@@ -146,7 +146,7 @@ class History:
             self._series.setdefault(key, _Series()).add(step, number, self._limit)
 
     def series(self) -> dict[str, list[tuple[int, float]]]:
-        """Steps with the number then, by key, in the order in which the keys came; the last one is always there."""
+        """Steps with numbers, by key, in the order of the keys; the last number of a key is always included."""
         return {key: series.all() for key, series in self._series.items()}
 
 

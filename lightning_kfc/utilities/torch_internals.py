@@ -54,7 +54,7 @@ def dimensions_of_one_example(module: nn.InstanceNorm1d | nn.InstanceNorm2d | nn
 
 
 def plain_name(name: str) -> str:
-    """A name that is the same whether a module is compiled or not."""
+    """A module's name without the prefix of compiled modules."""
     return name.replace("_orig_mod.", "")
 
 
@@ -63,18 +63,18 @@ def plain_name(name: str) -> str:
 
 def version_of(tensor: Tensor) -> int:
     """A tensor's number of in-place writes."""
-    # A tensor made under inference mode has none, and cannot be changed outside it.
+    # A tensor of inference mode has no version, and cannot be changed outside it.
     return 0 if tensor.is_inference() else tensor._version
 
 
 def version_kept(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Put a tensor's version back when the block ends."""
+    """Restore a tensor's version at the end of the context."""
     kept: contextlib.AbstractContextManager[None] = _unsafe_preserve_version_counter(tensor)
     return kept
 
 
 def base_of(view: Tensor) -> Tensor | None:
-    """The tensor that a view was made of; None for others."""
+    """The base of a view; None for other tensors."""
     return view._base
 
 
@@ -89,7 +89,7 @@ def negated_view(tensor: Tensor) -> Tensor:
 
 
 def is_wrapped(tensor: Tensor) -> bool:
-    """Whether a tensor is one of ``torch.func``'s."""
+    """Whether a tensor belongs to a ``torch.func`` transform."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
@@ -117,7 +117,7 @@ def address_of(storage: torch.UntypedStorage) -> int:
 
 
 def weak_reference(storage: torch.UntypedStorage) -> Any:
-    """A reference that keeps a storage's address, but not its memory; to be freed."""
+    """A reference that keeps a storage's address, but not its memory, until :func:`free`."""
     return storage._weak_ref()
 
 
@@ -153,7 +153,7 @@ def saved_tensor_hooks() -> tuple[Any, Any] | None:
 
 
 def unseen_by_dispatch_modes() -> contextlib.AbstractContextManager[Any]:
-    """Keep torch dispatch modes, the user's and our own, from seeing the operations within."""
+    """Hide the operations inside the context from torch dispatch modes."""
     if torch._C._len_torch_dispatch_stack() == 0:
         return contextlib.nullcontext()
     return _disable_current_modes()
@@ -163,17 +163,17 @@ def unseen_by_dispatch_modes() -> contextlib.AbstractContextManager[Any]:
 
 
 def is_sink(node: Any) -> bool:
-    """Whether a node is the one that ``static_graph=True`` puts on what the first forward returns."""
+    """Whether a node is the sink of ``static_graph=True``, on the output of the first forward."""
     return bool(node.name() == "_DDPSinkBackward")
 
 
 def sink_waits(ddp: Any) -> bool:
-    """Whether the sink's backward does not have all gradients reduced."""
+    """Whether the sink's backward starts no reduction."""
     return bool(getattr(ddp, "_static_graph_delay_allreduce_enqueued", True))
 
 
 def set_sink_waits(ddp: Any, waits: bool) -> None:
-    """Set whether the sink's backward does not have all gradients reduced."""
+    """Set whether the sink's backward starts no reduction."""
     ddp._static_graph_delay_allreduce_enqueued = waits
 
 
@@ -181,17 +181,17 @@ def set_sink_waits(ddp: Any, waits: bool) -> None:
 
 
 def schema_of(function: Any) -> Any:
-    """The schema of an operator; None for what is made of no tensor operations, as higher-order operators are."""
+    """The schema of an operator; None for higher-order operators."""
     return function._schema if isinstance(function, torch._ops.OpOverload) else None
 
 
 def legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
-    """The reduction that two deprecated arguments of loss functions mean."""
+    """The reduction by two deprecated arguments of loss functions."""
     return str(_reduction.legacy_get_string(size_average, reduce, emit_warning=False))
 
 
 def scale_tril_of(distribution: MultivariateNormal) -> Tensor:
-    """The Cholesky factor of the covariance, in the shape in which it was given."""
+    """The Cholesky factor of the covariance, in its given shape."""
     return distribution._unbroadcasted_scale_tril
 
 
@@ -210,7 +210,7 @@ def unscales_in_step(optimizer: Optimizer) -> bool:
 
 
 def inner_schedulers(scheduler: Any) -> Sequence[Any]:
-    """The schedulers that a scheduler is made of."""
+    """The inner schedulers of a scheduler."""
     found: Sequence[Any] = getattr(scheduler, "_schedulers", ())
     return found
 
