@@ -64,6 +64,6 @@ def _link(app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Link what no page of ours documents."""
+    """Link names that no page of this documentation has."""
     app.connect("missing-reference", _link)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

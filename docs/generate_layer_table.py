@@ -1,8 +1,8 @@
-"""Writes ``layers.md``: every kind of layer that has an adapter, and how it is treated with each of its options.
+"""Write ``layers.md``: the treatment of every kind of layer that has an adapter, with each of its options.
 
     python docs/generate_layer_table.py
 
-The layers are those of the registry, so that a new adapter shows at once; ``layer_cases.py`` holds what it says.
+The layers are those of the registry, so that no adapter can be missing; ``layer_cases.py`` holds the texts.
 """
 
 from __future__ import annotations
@@ -15,21 +15,20 @@ from lightning_kfc.layers.registry import registered_adapters
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-from layer_cases import CASES  # noqa: E402 (it lies beside this file)
+from layer_cases import CASES  # noqa: E402 (from this folder)
 
 HEAD = """\
 <!-- Made by generate_layer_table.py; do not edit. -->
 # Layers
 
-How the parameters of each kind of layer are treated. `kfc.coverage()` says the same of your model, parameter by
-parameter.
+The treatment of the parameters of each kind of layer. `kfc.coverage()` lists it for each parameter of your model.
 
-- **exact**: the recorded rows rebuild the gradient exactly, and the curvature equals the layer's block of the Fisher
-  matrix in the case that is named; elsewhere it is the approximation that the paper makes.
-- **approximate**: the curvature is a rougher one, as said. *Diagonal*: the Fisher's diagonal alone.
-- **plain**: no curvature; the gradient stays as it is.
+- **exact**: the recorded rows rebuild the gradient exactly. The curvature equals the layer's block of the Fisher matrix
+  in the named case, and is the paper's approximation in other cases.
+- **approximate**: a rougher curvature, as described. *Diagonal*: the Fisher's diagonal alone.
+- **plain**: no curvature; the gradient stays unchanged.
 
-The numbers in the last column are those of the tests that show it, which are listed below the table.
+The numbers in the last column are those of the tests below the table.
 
 | Layer | Options | | How | Tests |
 |---|---|---|---|---|
@@ -38,8 +37,8 @@ The numbers in the last column are those of the tests that show it, which are li
 TAIL = '''
 ## Layers of your own
 
-A layer that no adapter serves trains all the same: each of its parameters gets a diagonal curvature, and the coverage
-says why. With an adapter it gets its own factors. Two methods are enough for a layer with a weight and a bias:
+Each parameter of a layer without an adapter gets a diagonal curvature, with the reason in the coverage. With an adapter
+the layer gets its own factors. Two methods are enough for a layer with a weight and a bias:
 
 ```python
 from torch import nn
@@ -90,15 +89,15 @@ class UnitNormAdapter(ScaleShiftAdapter):
         return F.normalize(input, dim=-1)
 ```
 
-The first step compares what the rows rebuild with autograd's gradient, and stops with an error where they differ. A
-subclass with a `forward` of its own is not served by its base class's adapter, since it computes something
-else; where its rows are the same after all, register that adapter for it too. A later registration for a class replaces
-the earlier one, also of the built-in ones.
+The first step compares the gradient from the rows with that of autograd, and raises an error if they differ. A subclass
+with its own `forward` does not get its base class's adapter, since it computes something else; if its rows are the
+same, register the adapter for the subclass too. A later registration for a class replaces the earlier one, also a
+built-in one.
 '''
 
 
 class Table:
-    """The lines of the table, and the tests that they name, numbered in the order in which they come up."""
+    """The lines of the table, and their tests, numbered in the order of their occurrence."""
 
     def __init__(self) -> None:
         self.tests: dict[str, int] = {}
@@ -110,7 +109,7 @@ class Table:
 
     def _add(self, adapter: type[Adapter], layer: str) -> None:
         if adapter.__name__ not in CASES:
-            raise SystemExit(f"docs/layer_cases.py says nothing of {adapter.__name__}.")
+            raise SystemExit(f"docs/layer_cases.py has no entry for {adapter.__name__}.")
         for case in CASES[adapter.__name__]:
             numbers = sorted({self.tests.setdefault(test, len(self.tests) + 1) for test in case.tests})
             cells = (layer, case.options, case.verdict, case.how, ", ".join(map(str, numbers)))

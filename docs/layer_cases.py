@@ -1,7 +1,7 @@
-"""What the table of layers says of each adapter; ``generate_layer_table.py`` makes the table, and a test checks it.
+"""The texts of the table of layers; ``generate_layer_table.py`` makes the table, and a test checks it.
 
 ``exact``: the rows rebuild the gradient, and there is a case in which the curvature equals the dense Fisher matrix.
-``approximate``: the curvature is a rougher one, as said. ``plain``: there is none; the gradient stays as it is.
+``approximate``: a rougher curvature. ``plain``: no curvature; the gradient stays unchanged.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class Case(NamedTuple):
-    """A line of the table: options or uses of a layer, and how it is treated with them."""
+    """A line of the table: options or uses of a layer, with the treatment."""
 
     options: str
     verdict: str
@@ -385,7 +385,7 @@ CASES: dict[str, list[Case]] = {
         Case(
             "in `exclude`, or not in `include`",
             "plain",
-            "as asked for",
+            "as configured",
             _in("curvature/test_coverage.py", "every_row_names_its_kind_treatment_and_factor_shapes"),
         ),
     ],

@@ -2,7 +2,7 @@ r"""Formulas as MathML, which browsers draw by themselves: the pages need no scr
 
 Sphinx's own renderer loads MathJax from another host, and an image of each formula would neither scale nor be read out.
 This one converts at build time (latex2mathml). ``\tag{E1}`` becomes a number at the right margin. A command that the
-converter does not know fails the build, as the browser would show its name.
+converter lacks fails the build, since the browser would show its name.
 """
 
 from __future__ import annotations
