@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-fast coverage lint types docs examples dist oldest newest check clean help
+.PHONY: demo test test-fast coverage lint types docs links examples dist oldest newest check clean help
 
 help:
 	@echo "make demo      install, and train on 5,000 real MNIST digits with SGD, AdamW and KFC"
@@ -16,6 +16,7 @@ help:
 	@echo "make lint      ruff and the import contract"
 	@echo "make types     mypy"
 	@echo "make docs      build the documentation into docs/_build/html"
+	@echo "make links     open every link of the documentation to another site"
 	@echo "make examples  run every example"
 	@echo "make dist      build sdist and wheel into dist/, and try the wheel in an environment of its own"
 	@echo "make oldest    the tests on the oldest supported torch and lightning, in .venv-oldest"
@@ -50,6 +51,10 @@ types: $(VENV)/installed
 docs: $(VENV)/installed
 	@echo "==> Building the documentation"
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
+
+links: $(VENV)/installed
+	@echo "==> Checking the links of the documentation to other sites"
+	$(BIN)/sphinx-build -q -W --keep-going -b linkcheck docs docs/_build/links
 
 examples: $(VENV)/installed
 	@echo "==> Running every example"

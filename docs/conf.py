@@ -49,6 +49,10 @@ html_show_sphinx = False
 copybutton_exclude = ".linenos, .gp, .go"
 copybutton_selector = "div:not(.highlight-text) > div.highlight > pre"
 
+# `make links` opens what is on other sites.
+linkcheck_retries = 3
+linkcheck_timeout = 30
+
 # Every reference leads somewhere, but for the types of what the engine hands from one part to the next.
 nitpicky = True
 nitpick_ignore = [

@@ -98,5 +98,17 @@ def test_workflows_call_targets_of_the_makefile_that_exist() -> None:
             for step in job["steps"]:
                 called |= set(re.findall(r"^make ([a-z]+)", step.get("run", "")))
     called |= set(workflow("tests")["jobs"]["versions"]["strategy"]["matrix"]["versions"])
-    assert called == {"dist", "docs", "oldest", "newest"}
+    assert called == {"dist", "docs", "links", "oldest", "newest"}
     assert called <= targets
+
+
+def test_every_link_to_another_site_is_on_a_page_whose_links_are_checked() -> None:
+    def external(text: str) -> set[str]:
+        return set(re.findall(r"https?://[^\s<>()\"'`]+[^\s<>()\"'`.,]", text))
+
+    # The changelog is a page.
+    pages = [*(ROOT / "docs").rglob("*.md"), ROOT / "CHANGELOG.md"]
+    checked = {link for page in pages for link in external(page.read_text("utf-8"))}
+    for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CITATION.cff", "pyproject.toml"):
+        links = {x for x in external((ROOT / name).read_text("utf-8")) if "//img.shields.io/badge/" not in x}
+        assert links <= checked, name
