@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import json
 import pkgutil
 import re
 import sys
@@ -268,3 +269,29 @@ def test_readme_and_first_page_show_the_same_ten_lines() -> None:
     )
     assert first == second
     assert len([line for line in first.splitlines() if line]) <= 10
+
+
+@pytest.mark.parametrize("name", ["tutorial_classify", "tutorial_layer", "tutorial_ranks"])
+def test_each_tutorial_is_a_notebook_with_the_page_s_cells_and_what_they_print(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The page's own test runs its blocks, and compares the texts with what they print.
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import generate_notebooks as generator
+
+    path = generator.NOTEBOOKS / f"{name}.ipynb"
+    found = json.loads(path.read_text("utf-8"))
+    code = [cell for cell in found["cells"] if cell["cell_type"] == "code"]
+    outputs = ["".join(text for output in cell["outputs"] for text in output["text"]) for cell in code]
+    assert found == generator.notebook(name, outputs), "run: python docs/generate_notebooks.py"
+    page = (ROOT / "docs" / f"{name}.md").read_text("utf-8")
+    python = [block.code for block in blocks(ROOT / "docs" / f"{name}.md") if block.language == "python"]
+    assert ["".join(cell["source"]) + "\n" for cell in code] == python
+    texts = [block.code for block in blocks(ROOT / "docs" / f"{name}.md") if block.language == "text"]
+    printed = [output for output in outputs if output]
+    assert len(printed) == len(texts)
+    for text, output in zip(texts, printed, strict=True):
+        assert_shown(text, output, name)
+    markdown = "".join(line for cell in found["cells"] if cell["cell_type"] == "markdown" for line in cell["source"])
+    assert ".md" not in markdown
+    assert f"<notebooks/{name}.ipynb>" in page
