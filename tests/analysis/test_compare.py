@@ -1,4 +1,4 @@
-"""The comparison says what dense matrices say, and finds no error where there is none."""
+"""The comparison equals that of dense matrices, and has no error for exact approximations."""
 
 from __future__ import annotations
 

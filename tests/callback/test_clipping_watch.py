@@ -1,4 +1,4 @@
-"""What clipping leaves of updates is measured by its effect, and advised on in the course of a run, once."""
+"""The effect of clipping on updates is measured, and one advice is logged during a run."""
 
 from __future__ import annotations
 

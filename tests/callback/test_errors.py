@@ -1,4 +1,4 @@
-"""What cannot work is refused before the first optimizer step, naming the thing, the value and the way out.
+"""Errors before the first optimizer step name the thing, the value and the way out.
 
 From that step on a loss may look like anything: training goes on, and what cannot be used is counted and said once.
 """
@@ -195,7 +195,7 @@ def counted(callback):
 
 
 def warned_fit(callback, module, match, **options):
-    """Fit, with one warning of ours, which says that what follows is only counted."""
+    """Fit with one warning of the callback, after which events are only counted."""
     with pytest.warns(UserWarning, match=match) as said:
         trainer(callback, **options).fit(module, loader(vectors(24)))
     (ours,) = {str(w.message) for w in said if "KFC" in str(w.message)}
@@ -277,7 +277,7 @@ def test_logits_of_a_module_that_is_taken_away_are_counted_and_said_once():
 
 
 class Fragile(nn.Linear):
-    """A layer whose adapter raises when it is told to."""
+    """A layer whose adapter raises on demand."""
 
     raising = ""
 

@@ -36,7 +36,7 @@ pytestmark = QUIET
 
 
 def leftovers(fitted, module) -> list[str]:
-    """What a callback could have left behind."""
+    """The possible remains of a callback."""
     found = [f"plugin: {name}" for name in vars(fitted.precision_plugin) if name == "train_step_context"]
     for name, part in module.named_modules():
         found += [

@@ -1,4 +1,4 @@
-"""What Lightning does not promise to keep is there, and means what it is taken for."""
+"""The private names of Lightning exist, with the assumed meaning."""
 
 from __future__ import annotations
 

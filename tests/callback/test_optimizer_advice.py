@@ -1,4 +1,4 @@
-"""Warnings about the optimizer beside the callback: of what works against the method, and of nothing else."""
+"""Warnings about optimizers that work against the method, and no others."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Make = Callable[[list[nn.Parameter]], Optimizer]
 
 
 class Lion(SGD):
-    """Of another package: told by its ``betas``."""
+    """An optimizer of another package, recognised by its ``betas``."""
 
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters, lr=1e-4)

@@ -1,4 +1,4 @@
-"""The optimizer's own features beside the callback: schedules tuned for SGD, weight decay, averages of the weights."""
+"""The optimizer's own features with the callback: schedules tuned for SGD, weight decay, averages of the weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reviews of steps under Lightning: the run does not notice them, and where they cannot be made the user is told."""
+"""Reviews of steps under Lightning do not change the run, and a message reports their end."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_run_does_not_notice_its_reviews(tmp_path, monkeypatch, options):
 
 
 def _columns(rows: str, names: tuple[str, ...]) -> list[list[str]]:
-    """What the user's own metrics were in a CSV log, empty rows left out."""
+    """The user's own metrics in a CSV log, without empty rows."""
     lines = [line.split(",") for line in rows.splitlines()]
     places = [lines[0].index(name) for name in names]
     found = [[line[place] for place in places] for line in lines]

@@ -1,4 +1,4 @@
-"""State: a resumed run is the uninterrupted one bit for bit, and what a checkpoint lacks is said."""
+"""A resumed run equals the uninterrupted one bit for bit, and missing parts of a checkpoint are reported."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def seen(kind: str, mode: str, folder: Path, *callbacks: pl.Callback, lead: Seen
 
 
 def differences(kind: str, mode: str, folder: Path, *callbacks: pl.Callback) -> list[str]:
-    """What a training with callbacks shows that one without them does not."""
+    """The differences between trainings with and without callbacks."""
     found = seen(kind, mode, folder / "with", *callbacks)
     expected = seen(kind, mode, folder / "without", lead=found)
     assert expected.steps.calls == list(range(BATCHES))
@@ -145,7 +145,7 @@ class Continues(Learner):
 
 
 class Contrasts(Learner):
-    """Tells two noisy views of an example from a queue of others, by a net and a slower one."""
+    """Contrasts two noisy views of an example with a queue of others, by a net and its slow average."""
 
     def __init__(self) -> None:
         super().__init__()

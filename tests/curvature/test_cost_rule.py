@@ -1,4 +1,4 @@
-"""The form of a layer's factors by what they cost beside its own forward and backward, chosen from shapes alone."""
+"""The form of a layer's factors, chosen from shapes by their cost relative to the layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an engine holds in memory, measured: every tensor that can be reached from it."""
+"""The memory of an engine: every reachable tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Modules, parameters and optimizers that change during a fit: what is new is found and preconditioned, and said once.
+"""Modules, parameters and optimizers that change during a fit: new ones are preconditioned, with one message.
 
 What is known of all other layers stays, and nothing raises, at the end of the fit neither.
 """
@@ -59,7 +59,7 @@ class Spy:
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
-    """The lines that tell of changes."""
+    """The lines about changes."""
     with caplog.at_level(logging.INFO):
         yield lambda: [r.getMessage() for r in caplog.records if "have changed" in r.getMessage()]
 
@@ -83,7 +83,7 @@ def treatments(kfc: KFC) -> dict[str, tuple[str, str]]:
 
 
 class Adapted(Classifier):
-    """Another layer beside the net, from some hook on."""
+    """Another layer of the net, from some hook on."""
 
     def __init__(self, hook: str, epoch: int = 0) -> None:
         super().__init__(dense_net())

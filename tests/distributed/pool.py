@@ -38,7 +38,7 @@ def context() -> Any:
 
 
 def prepare_rank(rank: int, size: int, port: int) -> None:
-    """What a launcher would set, so that Trainers take this process for one of theirs, and start no others."""
+    """Set the environment of a launcher, so that Trainers start no processes."""
     import torch
 
     torch.set_num_threads(1)
@@ -86,7 +86,7 @@ class Ranks:
         self._pipes: list[Any] = []
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What a function of a module returns on each rank.
+        """A function's results on each rank.
 
         Raises:
             AssertionError: With the traceback of the first rank that failed, or did not end in time. The others may

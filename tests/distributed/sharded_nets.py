@@ -1,4 +1,4 @@
-"""Modules that shard themselves in ``configure_model``, as ModelParallelStrategy asks."""
+"""Modules that shard themselves in ``configure_model``, for ModelParallelStrategy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Averaged weights on several ranks: all hold the same, and sharded ones are left alone, which is said."""
+"""Averaged weights are equal on all ranks; sharded weights are not averaged, with a message."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def averaged(values: list[Tensor], decay: float = 0.9) -> Tensor:
 
 
 def validated() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What a rank has validated, and what by its own record that should have been."""
+    """The validated weights of a rank, and the weights that its own record requires."""
     module = Seen()
     used = trainer(
         KFCCallback(**{**EXACT, "kl_clip": 0.03}),

@@ -64,7 +64,7 @@ def arguments(
     ddp: dict[str, Any] | None = None,
     options: dict[str, Any] | None = None,
 ) -> tuple[Any, ...]:
-    """Those of :func:`on_a_rank`, with defaults."""
+    """The arguments of :func:`on_a_rank`, with defaults."""
     return make, examples, batch_size, kfc or {}, ddp or {}, options or {}
 
 

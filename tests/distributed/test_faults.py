@@ -1,4 +1,4 @@
-"""What goes wrong on one rank ends on all of them, with an error that says what to do: nothing waits forever."""
+"""An error on one rank ends all ranks with an error that names the way out; no rank waits forever."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_ranks_that_disagree_are_told_on_what_before_the_first_step(
 
 
 def meanwhile(train: Callable[[], None], rank: int, size: int, port: int, answer: Any) -> None:
-    """Train on one rank of a group with a short timeout, and tell how that ended."""
+    """Train on one rank of a group with a short timeout, and return the outcome."""
     prepare_rank(rank, size, port)
     address, timeout = f"tcp://127.0.0.1:{port}", timedelta(seconds=TIMEOUT)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=size, timeout=timeout)
@@ -147,7 +147,7 @@ def test_a_rank_that_is_gone_ends_the_others_with_an_error(train: Callable[[], N
 
 
 class PretendedAccelerator(CUDAAccelerator):
-    """As far as Lightning asks before callbacks are set up, a machine with two devices."""
+    """A machine with two devices, for Lightning before the setup of callbacks."""
 
     @staticmethod
     def parse_devices(devices: Any) -> list[int]:

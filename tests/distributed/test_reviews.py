@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
 
 
 class Contrastive(Net):
-    """Tells its own examples from those of all ranks, whose features are gathered."""
+    """Contrasts its own examples with those of all ranks, whose features are gathered."""
 
     def training_step(self, batch: Any, index: int) -> Tensor:
         return self.loss_of(batch[0])

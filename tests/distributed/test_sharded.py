@@ -66,7 +66,7 @@ def compare(
     kfc: dict[str, Any] | None = None,
     options: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """What the ranks hold; their weights must be those of one rank."""
+    """The state of the ranks, whose weights must be those of one rank."""
     kfc, options = kfc or {}, options or {}
     results = ranks.run(train, kind, data, tensor, kfc, options)
     reference = plain_tensor_parallel_net if kind is TensorParallel else plain_net

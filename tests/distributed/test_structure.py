@@ -24,7 +24,7 @@ ROUNDING = 1e-9
 
 
 class Swapped(Net):
-    """Another head takes part from the second epoch on; DDP, which knows no later parameters, has it from the start."""
+    """Another head takes part from the second epoch on; DDP, which ignores later parameters, has it from the start."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def test_two_ranks_find_a_new_layer_and_end_where_one_rank_ends(two_ranks: Ranks
 
 
 def plain_steps(broken: str, bad_rank: int) -> tuple[list[dict[str, Tensor]], dict[str, int], list[str]]:
-    """The factors after each of 4 steps, the third of which goes wrong on one rank; what was counted, and said."""
+    """The factors after each of 4 steps, the third of which fails on one rank; counts and messages."""
     rank = dist.get_rank()
     net = Net().net
     x, y = images(16, seed=rank).tensors

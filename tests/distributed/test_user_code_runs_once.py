@@ -42,7 +42,7 @@ TALKATIVE = ["GathersCounts", "ReducesInItsOwnGroup"]
 
 
 def differences_on_a_rank(kinds: list[str], rows_more: int) -> dict[str, list[str]]:
-    """What trainings with the callback show that those without it do not, where rank 1 has larger batches."""
+    """The differences between trainings with and without the callback, with larger batches on rank 1."""
     rank = dist.get_rank()
 
     def seen(kind: str, folder: Path, *callbacks: KFCCallback, lead: Seen | None = None) -> Seen:

@@ -94,7 +94,7 @@ class Training(L.LightningModule):
 
 
 def volumes() -> TensorDataset:
-    """Noisy blocks of ones, to be told from their surroundings."""
+    """Noisy blocks of ones, for segmentation."""
     target = torch.zeros(32, 6, 6, 6, dtype=torch.long)
     for i, (a, b, c) in enumerate(torch.randint(0, 4, (32, 3)).tolist()):
         target[i, a : a + 3, b : b + 3, c : c + 3] = 1

@@ -162,7 +162,7 @@ class Spectral(nn.Module):
 
 
 class LoRA(nn.Module):
-    """A frozen layer and two small ones beside it."""
+    """A frozen layer plus two small ones."""
 
     def __init__(self) -> None:
         super().__init__()

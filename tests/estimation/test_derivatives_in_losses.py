@@ -1,4 +1,4 @@
-"""Losses that hold derivatives of the network train; layers whose weights these use get a diagonal, said once."""
+"""Losses with derivatives of the network train; layers whose weights these use get a diagonal, with one message."""
 
 from __future__ import annotations
 

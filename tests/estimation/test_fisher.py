@@ -1,4 +1,4 @@
-"""Whose targets: Monte-Carlo factors converge to the exact ones, the empirical ones are another matrix."""
+"""Monte-Carlo factors converge to the exact ones; empirical factors are another matrix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recognised terms keep their curvature beside others, whose part of the gradient brings an empirical Fisher matrix.
+"""Recognised terms keep their curvature; the rest of the gradient adds an empirical Fisher matrix.
 
 Every matrix is held against one that is built here: JᵀHJ of the recognised terms, H by autograd, and the second moment
 of the rest's derivatives by each example.

@@ -172,7 +172,7 @@ class _ForgetsTheFactor(Adapter):
 
 
 class RightlyAdapted(Scaled):
-    """Served by an adapter that knows of the factor 3."""
+    """A layer whose adapter includes the factor 3."""
 
 
 @register_adapter(RightlyAdapted)

@@ -110,6 +110,6 @@ def weights(module: nn.Module) -> Tensor:
 
 
 def hooks_of(model: nn.Module) -> list[str]:
-    """What is attached to a model's modules, by name."""
+    """The hooks on a model's modules, by name."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return [f"{name}.{kind}" for name, m in model.named_modules() for kind in kinds if getattr(m, kind, None)]

@@ -70,7 +70,7 @@ class Impure(pl.LightningModule):
         return F.cross_entropy(self.net(x), y)
 
     def elsewhere(self) -> Any:
-        """What the step changes outside of the module and its folder."""
+        """The changes by the step outside of the module and its folder."""
 
     def pack(self, x: Tensor, y: Tensor) -> Any:
         """The batch."""
@@ -97,7 +97,7 @@ class Impure(pl.LightningModule):
 
 
 class Batches:
-    """Batches that are drawn from the global random stream as they are asked for."""
+    """Batches that are drawn from the global random stream on demand."""
 
     def __init__(self, module: Impure, count: int, rows: int = ROWS) -> None:
         self.module, self.count, self.rows = module, count, rows
@@ -774,7 +774,7 @@ class WritesIntoItsBuffers(Impure):
 
 
 class PerturbsItsWeights(Impure):
-    """Looks at its loss beside its weights, too."""
+    """Reads its loss and its weights."""
 
     def step(self, x: Tensor, y: Tensor) -> Output:
         noise = [0.01 * torch.randn_like(parameter) for parameter in self.net.parameters()]
@@ -882,7 +882,7 @@ class TeachesByAveragedModel(Teaching):
 
 
 class TeachesByCopies(Teaching):
-    """The teacher is the net of the step before, in a list that no module knows of."""
+    """The teacher is the net of the step before, in a list outside of all modules."""
 
     def start(self) -> None:
         self._copies: list[Any] = [None, copy.deepcopy(self.net).requires_grad_(False)]

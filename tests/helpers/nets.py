@@ -39,7 +39,7 @@ def small_conv_net() -> nn.Sequential:
 
 
 def engine(model: nn.Module, **settings: Any) -> KFC:
-    """A KFC that takes exact statistics at every step, unless told otherwise."""
+    """A KFC with exact statistics at every step by default."""
     defaults: dict[str, Any] = {
         "fisher": "exact",
         "factor_every_n_steps": 1,

@@ -377,7 +377,7 @@ _WHOLE = (nn.Module, types.FunctionType, pathlib.PurePath, weakref.WeakSet, weak
 
 @dataclass(frozen=True)
 class Seen:
-    """What a training has shown.
+    """The visible results of a training.
 
     Attributes:
         pictures: Of the module, the batch, what was logged, files and random streams, by the time of each.
@@ -392,7 +392,7 @@ class Seen:
     left: list[str]
 
     def differences(self, expected: Seen, rounding: float = 0.0) -> list[str]:
-        """What is not as in another training; empty where all is."""
+        """The differences to another training; empty if there are none."""
         found = [f"left on the module: {hook}" for hook in self.left]
         for time, seen in self.pictures.items():
             if (difference := first_difference(seen, expected.pictures[time], rounding)) is not None:

@@ -109,7 +109,7 @@ def test_a_transposed_linear_gets_the_transpose_of_the_linear_s_update() -> None
 
 
 class LowRank(nn.Module):
-    """A LoRA-style wrapped Linear: the frozen layer, and the product of two small ones beside it."""
+    """A LoRA-style wrapped Linear: the frozen layer plus the product of two small ones."""
 
     def __init__(self, base: nn.Linear, rank: int) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ def test_a_low_rank_adapted_linear_trains_only_its_two_factors() -> None:
 
 
 class SequenceFirst(nn.Module):
-    """A user's own module on (sequence, batch, features), which says so in torch's way, or does not."""
+    """A user's own module on (sequence, batch, features), with or without torch's ``batch_first``."""
 
     def __init__(self, batch_first: bool | None) -> None:
         super().__init__()

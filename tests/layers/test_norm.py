@@ -232,7 +232,7 @@ def test_a_batch_norm_above_another_leaves_out_the_products_between_examples() -
 
 
 class SyncBatchNorm(torch.autograd.Function):
-    """What torch's synchronised batch norm saves; it runs on accelerators only, so its two ranks are acted out here."""
+    """The tensors that torch's synchronised batch norm, which needs accelerators, saves on two simulated ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, other: Tensor, eps: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Losses as people write them: each trains with one line that says where its curvature comes from, and no warning."""
+"""Common losses: each trains with one line that names the sources of its curvature, and no warning."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def assert_is_the_hessian(loss: Loss, at: Tensor, *, vector_is_a_batch: bool = F
 
 
 def combined(terms: Tensor, how: str) -> Tensor:
-    """What users do with reduction='none'."""
+    """Uses of reduction='none'."""
     if how == "mean":
         return terms.mean()
     if how == "sum":
@@ -392,7 +392,7 @@ UNKNOWN: dict[str, Loss] = {
 
 
 def sources(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """The lines that say what curvature came from."""
+    """The lines that name the sources of curvature."""
     return [record.getMessage() for record in caplog.records if "curvature from" in record.getMessage()]
 
 

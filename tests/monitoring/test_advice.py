@@ -1,4 +1,4 @@
-"""Each rule speaks on a run built to trigger it, is silent on one beside it, and keeps to its thresholds."""
+"""Each rule returns advice on a run built to trigger it, none on a similar run, and keeps its thresholds."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_nothing_is_said_of_a_training_that_goes_well() -> None:
 
 
 def advice(callback: KFCCallback, module: Classifier | None = None, *, steps: int = 110, **options: Any) -> list[str]:
-    """What a training gives occasion to say."""
+    """The advice of a training."""
     torch.manual_seed(1)
     module = Classifier(dense_net()) if module is None else module
     given: list[str] = []

@@ -1,4 +1,4 @@
-"""How the folders of `benchmarks/` hang together."""
+"""The dependencies of the folders of `benchmarks/`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Benchmarks that exchange a part of the engine, or drive one, do what they say."""
+"""Benchmarks that replace or drive a part of the engine work as documented."""
 
 from __future__ import annotations
 

@@ -342,7 +342,7 @@ def test_photographs_behind_held_out_digits_are_not_those_behind_the_others() ->
 
 
 def small_classification() -> Task:
-    """Which of two rows of an image is brighter, for a net with a convolution, a matrix and biases."""
+    """The brighter of two rows of an image, for a net with a convolution, a matrix and biases."""
 
     def model() -> nn.Module:
         return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))

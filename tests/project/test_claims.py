@@ -1,4 +1,4 @@
-"""The README's table is what the records of the contests say."""
+"""The README's table equals the records of the contests."""
 
 from __future__ import annotations
 

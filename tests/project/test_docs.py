@@ -1,4 +1,4 @@
-"""The documentation says what the package does: its code runs, its outputs and tables are the real ones.
+"""The documentation matches the package: its code runs, its outputs and tables are the real ones.
 
 Marks in HTML comments, which readers do not see, say more about the block that follows:
 
@@ -95,7 +95,7 @@ def raised_by(code: CodeType, namespace: dict[str, Any]) -> Exception | None:
 
 @contextlib.contextmanager
 def lightning_silenced() -> Iterator[None]:
-    """Without what Lightning says of toy data (no workers, few batches) and of its own use of its dependencies."""
+    """Without Lightning's warnings about toy data (no workers, few batches) and its own dependencies."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers")
         warnings.filterwarnings("ignore", message=".*smaller than the logging interval")

@@ -1,4 +1,4 @@
-"""The benchmark of evaluation mode measures what it says, on a network whose statistics are known."""
+"""The benchmark of evaluation mode is correct on a network with known statistics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What makes the pages: the scripts behind their numbers, and what is done to their HTML."""
+"""The scripts behind the pages: their numbers and their HTML."""
 
 from __future__ import annotations
 

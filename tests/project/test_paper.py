@@ -58,7 +58,7 @@ def python2_pickle(thing: Any) -> bytes:
 
 
 def small_cifar(per_file: int = 12) -> dict[str, dict[bytes, Any]]:
-    """By file, what an official file holds, on fewer images; two kinds of images can be told apart."""
+    """The content of the official files, by file, with fewer images of two distinct kinds."""
     random = np.random.default_rng(0)
     found: dict[str, dict[bytes, Any]] = {}
     for name in archives.CIFAR_FILES:
@@ -143,7 +143,7 @@ def test_what_is_missing_is_named_with_its_official_page(tmp_path: Path) -> None
 
 
 class Runs:
-    """What an unrestricted unpickler would call."""
+    """A function that an unrestricted unpickler would call."""
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
         return eval, ("1 / 0",)

@@ -1,4 +1,4 @@
-"""What torch does not promise to keep is named in one file, and means there what it is taken for."""
+"""The private names of torch are in one file, and have the assumed meaning."""
 
 from __future__ import annotations
 

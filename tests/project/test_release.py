@@ -1,4 +1,4 @@
-"""What is released: one version, minimums that are tested, and a wheel that runs by itself."""
+"""The release: one version, tested minimums, and a wheel that runs by itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The numbers are what they are said to be, reach loggers, and change nothing."""
+"""The numbers match their definitions, reach loggers, and change nothing."""
 
 from __future__ import annotations
 

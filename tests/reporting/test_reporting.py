@@ -1,4 +1,4 @@
-"""Pictures reach loggers and files, and the report says what happened; the training does not notice."""
+"""Pictures reach loggers and files, and the report matches the training, which does not change."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def train(callback: KFCCallback, module: Classifier | None = None, *, steps: int
 
 @contextlib.contextmanager
 def watchers(callback: KFCCallback) -> Iterator[list[tuple[int, MapWatcher]]]:
-    """Those that are attached inside, each with the step."""
+    """The attached watchers, each with the step."""
     found: list[tuple[int, MapWatcher]] = []
     attach = MapWatcher.attach
 

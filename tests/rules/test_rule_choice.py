@@ -1,4 +1,4 @@
-"""Which rule "auto" becomes, and that what is chosen is said."""
+"""The choice of the rule for "auto", with its message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which step of the period belongs to which layer is a pure function, and no step is dearer than it must be."""
+"""The offset of each layer is a pure function, and no step is more expensive than necessary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is due when, and values that move over the steps."""
+"""Dates of refreshes, and values that change over the steps."""
 
 from __future__ import annotations
 

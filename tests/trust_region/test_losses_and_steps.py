@@ -278,7 +278,7 @@ WRAPPED: dict[str, Any] = {
 def test_wrapped_optimizers_count_one_step_a_batch_and_end_where_they_want(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No review moves the weights of an optimizer that has weights of its own beside them."""
+    """No review moves the weights of an optimizer that holds further weights."""
     module, callback = Regression(0.3, lambda p, lr: WRAPPED[name](p, lr)), KFCCallback()
     inputs, targets = vectors(16).tensors
     start = float(F.cross_entropy(module(inputs), targets).detach())
