@@ -74,10 +74,8 @@ class RefreshTiming:
     """The dates of inverses within their period, later periods, and the bound on the overhead.
 
     Args:
-        later_periods: The factor on both periods from step 100 on, where curvature moves slowly; 1 for none.
-            Periods that are "auto" do not grow.
-        stagger_inverses: Whether, after the warm-up, layers refresh their inverses at different steps of the period, so
-            that no step refreshes all inverses.
+        later_periods: The factor on both periods from step 100 on, unless they are "auto"; 1 for none.
+        stagger_inverses: Whether layers refresh their inverses at different steps of the period after the warm-up.
         max_overhead: The largest mean overhead of a step, as a share of its time, for a period that is "auto".
 
     Raises:
@@ -101,10 +99,8 @@ class Precision:
     """The precision of inverses, and of statistics sent between ranks. Factorisations are in float32 or better.
 
     Args:
-        inverses: The precision of inverses and of their products. "full"; or, with inverse "cholesky", "bfloat16", at
-            half the memory, and faster on hardware that supports it.
-        reduction: The precision of statistics between ranks. "full"; or "bfloat16" at half the bytes, with rounded
-            statistics summed in float32.
+        inverses: Of inverses and their products: "full"; or, with inverse "cholesky", "bfloat16" at half the memory.
+        reduction: Of statistics between ranks: "full"; or "bfloat16" at half the bytes, summed in float32.
 
     Raises:
         ValueError: If a value is none of these.
@@ -152,45 +148,39 @@ class Settings:
     r"""All options of :class:`~lightning_kfc.KFC`; E4 to E7 are equations of Grosse & Martens 2016, arXiv:1602.01407.
 
     Args:
-        damping: :math:`\lambda` of E4, in the units of the Fisher matrix of the loss; a number, or a function of
-            the step such as :class:`~lightning_kfc.ExponentialSchedule`; ``"auto"`` is a share of the
-            loss, in units of each layer's weights (``lightning_kfc.trust_region.region``).
+        damping: :math:`\lambda` of E4, in units of the Fisher matrix of the loss: a number; a function of the step; or
+            ``"auto"``, a share of the loss in units of each layer's weights (``lightning_kfc.trust_region.region``).
         fisher: The targets of the curvature: ``"mc"``: one sample per term from the model's distribution; ``"exact"``:
             all outcomes, with one back-propagation each; ``"empirical"``: the targets of the data.
         likelihood: The likelihood whose negative logarithm is the loss. ``"auto"`` recognises it from the called loss
             functions, and uses the empirical Fisher of a loss without a recognised term; ``"categorical"``,
-            ``"bernoulli"`` and ``"gaussian"`` keep only terms of this kind; for other losses, a
-            :class:`~lightning_kfc.losses.likelihoods.Likelihood` with ``output_of`` names the module whose output is
-            the logits.
-        factor_every_n_steps: Optimizer steps between statistics (the paper's T_cov). ``"auto"``: chosen
-            soon after the warm-up from measured times, to keep to ``timing.max_overhead``.
+            ``"bernoulli"`` and ``"gaussian"`` keep only terms of this kind; for other losses, an instance of
+            :class:`~lightning_kfc.losses.likelihoods.Likelihood` names the module of the logits (``output_of``).
+        factor_every_n_steps: Optimizer steps between statistics (the paper's T_cov). ``"auto"``: chosen soon after the
+            warm-up from measured times, within ``timing.max_overhead``.
         inverse_every_n_steps: Optimizer steps between refreshes of inverses (the paper's T_inv), or ``"auto"``.
         warmup_steps: The number of first optimizer steps that all take statistics.
         ema_decay: :math:`\rho`, the decay of the factors' zero-debiased running averages, at least 0, below 1.
         kl_clip: :math:`\kappa` of E7, the bound on the squared norm of a step in the Fisher metric; ``"auto"`` is set
             by :meth:`~lightning_kfc.KFC.review`; None for no bound.
         inverse: The inverse of damped factors: ``"cholesky"`` (E4, E5: damping split over both factors);
-            ``"eigh"`` (E6: exact damping of the present step); ``"ekfac"``: E6 with the running second moments of
-            the examples' gradients as eigenvalues (George et al. 2018). EKFAC keeps the layers' inputs and the
-            derivatives at their outputs through the backward of steps that refresh inverses.
+            ``"eigh"`` (E6: exact damping of the present step); ``"ekfac"``: E6 with the running second moments of the
+            examples' gradients as eigenvalues (George et al. 2018), which keeps the layers' inputs and output
+            derivatives through the backward of steps that refresh inverses.
         rule: The update from gradients and inverses: ``"natural"``, the paper's KFC-pre; ``"adam"``: Adam in the
-            eigenbasis of the factors (``lightning_kfc.rules.adam``), which removes the momentum of SGD from its
-            steps, implies ``inverse="eigh"``, and does not use ``damping``; ``"auto"``, with
-            ``damping="auto"``: ``"adam"`` for models with attention and no wide factors
-            (``lightning_kfc.rules.choice``), else ``"natural"``.
+            eigenbasis of the factors (``lightning_kfc.rules.adam``), without SGD's momentum and ``damping``, and with
+            ``inverse="eigh"``; ``"auto"``, with ``damping="auto"``: ``"adam"`` for models with attention and no wide
+            factors (``lightning_kfc.rules.choice``), else ``"natural"``.
         weight_sharing: ``"expand"``: each use of a weight is a row; ``"reduce"``: each example is a row.
         max_factor_dim: A factor of more dimensions is held as its diagonal; None for no bound. The default admits the
-            layers of usual convolutional nets and transformers (d_in 4,609 in a ResNet-50, 9,217 in the widest
-            ResNets), but no vocabulary. At the bound, a factor with its inverse takes 0.8 GB.
-        rows_per_dim: The rows of a batch for each dimension of A. With more rows, A comes from a sample of them: each
-            example gives every k-th of its positions, k at most 16. None for all rows.
+            widest ResNets (d_in 9,217), but no vocabulary; there a factor with its inverse takes 0.8 GB.
+        rows_per_dim: The used rows of a batch for each dimension of A; of more rows, a sample is used. None for all.
         include: Glob patterns over module names; only these are preconditioned. None for all.
         exclude: Glob patterns over module names that are not preconditioned.
         seed: Seed of the sampling of targets; the global random stream is never touched.
-        placement: The ranks that hold a layer's factors and inverse: ``"comm-opt"``: all ranks, so that only
-            refreshes communicate; ``"mem-opt"``: one rank, which sends the preconditioned gradient at every step; a
-            number: this fraction of the ranks (KAISA, Pauloski et al. 2021); ``"auto"``: ``"mem-opt"`` for sharded
-            parameters, else ``"comm-opt"``.
+        placement: The ranks that hold a layer's factors and inverse: ``"comm-opt"``: all, so that only refreshes
+            communicate; ``"mem-opt"``: one, which sends the preconditioned gradient at every step; a number: this share
+            (KAISA, Pauloski et al. 2021); ``"auto"``: ``"mem-opt"`` for sharded parameters, else ``"comm-opt"``.
         timing: The dates of inverses within their period, and the bound on the overhead.
         precision: The precision of inverses, and of statistics sent between ranks.
 
@@ -251,7 +241,6 @@ class Settings:
                     f"rule='adam' needs the eigenbases of all layers on all ranks, and placement={self.placement!r} "
                     "does not keep them there. Use placement='comm-opt', or rule='natural'."
                 )
-            # The default is for the rule "natural".
             object.__setattr__(self, "inverse", "eigh")
             object.__setattr__(self, "placement", "comm-opt")
         check_choice("weight_sharing", self.weight_sharing, WEIGHT_SHARINGS)

@@ -46,7 +46,7 @@ VALUES: list[Any] = [
     *(lambda step: 0.1, lambda step: torch.tensor(0.1), lambda step: float("nan"), lambda step: None, lambda: 1),
     *(LinearSchedule(1.0, 0.1, 3), ExponentialSchedule(1.0, 0.1, 3)),
     *(Categorical(), Gaussian(), Bernoulli(), Categorical(output_of="net"), Gaussian(output_of="nope")),
-    *(RefreshTiming(False, 0.1), Precision("bfloat16"), Logging(layers=True)),
+    *(RefreshTiming(stagger_inverses=False, max_overhead=0.1), Precision("bfloat16"), Logging(layers=True)),
 ]
 
 
