@@ -148,7 +148,7 @@ class Training:
         started = time.process_time()
         try:
             self._stepper.step(BatchLoss(self.model, self.recipe.loss, inputs, targets))
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch's stubs leave it out
             self._diverged = True
         stepped = time.process_time()
         self._average.update(self._optimizer)
