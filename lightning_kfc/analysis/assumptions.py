@@ -84,11 +84,7 @@ class RowRecorder:
             self._seen.setdefault(name, []).append((rows, output_edge(output), output.shape))
 
     def rows(self, terms: list[WeightedTerm]) -> dict[str, Rows]:
-        """The rows of layers with one call, one group, and the examples of the terms.
-
-        Args:
-            terms: The terms of the loss.
-        """
+        """The rows of layers with one call, one group, and the examples of the terms."""
         examples = {len(weighted.term.logits) for weighted in terms}
         once = {name: calls[0] for name, calls in self._seen.items() if len(calls) == 1}
         usable = {n: c for n, c in once.items() if c[0].shape[2] == 1 and {len(c[0])} == examples}

@@ -16,12 +16,7 @@ from lightning_kfc.monitoring.advice import CLIPPED_STEPS
 
 
 class ClippingWatch:
-    """Compares the length of each update before and after clipping, on the gradients' device.
-
-    Args:
-        trainer: The trainer.
-        pl_module: The module that is trained.
-    """
+    """Compares the length of each update before and after clipping, on the gradients' device."""
 
     def __init__(self, trainer: Any, pl_module: Any) -> None:
         clips = bool(trainer.gradient_clip_val) or not is_lightnings_own(pl_module, "configure_gradient_clipping")

@@ -65,11 +65,7 @@ class Refreshes:
         return finite
 
     def __call__(self, names: Collection[str]) -> None:
-        """Fold the statistics of a step into the factors of layers, and refresh their inverses.
-
-        Args:
-            names: The layers.
-        """
+        """Fold the statistics of a step into the factors of layers, and refresh their inverses."""
         stages, step = self._stages, self._stages.steps.number
         layers = [stages.layers[name] for name in names]
         stages.estimator.recount({layer.name for layer in layers if layer.pending is not None})

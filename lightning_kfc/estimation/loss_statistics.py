@@ -180,11 +180,11 @@ class LossStatistics:
         if not chosen and self._likelihood != "auto":
             # A loss that trains no recorded layer need not be recognised.
             if reaches(due.loss, due.calls):
-                said = unrecognised(terms, self._likelihood)
+                message = unrecognised(terms, self._likelihood)
                 if not failures.forgiving:
-                    raise LossNotRecognisedError(said)
+                    raise LossNotRecognisedError(message)
                 self._events.report(
-                    "unrecognised_losses", due.step, f"no statistics are taken of this loss: {said.rstrip('.')}"
+                    "unrecognised_losses", due.step, f"no statistics are taken of this loss: {message.rstrip('.')}"
                 )
             return {}
         found = self._empirical(due, rest.seeds(), failures)

@@ -130,8 +130,8 @@ class SelfTest:
         d_out = self._layers[call.layer].adapter.matrix_shape()[1]
         if rows.shape != (*probe.shape, d_out):
             made = f"{type(call.adapter).__name__}.output_rows() returned rows of shape {tuple(rows.shape)}"
-            asked = f"its input rows and its gradient need {(*probe.shape, d_out)}"
-            self._fail(call.layer, f"{made} for {call.layer!r}; {asked}.", f"{made}; {asked}")
+            needed = f"its input rows and its gradient need {(*probe.shape, d_out)}"
+            self._fail(call.layer, f"{made} for {call.layer!r}; {needed}.", f"{made}; {needed}")
             return
         sums = _Sums(
             *_products(rows, probe),
@@ -185,18 +185,18 @@ class SelfTest:
 
     def _fail_by(self, layer: str, error: float) -> None:
         kind = self._layers[layer].adapter.kind
-        said = (
+        message = (
             f"The rows that KFC recorded for {layer!r} ({kind}) do not rebuild the gradient of its parameters "
             f"(relative error {error:.2g}). Likely causes: its weight is also used outside the module's forward "
             "(as a functional call, a tied weight, or in a compiled or scripted region); its weight is "
             "re-parametrised; another hook changes its input or output. "
             f"Add {layer!r} to `exclude` to train it with its plain gradient."
         )
-        self._fail(layer, said, "its rows do not rebuild its gradient (its weight is also used otherwise)")
+        self._fail(layer, message, "its rows do not rebuild its gradient (its weight is also used otherwise)")
 
-    def _fail(self, layer: str, said: str, reason: str) -> None:
+    def _fail(self, layer: str, message: str, reason: str) -> None:
         if self.strict and _by_user(self._layers[layer].adapter):
-            raise SelfTestError(said)
+            raise SelfTestError(message)
         self.unexplained[layer] = reason
 
 

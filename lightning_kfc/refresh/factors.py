@@ -109,12 +109,7 @@ class FactorRefresh:
         self._begun = None
 
     def __call__(self, layers: Sequence[Layer], step: int) -> FoldedStatistics:
-        """Fold the pending statistics of layers.
-
-        Args:
-            layers: The layers.
-            step: The optimizer step.
-        """
+        """Fold the pending statistics of layers."""
         self._summed = []
         found = self._pending_of_all_ranks(layers)
         by_name = {layer.name: layer for layer in (*layers, *self._summed)}

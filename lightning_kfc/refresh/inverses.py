@@ -40,13 +40,7 @@ class InverseRefresh:
         return [name for name in dated if self._tracker.inverse_outdated(name, damping)]
 
     def __call__(self, layers: Sequence[Layer], step: int, damping: float) -> None:
-        """Refresh the inverses of layers with factors. Collective: call on every rank.
-
-        Args:
-            layers: The layers that are due.
-            step: The optimizer step.
-            damping: The damping in force at this step.
-        """
+        """Refresh the inverses of layers with factors. Collective: call on every rank."""
         due = [layer for layer in layers if layer.averages or not self._ownership.has_factors(layer)]
         if not due:
             return

@@ -31,11 +31,7 @@ class SeenLoss:
 
 
 class LossesSeen:
-    """The losses of the coming steps, one per backward.
-
-    Args:
-        model: The model.
-    """
+    """The losses of the coming steps, one per backward."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model

@@ -189,11 +189,7 @@ class TrustRegion:
         return adapted
 
     def review_planned(self, step: int) -> bool:
-        """Whether a step is due for review, so that its forward must be recorded.
-
-        Args:
-            step: The optimizer step.
-        """
+        """Whether a step is due for review, so that its forward must be recorded."""
         every = REVIEW_EVERY_N_STEPS if step < LATER_FROM else LATER_REVIEWS
         return self.review_next or step < REVIEWED_AT_FIRST or step % every == 0
 
