@@ -152,7 +152,7 @@ def test_two_callbacks_for_the_same_layers_are_refused_by_lightning():
         trainer(KFCCallback(), KFCCallback())
 
 
-# From the first optimizer step on, no loss is an error, and nothing of ours stops the training.
+# From the first optimizer step on, no loss is an error, and the callback does not stop the training.
 
 
 class Losses(Regression):

@@ -215,7 +215,7 @@ def test_the_network_that_is_not_included_is_trained_with_its_plain_gradient(inc
     ours, theirs = runs
     assert not torch.allclose(ours[f"{include}.weight"], theirs[f"{include}.weight"])
     if plain == "generator":
-        # It steps first: nothing of ours can have changed what it sees.
+        # It steps first, before the callback has changed anything.
         assert torch.equal(ours[f"{plain}.weight"], theirs[f"{plain}.weight"])
 
 

@@ -87,7 +87,7 @@ def test_the_report_at_the_start_fits_80_columns_and_a_log_file(depth: int, capl
     assert max(map(len, lines)) <= 80
     assert re.search(r"[^\n\x20-\x7e]", messages[0]) is None, "a log file shows no escape codes and no other characters"
     table = [line.split()[0] for line in lines if re.search(r" (Conv|BatchNorm|Linear) ", line)]
-    # Names are still told apart by their ends.
+    # Names still differ by their ends.
     assert len(set(table)) == 3
     assert [name.rpartition(".")[2] for name in table] == ["0", "1", "4"]
 

@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step"),
 ]
 MEASURED = json.loads((RESULTS / "recipes.json").read_text())
-#: Clipping rescues it, beside a momentum that is named in both of its recipes.
+#: Clipping rescues the training; both recipes have the same momentum.
 BOTH = "clip_high_rate_0.1"
 
 

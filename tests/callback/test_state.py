@@ -203,7 +203,7 @@ def test_from_a_checkpoint_without_the_callback_curvature_warms_up_and_this_is_s
     with caplog.at_level(logging.INFO):
         run(str(tmp_path / "resumed"), seen, callback=callback, ckpt_path=path)
     assert f"the checkpoint {path} holds no state of this callback" in caplog.text
-    # The eighth step is the first one of ours: statistics at 0, 1, 2 and 4 of the new count.
+    # The eighth step is the first one with the callback: statistics at 0, 1, 2 and 4 of the new count.
     assert seen.factors == [7, 8, 9, 11]
 
 
@@ -214,7 +214,7 @@ def test_after_a_checkpoint_of_weights_only_training_starts_with_a_warm_up(tmp_p
     assert "callbacks" not in torch.load(path, weights_only=True)
     with pytest.raises(KeyError, match="checkpoint contains only the model"):
         run(str(tmp_path / "refused"), ckpt_path=str(path))
-    # With a fixed bound, no review asks for statistics of its own.
+    # With a fixed bound, no review causes further statistics.
     callback, seen = new_callback(kl_clip=0.03), Recorded()
     module = ByStep.load_from_checkpoint(path)
     trainer(callback, seen).fit(module, loader(vectors(28)))
@@ -222,7 +222,7 @@ def test_after_a_checkpoint_of_weights_only_training_starts_with_a_warm_up(tmp_p
 
 
 def test_without_factors_a_checkpoint_is_small_and_a_resumed_run_warms_up_and_says_so(tmp_path):
-    # With a fixed bound, no review asks for statistics of its own.
+    # With a fixed bound, no review causes further statistics.
     together = {"timing": RefreshTiming(stagger_inverses=False), "kl_clip": 0.03}
     path = checkpoint_of(tmp_path / "small", 7, callback=new_callback(save_factors=False, **together))
     state = torch.load(path, weights_only=True)["callbacks"]["KFCCallback"]

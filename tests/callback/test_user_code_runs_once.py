@@ -247,7 +247,7 @@ class Referring:
         self.all = weakref.WeakSet([self.target])
 
 
-#: How an object is made, how it is changed, and how the difference begins that is to be told.
+#: The maker of an object, its change, and the begin of the reported difference.
 CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str]] = {
     "attribute": (lambda: Thing(n=1), lambda it: setattr(it, "n", 2), "it.n: 2 != 1"),
     "private attribute": (lambda: Thing(_n=1), lambda it: setattr(it, "_n", 2), "it._n: 2 != 1"),
@@ -316,7 +316,7 @@ CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str]] = {
     "hook": (net, lambda it: it.register_forward_hook(print), "it._forward_hooks: hooks of 1 != hooks of 0"),
 }
 ONE = [1]
-#: Two objects that are almost the same, and how the difference begins that is to be told.
+#: Two objects that are almost the same, and the begin of the reported difference.
 NEIGHBOURS: dict[str, tuple[Any, Any, str]] = {
     "class": (
         Slotted(),

@@ -81,7 +81,7 @@ def saved_bytes(state: Any) -> int:
 @pytest.mark.parametrize("net", NETS)
 def test_a_saved_state_takes_the_bytes_that_were_stated_before_the_first_step(net: str, settings: str) -> None:
     kfc, stated = trained(net, **SETTINGS[settings])
-    # The numbers and the names beside the tensors take a few kB, whatever the net.
+    # Numbers and names take a few kB for any net.
     actual = saved_bytes(kfc.state_dict()) - saved_bytes(kfc.state_dict(factors=False))
     assert actual == pytest.approx(stated, rel=0.01), actual / stated
     assert sum(row.bytes for row in kfc.coverage()) == stated

@@ -112,7 +112,7 @@ def test_a_layer_that_is_added_is_preconditioned_from_the_next_statistics_on(
         assert spy.replaced[name] == steps[found:], name
         assert spy.plain.get(name, []) == steps[epoch * EPOCH : found], name
         assert treatments(kfc.kfc)[name] == ("kfc", "")
-    # In on_fit_start there is the table to say it.
+    # In on_fit_start the table reports the change.
     line = f"KFC at step {found}: the layers of the model have changed; new: 'extra' (Linear)."
     assert said() == ([] if hook == "on_fit_start" else [line])
 
@@ -318,7 +318,7 @@ def test_a_backbone_that_is_unfrozen_with_a_parameter_group_of_its_own_is_precon
     spy, _ = watched_fit(Backbone(), unfreeze)
     steps = list(range(3 * EPOCH))
     assert spy.replaced["head.weight"] == steps
-    # The layer missed its dates while it was frozen: the second step after is the first that can know of it.
+    # The layer missed its dates while it was frozen, which shows at the second step afterwards.
     assert spy.replaced["backbone.1.weight"] == steps[7:]
 
 

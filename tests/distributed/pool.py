@@ -45,7 +45,7 @@ def prepare_rank(rank: int, size: int, port: int) -> None:
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), NODE_RANK="0"
     )
-    # Those of ours are errors, as everywhere in the tests.
+    # Warnings of the package are errors, as in all tests.
     warnings.filterwarnings("ignore")
     warnings.filterwarnings("error", message="KFC")
 

@@ -28,7 +28,7 @@ RARE = {"factor_every_n_steps": 2, "inverse_every_n_steps": 3, "warmup_steps": 1
 #: No step is reviewed: a replay takes the branch that the forward took, and on half a batch that may be another one.
 STEADY = {"kl_clip": 0.1}
 
-#: Steps are reviewed, for which the ranks add up what each knows of its layers.
+#: Steps are reviewed, for which the ranks add up the numbers of their layers.
 AUTO = {"kl_clip": "auto", "damping": "auto"}
 
 
@@ -126,7 +126,7 @@ def train_spoiled(placement: str) -> tuple[dict[str, Tensor], dict[str, int]]:
     failing = iter([False] * 3 + [True] + [False] * 99)
 
     def factorise(cls: Any, factors: Any, damping: float) -> CholeskyInverse:
-        # One layer of 3 outputs, and with two ranks one rank only, so that the other must be told.
+        # One layer of 3 outputs, and with two ranks only one rank has it, so that the other needs a message.
         if factors["G"].shape[-1] == 3 and next(failing):
             raise FactorisationError("told to fail")
         return made(cls, factors, damping)

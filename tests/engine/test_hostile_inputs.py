@@ -375,7 +375,7 @@ def test_an_absurd_scale_of_the_inputs_breaks_nothing(scale: float) -> None:
     x, y = images(48).tensors
     module = Classifier(conv_net(), optimizer=lambda p: SGD(p, lr=0.1))
     _, kfc = run(module, data=loader(TensorDataset(scale * x, y)), steps=12)
-    # Singular to the last bit of float64 beside its largest eigenvalue, a factor may have no inverse.
+    # A factor that is singular to the last bit of float64 may have no inverse.
     assert set(events(kfc)) <= ({"failed_factorisations"} if scale > 1 else set())
 
 

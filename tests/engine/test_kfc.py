@@ -378,7 +378,7 @@ def test_reentrant_checkpointing_of_any_layer_is_an_error_that_tells_the_way_out
     kfc = engine(model)
 
     def run(layer: int, value: Tensor) -> Tensor:
-        # Where the input has no gradient, torch asks for one.
+        # Torch requires an input with a gradient.
         value = value if value.requires_grad else value.clone().requires_grad_()
         return checkpoint(model[layer], value, use_reentrant=True) if layer == first else model[layer](value)
 
@@ -389,7 +389,7 @@ def test_reentrant_checkpointing_of_any_layer_is_an_error_that_tells_the_way_out
 
 
 def test_reentrant_checkpointing_above_the_first_layer_is_an_error_too() -> None:
-    # Where the input has no gradient, torch asks for one; no derivative of ours would pass through the region.
+    # Torch requires an input with a gradient; else the estimator's derivatives would not pass through the region.
     model, x, y = two_linear_layers()
     kfc = engine(model)
     with kfc.capture():

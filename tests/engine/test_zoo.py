@@ -50,7 +50,7 @@ class Task(pl.LightningModule):
 
 def train(task: Task, batch: Any, steps: int = 40) -> KFCCallback:
     """Train on one batch, again and again."""
-    # One sampled target for each of 24 examples says little about the curvature: a small trust region.
+    # With one sampled target for each of 24 examples the curvature is noisy: a small trust region.
     callback = KFCCallback(kl_clip=0.003)
     trainer = pl.Trainer(
         accelerator="cpu",

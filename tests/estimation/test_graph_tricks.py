@@ -246,7 +246,7 @@ def test_reentrant_checkpointing_is_refused_before_the_first_step(position: int)
     layers = [nn.Flatten(), nn.Linear(36, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)]
     block = Checkpointed(nn.Sequential(*layers[position : position + 3]), reentrant=True)
     module = Classifier(nn.Sequential(*layers[:position], block, *layers[position + 3 :]))
-    # What goes into a reentrant region must want a gradient, or nothing in it gets one.
+    # The input of a reentrant region must require a gradient, or nothing in the region gets one.
     module.net.register_forward_pre_hook(lambda net, args: (args[0].requires_grad_(),))
     before = weights(module)
     with pytest.raises(RuntimeError, match="use_reentrant=False"):

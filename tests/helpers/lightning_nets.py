@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 FEATURES, CLASSES = 5, 3
 
-#: Messages of Lightning's own about a Trainer as small as these tests'; none of ours is filtered.
+#: Lightning's messages about small Trainers; those of the package are not filtered.
 QUIET = [
     pytest.mark.filterwarnings(r"ignore:The '\w+_dataloader' does not have many workers"),
     pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval"),

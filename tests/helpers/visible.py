@@ -97,7 +97,7 @@ PLAIN = (
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
     *(types.GenericAlias, type(int | None)),
 )
-#: What says nothing of a training: Lightning's objects, the numbers that torch gives to hooks, and locks.
+#: Irrelevant state: Lightning's objects, the numbers that torch gives to hooks, and locks.
 OPAQUE = (
     *(pl.Trainer, LightningOptimizer, RemovableHandle, dist.ProcessGroup, Steps),
     *(types.ModuleType, type(threading.Lock()), type(threading.RLock()), threading.Condition),
@@ -371,7 +371,7 @@ _LOOKS: list[tuple[Any, Callable[..., None]]] = [
     (queue.SimpleQueue, _visits(lambda waiting: waiting.qsize())),
     (collections.abc.Iterator, _Walk.iterator),
 ]
-#: Those of them whose attributes say no more.
+#: Those of them whose attributes are irrelevant.
 _WHOLE = (nn.Module, types.FunctionType, pathlib.PurePath, weakref.WeakSet, weakref.WeakValueDictionary)
 
 

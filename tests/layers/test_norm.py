@@ -92,7 +92,7 @@ def test_each_unit_of_a_language_model_s_norm_has_the_dense_fisher(package: str)
         return F.cross_entropy(z, target)
 
     kfc = observe(model, lambda: loss(model(x)))
-    # Some of these norms reckon in float32, whatever they are given.
+    # Some of these norms compute in float32 for any input.
     oracles.assert_equal(kfc.layers["1"].factors["F"], dense_blocks(model, x, loss, "1"), rtol=1e-5, what=package)
 
 

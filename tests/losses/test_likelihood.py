@@ -74,7 +74,7 @@ def test_second_moment_of_sampled_seeds_converges_to_the_fisher_information_at_t
             squares.append(float((v.T @ v / n - expected).square().sum()))
         errors.append(math.sqrt(sum(squares) / len(squares)) / float(expected.norm()))
     slope = oracles.slope([math.log(n) for n in counts], [math.log(e) for e in errors])
-    # 16 repeats know a root mean square to about 1 part in 6, and four points a slope to about 0.05.
+    # 16 repeats give a root mean square to about 1 part in 6, and four points a slope to about 0.05.
     assert -0.6 < slope < -0.4, f"slope {slope:.3f}, errors {errors}"
     assert errors[-1] < 0.03, f"errors {errors}"
 

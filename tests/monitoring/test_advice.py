@@ -197,7 +197,7 @@ def test_a_damping_that_has_no_part_in_the_steps_is_not_blamed(caplog: pytest.Lo
     with caplog.at_level(logging.INFO):
         callback = KFCCallback(damping=1e4, kl_clip=None, rule="adam")
         assert not spoken("damping", advice(callback, Classifier(dense_net(), optimizer=sgd(0.02)), steps=20))
-    # What there is to say of it was said at the start, once.
+    # The warning came once, at the start.
     assert sum("does not use `damping`" in record.getMessage() for record in caplog.records) == 1
 
 

@@ -53,6 +53,6 @@ def test_every_guarantee_names_tests_and_has_the_command_that_runs_them() -> Non
     ],
 )
 def test_strategies_that_leave_no_room_are_refused_with_the_alternative(strategy: object, way_out: str) -> None:
-    # FSDP1 asks for an accelerator before any callback is called, so that no Trainer here gets that far.
+    # FSDP1 requires an accelerator before any callback is called, so that no Trainer here gets that far.
     with pytest.raises(ValueError, match=way_out):
         KFCCallback().setup(SimpleNamespace(strategy=strategy), pl.LightningModule(), "fit")

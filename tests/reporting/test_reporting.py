@@ -219,7 +219,7 @@ def test_a_training_with_pictures_is_the_training_without(inverse: Any, tmp_path
 def test_nothing_is_watched_between_the_steps_of_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     original = MapWatcher.__init__
-    # Fixed, so that no review asks for statistics of its own.
+    # Fixed, so that no review causes further statistics.
     callback = KFCCallback(logging=Logging(pictures_every_n_steps=8), damping=0.01, kl_clip=0.03)
 
     def noted(self: MapWatcher, *args: Any, **kwargs: Any) -> None:
@@ -260,7 +260,7 @@ def test_without_the_options_nothing_is_measured_or_drawn(monkeypatch: pytest.Mo
 def test_a_report_alone_takes_pictures_at_steps_ever_further_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # With a fixed bound, no review asks for a refresh of its own.
+    # With a fixed bound, no review causes a further refresh.
     callback = KFCCallback(kl_clip=0.03, logging=Logging(report_dir=str(tmp_path)))
     taken: list[int] = []
     take = SpectraOverTime.take
