@@ -372,7 +372,7 @@ def table(results: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]) -> str
 def main() -> int:
     """Train the missing cases, and write the table."""
     parser = parser_of_pieces(__doc__, plots=False)
-    parser.add_argument("cases", nargs="*", help="names of cases; all where there are none")
+    parser.add_argument("cases", nargs="*", help="names of cases; by default all")
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

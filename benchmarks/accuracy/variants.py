@@ -41,7 +41,7 @@ def measure(
     row: Callable[[Task, int], Sequence[str]],
     home: Sequence[Task],
 ) -> None:
-    """Measure as the command line says, and write the table after each task.
+    """Run the command line, and write the table after each task.
 
     Args:
         description: What the script does.

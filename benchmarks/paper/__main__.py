@@ -2,7 +2,7 @@
 
 The networks of Grosse & Martens 2016 (arXiv:1602.01407) are trained on the official archives, which FOLDER holds:
 momentum SGD with a searched learning rate, with and without an average of its iterates, beside KFC with this package's
-defaults and with settings near the paper's. A training is a piece: interrupted, the command goes on from there.
+defaults and with settings near the paper's. A training is a piece; after an interruption, the command continues.
 
 **From the paper:** several times faster than carefully tuned SGD, in 10 to 20 times fewer iterations (its abstract);
 batches of 512 for KFC and of 128 for SGD, and an exponential average of the iterates.

@@ -35,7 +35,7 @@ class Normalised(nn.Module):
         self.register_buffer("deviation", deviation)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shape as it is."""
+        """The shape is unchanged."""
         return (x - self.mean) / self.deviation
 
 
@@ -45,7 +45,7 @@ class ResponseNorm(nn.Module):
     scale, power = 5e-5, 0.75
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shape as it is; beyond the border are zeros."""
+        """The shape is unchanged; beyond the border are zeros."""
         return x / (1 + self.scale * F.avg_pool2d(x.square(), 3, stride=1, padding=1)) ** self.power
 
 

@@ -80,7 +80,7 @@ def next_run(
 
 
 def reach(run: Run, threshold: float) -> tuple[float, float]:
-    """Iterations and seconds at the first measured training error that is no higher; infinite where there is none."""
+    """Iterations and seconds at the first measured training error that is no higher; infinite if there is none."""
     points = zip(run.training_errors, run.iterations, run.seconds, strict=True)
     return next(((steps, seconds) for error, steps, seconds in points if error <= threshold), (math.inf, math.inf))
 

@@ -1,1 +1,1 @@
-"""Whole recipes: augmentation, weight decay, schedule, averaged weights and a validation metric, as people train."""
+"""Whole recipes, with augmentation, weight decay, schedule, averaged weights and a validation metric."""

@@ -1,9 +1,9 @@
 """The contest of whole recipes.
 
 ``python -m benchmarks.recipes.contest`` searches each peer's learning rate at half of the longest schedule, on a seed
-that is not reported, then runs all optimizers with schedules of a quarter, a half and the whole length, by turns. KFC
-has no search. All is kept as it comes: the same command goes on where it was interrupted. ``--smoke`` makes a few steps
-of each, to see that all run.
+that is not reported, then runs all optimizers with schedules of a quarter, a half and the whole length, in turns. KFC
+has no search. Results are saved after each run, and the same command continues after an interruption. ``--smoke`` tests
+all runs with a few steps.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from benchmarks.recipes.tables import LENGTHS, write_tables
 SEEDS = (0, 1, 2)
 SEARCH_SEED = 100
 SEARCH_LENGTH = 0.5
-#: How often a grid may grow at an edge.
+#: The largest number of extensions of a grid.
 EXTENSIONS = 2
 
 
 def record_file(folder: Path, recipe: Recipe) -> Path:
-    """Where a recipe's record is kept."""
+    """The file of a recipe's record."""
     return folder / f"recipes_contest_{recipe.name}.json"
 
 
 def load(folder: Path, recipe: Recipe) -> dict[str, Any]:
-    """What was measured so far: ``search`` by peer and rate, ``rates`` by optimizer, ``runs`` by seed."""
+    """A recipe's record: ``search`` by peer and rate, ``rates`` by optimizer, ``runs`` by seed."""
     path = record_file(folder, recipe)
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text())
@@ -59,7 +59,7 @@ def load(folder: Path, recipe: Recipe) -> dict[str, Any]:
 
 
 def save(folder: Path, recipe: Recipe, record: dict[str, Any]) -> None:
-    """Write JSON; the file is never there in part."""
+    """Write JSON, completely or not at all."""
     path = record_file(folder, recipe)
     partial = path.with_suffix(".partial")
     content = {**record, "measured_with": measured_with()}
@@ -68,7 +68,7 @@ def save(folder: Path, recipe: Recipe, record: dict[str, Any]) -> None:
 
 
 def search(recipe: Recipe, record: dict[str, Any]) -> None:
-    """Choose the peers' learning rates by the value at the end, with or without the average, whichever is better."""
+    """Choose the peers' learning rates by the better value at the end, with or without the average."""
     record["rates"][KFC_NAME] = TRAINEES[KFC_NAME].grid[0]
     tried: dict[str, dict[float, Training]] = {name: {} for name in TRAINEES if name != KFC_NAME}
     missing = {name: list(TRAINEES[name].grid) for name in tried}
@@ -94,7 +94,7 @@ def search(recipe: Recipe, record: dict[str, Any]) -> None:
 
 
 def compete(recipe: Recipe, record: dict[str, Any], seed: int) -> None:
-    """Run all optimizers at all lengths by turns on one seed."""
+    """Run all optimizers at all lengths in turns on one seed."""
     runs = [Training(recipe, name, record["rates"][name], length, seed) for length in LENGTHS for name in TRAINEES]
     by_turns(runs)
     results: dict[str, Any] = {name: {} for name in TRAINEES}
@@ -118,7 +118,7 @@ def _rounded(value: float) -> float | None:
 
 
 def run_missing(recipes: Sequence[Recipe], seeds: Sequence[int], folder: Path) -> None:
-    """Seed by seed, over all recipes: search where no rates are known, and run what is missing."""
+    """Search the missing rates and make the missing runs, seed by seed over all recipes."""
     for seed in seeds:
         for recipe in recipes:
             record = load(folder, recipe)
@@ -134,7 +134,7 @@ def run_missing(recipes: Sequence[Recipe], seeds: Sequence[int], folder: Path) -
 
 
 def smoke(recipe: Recipe) -> Recipe:
-    """The same recipe on so few examples that a run makes eight steps."""
+    """The recipe with few examples, so that a run makes eight steps."""
     split = recipe.data()
     count, held_out = 8 * recipe.batch_size, 16
     few = replace(
@@ -148,7 +148,7 @@ def smoke(recipe: Recipe) -> Recipe:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the command line says."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)

@@ -1,8 +1,8 @@
-"""Six whole recipes, small enough that the longest run takes five to ten CPU seconds with SGD.
+"""Six whole recipes; the longest run takes five to ten CPU seconds with SGD.
 
-No recipe chose a constant of KFC: its defaults were fixed before the first of them was run. Four have networks and data
-of the contest, where the conv net and the ResNet had been among the tasks that defaults were chosen on; segmentation
-and the table are of the half that is held back away from home.
+No recipe chose a constant of KFC: its defaults were fixed before the first run. Four recipes have networks and data of
+the contest, whose conv net and ResNet have chosen defaults; segmentation and the table are held-back tasks away from
+home.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ Augment = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 
 
 def cosine(done: float, warm_up: float = 0.05) -> float:
-    """Share of the highest learning rate when a share of the run is done: a linear warm-up, then a half cosine."""
+    """The share of the highest learning rate at a share of the run: a linear warm-up, then a half cosine."""
     if done < warm_up:
         return (done + 0.2 * warm_up) / (1.2 * warm_up)
     return (1 + math.cos(math.pi * (done - warm_up) / (1 - warm_up))) / 2
 
 
 def one_cycle(done: float, rise: float = 0.3) -> float:
-    """The same for torch's ``OneCycleLR`` with its defaults and ``cycle_momentum=False``: half cosines up and down."""
+    """As :func:`cosine`, for torch's ``OneCycleLR`` with ``cycle_momentum=False``: half cosines up and down."""
     if done < rise:
         begin, end, part = 1 / 25, 1.0, done / rise
     else:
@@ -49,7 +49,7 @@ def shifted(inputs: Tensor, targets: Tensor, generator: torch.Generator) -> tupl
 
 
 def flipped(inputs: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Half of the images and their maps mirrored, left to right."""
+    """Images and their maps, half of them mirrored, left to right."""
     chosen = torch.rand(len(inputs), generator=generator) < 0.5
     mirrored = torch.where(chosen[:, None, None, None], inputs.flip(-1), inputs)
     return mirrored, torch.where(chosen[:, None, None], targets.flip(-1), targets)
@@ -67,18 +67,18 @@ def unchanged(inputs: Tensor, targets: Tensor, generator: torch.Generator) -> tu
 
 @functools.cache
 def help_texts() -> Split:
-    """The first 4,096 windows of Python's help texts to train on, and the last tenth of all held out."""
+    """The first 4,096 windows of Python's help texts for training, and the last tenth of all held out."""
     split = data.topics_text()
     return Split(split.train_inputs[:4096], split.train_targets[:4096], split.test_inputs, split.test_targets)
 
 
 def error(logits: Tensor, labels: Tensor) -> float:
-    """Examples whose label has not the highest logit, in percent."""
+    """The error in percent."""
     return 100 * float((logits.argmax(1) != labels).double().mean())
 
 
 def missed_overlap(logits: Tensor, kinds: Tensor) -> float:
-    """100 less the intersection over union in percent, mean over the kinds: ``(N, K, H, W)``, ``(N, H, W)``."""
+    """100 minus the intersection over union in percent, mean over the kinds: ``(N, K, H, W)``, ``(N, H, W)``."""
     found, shares = logits.argmax(1), []
     for kind in range(logits.shape[1]):
         both, either = (found == kind) & (kinds == kind), (found == kind) | (kinds == kind)
@@ -87,33 +87,33 @@ def missed_overlap(logits: Tensor, kinds: Tensor) -> float:
 
 
 def unexplained(outputs: Tensor, targets: Tensor) -> float:
-    """The share of the targets' variance that is left, in percent."""
+    """The unexplained share of the targets' variance, in percent."""
     return 100 * float(F.mse_loss(outputs, targets) / targets.var(unbiased=False))
 
 
 def nats(logits: Tensor, following: Tensor) -> float:
-    """Cross entropy in nats a byte."""
+    """Cross entropy in nats per byte."""
     return float(next_byte_cross_entropy(logits, following))
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A training as people do it.
+    """A whole recipe.
 
     Attributes:
-        name: On the command line and in file names.
-        title: In tables.
-        make_model: Builds the network from the global random state.
-        loss: Outputs and targets to a scalar.
-        data: Gives examples to train on, and the held-out ones that are validated on.
+        name: The name on the command line and in file names.
+        title: The title in tables.
+        make_model: Makes the network from the global random state.
+        loss: A function of outputs and targets to a scalar.
+        data: Returns training and held-out examples.
         augment: Changes a batch at random.
-        schedule: Share of the run that is done to the share of the highest learning rate.
+        schedule: A function of the share of the run to the share of the highest learning rate.
         decay: Decoupled weight decay of AdamW, Muon and SOAP.
         sgd_decay: Weight decay of SGD.
-        metric: Outputs and targets to the validation value; the lower the better.
-        metric_title: Its name.
+        metric: A function of outputs and targets to the validation value; the lower the better.
+        metric_title: The metric's name.
         batch_size: Examples in a batch.
-        epochs: Of the longest run.
+        epochs: The epochs of the longest run.
     """
 
     name: str
@@ -132,15 +132,15 @@ class Recipe:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches."""
+        """The number of whole batches."""
         return len(self.data().train_inputs) // self.batch_size
 
     def steps(self, length: float) -> int:
-        """Steps of a run of this share of the longest one."""
+        """The steps of a run of this share of the longest one."""
         return max(2, round(length * self.epochs * self.steps_per_epoch))
 
     def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Augmented batches without end, each epoch in a new order."""
+        """Endless augmented batches, in a new order in each epoch."""
         split = self.data()
         generator = torch.Generator().manual_seed(seed)
         while True:
@@ -150,7 +150,7 @@ class Recipe:
 
     @torch.no_grad()
     def validate(self, model: nn.Module) -> tuple[float, float]:
-        """Metric and loss on the held-out examples (the first 1,024 where there are more), in evaluation mode."""
+        """Metric and loss on at most 1,024 held-out examples, in evaluation mode."""
         split = self.data()
         mode = model.training
         model.eval()

@@ -1,4 +1,4 @@
-"""Contestants of the recipes, and runs that validate weights and their average as they go."""
+"""Contestants of the recipes, and runs that validate weights and their average."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.recipes.recipes import Recipe
 from lightning_kfc import KFC
 from lightning_kfc.callback.averaged_weights import AveragedWeights
 
-#: Weights as the optimizer leaves them, and the average that the callback keeps by default.
+#: The optimizer's weights, and the callback's default average.
 PLAIN, AVERAGED = "none", "0.9"
 AVERAGES = (PLAIN, AVERAGED)
 #: Validations of the longest run; shorter ones validate as often.
@@ -33,9 +33,9 @@ class Trainee:
     """An optimizer of the contest.
 
     Attributes:
-        title: In tables.
-        make: From a model, a recipe, a learning rate and a seed to a stepper and its optimizer.
-        grid: Learning rates that are tried; a single one is not searched.
+        title: The title in tables.
+        make: A function of model, recipe, learning rate and seed to a stepper and its optimizer.
+        grid: The tried learning rates; a single one is not searched.
     """
 
     title: str
@@ -73,7 +73,7 @@ def _soap(model: nn.Module, recipe: Recipe, lr: float, seed: int) -> tuple[Plain
 
 def _kfc(model: nn.Module, recipe: Recipe, lr: float, seed: int) -> tuple[KFCStepper, Optimizer]:
     momentum = 0.5
-    # The decay that the callback advises in the place of AdamW's: weights shrink as much a step.
+    # The callback's replacement of AdamW's decay: weights shrink as much per step.
     decay = recipe.decay * USUAL_RATE * (1 - momentum) / lr
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=decay)
     return KFCStepper(KFC(model, seed=seed, **SHIPPED), optimizer), optimizer
@@ -90,24 +90,24 @@ TRAINEES = {
 
 
 class Training:
-    """One run of a recipe, which advances when asked to.
+    """One run of a recipe.
 
-    The seed sets the initial weights and the batches, alike for all optimizers. Seconds are CPU seconds of the steps;
-    the average's are counted for the average alone.
+    The seed sets the initial weights and the batches, equal for all optimizers. Seconds are CPU seconds of the steps;
+    those of the average count for the average alone.
 
     Attributes:
-        epochs: By validation, how often the examples were seen.
-        seconds: By average and validation.
-        values: The same, of the metric; infinite from where the run diverged.
-        losses: The same, of the loss.
+        epochs: The epochs, by validation.
+        seconds: The seconds, by average and validation.
+        values: The metric, by average and validation; infinite after divergence.
+        losses: The loss, by average and validation.
 
     Args:
-        recipe: What is trained.
-        name: Of the optimizer.
+        recipe: The recipe.
+        name: The name of the optimizer.
         lr: The highest learning rate.
-        length: Of the schedule, as a share of the longest.
-        seed: Of all that is random.
-        validations: As many as the longest run would make.
+        length: The length of the schedule, as a share of the longest.
+        seed: The seed of all random numbers.
+        validations: The number of validations of the longest run.
     """
 
     def __init__(
@@ -130,11 +130,11 @@ class Training:
         self._diverged = False
 
     def over(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether the run is over."""
         return self._diverged or self._done >= self.total
 
     def advance(self, steps: int) -> None:
-        """Make so many more steps, fewer at the end."""
+        """Make more steps, until the end."""
         with self._random.entered():
             for _ in range(steps):
                 if self.over():
@@ -177,7 +177,7 @@ class Training:
 
 
 def by_turns(runs: Sequence[Training]) -> None:
-    """Advance all runs, a block of steps each in turn, so that whatever else the machine does meets them all."""
+    """Advance all runs in turns of a block of steps, so that a disturbance of the machine affects all."""
     going = [run for run in runs if not run.over()]
     while going:
         for run in going:

@@ -1,4 +1,4 @@
-"""What the contest of whole recipes came to: values at the end, and the time to the best peer's."""
+"""Results of the contest of whole recipes: values at the end, and the time to the best peer's value."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 from benchmarks.recipes.runs import AVERAGED, AVERAGES, KFC_NAME, PLAIN, TRAINEES
 
 LENGTHS = (0.25, 0.5, 1.0)
-#: KFC is to need at most this share of the best peer's time to its value.
+#: The goal for KFC's time to the best peer's value, as a share of the peer's time.
 GOAL = 0.6
-#: Of the curves of a run: by average what is validated.
+#: The curves of a run.
 VALUES, LOSSES = "values", "losses"
 CURVES = {VALUES: "validation value", LOSSES: "validation loss"}
 
@@ -24,12 +24,12 @@ class End:
     """The end of an optimizer's runs at one length, medians over seeds.
 
     Attributes:
-        name: Of the optimizer.
-        length: Of the schedule.
-        average: What is validated: the average with the lower value; KFC's is its default.
-        value: The validation value; infinite where it diverged.
+        name: The name of the optimizer.
+        length: The length of the schedule.
+        average: The validated average: that with the lower value, and KFC's default.
+        value: The validation value; infinite after divergence.
         seconds: CPU seconds of the steps.
-        epochs: Of the run.
+        epochs: The epochs of the run.
     """
 
     name: str
@@ -49,7 +49,7 @@ def _number(value: float | None) -> float:
 
 
 def end(record: dict[str, Any], name: str, length: float, curve: str = VALUES) -> End:
-    """What an optimizer came to at a length."""
+    """The end of an optimizer's runs at a length."""
     runs = _runs(record, name, length)
 
     def value(average: str) -> float:
@@ -67,10 +67,10 @@ def best_peer(record: dict[str, Any], curve: str = VALUES) -> End:
 
 
 def reach(record: dict[str, Any], name: str, target: float, curve: str = VALUES) -> tuple[float, float, float | None]:
-    """Seconds and epochs to the first validation at a value, medians over seeds, at the length that is there first.
+    """Seconds and epochs to the first validation at a value, medians over seeds, at the fastest length.
 
     Returns:
-        Seconds, epochs and that length; infinite, infinite and None if most seeds never were there.
+        Seconds, epochs and the length; infinite, infinite and None if most seeds did not reach the value.
     """
     found: list[tuple[float, float, float | None]] = [(math.inf, math.inf, None)]
     for length in LENGTHS:
@@ -107,7 +107,7 @@ def goals(records: Sequence[dict[str, Any]], curve: str = VALUES) -> str:
 
 
 def recipe_table(record: dict[str, Any]) -> str:
-    """A row for each optimizer: value at the end / seconds by length, and the way to the best peer's value."""
+    """A row for each optimizer: value at the end / seconds by length, and the time to the best peer's value."""
     ends = {(name, length): end(record, name, length) for name in TRAINEES for length in LENGTHS}
     best = min(each.value for each in ends.values())
     target = best_peer(record).value
@@ -130,7 +130,7 @@ def recipe_table(record: dict[str, Any]) -> str:
 
 
 def write_tables(folder: Path, records: Sequence[dict[str, Any]]) -> str:
-    """Write the tables of the recipes that were run.
+    """Write the tables of the finished recipes.
 
     Returns:
         The text.

@@ -140,7 +140,7 @@ def parameter_call(layer: str, adapter: Adapter) -> Call:
 
 
 def whole_forward(forward: Forward) -> Forward:
-    """The whole inputs of a tensor-parallel module's forward, with the output as it is."""
+    """The whole inputs of a tensor-parallel module's forward, with the unchanged output."""
     tensors = [*forward.args, *forward.kwargs.values(), forward.output]
     if not any(map(is_sharded, tensors)):
         return forward

@@ -141,9 +141,9 @@ def natural_step(
         failed += [i] if found is None else []
         updates[i], products[i] = (gradients[i], 0.0) if found is None else found
     quadratic = sum(rate**2 * product for rate, product in zip(learning_rates, products, strict=True))
-    promised = sum(rate * product for rate, product in zip(learning_rates, products, strict=True))
+    slope = sum(rate * product for rate, product in zip(learning_rates, products, strict=True))
     # Before the clip, so that the radius bounds the shortened step.
-    within = most_decrease / promised if most_decrease is not None and promised > most_decrease else 1.0
+    within = most_decrease / slope if most_decrease is not None and slope > most_decrease else 1.0
     quadratic *= within**2
     clip = clip_factor(quadratic, kl_clip)
     if clip * within < 1:
@@ -153,7 +153,7 @@ def natural_step(
         clip,
         quadratic,
         tuple(failed),
-        promised * within * clip,
+        slope * within * clip,
         restored=tuple(restored),
         rank_exceeded=tuple(rank_exceeded),
     )

@@ -44,7 +44,7 @@ class RefreshSchedule:
         return self._at(self.factor_every_n_steps, step)
 
     def _at(self, period: int, step: int) -> int:
-        """A period as it is at a step: a multiple of itself, so that each later date is one of the shorter period."""
+        """The period at a step; later a multiple, so that later dates are also dates of the shorter period."""
         return period if step < LATER_FROM else period * self.later_periods
 
     def factors_due(self, step: int) -> bool:

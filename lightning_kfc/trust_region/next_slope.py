@@ -1,4 +1,4 @@
-r"""The slope of a step on the next batch, which tells progress from a fit to the step's own batch.
+r"""The slope of a step on the next batch, which separates progress from a fit to the step's own batch.
 
 With the update V of a step and the gradients :math:`g` of its batch and :math:`g'` of the next one,
 
