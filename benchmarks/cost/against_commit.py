@@ -1,8 +1,8 @@
-"""The time of a step against another commit's: ``python -m benchmarks.cost.against_commit COMMIT``.
+"""The time of a step relative to another commit: ``python -m benchmarks.cost.against_commit COMMIT``.
 
-The package of the commit is unpacked beside this one. Processes of the two take turns; each trains a network by SGD and
-by KFC with fixed damping and bound, in turns of one step, and reports the CPU time of KFC's steps in that of SGD's. The
-number is the ratio of two neighbouring processes: its median, and its quartiles, which show the noise.
+The package of the commit is unpacked into a temporary folder. Processes of both versions take turns; each trains a
+network by SGD and by KFC with fixed damping and bound, in turns of one step, and reports the CPU time of KFC's steps
+relative to SGD's. The result is the ratio of neighbouring processes: its median, and its quartiles as the noise.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What a later step costs at the defaults, and where the time goes: ``python -m benchmarks.cost.later_steps``.
+"""The cost of a later step at the defaults, by phase: ``python -m benchmarks.cost.later_steps``.
 
 SGD and KFC at its defaults train the same network on the same batches, in turns of one step. The first ten steps of KFC
-are not counted. The cost is the CPU time of all counted steps, reviews and refreshes included, in that of SGD; the
-shares are those that KFC's own clock gives its phases. ``--profile TASK`` prints where Python spends a run instead.
+are not counted. The cost is the CPU time of all counted steps, including reviews and refreshes, relative to SGD; the
+shares of the phases are those of KFC's own clock. ``--profile TASK`` prints the profile of a run by Python function.
 """
 
 from __future__ import annotations
