@@ -46,7 +46,8 @@ _COST_RULE = Case(
 _WIDE_CONV = Case(
     "very many inputs for each of few outputs (512 channels, 4 x 4, to 1)",
     "approximate",
-    "the diagonal of A, where a dense factor would cost more than 16 times the layer's own forward and backward",
+    "the diagonal of A, where a dense factor would cost more than 16 times the layer's own forward and backward of a "
+    "usual batch",
     _in("curvature/test_blocks.py", "a_wide_convolution_has_the_diagonal_instead"),
 )
 
@@ -54,7 +55,7 @@ _BLOCKS = Case(
     "very many inputs and few outputs, or few and very many (9,216 to 128)",
     "approximate",
     "the larger factor in equal diagonal blocks, where a whole one would cost more than 16 times the layer's own "
-    "forward and backward",
+    "forward and backward of 128 rows",
     _in(
         "curvature/test_blocks.py",
         "the_factors_are_blocks_of_the_whole_one_and_the_other_side_s_own",

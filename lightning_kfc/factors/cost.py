@@ -20,7 +20,8 @@ import functools
 #: The largest cost of a step with statistics and inverse, relative to the layer's forward and backward.
 MOST_IN_A_STEP = 64.0
 
-#: The largest mean cost of a pair over a period, relative to the layer's forward and backward.
+#: The largest mean cost of a pair over a period, relative to the layer's forward and backward of the typical rows.
+#: Fewer rows make a pair cheaper, and its layer more so.
 MOST_IN_THE_MEAN = 16.0
 
 #: Multiply-adds per step that are never too many: about 0.1 seconds of a processor core.

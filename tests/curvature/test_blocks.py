@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_kfc import KFC
 from lightning_kfc.curvature.find_layers import LayerOptions, find_layers
+from lightning_kfc.factors import cost
 from lightning_kfc.factors.cost import (
     CHEAP,
     MOST_IN_THE_MEAN,
@@ -20,7 +25,10 @@ from lightning_kfc.factors.cost import (
     cost_in_the_mean,
     number_of_blocks,
 )
+from lightning_kfc.factors.inverses.cholesky import CholeskyInverse
+from lightning_kfc.layers import Forward
 from lightning_kfc.layers.blocks import BlocksAdapter
+from lightning_kfc.layers.linear import LinearAdapter
 from lightning_kfc.settings import Settings
 from tests.helpers import oracles
 from tests.helpers.nets import classes, data, engine, observe, train_step
@@ -198,3 +206,73 @@ def test_no_pair_costs_more_than_the_stated_multiple_or_what_is_cheap(
     if blocks > 1:
         cost, own = cost_in_the_mean(d_in, d_out, rows, every, blocks // 2)
         assert cost > max(CHEAP, MOST_IN_THE_MEAN * own)
+
+
+@contextlib.contextmanager
+def small_bounds() -> Iterator[None]:
+    """Bounds for layers that are a hundredth as large, so that their work can be done and counted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "CHEAP", 1e6)
+        patch.setattr(cost, "SMALLEST_BLOCK", 32)
+        number_of_blocks.cache_clear()
+        yield
+    number_of_blocks.cache_clear()
+
+
+#: What torch does not count itself, in floating-point operations (Golub & Van Loan, Matrix Computations, 4.2, 5.2).
+FACTORISATIONS = {
+    torch.ops.aten.linalg_cholesky_ex: lambda shape, *_, **__: math.prod(shape[:-1]) * shape[-1] ** 2 // 3,
+    torch.ops.aten.cholesky_inverse: lambda shape, *_, **__: math.prod(shape[:-1]) * shape[-1] ** 2 * 2 // 3,
+    torch.ops.aten.linalg_qr: lambda shape, *_, **__: 4 * math.prod(shape) * shape[-1],
+}
+
+
+def multiply_adds(work: Callable[[], Any]) -> tuple[Any, float]:
+    """What some work gives, and the multiply-adds that it took, counted while it is done."""
+    with FlopCounterMode(display=False, custom_mapping=FACTORISATIONS) as counter:
+        done = work()
+    return done, counter.get_total_flops() / 2
+
+
+def own_and_added(layer: nn.Linear, rows: int, every: tuple[int, int]) -> tuple[float, float]:
+    """What a layer takes in a step, and what its pair of factors adds in the mean."""
+    options = Settings(factor_every_n_steps=every[0], inverse_every_n_steps=every[1])
+    adapter = find_layers(layer, LayerOptions.of(options)).layers[""].adapter
+    x = torch.randn(rows, layer.in_features, requires_grad=True)
+
+    def forward_and_backward() -> Tensor:
+        output = layer(x)
+        output.backward(torch.ones_like(output))
+        return output.detach()
+
+    output, own = multiply_adds(forward_and_backward)
+    with torch.no_grad():
+        record = adapter.record(Forward((x.detach(),), {}, output))
+        _, of_input = multiply_adds(lambda: adapter.record(Forward((x.detach(),), {}, output)))
+        found, both = multiply_adds(lambda: adapter.statistics(record, torch.randn(rows, layer.out_features)))
+        inverse, refresh = multiply_adds(lambda: CholeskyInverse.factorise(found.factors(), 0.01))
+        gradient = adapter.matrix({"weight": layer.weight.grad})
+        _, solve = multiply_adds(lambda: inverse.for_low_rank(rows).solve(gradient))
+    return own, (of_input + both) / every[0] + refresh / every[1] + solve
+
+
+@settings(max_examples=60, deadline=None)
+@example(d_in=300, d_out=16, rows=128, every=(1, 1))
+@example(d_in=4, d_out=900, rows=128, every=(1, 1))
+@example(d_in=900, d_out=2, rows=128, every=(10, 20))
+@given(
+    d_in=st.integers(1, 32) | st.integers(1, 900),
+    d_out=st.integers(1, 32) | st.integers(1, 900),
+    rows=st.sampled_from([8, 64, 128]),
+    every=st.sampled_from([(10, 20), (1, 1), (50, 200)]),
+)
+def test_the_counted_operations_keep_to_the_stated_bound(
+    d_in: int, d_out: int, rows: int, every: tuple[int, int]
+) -> None:
+    """With fewer rows than are reckoned with, too: 16 times what the layer takes with those, or what is cheap."""
+    with small_bounds():
+        blocks = number_of_blocks(d_in, d_out, LinearAdapter.usual_rows, every)
+        own, added = own_and_added(nn.Linear(d_in, d_out, bias=False), rows, every)
+        bound = max(cost.CHEAP, MOST_IN_THE_MEAN * own * LinearAdapter.usual_rows / rows)
+        if max(d_in, d_out) > cost.SMALLEST_BLOCK * blocks:
+            assert added <= bound, f"{added:.3g} multiply-adds, {added / own:.1f} x the layer's own, bound {bound:.3g}"
