@@ -57,7 +57,7 @@ def load_record(folder: Path, task: Task) -> Record:
     record = Record.load(path)
     if (record.target, record.budget) != (target, task.budget):
         raise ValueError(
-            f"{task.name} was measured to a loss of {record.target:g} in {record.budget} iterations, and now asks for "
+            f"{task.name} was measured to a loss of {record.target:g} in {record.budget} iterations, and now needs "
             f"{target:g} in {task.budget}: delete {path.name} and run again."
         )
     return record

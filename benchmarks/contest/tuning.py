@@ -121,7 +121,7 @@ class Tuning:
         """
         if (self.target, self.budget) != (task.targets[-1], task.budget):
             raise ValueError(
-                f"{task.label} was tuned for a loss of {self.target:g} in {self.budget} iterations, and now asks for "
+                f"{task.label} was tuned for a loss of {self.target:g} in {self.budget} iterations, and now needs "
                 f"{task.targets[-1]:g} in {task.budget}: delete its tuning file and tune again."
             )
 

@@ -49,6 +49,6 @@ class OptimizerStep:
             rates = dict.fromkeys(layers.present(), float(lr))
         else:
             raise ValueError(
-                "precondition() takes either lr=... or optimizer=..., to know the step that the KL clip bounds."
+                "precondition() takes either lr=... or optimizer=..., for the length of the step in the KL clip."
             )
         return cls(optimizer, layers.parameters(optimizer), rates, loss_scale, loss_gradients or {})

@@ -51,7 +51,7 @@ class NotedDropout(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    """Runs its net again in every backward, without asking torch to keep the random state."""
+    """Runs its net again in every backward, without keeping the random state."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()

@@ -32,7 +32,7 @@ class Twice(nn.Module):
 
 
 class TwiceLater(nn.Module):
-    """Uses its layer's weight as a function, too, once it is told to."""
+    """Uses its layer's weight in a functional call too, on demand."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A part of the rows, half of a symmetric product, and rows that lie as a product wants them: the same numbers."""
+"""A part of the rows, half of a symmetric product, and rows in the layout of a product: the same numbers."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ def test_the_engine_measures_its_parts_and_chooses_once(clock: Clock, staggered:
     training.run(70)
     assert periods(training.kfc) == (13, 26)
     assert len(informed) == 1
-    # They rule: in the mean, as many as foretold.
+    # They are in force: in the mean, as many as predicted.
     inverted = [step for step, names in enumerate(training.inverted) for _ in names if step >= 13]
     assert len(inverted) == pytest.approx(70 / 26 * 7, abs=7)
 
