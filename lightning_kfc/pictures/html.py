@@ -20,6 +20,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; m
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ccc; }
 pre { overflow-x: auto; background: #f6f6f6; padding: .8rem; font-size: .85rem; line-height: 1.35; }
 table { border-collapse: collapse; } td, th { text-align: left; padding: .15rem 1.2rem .15rem 0; vertical-align: top; }
+td { overflow-wrap: anywhere; }
 th { font-weight: 600; } figure { margin: 1rem 0; overflow-x: auto; } img { max-width: 100%; height: auto; }
 p { max-width: 46rem; } code { font-size: .9em; }
 img { background: #fff; border-radius: 4px; }
