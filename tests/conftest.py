@@ -10,6 +10,7 @@ import torch
 from hypothesis import settings
 
 from lightning_kfc.monitoring.messages import LOGGER
+from lightning_kfc.trust_region import region
 
 # Two test processes share two cores, and the nets are tiny: more threads would only wait for each other.
 torch.set_num_threads(1)
@@ -43,3 +44,9 @@ def informed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     LOGGER.setLevel(logging.INFO)
     yield handler.lines
     LOGGER.setLevel(level)
+
+
+@pytest.fixture
+def ten_steps_reviewed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Review the first ten steps, for tests that look at each review of a short training."""
+    monkeypatch.setattr(region, "REVIEWED_AT_FIRST", 10)

@@ -15,7 +15,7 @@ from benchmarks.contest.tasks import TASKS, Task
 from lightning_kfc.trust_region import region
 
 NEVER = 10**9
-#: By title: the exponent of the radius, and the steps between reviews after the first ten.
+#: By title: the exponent of the radius, and the steps between reviews after the first ones.
 VARIANTS = {
     "reviews every 5 steps alone": (0.0, 5),
     "reviews every 10 steps alone": (0.0, 10),

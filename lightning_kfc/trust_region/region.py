@@ -34,7 +34,7 @@ DAMPING = 3e-6
 SLOWEST_FALL = 0.5
 
 #: The number of first steps that are all reviewed, the period of reviews afterwards, and that from step LATER_FROM on.
-REVIEWED_AT_FIRST = 10
+REVIEWED_AT_FIRST = 5
 REVIEW_EVERY_N_STEPS, LATER_FROM, LATER_REVIEWS = 10, 100, 50
 #: The radius follows c, the slope of the last step on the next batch, by exp(NEXT_SLOPE c) a step.
 NEXT_SLOPE = 0.35

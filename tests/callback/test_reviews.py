@@ -56,6 +56,7 @@ def run(callback: Any, path: Any, epochs: int = 2, **options: Any) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ten_steps_reviewed")
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}])
 def test_a_run_does_not_notice_its_reviews(tmp_path, monkeypatch, options):
     reviews = []
@@ -91,6 +92,7 @@ def _columns(rows: str, names: tuple[str, ...]) -> list[list[str]]:
     return [line for line in found if any(line)]
 
 
+@pytest.mark.usefixtures("ten_steps_reviewed")
 def test_reviews_see_the_loss_that_the_step_had_and_with_the_same_dropout(tmp_path, monkeypatch):
     outcomes = []
     monkeypatch.setattr(

@@ -113,6 +113,7 @@ class StepsByHand(Noted):
             optimizer.zero_grad()
 
 
+@pytest.mark.usefixtures("ten_steps_reviewed")
 def test_a_step_after_its_closure_is_reviewed_and_a_skipped_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     reviews = Reviews(monkeypatch)
     module, callback = StepsByHand(), KFCCallback()
@@ -123,6 +124,7 @@ def test_a_step_after_its_closure_is_reviewed_and_a_skipped_one_is_not(monkeypat
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.usefixtures("ten_steps_reviewed")
 def test_a_review_says_what_a_fresh_evaluation_of_the_step_s_batches_says(
     accumulate: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +185,7 @@ class Adversarial(Regression):
         return [SGD(self.head.parameters(), lr=0.05), SGD(self.other.parameters(), lr=0.05)]
 
 
+@pytest.mark.usefixtures("ten_steps_reviewed")
 def test_each_optimizer_s_step_is_reviewed_by_its_own_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     reviews = Reviews(monkeypatch)
     module, callback = Adversarial(), KFCCallback(fisher="empirical")
@@ -330,6 +333,7 @@ def test_steps_that_lightning_does_not_see_are_said_once_and_nothing_is_undone()
 # Two callbacks.
 
 
+@pytest.mark.usefixtures("ten_steps_reviewed")
 def test_two_callbacks_hold_steps_against_the_gradient_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     slopes: list[tuple[float, float]] = []
     outcome_of = StepSnapshot.outcome

@@ -120,11 +120,11 @@ def test_fixed_settings_stay_but_steps_are_still_undone():
 
 def test_steps_are_reviewed_at_first_then_now_and_then_and_after_one_that_surprises():
     bound, due = region(), []
-    for step in range(40):
+    for step in range(220):
         if bound.review_planned(step):
             due.append(step)
         bound.note_size(1.0 if step != 32 else 50.0)
-    assert due == [*range(10), 10, 20, 30, 33]
+    assert due == [*range(5), 10, 20, 30, 33, 40, 50, 60, 70, 80, 90, 100, 150, 200]
 
 
 def test_a_resumed_region_goes_on_as_the_first_one():
@@ -382,6 +382,7 @@ def test_a_loop_without_reviews_is_told_once_and_goes_on_with_the_fixed_values()
     assert kfc.kl_clip > 0
 
 
+@pytest.mark.usefixtures("ten_steps_reviewed")
 def test_micro_batches_are_reviewed_as_the_batch_that_they_make():
     torch.manual_seed(0)
     whole = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
