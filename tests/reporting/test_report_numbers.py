@@ -167,4 +167,6 @@ def test_a_series_is_flat_where_no_two_finite_numbers_differ(values: list[float]
 def test_a_report_has_colours_for_the_dark_and_no_address() -> None:
     page = render("title", [])
     assert "prefers-color-scheme: dark" in page
+    # Else a long setting would widen the page beyond a phone.
+    assert "td { overflow-wrap: anywhere; }" in page
     assert "http" not in page
