@@ -6,6 +6,7 @@ The tasks are those that choose constants, as in :mod:`benchmarks.accuracy.dampi
 
 from __future__ import annotations
 
+from typing import Any
 from unittest import mock
 
 from benchmarks.accuracy.variants import count, measure
@@ -26,9 +27,9 @@ VARIANTS = {
 SHOWN = ("none", "0.9")
 
 
-def iterations(task: Task, seed: int) -> dict[str, float]:
+def iterations(task: Task, seed: int, **settings: Any) -> dict[str, float]:
     """By average of the weights: iterations to the hardest target; infinity if the budget ends before."""
-    run = AveragedRun(task, kfc("kfc", "KFC", rule="natural"), 0.5, seed)
+    run = AveragedRun(task, kfc("kfc", "KFC", rule="natural", **settings), 0.5, seed)
     while not (run.over() or all(run.arrived(name) for name in AVERAGES)):
         run.advance(5)
     return {name: run.curves[name].reach(task.targets[-1]).iterations for name in SHOWN}
