@@ -1,4 +1,4 @@
-"""Six whole recipes; the longest run takes five to ten CPU seconds with SGD.
+"""Six whole recipes; the longest run takes five to fifteen CPU seconds with SGD.
 
 No recipe chose a constant of KFC: its defaults were fixed before the first run. Four recipes have networks and data of
 the contest, whose conv net and ResNet have chosen defaults; segmentation and the table are held-back tasks away from

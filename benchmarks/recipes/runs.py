@@ -96,6 +96,8 @@ class Training:
     those of the average count for the average alone.
 
     Attributes:
+        stepper: Makes the steps.
+        step_seconds: CPU seconds of the steps so far, without the average's.
         epochs: The epochs, by validation.
         seconds: The seconds, by average and validation.
         values: The metric, by average and validation; infinite after divergence.
@@ -119,10 +121,10 @@ class Training:
         self._random = RandomStream(seed)
         with self._random.entered():
             self.model = recipe.make_model()
-            self._stepper, self._optimizer = TRAINEES[name].make(self.model, recipe, lr, seed)
+            self.stepper, self._optimizer = TRAINEES[name].make(self.model, recipe, lr, seed)
             self._batches = recipe.batches(seed)
             self._average = AveragedWeights(self.model, float(AVERAGED))
-        self._done, self._step_seconds, self._average_seconds = 0, 0.0, 0.0
+        self._done, self.step_seconds, self._average_seconds = 0, 0.0, 0.0
         self.epochs: list[float] = []
         self.seconds: dict[str, list[float]] = {average: [] for average in AVERAGES}
         self.values: dict[str, list[float]] = {average: [] for average in AVERAGES}
@@ -147,13 +149,13 @@ class Training:
         inputs, targets = next(self._batches)
         started = time.process_time()
         try:
-            self._stepper.step(BatchLoss(self.model, self.recipe.loss, inputs, targets))
+            self.stepper.step(BatchLoss(self.model, self.recipe.loss, inputs, targets))
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch's stubs leave it out
             self._diverged = True
         stepped = time.process_time()
         self._average.update(self._optimizer)
         self._average_seconds += time.process_time() - stepped
-        self._step_seconds += stepped - started
+        self.step_seconds += stepped - started
         self._done += 1
         if self._done % self._spacing == 0 or self.over():
             self._validate()
@@ -167,7 +169,7 @@ class Training:
         self.epochs.append(self._done / self.recipe.steps_per_epoch)
         for average, (value, loss) in ((PLAIN, plain), (AVERAGED, averaged)):
             more = self._average_seconds if average == AVERAGED else 0.0
-            self.seconds[average].append(self._step_seconds + more)
+            self.seconds[average].append(self.step_seconds + more)
             self.values[average].append(math.inf if self._diverged else value)
             self.losses[average].append(math.inf if self._diverged else loss)
 

@@ -13,7 +13,8 @@ from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from benchmarks.contest.data import Split
-from benchmarks.recipes import contest, recipes, tables
+from benchmarks.paths import RESULTS
+from benchmarks.recipes import contest, recipes, shares, tables
 from benchmarks.recipes.recipes import RECIPES, Recipe
 from benchmarks.recipes.runs import AVERAGED, KFC_NAME, PLAIN, TRAINEES, Training
 
@@ -158,10 +159,29 @@ def test_the_goal_is_the_time_to_the_best_peer_s_value_at_the_best_length() -> N
     record = made_up(5.1)
     best = tables.best_peer(record)
     assert (best.name, best.length, best.average, best.value, best.seconds) == ("adamw", 1.0, "0.9", 5.1, 8.0)
-    assert tables.reach(record, KFC_NAME, best.value) == (4.0, 2.0, 0.5)
+    assert tables.reach(record, KFC_NAME, best) == tables.Reach(4.0, 2.0, 0.5, 0.5)
     (row,) = tables.goals([record]).splitlines()[2:]
-    assert row.endswith("| 2 / 4.0, length 0.5 | 0.50 | met |")
+    assert row.endswith("| 2 / 4.0, length 0.5 | 0.50 | met | AdamW, 8.0 |")
     # Without the half length there is the third validation of the whole one.
     (row,) = tables.goals([made_up(None)]).splitlines()[2:]
-    assert row.endswith("| 3 / 6.0, length 1 | 0.75 | missed |")
-    assert tables.reach(record, "sgd", 5.1)[2] is None
+    assert row.endswith("| 3 / 6.0, length 1 | 0.75 | missed | AdamW, 8.0 |")
+    assert tables.reach(record, "sgd", best).length is None
+
+
+def test_the_shares_of_the_later_steps_add_up_and_steps_cost_more_than_sgd_s() -> None:
+    found = shares.measure(contest.smoke(replace(RECIPES["table"], batch_size=64), steps=60))
+    assert found["steps"] == 30
+    assert sum(found[phase] for phase in shares.PHASES) == pytest.approx(1.0, abs=0.01)
+    assert min(found["first"], found["later"]) > 1
+    assert shares.table({"table": found}).splitlines()[2].startswith("| table | 30 |")
+
+
+def test_the_published_tables_are_those_of_the_records() -> None:
+    records = [contest.load(RESULTS, recipe) for recipe in RECIPES.values()]
+    published = (RESULTS / "recipes_contest.md").read_text("utf-8")
+    assert all(record["runs"] for record in records)
+    for record in records:
+        assert tables.recipe_table(record) in published
+    assert published.startswith(tables.goals(records))
+    of_shares = json.loads((RESULTS / f"{shares.NAME}.json").read_text("utf-8"))
+    assert (RESULTS / f"{shares.NAME}.md").read_text("utf-8") == shares.table(of_shares)
