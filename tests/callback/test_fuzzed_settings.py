@@ -109,6 +109,9 @@ def traces_of(value: object) -> set[str]:
     """The ways in which a message may show a value of YAML, or a part of it."""
     parts = [*value, *(value.values() if isinstance(value, dict) else ())] if isinstance(value, list | dict) else []
     traces = {str(value), repr(value)}.union(*map(traces_of, parts))
+    if value == {}:
+        # The parser fills an empty mapping with the fields of a class that it tries.
+        traces.add("Namespace(")
     with contextlib.suppress(TypeError, ValueError):
         traces.add(repr(float(value)))  # type: ignore[arg-type]  # that is refused
     return traces

@@ -283,6 +283,7 @@ def test_an_update_that_float16_cannot_hold_leaves_the_gradient() -> None:
     assert kfc.events.nonfinite_updates == 1
 
 
+@pytest.mark.usefixtures("ten_steps_reviewed")
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "16-mixed", "bf16-mixed", "bf16-true"])
 def test_reviews_replay_the_loss_in_every_precision(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     outcomes: list[Outcome] = []

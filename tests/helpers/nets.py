@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_kfc import KFC
+from lightning_kfc import KFC, RefreshTiming
 
 
 def double(*modules: nn.Module) -> nn.Sequential:
@@ -47,6 +47,7 @@ def engine(model: nn.Module, **settings: Any) -> KFC:
         "damping": 1e-2,
         "kl_clip": None,
         "rows_per_dim": None,
+        "timing": RefreshTiming(later_periods=1),
     }
     return KFC(model, **{**defaults, **settings})
 
