@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from lightning_kfc.monitoring.events import StepNumbers
+from lightning_kfc.scheduling.refresh_schedule import LATER_FROM
 from lightning_kfc.settings import Settings
 
 #: The first automatic radius, and the one without reviews, as shares of the loss.
@@ -35,7 +36,7 @@ SLOWEST_FALL = 0.5
 
 #: The number of first steps that are all reviewed, the period of reviews afterwards, and that from step LATER_FROM on.
 REVIEWED_AT_FIRST = 5
-REVIEW_EVERY_N_STEPS, LATER_FROM, LATER_REVIEWS = 10, 100, 50
+REVIEW_EVERY_N_STEPS, LATER_REVIEWS = 10, 50
 #: The radius follows c, the slope of the last step on the next batch, by exp(NEXT_SLOPE c) a step.
 NEXT_SLOPE = 0.35
 
