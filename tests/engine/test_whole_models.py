@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,9 +13,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_kfc import KFCCallback
-from tests.helpers.harness import QUIET
+from tests.engine.test_zoo import Task
+from tests.helpers.lightning_nets import QUIET, trainer
 
-pytestmark = [*(pytest.mark.filterwarnings(line) for line in QUIET), pytest.mark.slow]
+pytestmark = [*QUIET, pytest.mark.slow]
 
 STEPS = 30
 
@@ -137,37 +136,16 @@ class Transcriber(nn.Module):
         return F.ctc_loss(log_probabilities.transpose(0, 1), targets, *lengths)
 
 
-class Task(pl.LightningModule):
-    """Trains a model that returns its loss."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.losses: list[float] = []
-
-    def training_step(self, batch: Tensor) -> Tensor:
-        loss: Tensor = self.model(batch)
-        self.losses.append(float(loss.detach()))
-        return loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.5, momentum=0.5)
-
-
 MODELS = (VariationalAutoencoder, ActorCritic, TwoTowers, Siamese, Detector, Denoiser, Transcriber)
 
 
 @pytest.mark.parametrize("make", MODELS)
 def test_a_whole_model_trains_with_the_defaults_and_is_accounted_for(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
-    task, callback = Task(make()), KFCCallback()
+    task, callback = Task(make(), lambda model, batch: model(batch), lr=0.5), KFCCallback()
     # Four directions, which the code of an autoencoder can hold in part.
     batch = torch.randn(64, 4) @ torch.randn(4, 16) / 2
-    options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = pl.Trainer(
-        accelerator="cpu", max_steps=STEPS, callbacks=[callback], enable_model_summary=False, **options
-    )
-    trainer.fit(task, DataLoader([batch] * STEPS, batch_size=None))
+    trainer(callback, max_steps=STEPS).fit(task, DataLoader([batch] * STEPS, batch_size=None))
     start, end = sum(task.losses[:3]) / 3, sum(task.losses[-3:]) / 3
     coverage = callback.kfc.coverage()
     treatments: Counter[str] = Counter()

@@ -6,7 +6,6 @@ import importlib
 from collections import Counter
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_kfc import KFCCallback
 from tests.engine.test_zoo import Task
-from tests.helpers.lightning_nets import QUIET
+from tests.helpers.lightning_nets import QUIET, trainer
 from tests.helpers.nets import classes
 
 pytestmark = [*QUIET, pytest.mark.slow]
@@ -106,16 +105,7 @@ def test_a_network_from_a_config_trains_with_the_defaults_and_is_accounted_for(n
     torch.manual_seed(0)
     network = getattr(transformers, network_class)(getattr(transformers, config_class)(**values))
     task, callback = Task(network, lambda network, batch: network(**batch).loss, lr=0.5), KFCCallback()
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_steps=STEPS,
-        callbacks=[callback],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(task, DataLoader([batch()] * STEPS, batch_size=None))
+    trainer(callback, max_steps=STEPS).fit(task, DataLoader([batch()] * STEPS, batch_size=None))
     start, end = sum(task.losses[:3]) / 3, sum(task.losses[-3:]) / 3
     coverage = callback.kfc.coverage()
     treatments = Counter({row.treatment: 0 for row in coverage})
