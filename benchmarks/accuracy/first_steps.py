@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 from unittest import mock
 
-from benchmarks.accuracy.next_slope import SHOWN, iterations
-from benchmarks.accuracy.variants import count, measure
+from benchmarks.accuracy.next_slope import cell, iterations
+from benchmarks.accuracy.variants import measure
 from benchmarks.contest.tasks import TASKS, Task
 from lightning_kfc.trust_region import region
 
@@ -29,7 +29,7 @@ def row(task: Task, seeds: int) -> list[str]:
     for reviewed, settings in VARIANTS.values():
         with mock.patch.object(region, "REVIEWED_AT_FIRST", reviewed):
             found = [iterations(task, seed, **settings) for seed in range(seeds)]
-        cells.append(" · ".join(count([entry[name] for entry in found]) for name in SHOWN))
+        cells.append(cell(found))
     return cells
 
 

@@ -6,6 +6,7 @@ The tasks are those that choose constants, as in :mod:`benchmarks.accuracy.dampi
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -35,13 +36,18 @@ def iterations(task: Task, seed: int, **settings: Any) -> dict[str, float]:
     return {name: run.curves[name].reach(task.targets[-1]).iterations for name in SHOWN}
 
 
+def cell(found: Sequence[Mapping[str, float]]) -> str:
+    """The medians over seeds, without and with an average."""
+    return " · ".join(count([entry[name] for entry in found]) for name in SHOWN)
+
+
 def row(task: Task, seeds: int) -> list[str]:
     """The cells of a task: for each variant, without and with an average."""
     cells = []
     for exponent, every in VARIANTS.values():
         with mock.patch.multiple(region, NEXT_SLOPE=exponent, REVIEW_EVERY_N_STEPS=every):
             found = [iterations(task, seed) for seed in range(seeds)]
-        cells.append(" · ".join(count([entry[name] for entry in found]) for name in SHOWN))
+        cells.append(cell(found))
     return cells
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -14,7 +15,7 @@ from benchmarks.contest.curves import Curve
 from benchmarks.contest.optimizers import BatchLoss, Contestant
 from benchmarks.contest.tasks import Task
 
-R = TypeVar("R", bound="Run")
+R = TypeVar("R", bound="TakesTurns")
 
 #: Steps of a run in its turn; with short turns, a disturbance of the machine affects all runs.
 BLOCK = 5
@@ -57,7 +58,29 @@ class RandomStream:
             np.random.set_state(outside[1])
 
 
-class Run:
+class TakesTurns(ABC):
+    """A run that advances in turns with others, each on a random stream of its own."""
+
+    _random: RandomStream
+
+    @abstractmethod
+    def over(self) -> bool:
+        """Whether the run is over."""
+
+    @abstractmethod
+    def _step(self) -> None:
+        """Make one step, on the run's random stream."""
+
+    def advance(self, steps: int) -> None:
+        """Make more steps, until the run is over."""
+        with self._random.entered():
+            for _ in range(steps):
+                if self.over():
+                    return
+                self._step()
+
+
+class Run(TakesTurns):
     """One contestant with one learning rate and seed.
 
     The seed sets the initial weights and the order of the examples, the same for all contestants.
@@ -99,14 +122,6 @@ class Run:
             self._batches = task.batches(seed)
             self.curve.append(0, 0.0, task.training_loss(self.model))
 
-    def advance(self, steps: int) -> None:
-        """Make more steps, until the budget ends or the run diverges."""
-        with self._random.entered():
-            for _ in range(steps):
-                if self.over():
-                    return
-                self._step()
-
     def _step(self) -> None:
         inputs, targets = next(self._batches)
         started = time.process_time()
@@ -133,17 +148,17 @@ class Run:
         return self._iteration >= self.task.budget or out_of_time
 
     def over(self) -> bool:
-        """Whether the run is over."""
+        """Whether the budget has ended, or the run has diverged."""
         return self._exhausted() or self.curve.diverged()
 
 
-def interleave(runs: Sequence[R], until: Callable[[R], bool] = Run.over, block: int = BLOCK) -> None:
+def interleave(runs: Sequence[R], until: Callable[[R], bool] | None = None, block: int = BLOCK) -> None:
     """Advance all runs in turns of a block of steps, each until it is over or ``until`` holds."""
     going = list(runs)
     while going:
         for run in going:
             run.advance(block)
-        going = [run for run in going if not (run.over() or until(run))]
+        going = [run for run in going if not (run.over() or (until is not None and until(run)))]
 
 
 def compete(task: Task, contestants: Sequence[Contestant], lrs: Mapping[str, float], seed: int) -> dict[str, Curve]:

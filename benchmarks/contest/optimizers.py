@@ -83,6 +83,16 @@ class KFCStepper(Stepper):
         self.kfc.review(optimizer=self.optimizer)
 
 
+class TimedStepper(KFCStepper):
+    """KFC with the clock of the callback."""
+
+    def step(self, compute_loss: BatchLoss) -> None:
+        """See :class:`Stepper`."""
+        self.kfc.times.begin_step(compute_loss.inputs.device)
+        super().step(compute_loss)
+        self.kfc.times.end_step()
+
+
 class AveragingStepper(Stepper):
     """Another stepper, whose weights are averaged exponentially after each step; buffers are copied.
 

@@ -17,7 +17,7 @@ from statistics import median
 import torch
 
 from benchmarks.contest.contestants import CONTESTANTS
-from benchmarks.contest.optimizers import BatchLoss, KFCStepper, Stepper
+from benchmarks.contest.optimizers import BatchLoss, KFCStepper, Stepper, TimedStepper
 from benchmarks.contest.tasks import TASKS, Task
 from benchmarks.paths import RESULTS
 from lightning_kfc.monitoring.timing import PHASES, REST
@@ -34,29 +34,31 @@ def _contestant(name: str, task: Task, lr: float) -> tuple[torch.nn.Module, Step
     return model, CONTESTANTS[name].make(model, lr, 0)
 
 
+def _timed(model: torch.nn.Module, stepper: Stepper) -> tuple[torch.nn.Module, Stepper]:
+    assert isinstance(stepper, KFCStepper)
+    return model, TimedStepper(stepper.kfc, stepper.optimizer)
+
+
 def measure(task: Task, steps: int, repetitions: int) -> dict[str, float]:
     """The cost of a counted step in SGD's, and the share of each of KFC's phases in SGD's time."""
     found: dict[str, list[float]] = {"cost": [], **{phase: [] for phase in PHASES}}
     for repetition in range(repetitions):
         pair = {name: _contestant(name, task, lr) for name, lr in (("sgd", 0.01), ("kfc", 0.5))}
-        kfc = pair["kfc"][1]
-        assert isinstance(kfc, KFCStepper)
         taken = dict.fromkeys(pair, 0.0)
         batches = task.batches(repetition)
         for number in range(FIRST + steps):
             inputs, targets = next(batches)
-            counted = number >= FIRST
+            if number == FIRST:
+                pair["kfc"] = _timed(*pair["kfc"])
             for name in list(pair)[:: 1 if number % 2 else -1]:
                 model, stepper = pair[name]
                 started = time.process_time()
-                if counted and name == "kfc":
-                    kfc.kfc.times.begin_step(inputs.device)
                 stepper.step(BatchLoss(model, task.loss, inputs, targets))
-                if counted and name == "kfc":
-                    kfc.kfc.times.end_step()
-                taken[name] += (time.process_time() - started) if counted else 0.0
+                taken[name] += (time.process_time() - started) if number >= FIRST else 0.0
         cost = taken["kfc"] / taken["sgd"]
-        seconds = kfc.kfc.times.seconds()
+        stepper = pair["kfc"][1]
+        assert isinstance(stepper, TimedStepper)
+        seconds = stepper.kfc.times.seconds()
         found["cost"].append(cost)
         for phase in PHASES:
             found[phase].append(cost * seconds[phase] / sum(seconds.values()))

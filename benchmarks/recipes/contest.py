@@ -21,11 +21,12 @@ from typing import Any
 import torch
 
 from benchmarks.contest.curves import at_edge
+from benchmarks.contest.harness import interleave
 from benchmarks.contest.report import lists_on_one_line, measured_with
 from benchmarks.contest.tuning import beyond
 from benchmarks.paths import RESULTS
 from benchmarks.recipes.recipes import RECIPES, Recipe
-from benchmarks.recipes.runs import AVERAGES, KFC_NAME, TRAINEES, Training, by_turns
+from benchmarks.recipes.runs import AVERAGES, KFC_NAME, TRAINEES, Training
 from benchmarks.recipes.tables import LENGTHS, write_tables
 
 SEEDS = (0, 1, 2)
@@ -78,7 +79,7 @@ def search(recipe: Recipe, record: dict[str, Any]) -> None:
             for name, lrs in missing.items()
             for lr in lrs
         ]
-        by_turns(runs)
+        interleave(runs)
         for run in runs:
             tried[run.name][run.lr] = run
         missing = {}
@@ -96,7 +97,7 @@ def search(recipe: Recipe, record: dict[str, Any]) -> None:
 def compete(recipe: Recipe, record: dict[str, Any], seed: int) -> None:
     """Run all optimizers at all lengths in turns on one seed."""
     runs = [Training(recipe, name, record["rates"][name], length, seed) for length in LENGTHS for name in TRAINEES]
-    by_turns(runs)
+    interleave(runs)
     results: dict[str, Any] = {name: {} for name in TRAINEES}
     for run in runs:
         results[run.name][f"{run.length:g}"] = {

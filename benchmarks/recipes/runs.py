@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from benchmarks.away.contestants import thirds
 from benchmarks.contest.contestants import SHIPPED, hidden_matrices
-from benchmarks.contest.harness import BLOCK, RandomStream
+from benchmarks.contest.harness import RandomStream, TakesTurns
 from benchmarks.contest.optimizers import BatchLoss, KFCStepper, PlainStepper
 from benchmarks.recipes.recipes import Recipe
 from lightning_kfc import KFC
@@ -89,7 +89,7 @@ TRAINEES = {
 }
 
 
-class Training:
+class Training(TakesTurns):
     """One run of a recipe.
 
     The seed sets the initial weights and the batches, equal for all optimizers. Seconds are CPU seconds of the steps;
@@ -135,14 +135,6 @@ class Training:
         """Whether the run is over."""
         return self._diverged or self._done >= self.total
 
-    def advance(self, steps: int) -> None:
-        """Make more steps, until the end."""
-        with self._random.entered():
-            for _ in range(steps):
-                if self.over():
-                    return
-                self._step()
-
     def _step(self) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = self.lr * self.recipe.schedule(self._done / self.total)
@@ -176,12 +168,3 @@ class Training:
     def best_average(self) -> str:
         """The average with the lower value at the end."""
         return min(AVERAGES, key=lambda average: self.values[average][-1])
-
-
-def by_turns(runs: Sequence[Training]) -> None:
-    """Advance all runs in turns of a block of steps, so that a disturbance of the machine affects all."""
-    going = [run for run in runs if not run.over()]
-    while going:
-        for run in going:
-            run.advance(BLOCK)
-        going = [run for run in going if not run.over()]

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.contest.harness import BLOCK
-from benchmarks.contest.optimizers import BatchLoss, KFCStepper
+from benchmarks.contest.optimizers import KFCStepper, TimedStepper
 from benchmarks.contest.pieces import parser_of_pieces
 from benchmarks.recipes.recipes import RECIPES, Recipe
 from benchmarks.recipes.runs import KFC_NAME, PLAIN, TRAINEES, Training
@@ -23,16 +23,6 @@ from lightning_kfc.monitoring.timing import PHASES
 LENGTH = 0.5
 FIRST = 10
 NAME = "recipes_contest_shares"
-
-
-class TimedStepper(KFCStepper):
-    """KFC with the clock of the callback."""
-
-    def step(self, compute_loss: BatchLoss) -> None:
-        """See :class:`Stepper`."""
-        self.kfc.times.begin_step(torch.device("cpu"))
-        super().step(compute_loss)
-        self.kfc.times.end_step()
 
 
 def measure(recipe: Recipe, seed: int = 0) -> dict[str, float]:
