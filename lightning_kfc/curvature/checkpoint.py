@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_kfc.curvature.layer import Layer
+from lightning_kfc.curvature.own_damping import OwnDamping
 from lightning_kfc.curvature.ownership import LayerOwnership
 from lightning_kfc.distributed.remote import RemoteInverse
 from lightning_kfc.factors.inverses import Inverse
@@ -91,8 +92,8 @@ def _state(layer: Layer) -> dict[str, Any]:
         state["moments"] = _saved(layer.moments.state_dict())
     if layer.rows is not None:
         state["rows"] = layer.rows
-    if layer.mean_square is not None:
-        state["mean_square"] = layer.mean_square
+    if layer.own_damping.mean_square is not None:
+        state["own_damping"] = asdict(layer.own_damping)
     return state
 
 
@@ -115,7 +116,8 @@ def _load(
         # Moments belong to the basis of the inverse.
         moments = Moments(**_on(device, state["moments"])) if with_moments and "moments" in state else None
     averages = averages_of(state["factors"], device) if ownership.has_factors(layer) else {}
-    layer.restore(averages, inverse, moments, state.get("rows"), state.get("mean_square"))
+    # Version 0.1 has none.
+    layer.restore(averages, inverse, moments, state.get("rows"), OwnDamping(**state.get("own_damping", {})))
     return None
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lightning_kfc.curvature.gradients import is_zero, write_matrix
+from lightning_kfc.curvature.own_damping import OwnDamping
 from lightning_kfc.curvature.weight_scale import mean_square
 from lightning_kfc.distributed.process_group import is_sharded
 from lightning_kfc.distributed.remote import RemoteInverse
 from lightning_kfc.distributed.sharded_tensors import whole
-from lightning_kfc.factors.damping import least_damping
 from lightning_kfc.factors.eigenbasis import Eigenbasis
 from lightning_kfc.factors.inverses import EighInverse, EkfacInverse, Inverse
 from lightning_kfc.factors.moments import Moments
@@ -47,8 +48,7 @@ class Layer:
         self._shards = {role: p for role, p in self.adapter.parameters().items() if is_sharded(p)}
         self.pending: Statistics | None = None
         self.factorised_at = -1
-        #: The mean square of the weights at the start of training, for an automatic damping.
-        self.mean_square: float | None = None
+        self.own_damping = OwnDamping()
         #: The most rows of a step, a bound on the rank of the gradient; None if unknown.
         self.rows: int | None = None
         #: The roles of the parameters in factors and inverse; parameters may be frozen or unfrozen later.
@@ -177,10 +177,10 @@ class Layer:
         inverse: Inverse | None,
         moments: Moments | None,
         rows: int | None,
-        mean_square: float | None,
+        own_damping: OwnDamping,
     ) -> None:
         """Restore the parts of a checkpoint, for the parameters that are trainable now."""
-        self.averages, self.moments, self.rows, self.mean_square = averages, moments, rows, mean_square
+        self.averages, self.moments, self.rows, self.own_damping = averages, moments, rows, own_damping
         self.roles = tuple(self.adapter.own_parameters())
         self.previous_inverse = None
         self.inverse = None if inverse is None else inverse.in_precision(self.inverse_dtype)
@@ -207,19 +207,32 @@ class Layer:
 
     def refreshed(self, inverse: type[Inverse], damping: float) -> Inverse:
         """A new inverse from the running factors, continuing the present one; raises as :meth:`Inverse.factorise`."""
-        curvature, own = self.curvature(), self.damping(damping)
-        own = own if self.mean_square is None else max(own, least_damping(curvature))
-        return self.inverse_type(inverse).factorise(curvature, own).continuing_from(self.inverse)
+        curvature = self.curvature()
+        self.own_damping = self.own_damping.limited(damping, curvature)
+        return self.inverse_type(inverse).factorise(curvature, self.damping(damping)).continuing_from(self.inverse)
 
     def measure_weights(self) -> None:
         """Note the mean square of the weights, the unit of the automatic damping, once. Collective if sharded."""
-        if self.mean_square is None and (own := self.adapter.own_parameters()):
+        if self.own_damping.mean_square is None and (own := self.adapter.own_parameters()):
             weights = self.matrix({role: parameter.detach() for role, parameter in own.items()})
-            self.mean_square = mean_square(weights, self.adapter.module)
+            self.own_damping = OwnDamping(mean_square(weights, self.adapter.module))
+
+    def take_damping(self, own: OwnDamping) -> None:
+        """Use another damping from now on."""
+        self.own_damping = own
 
     def damping(self, damping: float) -> float:
         """The damping of this layer, given the user's, or the automatic one for weights of mean square 1."""
-        return damping if self.mean_square is None else damping / self.mean_square
+        return self.own_damping.of(damping)
+
+    def largest_update(self, learning_rate: float) -> float:
+        """The largest norm of an update; see :meth:`OwnDamping.largest_change`.
+
+        Args:
+            learning_rate: The learning rate of the coming step.
+        """
+        numel = math.prod(self.adapter.matrix_shape())
+        return self.own_damping.largest_change * math.sqrt(numel) / learning_rate if learning_rate else math.inf
 
     def take(self, fresh: Inverse, step: int) -> None:
         """Use a new inverse; hold the former one until :meth:`confirm_inverse`."""

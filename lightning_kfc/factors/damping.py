@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-#: The least automatic damping, as a share of a layer's mean curvature.
-LEAST_DAMPING = 1e-8
+#: The least and the largest automatic damping, as multiples of a layer's mean curvature.
+LEAST_DAMPING, LARGEST_DAMPING = 1e-8, 100.0
 
 
 def mean_diagonal(factor: Tensor) -> Tensor:
@@ -28,9 +28,19 @@ def mean_curvature(factors: Mapping[str, Tensor]) -> float:
     return float(torch.stack(values).prod(0).mean())
 
 
-def least_damping(factors: Mapping[str, Tensor]) -> float:
-    """The least automatic damping of a layer: a loss that is nearly 0 must not leave singular factors without any."""
-    return max(LEAST_DAMPING * mean_curvature(factors), torch.finfo(torch.float32).tiny)
+def within_curvature(damping: float, factors: Mapping[str, Tensor]) -> float:
+    """An automatic damping, limited to a range of multiples of a layer's mean curvature.
+
+    A loss that is nearly 0 must not leave singular factors without damping. Far above the curvature, a step is that of
+    plain gradient descent.
+
+    Args:
+        damping: The damping, in units of the loss and the weights; at least 0.
+        factors: The layer's factors. Without curvature, the damping stays.
+    """
+    mean = mean_curvature(factors)
+    limited = min(damping, LARGEST_DAMPING * mean) if mean > 0 else damping
+    return max(limited, LEAST_DAMPING * mean, torch.finfo(torch.float32).tiny)
 
 
 def balance(A: Tensor, G: Tensor) -> Tensor:

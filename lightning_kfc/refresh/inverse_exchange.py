@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 
 import torch
@@ -102,21 +102,33 @@ class InverseExchange:
     def _sent_by_owners(
         self, layers: Sequence[Layer], layouts: Mapping[str, _Layout], made: Mapping[str, Outcome]
     ) -> dict[str, tuple[Status, list[float]]]:
-        """The status and the numbers of each layer's inverse, by layer. Collective: call on every rank."""
+        """The status and the numbers of each layer's inverse, by layer. Collective: call on every rank.
+
+        Automatic dampings are sent too, since every rank reviews steps.
+        """
         own: list[float] = []
         for layer in layers:
             outcome, names = made.get(layer.name), layouts[layer.name].numbers
             if isinstance(outcome, Inverse):
-                own += [Status.MADE, *(float(getattr(outcome, name)) for name in names)]
+                damping = layer.own_damping
+                automatic = -math.inf if damping.automatic is None else damping.automatic
+                own += [
+                    Status.MADE,
+                    automatic,
+                    float(damping.lowered),
+                    *(float(getattr(outcome, name)) for name in names),
+                ]
             else:
-                own += [Status.NOT_OWN if outcome is None else Status.FAILED, *[-math.inf] * len(names)]
+                own += [Status.NOT_OWN if outcome is None else Status.FAILED, *[-math.inf] * (2 + len(names))]
         device = next(iter(layers[0].adapter.parameters().values())).device
         values = self._ownership.group.max(torch.tensor(own, dtype=torch.float64, device=device)).tolist()
         self._ownership.communication.add("inverses", 8 * len(values))
         sent: dict[str, tuple[Status, list[float]]] = {}
         for layer in layers:
-            count = 1 + len(layouts[layer.name].numbers)
-            sent[layer.name] = Status(int(values[0])), values[1:count]
+            count = 3 + len(layouts[layer.name].numbers)
+            sent[layer.name] = Status(int(values[0])), values[3:count]
+            if values[1] > 0:
+                layer.take_damping(replace(layer.own_damping, automatic=values[1], lowered=bool(values[2])))
             del values[:count]
         return sent
 

@@ -60,7 +60,8 @@ class NaturalRule(Rule[NaturalUpdates]):
             for entry, inverse in zip(ready, previous, strict=True)
         ]
         gradients, rates = [entry.gradient for entry in ready], [entry.learning_rate for entry in ready]
-        return natural_step(gradients, inverses, rates, kl_clip, fallbacks, most_decrease)
+        largest = () if kl_clip is None else [entry.layer.largest_update(entry.learning_rate) for entry in ready]
+        return natural_step(gradients, inverses, rates, kl_clip, fallbacks, most_decrease, largest)
 
     def write(
         self,
@@ -105,6 +106,7 @@ def natural_step(
     kl_clip: float | None,
     fallbacks: Sequence[Inverse | None] = (),
     most_decrease: float | None = None,
+    largest: Sequence[float] = (),
 ) -> NaturalUpdates:
     r"""Precondition every layer's gradient, then scale all to the trust region.
 
@@ -123,6 +125,7 @@ def natural_step(
         fallbacks: Per layer, the inverse to use if the first one's V is not usable, or None.
         most_decrease: The bound on the slope :math:`\sum\alpha\langle V,\nabla\bar W\rangle`, to which the step is
             shortened before the clip; None for no bound.
+        largest: Per layer, the largest norm of V after the clip, to which a longer V is shortened; empty for no bounds.
     """
     batched = any(gradient.device.type != "cpu" for gradient in gradients)
     updates, rank_exceeded = solve_all(inverses, gradients, batched=batched)
@@ -141,19 +144,27 @@ def natural_step(
         failed += [i] if found is None else []
         updates[i], products[i] = (gradients[i], 0.0) if found is None else found
     quadratic = sum(rate**2 * product for rate, product in zip(learning_rates, products, strict=True))
-    slope = sum(rate * product for rate, product in zip(learning_rates, products, strict=True))
+    wanted = sum(rate * product for rate, product in zip(learning_rates, products, strict=True))
     # Before the clip, so that the radius bounds the shortened step.
-    within = most_decrease / slope if most_decrease is not None and slope > most_decrease else 1.0
+    within = most_decrease / wanted if most_decrease is not None and wanted > most_decrease else 1.0
     quadratic *= within**2
     clip = clip_factor(quadratic, kl_clip)
-    if clip * within < 1:
-        updates = [update if i in failed else update.mul_(clip * within) for i, update in enumerate(updates)]
+    factors = [clip * within] * len(updates)
+    if any(map(math.isfinite, largest)):
+        norms = torch.stack([torch.linalg.vector_norm(update) for update in updates]).tolist()
+        factors = [
+            min(factor, b / norm) if norm else factor for factor, norm, b in zip(factors, norms, largest, strict=True)
+        ]
+    updates = [u if i in failed or factors[i] == 1 else u.mul_(factors[i]) for i, u in enumerate(updates)]
+    slope = sum(
+        rate * product * factor for rate, product, factor in zip(learning_rates, products, factors, strict=True)
+    )
     return NaturalUpdates(
         tuple(updates),
         clip,
         quadratic,
         tuple(failed),
-        slope * within * clip,
+        slope,
         restored=tuple(restored),
         rank_exceeded=tuple(rank_exceeded),
     )

@@ -10,9 +10,10 @@ No constant has a unit. The radius starts at a share of the loss. The automatic 
 
 .. math:: \lambda = 3\cdot10^{-6}\; h(\theta) / \overline{w^2}
 
-with :math:`\overline{w^2}` the mean square of the layer's weights at the start of training. The damping is not adapted
-by reviews: on the step's own batch a smaller damping looks better, since the step fits this batch alone. Radius and
-damping are covariant: a loss times c, and inputs or outputs in other units, give the same steps.
+with :math:`\overline{w^2}` the mean square of the layer's weights at the start of training, and at most 100 times the
+layer's mean curvature. The damping is not adapted by reviews: on the step's own batch a smaller damping looks better,
+since the step fits this batch alone. Radius and damping are covariant: a loss times c, and inputs or outputs in other
+units, give the same steps.
 """
 
 from __future__ import annotations

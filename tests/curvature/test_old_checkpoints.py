@@ -115,6 +115,6 @@ def test_a_state_has_the_keys_of_version_1_but_for_the_triangles_of_its_factors(
     state["trust_region"].pop("loss")
     stored["trust_region"].pop("damping", None)
     for layer in state["layers"].values():
-        layer.pop("mean_square", None)
+        layer.pop("own_damping", None)
     assert keys({**state, "events": {}}) == keys({**stored, "events": {}})
     assert stored["events"].keys() <= state["events"].keys()

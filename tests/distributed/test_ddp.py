@@ -259,7 +259,8 @@ def test_a_refresh_sends_one_triangle_of_each_factor_and_says_so(two_ranks: Rank
         for statistics, inverses, total in two_ranks.run(bytes_sent, precision):
             assert statistics == triangles * size + header
             # As they are, and whether there is one.
-            assert inverses == triangles * 8 + 3 * 8
+            # With the status and the automatic damping of each layer.
+            assert inverses == triangles * 8 + 3 * 3 * 8
             assert total == 2 * (statistics + inverses)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -104,13 +105,15 @@ def test_outputs_in_other_units_give_the_same_training(scale: float) -> None:
     assert losses(model, output_scale=scale) == pytest.approx(losses(net()), rel=1e-6)
 
 
-@pytest.mark.parametrize("weights", ["zero", "tiny"])
-def test_weights_that_begin_at_or_near_zero_can_move(weights: str) -> None:
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 1e-5, 1e-4, 1e-3])
+def test_weights_that_begin_at_or_near_zero_can_move_and_those_before_them_stay_of_their_size(scale: float) -> None:
     model = net()
     with torch.no_grad():
-        model[-1].weight *= 0.0 if weights == "zero" else 1e-6
+        model[-1].weight *= scale
         model[-1].bias.zero_()
+    # Before the last layer has grown, the curvature of the others is nearly 0, and their damping must not be.
     assert losses(model)[-1] < 0.9 * math.log(3)
+    assert max(float(parameter.detach().norm()) for parameter in model.parameters()) < 100
 
 
 def test_inverses_wait_for_the_first_loss_that_is_not_0() -> None:
@@ -136,3 +139,30 @@ def test_inverses_wait_for_the_first_loss_that_is_not_0() -> None:
     assert [loss for loss, _ in found][:2] == [0.0, 0.0]
     assert found[3][0] < found[2][0]
     assert kfc.events.failed_factorisations == 0
+
+
+def test_a_deep_network_without_normalisation_leaves_the_plateau_of_its_first_steps() -> None:
+    widths = [64, 48, 32, 16, 4, 16, 32, 48, 64]
+    layers = [part for pair in itertools.pairwise(widths) for part in (nn.Linear(*pair), nn.ReLU())]
+    # The curvature of the first layers begins at 1e-7, and grows by a factor of 1,000 within ten steps.
+    torch.manual_seed(0)
+    for layer in layers[::2]:
+        layer.reset_parameters()  # type: ignore[operator]  # torch's stubs call it a tensor
+    model = nn.Sequential(*layers[:-1])
+    generator = torch.Generator().manual_seed(1)
+    basis = 2 * torch.randn(4, 64, generator=torch.Generator().manual_seed(5))
+    kfc, found = KFC(model), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.5)
+    for _ in range(40):
+        x = torch.sigmoid(torch.randn(128, 4, generator=generator) @ basis).round()
+        optimizer.zero_grad()
+        with kfc.capture():
+            loss = F.binary_cross_entropy_with_logits(model(x), x, reduction="sum") / len(x)
+        kfc.back_propagate(loss)
+        loss.backward()
+        kfc.precondition(optimizer=optimizer)
+        optimizer.step()
+        kfc.review(optimizer=optimizer)
+        found.append(float(loss.detach()))
+    # 44.3 is the loss of a constant output, on which the training stays if the damping is a share of the loss alone.
+    assert min(found[-5:]) < 35

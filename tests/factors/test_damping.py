@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_kfc.factors.damping import split_damping
+from lightning_kfc.factors.damping import LARGEST_DAMPING, LEAST_DAMPING, split_damping, within_curvature
 from tests.helpers import oracles
 from tests.helpers.nets import data
 
@@ -95,3 +95,22 @@ def test_the_factors_given_are_not_changed() -> None:
 def test_damping_that_is_not_positive_is_an_error(damping: float) -> None:
     with pytest.raises(ValueError, match=f"damping must be positive, got {damping!r}"):
         split_damping(psd(1, 2, 1), psd(1, 2, 2), damping)
+
+
+@given(
+    size=st.sampled_from([0.0, 1e-12, 1e-3, 1.0, 1e9]),
+    damping=st.sampled_from([0.0, 1e-9, 1e-3, 1e6]),
+    groups=st.integers(1, 3),
+)
+def test_an_automatic_damping_is_within_multiples_of_the_mean_curvature(
+    size: float, damping: float, groups: int
+) -> None:
+    factors = {"A": psd(groups, 4, seed=1, scale=size), "G": psd(groups, 3, seed=2)}
+    dense = torch.block_diag(*(torch.kron(A, G) for A, G in zip(factors["A"], factors["G"], strict=True)))
+    mean, found = float(dense.diagonal().mean()), within_curvature(damping, factors)
+    assert found > 0
+    if mean == 0:
+        assert found == pytest.approx(damping, abs=1e-37)
+    else:
+        least, largest = LEAST_DAMPING * mean, LARGEST_DAMPING * mean
+        assert found == pytest.approx(min(max(damping, least), largest))

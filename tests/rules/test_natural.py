@@ -139,3 +139,23 @@ def test_a_step_promises_by_its_slope_no_more_than_it_may_and_is_else_as_long_as
     # The radius is held against the step that there would be without it.
     assert math.isclose(step.quadratic, length * min(most / slope, 1.0) ** 2, rel_tol=1e-9)
     assert math.isclose(step.clip, 1.0 if kappa is None else min(1.0, math.sqrt(kappa / step.quadratic)), rel_tol=1e-9)
+
+
+@given(
+    kappa=st.sampled_from([1e-4, 1e6]),
+    bounds=st.lists(st.sampled_from([1e-3, 1e3, math.inf]), min_size=2, max_size=3),
+)
+def test_an_update_that_is_still_too_long_after_the_clip_is_shortened_and_the_others_stay(
+    kappa: float, bounds: list[float]
+) -> None:
+    gradients, inverses, _ = layers(len(bounds))
+    rates = [0.1] * len(bounds)
+    free = natural_step(gradients, inverses, rates, kappa)
+    bounded = natural_step(gradients, inverses, rates, kappa, largest=bounds)
+    assert bounded.clip == free.clip
+    assert bounded.quadratic == free.quadratic
+    for update, before, bound in zip(bounded.tensors, free.tensors, bounds, strict=True):
+        assert float(update.norm()) <= bound * (1 + 1e-12)
+        torch.testing.assert_close(update, before * min(1.0, bound / float(before.norm())))
+    slope = sum(0.1 * float((u * g).sum()) for u, g in zip(bounded.tensors, gradients, strict=True))
+    assert bounded.slope == pytest.approx(slope)

@@ -90,6 +90,7 @@ def test_a_batch_without_a_loss_leaves_nothing_for_the_next_step(bounds: list[li
     assert callback.kfc.events.missed_reviews == 0
 
 
+@pytest.mark.usefixtures("ten_steps_reviewed")
 def test_the_loss_of_a_batch_whose_gradient_is_thrown_away_is_no_part_of_the_next_step(
     bounds: list[list[float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

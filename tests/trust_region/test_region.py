@@ -209,7 +209,7 @@ def test_the_model_of_a_step_is_slope_plus_dense_fisher_of_the_true_change(monke
         found = seen[-1]
         assert found.slope == pytest.approx(sum(float((g * d).sum()) for g, d in zip(gradient, delta, strict=True)))
         assert found.curvature == pytest.approx(0.5 * float(joint @ fisher @ joint), rel=1e-9)
-        damping = kfc.damping / kfc.layers["0"].mean_square
+        damping = kfc.damping / kfc.layers["0"].own_damping.mean_square
         assert found.penalty == pytest.approx(0.5 * damping * float(joint @ joint))
         assert found.loss_before == pytest.approx(float(F.cross_entropy(before(inputs), targets).detach()))
         assert found.loss_after == pytest.approx(float(F.cross_entropy(model(inputs), targets).detach()))
