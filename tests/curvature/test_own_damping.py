@@ -1,0 +1,37 @@
+"""The damping of one layer."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lightning_kfc.curvature.own_damping import LARGEST_CHANGE, OwnDamping
+from lightning_kfc.factors.damping import LARGEST_DAMPING
+
+CURVATURE = {"A": torch.eye(3).unsqueeze(0), "G": 2 * torch.eye(2).unsqueeze(0)}
+
+
+def test_the_user_s_damping_is_never_limited() -> None:
+    own = OwnDamping().limited(1e6, CURVATURE)
+    assert own.of(1e6) == 1e6
+    assert own.of(7.0) == 7.0
+    assert own.largest_change == math.inf
+
+
+def test_an_automatic_damping_within_the_curvature_is_in_units_of_the_weights_and_bounds_no_update() -> None:
+    own = OwnDamping(mean_square=0.01)
+    assert own.of(0.5) == pytest.approx(50.0)
+    own = own.limited(0.5, CURVATURE)
+    assert own.of(0.5) == pytest.approx(50.0)
+    # The next loss is that of the next refresh.
+    assert own.of(0.1) == pytest.approx(50.0)
+    assert own.largest_change == math.inf
+
+
+def test_a_lowered_damping_bounds_the_change_of_the_weights_by_their_size() -> None:
+    own = OwnDamping(mean_square=0.01).limited(100.0, CURVATURE)
+    assert own.of(100.0) == pytest.approx(LARGEST_DAMPING * 2.0)
+    assert own.largest_change == pytest.approx(LARGEST_CHANGE * 0.1)
+    assert own.limited(0.5, CURVATURE).largest_change == math.inf
