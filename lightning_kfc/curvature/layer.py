@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -208,8 +207,11 @@ class Layer:
     def refreshed(self, inverse: type[Inverse], damping: float) -> Inverse:
         """A new inverse from the running factors, continuing the present one; raises as :meth:`Inverse.factorise`."""
         curvature = self.curvature()
-        self.own_damping = self.own_damping.limited(damping, curvature)
-        return self.inverse_type(inverse).factorise(curvature, self.damping(damping)).continuing_from(self.inverse)
+        own = self.own_damping.limited(damping, curvature)
+        fresh = self.inverse_type(inverse).factorise(curvature, own.of(damping)).continuing_from(self.inverse)
+        # After a failure the damping stays that of the present inverse, as on the other ranks.
+        self.take_damping(own)
+        return fresh
 
     def measure_weights(self) -> None:
         """Note the mean square of the weights, the unit of the automatic damping, once. Collective if sharded."""
@@ -224,15 +226,6 @@ class Layer:
     def damping(self, damping: float) -> float:
         """The damping of this layer, given the user's, or the automatic one for weights of mean square 1."""
         return self.own_damping.of(damping)
-
-    def largest_update(self, learning_rate: float) -> float:
-        """The largest norm of an update; see :meth:`OwnDamping.largest_change`.
-
-        Args:
-            learning_rate: The learning rate of the coming step.
-        """
-        numel = math.prod(self.adapter.matrix_shape())
-        return self.own_damping.largest_change * math.sqrt(numel) / learning_rate if learning_rate else math.inf
 
     def take(self, fresh: Inverse, step: int) -> None:
         """Use a new inverse; hold the former one until :meth:`confirm_inverse`."""

@@ -60,7 +60,8 @@ class NaturalRule(Rule[NaturalUpdates]):
             for entry, inverse in zip(ready, previous, strict=True)
         ]
         gradients, rates = [entry.gradient for entry in ready], [entry.learning_rate for entry in ready]
-        largest = () if kl_clip is None else [entry.layer.largest_update(entry.learning_rate) for entry in ready]
+        # An owner that solves for other ranks clips nothing; the ranks that receive its update bound it after the clip.
+        largest = () if kl_clip is None else [_largest_norm(entry) for entry in ready]
         return natural_step(gradients, inverses, rates, kl_clip, fallbacks, most_decrease, largest)
 
     def write(
@@ -149,12 +150,7 @@ def natural_step(
     within = most_decrease / wanted if most_decrease is not None and wanted > most_decrease else 1.0
     quadratic *= within**2
     clip = clip_factor(quadratic, kl_clip)
-    factors = [clip * within] * len(updates)
-    if any(map(math.isfinite, largest)):
-        norms = torch.stack([torch.linalg.vector_norm(update) for update in updates]).tolist()
-        factors = [
-            min(factor, b / norm) if norm else factor for factor, norm, b in zip(factors, norms, largest, strict=True)
-        ]
+    factors = _factors_on(updates, clip * within, largest)
     updates = [u if i in failed or factors[i] == 1 else u.mul_(factors[i]) for i, u in enumerate(updates)]
     slope = sum(
         rate * product * factor for rate, product, factor in zip(learning_rates, products, factors, strict=True)
@@ -168,6 +164,25 @@ def natural_step(
         restored=tuple(restored),
         rank_exceeded=tuple(rank_exceeded),
     )
+
+
+def _largest_norm(entry: ReadyLayer) -> float:
+    """The largest norm of a layer's update, so that one step changes the weights by no more than the layer allows."""
+    change, rate = entry.layer.own_damping.largest_change, entry.learning_rate
+    return change * math.sqrt(entry.gradient.numel()) / rate if rate else math.inf
+
+
+def _factors_on(updates: Sequence[Tensor], factor: float, largest: Sequence[float]) -> list[float]:
+    """The factor on each update: that of the clip, and a smaller one for an update that would still be too long."""
+    factors = [factor] * len(updates)
+    bounded = [i for i, bound in enumerate(largest) if math.isfinite(bound)]
+    if bounded:
+        # In float64, in which the square of no element overflows.
+        norms = torch.stack([torch.linalg.vector_norm(updates[i], dtype=torch.float64) for i in bounded]).tolist()
+        for i, norm in zip(bounded, norms, strict=True):
+            if factor * norm > largest[i]:
+                factors[i] = largest[i] / norm
+    return factors
 
 
 def solve_all(

@@ -6,9 +6,13 @@ import math
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
+from lightning_kfc import KFC
 from lightning_kfc.curvature.own_damping import LARGEST_CHANGE, OwnDamping
 from lightning_kfc.factors.damping import LARGEST_DAMPING
+from lightning_kfc.factors.inverses import CholeskyInverse, FactorisationError, Inverse
 
 CURVATURE = {"A": torch.eye(3).unsqueeze(0), "G": 2 * torch.eye(2).unsqueeze(0)}
 
@@ -35,3 +39,25 @@ def test_a_lowered_damping_bounds_the_change_of_the_weights_by_their_size() -> N
     assert own.of(100.0) == pytest.approx(LARGEST_DAMPING * 2.0)
     assert own.largest_change == pytest.approx(LARGEST_CHANGE * 0.1)
     assert own.limited(0.5, CURVATURE).largest_change == math.inf
+
+
+def test_a_failed_factorisation_leaves_the_damping_of_the_present_inverse(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(4, 3)
+    kfc = KFC(model, damping="auto", kl_clip="auto")
+    with kfc.capture():
+        loss = F.cross_entropy(model(torch.randn(16, 4)), torch.arange(16) % 3)
+    kfc.update(loss)
+    loss.backward()
+    kfc.precondition(lr=0.1)
+    layer = kfc.layers[""]
+    before = layer.own_damping
+    assert before.automatic is not None
+
+    def failing(*_: object) -> Inverse:
+        raise FactorisationError("no factorisation")
+
+    monkeypatch.setattr(CholeskyInverse, "factorise", failing)
+    with pytest.raises(FactorisationError):
+        layer.refreshed(CholeskyInverse, 1e-3 * kfc.damping)
+    # A failure is not sent to other ranks, which review with the damping that they have.
+    assert layer.own_damping == before

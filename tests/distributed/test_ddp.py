@@ -258,8 +258,7 @@ def test_a_refresh_sends_one_triangle_of_each_factor_and_says_so(two_ranks: Rank
     for precision, size in (("full", 8), ("bfloat16", 2)):
         for statistics, inverses, total in two_ranks.run(bytes_sent, precision):
             assert statistics == triangles * size + header
-            # As they are, and whether there is one.
-            # With the status and the automatic damping of each layer.
+            # As they are, with whether there is one, its automatic damping, and whether that was lowered.
             assert inverses == triangles * 8 + 3 * 3 * 8
             assert total == 2 * (statistics + inverses)
 
