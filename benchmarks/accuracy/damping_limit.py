@@ -10,27 +10,16 @@ from __future__ import annotations
 import math
 from unittest import mock
 
+from benchmarks.accuracy.damping_unit import DECAY, iterations
 from benchmarks.accuracy.variants import count, measure
-from benchmarks.contest.contestants import kfc
-from benchmarks.contest.harness import Run
 from benchmarks.contest.tasks import TASKS, Task
 from lightning_kfc.curvature import own_damping
 from lightning_kfc.factors import damping
 
 #: Multiples of the mean curvature, and multiples of the size of the weights by which one update may change them.
 VARIANTS = ((math.inf, 2.0), (10.0, 2.0), (100.0, 2.0), (300.0, 2.0), (100.0, 1.0), (100.0, math.inf))
-DECAY = 0.9
 #: CPU seconds of a run.
 LONGEST = 45.0
-
-
-def iterations(task: Task, seed: int) -> float:
-    """Iterations to the hardest target; infinity if the budget ends before."""
-    run = Run(task, kfc("kfc", "KFC", average=DECAY, rule="natural"), 0.5, seed, seconds=LONGEST)
-    target = task.targets[-1]
-    while not run.over() and min(run.curve.losses) > target:
-        run.advance(5)
-    return run.curve.reach(target).iterations
 
 
 def row(task: Task, seeds: int) -> list[str]:
@@ -41,7 +30,7 @@ def row(task: Task, seeds: int) -> list[str]:
             mock.patch.object(damping, "LARGEST_DAMPING", multiple),
             mock.patch.object(own_damping, "LARGEST_CHANGE", change),
         ):
-            found.append(count([iterations(task, seed) for seed in range(seeds)]))
+            found.append(count([iterations(task, seed, LONGEST) for seed in range(seeds)]))
     return found
 
 

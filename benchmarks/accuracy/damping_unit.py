@@ -21,9 +21,9 @@ NUMBER = 0.003
 DECAY = 0.9
 
 
-def iterations(task: Task, seed: int, **settings: Any) -> float:
-    """Iterations to the hardest target; infinity if the budget ends before."""
-    run = Run(task, kfc("kfc", "KFC", average=DECAY, rule="natural", **settings), 0.5, seed)
+def iterations(task: Task, seed: int, seconds: float | None = None, **settings: Any) -> float:
+    """Iterations to the hardest target; infinity if the budget, or the CPU seconds, end before."""
+    run = Run(task, kfc("kfc", "KFC", average=DECAY, rule="natural", **settings), 0.5, seed, seconds=seconds)
     target = task.targets[-1]
     while not run.over() and min(run.curve.losses) > target:
         run.advance(5)

@@ -189,6 +189,7 @@ def matched_step(
     kl_clip: float | None,
     fallbacks: Sequence[Inverse | None],
     most_decrease: float | None = None,
+    largest: Sequence[float] = (),
 ) -> NaturalUpdates:
     """A natural step; layers without curvature get the same relative step as the other layers."""
     own = [i for i, inverse in enumerate(inverses) if isinstance(inverse, Identity)]
@@ -197,7 +198,7 @@ def matched_step(
     before = sum(float(gradients[i].square().sum()) for i in updates)
     scale = math.sqrt(after / before) if before > 0 else 1.0
     given = [Identity(x.F_inverse * scale) if isinstance(x, Identity) else x for x in inverses]
-    return natural_step(gradients, given, rates, kl_clip, fallbacks, most_decrease)
+    return natural_step(gradients, given, rates, kl_clip, fallbacks, most_decrease, largest)
 
 
 def iterations(net: str, rule: str, seed: int, steps: int, lr: float, damping: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -12,13 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.accuracy import damping_unit, next_slope, variants
-from benchmarks.accuracy.parameter_rule import RULES, Identity, refreshed_by
+from benchmarks.accuracy import damping_limit, damping_unit, next_slope, variants
+from benchmarks.accuracy.parameter_rule import NETS, RULES, Identity, iterations, refreshed_by
 from benchmarks.away.tasks import AWAY, CHOOSING
 from benchmarks.contest.tasks import TASKS, Task
 from benchmarks.cost.layer_cost import pieces
 from lightning_kfc import KFC
+from lightning_kfc.curvature import own_damping
 from lightning_kfc.curvature.layer import Layer
+from lightning_kfc.factors import damping
 from lightning_kfc.trust_region import region
 
 
@@ -63,6 +66,11 @@ def test_the_rule_without_curvature_marks_its_layers() -> None:
     assert isinstance(layer_after_a_step("matched").inverse, Identity)
 
 
+@pytest.mark.parametrize("rule", ["matched", "plain", "diagonal"])
+def test_a_rule_for_single_parameters_trains(rule: str) -> None:
+    assert iterations(next(iter(NETS)), rule, seed=0, steps=5, lr=0.1, damping=0.1) == math.inf
+
+
 def test_the_pieces_of_a_layer_s_cost_run() -> None:
     parts = pieces("transposed 4 x 4, stride 2, 64 to 32 channels, 16 x 16", cost_rule=True)
     for part in (parts.own, parts.statistics, parts.inverse, parts.solve):
@@ -86,10 +94,11 @@ def test_a_table_of_variants_has_a_row_for_each_task_that_chooses_and_a_dash_whe
 def test_variants_change_constants_that_the_package_has_and_leave_them_as_they_were(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    seen: list[tuple[float, ...]] = []
+    seen: list[tuple[Any, ...]] = []
 
-    def constants() -> tuple[float, ...]:
-        return region.DAMPING, region.NEXT_SLOPE, region.REVIEW_EVERY_N_STEPS
+    def constants() -> tuple[Any, ...]:
+        limits = damping.LARGEST_DAMPING, own_damping.LARGEST_CHANGE
+        return region.DAMPING, region.NEXT_SLOPE, region.REVIEW_EVERY_N_STEPS, limits
 
     def record(*_: object, **__: object) -> float:
         seen.append(constants())
@@ -98,9 +107,13 @@ def test_variants_change_constants_that_the_package_has_and_leave_them_as_they_w
     before = constants()
     monkeypatch.setattr(damping_unit, "iterations", record)
     assert damping_unit.row(TASKS["resnet"], 1) == ["1"] * 6
-    assert [damping for damping, *_ in seen[1:]] == list(damping_unit.CONSTANTS)
+    assert [constant for constant, *_ in seen[1:]] == list(damping_unit.CONSTANTS)
+    seen.clear()
+    monkeypatch.setattr(damping_limit, "iterations", record)
+    assert damping_limit.row(TASKS["resnet"], 1) == ["1"] * 6
+    assert [limits for *_, limits in seen] == list(damping_limit.VARIANTS)
     seen.clear()
     monkeypatch.setattr(next_slope, "iterations", lambda *_: dict.fromkeys(next_slope.SHOWN, record()))
     assert next_slope.row(TASKS["resnet"], 1) == ["1 · 1"] * 5
-    assert [tuple(changed) for _, *changed in seen] == list(next_slope.VARIANTS.values())
+    assert [tuple(changed) for _, *changed, _ in seen] == list(next_slope.VARIANTS.values())
     assert constants() == before
