@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import tomllib
@@ -102,10 +103,67 @@ def test_workflows_call_targets_of_the_makefile_that_exist() -> None:
     assert called <= targets
 
 
-def test_every_link_to_another_site_is_on_a_page_whose_links_are_checked() -> None:
-    def external(text: str) -> set[str]:
-        return set(re.findall(r"https?://[^\s<>()\"'`]+[^\s<>()\"'`.,]", text))
+def test_every_action_is_pinned_by_the_hash_of_a_commit_with_its_version_beside_it() -> None:
+    # A tag can be moved to other code, which would run with the permission to publish.
+    for file in (ROOT / ".github" / "workflows").glob("*.yml"):
+        used = re.findall(r"\buses:\s*(.*)", file.read_text("utf-8"))
+        steps = [step for job in workflow(file.stem)["jobs"].values() for step in job["steps"]]
+        assert len(used) == len([step for step in steps if "uses" in step]) > 0
+        assert [use for use in used if not re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}  # v\d+\.\d+\.\d+", use)] == []
 
+
+def external(text: str) -> set[str]:
+    """The links to other sites: Markdown's whole, in any form, and bare addresses up to a blank or a bracket."""
+    return {
+        *re.findall(r"\]\((https?:[^)]*)\)", text),
+        *re.findall(r"(?<!\]\()\bhttps?://[^\s<>()\"'`\\{}]+[^\s<>()\"'`\\{}.,;:]", text),
+    }
+
+
+def is_well_formed(link: str) -> bool:
+    """Whether a link can lead somewhere, as far as this can be told without opening it (which ``make links`` does)."""
+    parts = urlsplit(link)
+    if not re.fullmatch(r"[\w.-]+\.[a-z]+", parts.netloc) or "//" in parts.path or re.search(r"[^!-~]", link):
+        return False
+    if parts.scheme != "https" and parts.netloc not in ("ufldl.stanford.edu", "www.w3.org"):
+        return False
+    if parts.netloc == "arxiv.org":
+        return re.fullmatch(r"/abs/\d{4}\.(\d{4}|\d{5})", parts.path) is not None
+    own = re.fullmatch(r"/[\w-]+/lightning-kfc/(?:blob|tree|raw)/[\w.-]+/(.+)", parts.path)
+    return parts.netloc != "github.com" or own is None or (ROOT / own[1]).exists()
+
+
+@pytest.mark.parametrize(
+    ("link", "expected"),
+    [
+        ("https://arxiv.org/abs/1602.01407", True),
+        ("https://arxiv.org/abs/1602.1407x", False),
+        ("https://arxiv.org/1602.01407", False),
+        ("http://arxiv.org/abs/1602.01407", False),
+        ("https://docs", False),
+        ("https:/docs.python.org/3", False),
+        ("https://docs.python.org//3", False),
+        ("https://docs.python.org/3 library", False),
+        ("https://github.com/someone/lightning-kfc/blob/main/README.md", True),
+        ("https://github.com/someone/lightning-kfc/blob/main/READ.md", False),
+    ],
+)
+def test_a_malformed_link_is_told_from_a_good_one(link: str, expected: bool) -> None:
+    assert external(f"[see]({link}).") == {link}
+    assert is_well_formed(link) is expected
+
+
+def test_links_to_other_sites_are_well_formed() -> None:
+    folders = ("docs", "lightning_kfc", "examples", "benchmarks", ".github")
+    files = [*ROOT.glob("*.*"), *(file for folder in folders for file in (ROOT / folder).rglob("*.*"))]
+    kinds = {".md", ".py", ".toml", ".cff", ".yml", ".yaml", ".ipynb", ".css"}
+    read = {file: file.read_text("utf-8") for file in files if file.suffix in kinds and "_build" not in file.parts}
+    links = {(file.name, link) for file, text in read.items() for link in external(text)}
+    assert ("index.md", "https://arxiv.org/abs/1602.01407") in links
+    assert [found for found in sorted(links) if not is_well_formed(found[1])] == []
+
+
+def test_every_link_to_another_site_is_on_a_page_whose_links_are_checked() -> None:
     # The changelog is a page.
     pages = [*(ROOT / "docs").rglob("*.md"), ROOT / "CHANGELOG.md"]
     checked = {link for page in pages for link in external(page.read_text("utf-8"))}
