@@ -89,7 +89,7 @@ def find_layers(model: nn.Module, options: LayerOptions | None = None, *, strict
         strict: Whether to raise an error if a pattern matches nothing, or if there is no layer.
 
     Raises:
-        ValueError: If a pattern matches no module with own parameters, or no layer with an adapter is left. Lazy
+        ValueError: If a pattern matches no module with own parameters, or no trainable parameter is left. Lazy
             modules, whose layers are found after their initialisation, count as layers.
     """
     options = options or LayerOptions()
@@ -124,11 +124,11 @@ def find_layers(model: nn.Module, options: LayerOptions | None = None, *, strict
         for name, adapters in use.items():
             cut = [in_blocks(adapter) for adapter in adapters]
             found.layers[name] = Layer(name, cut, inverse_precision=options.inverse_precision)
+    unexplained = {i: why for i, why in uses.unexplained().items() if i not in found.plain}
+    found.layers.update(parameter_layers(model, unexplained, options))
     to_come = any(uninitialised(module) for name, module in owners.items() if reasons[name] is None)
     if strict and not to_come and not any(layer.adapter.own_parameters() for layer in found.layers.values()):
         raise_no_layer(owners, include, exclude, held)
-    unexplained = {i: why for i, why in uses.unexplained().items() if i not in found.plain}
-    found.layers.update(parameter_layers(model, unexplained, options))
     return found
 
 

@@ -121,7 +121,6 @@ def raise_no_layer(
         for name, module in owners.items()
     ]
     raise ValueError(
-        "KFC found no layer to precondition. It needs a trainable module with an adapter, such as Linear or Conv2d, "
-        "that `include` and `exclude` do not leave out. The modules with parameters are:\n"
-        + ("\n".join(lines) or "  none")
+        "KFC found no layer to precondition. It needs a trainable parameter that `include` and `exclude` do not leave "
+        "out. The modules with parameters are:\n" + ("\n".join(lines) or "  none")
     )

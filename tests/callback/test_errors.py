@@ -66,12 +66,12 @@ def test_a_likelihood_that_no_term_of_the_loss_has():
     refused(LossNotRecognisedError, said, KFCCallback(likelihood="gaussian"), Regression())
 
 
-def test_a_model_all_of_whose_layers_are_frozen():
+def test_a_model_that_is_frozen_but_for_what_is_excluded():
     module = Regression()
     module.head.requires_grad_(False)
     module.scale = nn.Parameter(torch.ones(FEATURES, dtype=torch.float64))
     module.forward = lambda inputs: module.head(inputs * module.scale)
-    refused(ValueError, ["found no layer to precondition", "head (Linear): frozen"], KFCCallback(), module)
+    refused(ValueError, ["found no layer to precondition", "head (Linear): frozen"], KFCCallback(exclude=""), module)
 
 
 def test_lbfgs():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_kfc import KFCCallback
@@ -70,6 +71,29 @@ def tied(net: nn.Sequential, x: Tensor) -> Tensor:
     return net[2](net[0](F.linear(hidden, net[0].weight.T)).tanh())
 
 
+class LowRank(nn.Module):
+    """A frozen layer with a trained correction of low rank, whose weights no other module holds."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.base = nn.Linear(inputs, outputs).requires_grad_(False)
+        self.down, self.up = nn.Parameter(torch.randn(2, inputs)), nn.Parameter(torch.zeros(outputs, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x @ self.down.T @ self.up.T
+
+
+class OwnForward(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight - self.weight.mean(1, keepdim=True), self.bias)
+
+
+def pruned(net: nn.Sequential) -> nn.Sequential:
+    for layer in (net[0], net[2]):
+        prune.random_unstructured(layer, "weight", 0.2)
+    return net
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "its weights times a number, through functional_call": lambda: Net(scaled_weights),
     "a step of descent inside of the forward": lambda: Net(adapted),
@@ -85,6 +109,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "one layer under several names": lambda: Net(lambda net, x: net(x), again=Shared(dense())),
     "weights that are parts of one buffer": lambda: in_one_buffer(dense()),
     "a weight that is a transposed view": lambda: with_view(dense()),
+    "nothing but corrections of low rank": lambda: nn.Sequential(LowRank(8, 6), nn.Tanh(), LowRank(6, 3)),
+    "nothing but linear layers with a forward of their own": lambda: nn.Sequential(OwnForward(8, 6), OwnForward(6, 3)),
+    "nothing but pruned layers": lambda: pruned(dense()),
 }
 
 
