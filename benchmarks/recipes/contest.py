@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.recipes.contest`` searches each peer's learning rate at half of the longest schedule, on a seed
 that is not reported, then runs all optimizers with schedules of a quarter, a half and the whole length, in turns. KFC
-has no search. Results are saved after each run, and the same command continues after an interruption. ``--smoke`` tests
-all runs with a few steps.
+has no search. Results are saved after each run, and the same command continues after an interruption. ``--again``
+replaces the runs of the named optimizers. ``--smoke`` tests all runs with a few steps.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,11 +94,11 @@ def search(recipe: Recipe, record: dict[str, Any]) -> None:
         }
 
 
-def compete(recipe: Recipe, record: dict[str, Any], seed: int) -> None:
-    """Run all optimizers at all lengths in turns on one seed."""
-    runs = [Training(recipe, name, record["rates"][name], length, seed) for length in LENGTHS for name in TRAINEES]
+def compete(recipe: Recipe, record: dict[str, Any], seed: int, names: Iterable[str] = TRAINEES) -> None:
+    """Run optimizers at all lengths in turns on one seed."""
+    runs = [Training(recipe, name, record["rates"][name], length, seed) for length in LENGTHS for name in names]
     interleave(runs)
-    results: dict[str, Any] = {name: {} for name in TRAINEES}
+    results: dict[str, Any] = {name: {} for name in names}
     for run in runs:
         results[run.name][f"{run.length:g}"] = {
             "epochs": [round(epoch, 3) for epoch in run.epochs],
@@ -111,15 +111,15 @@ def compete(recipe: Recipe, record: dict[str, Any], seed: int) -> None:
                 for average in AVERAGES
             },
         }
-    record["runs"][str(seed)] = results
+    record["runs"].setdefault(str(seed), {}).update(results)
 
 
 def _rounded(value: float) -> float | None:
     return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
-def run_missing(recipes: Sequence[Recipe], seeds: Sequence[int], folder: Path) -> None:
-    """Search the missing rates and make the missing runs, seed by seed over all recipes."""
+def run_missing(recipes: Sequence[Recipe], seeds: Sequence[int], folder: Path, again: Sequence[str] = ()) -> None:
+    """Search missing rates and make missing runs, or those of optimizers again, seed by seed over all recipes."""
     for seed in seeds:
         for recipe in recipes:
             record = load(folder, recipe)
@@ -128,8 +128,8 @@ def run_missing(recipes: Sequence[Recipe], seeds: Sequence[int], folder: Path) -
                 search(recipe, record)
                 save(folder, recipe, record)
                 print(f"{recipe.name}: {record['rates']}, {time.process_time() - started:.0f} s", flush=True)
-            if str(seed) not in record["runs"]:
-                compete(recipe, record, seed)
+            if again or str(seed) not in record["runs"]:
+                compete(recipe, record, seed, again or TRAINEES)
                 save(folder, recipe, record)
                 print(f"{recipe.name}, seed {seed}: {time.process_time() - started:.0f} s", flush=True)
 
@@ -153,6 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--again", nargs="+", choices=TRAINEES, default=(), help="run these again, and no others")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--smoke", action="store_true", help="eight steps of each; name another folder for the results")
     options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
@@ -162,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.results == RESULTS:
             parser.error("--smoke needs --results with a folder of its own: the published results are not for it.")
         recipes = [smoke(recipe) for recipe in recipes]
-    run_missing(recipes, options.seeds, options.results)
+    run_missing(recipes, options.seeds, options.results, options.again)
     measured = [recipe for recipe in RECIPES.values() if record_file(options.results, recipe).exists()]
     print(write_tables(options.results, [load(options.results, recipe) for recipe in measured]))
     return 0

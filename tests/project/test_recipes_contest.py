@@ -84,6 +84,9 @@ def test_a_smoke_run_searches_competes_and_goes_on(name: str, tmp_path: Path, mo
     assert record["runs"]["0"]["sgd"]["1"]["epochs"][-1] == 1.0
     assert record["runs"]["0"]["sgd"]["0.25"]["epochs"][-1] == 0.25
     assert len(record["search"]["muon"]) == 3
+    assert contest.main([*arguments, "--again", KFC_NAME]) == 0
+    again = json.loads((tmp_path / f"recipes_contest_{name}.json").read_text())["runs"]["0"]
+    assert [trainee for trainee in TRAINEES if again[trainee] != record["runs"]["0"][trainee]] == [KFC_NAME]
     monkeypatch.setattr(contest, "Training", None)
     assert contest.main(arguments) == 0
 
