@@ -29,6 +29,7 @@ from jsonargparse._deprecated import JsonargparseDeprecationWarning
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
+from torch import distributions
 
 import lightning_kfc
 import lightning_kfc.analysis
@@ -43,6 +44,13 @@ from tests.reporting.test_diagnostics import OF_ALL, PER_LAYER
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+#: The names in the Python code of the repository.
+WORDS = {
+    word
+    for folder in ("lightning_kfc", "tests", "benchmarks", "examples")
+    for file in (ROOT / folder).rglob("*.py")
+    for word in re.findall(r"\w+", file.read_text("utf-8"))
+}
 FENCE = re.compile(
     r"(?:^ *<!-- (?P<mark>.*?) -->\n)?^(?P<indent> *)```(?P<language>[\w{}-]+)\n(?P<code>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,
@@ -260,6 +268,29 @@ def test_make_targets_and_files_that_a_page_names_exist(page: Path) -> None:
     assert [p for p in paths if not (p.with_suffix(".py").exists() or (p / "__main__.py").exists())] == []
     links = re.findall(r"\]\((?!https?:)([^)#\s]+)", FENCE.sub("", text))
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *PAGES,
+        *sorted((ROOT / "docs" / "decisions").glob("*.md")),
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "benchmarks/README.md",
+    ],
+    ids=page_id,
+)
+def test_classes_files_and_tests_that_a_text_names_exist(text: Path) -> None:
+    names = set(re.findall(r"`([^`\n]+)`", FENCE.sub("", text.read_text("utf-8"))))
+    classes = {name for name in names if re.fullmatch(r"(?:[A-Z][a-z]+){2,}", name)}
+    assert sorted(classes - WORDS - set(dir(distributions))) == []
+    for name in names:
+        path, _, test = re.sub(r"^results/", "benchmarks/results/", name).partition("::")
+        # TASK stands for any.
+        if re.fullmatch(r"(?:lightning_kfc|tests|docs|examples|benchmarks)/[\w./*]+", path):
+            found = list(ROOT.glob(re.sub(r"[A-Z]+", "*", path).rstrip("/")))
+            assert found, name
+            assert not test or re.search(rf"def {test}\b", found[0].read_text("utf-8")), name
 
 
 def test_readme_and_first_page_show_the_same_ten_lines() -> None:
