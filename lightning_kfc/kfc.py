@@ -228,11 +228,10 @@ class KFC:
         # No recording until the end of the step, which is no part of a loss.
         self.reviewer.pause()
         with self.times.phase("preconditioning"):
-            if not self.refreshes.gradients_finite(coming.parameters, coming.rates):
+            if not self.refreshes.before_step(coming.parameters, coming.rates):
                 self.batches.abandon(coming.rates)
                 self.events.count("nonfinite_gradients")
                 return False
-            self.refreshes(coming.rates)
             with torch.no_grad(), full_precision(self._model):
                 self._replace_gradients(coming)
         self._step_over(optimizer)

@@ -37,7 +37,7 @@ class Refreshes:
                 self._factors.begin([layers[name] for name in layers.stepped_by(optimizer)])
 
     def if_finite(self, optimizer: Optimizer) -> None:
-        """Refresh if due, unless a gradient is not finite and the step will be skipped.
+        """Refresh if statistics wait, unless a gradient is not finite and the step will be skipped.
 
         Args:
             optimizer: The optimizer that steps the layers.
@@ -47,25 +47,37 @@ class Refreshes:
         if not self._factors.expects(layers):
             return
         names = layers.stepped_by(optimizer)
-        if self._factors.expects(names) and self.gradients_finite(layers.parameters(optimizer), names):
-            self(names)
+        if self._factors.expects(names):
+            self.before_step(layers.parameters(optimizer), names)
 
-    def gradients_finite(self, parameters: Iterable[nn.Parameter], names: Collection[str]) -> bool:
-        """Whether all gradients are finite, on all ranks if messages follow.
+    def before_step(self, parameters: Iterable[nn.Parameter], names: Collection[str]) -> bool:
+        """Refresh if due, unless a gradient is not finite. Collective: call on every rank.
 
         Args:
             parameters: The parameters of the step, preconditioned or not.
             names: The layers of the step.
+
+        Returns:
+            Whether all gradients are finite, on all ranks if messages follow.
         """
-        stages = self._stages
+        stages, step = self._stages, self._stages.steps.number
         finite = all_finite([p.grad for p in parameters if p.grad is not None])
-        # If messages follow, all ranks must take part.
-        if stages.group.size > 1 and (self._reviewer.active or self._sends(names)):
-            return stages.group.all_agree(finite, next(stages.model.parameters()).device)
+        # New statistics change the dates, which are then found after them.
+        dated = None if self._factors.expects(names) else self._inverses.dated(names, step)
+        if stages.group.size > 1:
+            sends = dated is None or self._inverses.outdated(dated, self._reviewer.damping_at(step))
+            # If messages follow, all ranks must take part.
+            if sends or self._reviewer.active:
+                finite = stages.group.all_agree(finite, next(stages.model.parameters()).device)
+        if finite:
+            self._refresh(names, dated)
         return finite
 
     def __call__(self, names: Collection[str]) -> None:
         """Fold the statistics of a step into the factors of layers, and refresh their inverses."""
+        self._refresh(names, None)
+
+    def _refresh(self, names: Collection[str], dated: Sequence[str] | None) -> None:
         stages, step = self._stages, self._stages.steps.number
         layers = [stages.layers[name] for name in names]
         stages.estimator.recount({layer.name for layer in layers if layer.pending is not None})
@@ -76,7 +88,8 @@ class Refreshes:
                     folded = self._factors(layers, step)
                 stages.layers.drop_all(folded.given_up)
                 stages.pending.unseen.update(folded.unusable)
-                self._refresh_inverses(layers, expected)
+                dated = self._inverses.dated(names, step) if dated is None else dated
+                self._refresh_inverses(layers, dated, expected=expected)
                 with stages.times.phase("statistics"):
                     # After the refresh, in the new basis.
                     moments = stages.estimator.examples.second_moments(layers)
@@ -87,15 +100,8 @@ class Refreshes:
                 raise
             stages.pending.leave_out({layer.name: error for layer in layers}, step)
 
-    def _sends(self, names: Collection[str]) -> bool:
-        """Whether a refresh of these layers at this step has statistics or inverses on any rank."""
+    def _refresh_inverses(self, layers: Sequence[Layer], dated: Sequence[str], *, expected: bool) -> None:
         step = self._stages.steps.number
-        dated = self._inverses.dated(names, step)
-        return self._factors.expects(names) or bool(self._inverses.outdated(dated, self._reviewer.damping_at(step)))
-
-    def _refresh_inverses(self, layers: Sequence[Layer], expected: bool) -> None:
-        step = self._stages.steps.number
-        dated = self._inverses.dated([layer.name for layer in layers], step)
         if expected or self._inverses.outdated(dated, self._reviewer.damping_at(step)):
             self._reviewer.measure_units(layers, never_negative=self._stages.estimator.never_negative)
         damping = self._reviewer.damping_at(step)

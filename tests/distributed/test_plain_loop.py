@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,9 +11,10 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from lightning_kfc.factors.inverses import INVERSES
+from lightning_kfc.scheduling.tracker import RefreshTracker
 from tests.distributed.pool import Ranks
 from tests.helpers import oracles
-from tests.helpers.nets import classes, data, engine, small_conv_net
+from tests.helpers.nets import classes, data, engine, small_conv_net, train_step
 
 pytestmark = pytest.mark.slow
 
@@ -45,3 +48,23 @@ def test_two_ranks_with_half_a_batch_each_have_the_eigenvalues_of_one_with_the_w
     for name, expected in _values(data(40, 2, 6, 6), classes(40, count=3)).items():
         assert torch.equal(first[name], second[name]), "ranks must step alike"
         oracles.assert_equal(first[name], expected, rtol=1e-8, what=f"eigenvalues of {name}")
+
+
+def dates_asked() -> list[int]:
+    """How often each of some steps, with and without statistics, asks for the date of a layer's inverse."""
+    model, asked = small_conv_net(), []
+    kfc = engine(model, factor_every_n_steps=4, inverse_every_n_steps=4, warmup_steps=0, kl_clip=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(9):
+        with mock.patch.object(
+            RefreshTracker, "new_inverse", autospec=True, side_effect=RefreshTracker.new_inverse
+        ) as at:
+            train_step(kfc, optimizer, lambda: F.cross_entropy(model(data(8, 2, 6, 6)), classes(8, count=3)))
+        asked.append(at.call_count)
+    return asked
+
+
+def test_the_two_halves_of_a_step_ask_once_each_for_the_date_of_each_inverse(two_ranks: Ranks) -> None:
+    layers = len(engine(small_conv_net()).layers)
+    # In update() and in precondition(), with several ranks as with one.
+    assert [*two_ranks.run(dates_asked), dates_asked()] == [[2 * layers] * 9] * 3
