@@ -17,7 +17,7 @@ from lightning_kfc.losses.likelihoods import Categorical, Likelihood
 from lightning_kfc.losses.readers import LOSS_FUNCTIONS
 from lightning_kfc.losses.readers.distributions import DISTRIBUTIONS
 from lightning_kfc.losses.terms import LossTerm, values_of, with_outputs
-from lightning_kfc.utilities.torch_internals import DisableTorchFunction, unseen_by_dispatch_modes
+from lightning_kfc.utilities.torch_internals import DisableTorchFunction, legacy_reduction, unseen_by_dispatch_modes
 
 
 def _with_the_weight_that_torch_drops(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -30,6 +30,13 @@ def _with_the_weight_that_torch_drops(args: tuple[Any, ...], kwargs: dict[str, A
         frame = frame.f_back
     weight = None if frame is None else frame.f_locals.get("weight")
     return kwargs if weight is None or len(args) > 5 else {**kwargs, "weight": weight}
+
+
+def _arguments(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a loss function by name; ``reduction`` in the place of torch's two deprecated ones."""
+    given = inspect.signature(function).bind(*args, **kwargs).arguments
+    deprecated = given.pop("size_average", None), given.pop("reduce", None)
+    return given if deprecated == (None, None) else {**given, "reduction": legacy_reduction(*deprecated)}
 
 
 #: Functions that take derivatives.
@@ -74,7 +81,7 @@ class LossRecorder(TorchFunctionMode):
                 result = original(distribution, value)
             finally:
                 self.paused = paused
-            self._read(read, result, distribution, value)
+            self._read(lambda: read(result, distribution, value), result)
             return result
 
         return log_prob
@@ -87,19 +94,19 @@ class LossRecorder(TorchFunctionMode):
         if func in DIFFERENTIATE and kwargs.get("create_graph") and not self.paused:
             self.differentiated = True
         result = func(*args, **kwargs)
-        read = LOSS_FUNCTIONS.get(func)
-        if read is not None:
-            self._read(read, result, *args, **kwargs)
+        reader = LOSS_FUNCTIONS.get(func)
+        if reader is not None:
+            self._read(lambda: reader(result, **_arguments(func, args, kwargs)), result)
         return result
 
-    def _read(self, read: Callable[..., Any], result: Any, *args: Any, **kwargs: Any) -> None:
+    def _read(self, read: Callable[[], LossTerm | list[LossTerm] | None], result: Any) -> None:
         """Record the terms of one call."""
         if self.paused or not isinstance(result, Tensor) or not result.requires_grad:
             return
         off = torch.autocast(result.device.type, enabled=False)
         try:
             with torch.no_grad(), off, DisableTorchFunction(), unseen_by_dispatch_modes():
-                found = read(result, *args, **kwargs)
+                found = read()
         except Exception as error:
             self.failure = self.failure or error
             return

@@ -11,7 +11,6 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lightning_kfc.factors.statistics import factor_dtype
 from lightning_kfc.losses.likelihoods import Likelihood
-from lightning_kfc.utilities.torch_internals import legacy_reduction
 
 
 @dataclass(frozen=True)
@@ -130,10 +129,3 @@ def values_of(tensor: Tensor) -> Tensor:
 def broadcast(*shapes: torch.Size) -> torch.Size:
     """Return the shape that shapes broadcast to."""
     return torch.Size(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]  # torch's own
-
-
-def reduction_of(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
-    """The reduction, given torch's two deprecated arguments."""
-    if size_average is None and reduce is None:
-        return reduction
-    return legacy_reduction(size_average, reduce)

@@ -10,7 +10,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from lightning_kfc.factors.statistics import factor_dtype
 from lightning_kfc.losses.likelihoods import Bernoulli, BernoulliProbability
-from lightning_kfc.losses.terms import LossTerm, broadcast, elementwise_term, reduction_of, values_of
+from lightning_kfc.losses.terms import LossTerm, broadcast, elementwise_term, values_of
 
 
 def binary_cross_entropy_with_logits(
@@ -18,8 +18,6 @@ def binary_cross_entropy_with_logits(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
     reduction: str = "mean",
     pos_weight: Tensor | None = None,
 ) -> LossTerm | None:
@@ -31,7 +29,6 @@ def binary_cross_entropy_with_logits(
     if pos_weight is not None:
         own = own * (1 + (pos_weight.detach().to(logits.dtype) - 1) * target.detach().to(logits.dtype))
     edges = ((get_gradient_edge(input), 1.0),)
-    reduction = reduction_of(size_average, reduce, reduction)
     name = "binary_cross_entropy_with_logits"
     return elementwise_term(Bernoulli(), name, value, logits, edges, own, input.shape, reduction)
 
@@ -41,8 +38,6 @@ def binary_cross_entropy(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
     reduction: str = "mean",
 ) -> LossTerm | None:
     """Read a call of ``F.binary_cross_entropy``: the outputs are probabilities."""
@@ -50,7 +45,6 @@ def binary_cross_entropy(
         return None
     own = torch.ones(()) if weight is None else weight.detach()
     edges = ((get_gradient_edge(input), 1.0),)
-    reduction = reduction_of(size_average, reduce, reduction)
     probabilities, name = values_of(input), "binary_cross_entropy"
     own = own.to(probabilities)
     return elementwise_term(BernoulliProbability(), name, value, probabilities, edges, own, input.shape, reduction)
@@ -60,8 +54,6 @@ def soft_margin_loss(
     value: Tensor,
     input: Tensor,
     target: Tensor,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
     reduction: str = "mean",
 ) -> LossTerm | None:
     """Read a call of ``F.soft_margin_loss``: a cross entropy of the logits times the targets."""
@@ -72,7 +64,7 @@ def soft_margin_loss(
     size = target.detach().to(factor_dtype(input.dtype)).abs()
     logits = values_of(input) * size
     edges = ((get_gradient_edge(input), 1.0),)
-    reduction, own = reduction_of(size_average, reduce, reduction), torch.ones_like(logits)
+    own = torch.ones_like(logits)
     return elementwise_term(
         Bernoulli(), "soft_margin_loss", value, logits, edges, own, result, reduction, curvature=size.square()
     )
@@ -83,14 +75,12 @@ def multilabel_soft_margin_loss(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
     reduction: str = "mean",
 ) -> LossTerm | None:
     """Read a call of ``F.multilabel_soft_margin_loss``: means of cross entropies over classes."""
     if not input.requires_grad or broadcast(input.shape, target.shape) != input.shape:
         return None
-    logits, reduction = values_of(input), reduction_of(size_average, reduce, reduction)
+    logits = values_of(input)
     own = torch.ones_like(logits) if weight is None else weight.detach().to(logits).expand(logits.shape)
     # A mean over the classes, then the reduction over the other axes.
     own = own / max(logits.shape[-1], 1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from lightning_kfc.losses.likelihoods import Categorical
-from lightning_kfc.losses.terms import LossTerm, broadcast, reduction_of, values_of
+from lightning_kfc.losses.terms import LossTerm, broadcast, values_of
 
 
 def cross_entropy(
@@ -18,16 +18,13 @@ def cross_entropy(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    size_average: bool | None = None,
     ignore_index: int = -100,
-    reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> LossTerm | None:
     """Read a call of ``F.cross_entropy``."""
     if not input.requires_grad:
         return None
-    reduction = reduction_of(size_average, reduce, reduction)
     logits = values_of(_classes_last(input))
     weights = _categorical_weights(logits, target, weight, ignore_index, reduction, label_smoothing)
 
@@ -46,14 +43,12 @@ def nll_loss(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    size_average: bool | None = None,
     ignore_index: int = -100,
-    reduce: bool | None = None,
     reduction: str = "mean",
 ) -> LossTerm | None:
     """Read a call of ``F.nll_loss``: log-probabilities are logits of themselves."""
     # The back-propagation through log_softmax leaves a seed that sums to 0 unchanged.
-    term = cross_entropy(value, input, target, weight, size_average, ignore_index, reduce, reduction)
+    term = cross_entropy(value, input, target, weight, ignore_index, reduction)
     return None if term is None else replace(term, function="nll_loss")
 
 
@@ -61,8 +56,6 @@ def kl_div(
     value: Tensor,
     input: Tensor,
     target: Tensor,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
     reduction: str = "mean",
     log_target: bool = False,
 ) -> LossTerm | None:
@@ -72,7 +65,6 @@ def kl_div(
     class_dim = _axis_of_probabilities(input)
     if class_dim is None:
         return None
-    reduction = reduction_of(size_average, reduce, reduction)
     logits = values_of(input)
     masses = target.detach().to(logits.dtype)
     masses = masses.exp() if log_target else masses

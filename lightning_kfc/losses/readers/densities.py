@@ -10,7 +10,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from lightning_kfc.losses.likelihoods import Gaussian, Poisson, PoissonRate
 from lightning_kfc.losses.readers.residuals import sides_of
-from lightning_kfc.losses.terms import LossTerm, broadcast, elementwise_term, reduction_of, values_of
+from lightning_kfc.losses.terms import LossTerm, broadcast, elementwise_term, values_of
 
 
 def gaussian_nll_loss(
@@ -58,9 +58,7 @@ def poisson_nll_loss(
     target: Tensor,
     log_input: bool = True,
     full: bool = False,
-    size_average: bool | None = None,
     eps: float = 1e-8,
-    reduce: bool | None = None,
     reduction: str = "mean",
 ) -> LossTerm | None:
     """Read a call of ``F.poisson_nll_loss``."""
@@ -71,5 +69,5 @@ def poisson_nll_loss(
     logits = outputs if log_input else outputs.clamp_min(0) + eps
     result = broadcast(input.shape, target.shape)
     edges = ((get_gradient_edge(input), 1.0),)
-    reduction, own = reduction_of(size_average, reduce, reduction), logits.new_ones(())
+    own = logits.new_ones(())
     return elementwise_term(likelihood, "poisson_nll_loss", value, logits, edges, own, result, reduction, bounded=False)

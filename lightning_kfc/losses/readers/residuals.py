@@ -9,20 +9,17 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from lightning_kfc.losses.likelihoods import Gaussian
-from lightning_kfc.losses.terms import LossTerm, elementwise_term, reduction_of, values_of
+from lightning_kfc.losses.terms import LossTerm, elementwise_term, values_of
 
 
 def mse_loss(
     value: Tensor,
     input: Tensor,
     target: Tensor,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
     reduction: str = "mean",
     weight: Tensor | None = None,
 ) -> LossTerm | None:
     """Read a call of ``F.mse_loss``."""
-    reduction = reduction_of(size_average, reduce, reduction)
     return _difference("mse_loss", value, input, target, reduction, weight)
 
 
@@ -30,13 +27,10 @@ def l1_loss(
     value: Tensor,
     input: Tensor,
     target: Tensor,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
     reduction: str = "mean",
     weight: Tensor | None = None,
 ) -> LossTerm | None:
     """Read a call of ``F.l1_loss``."""
-    reduction = reduction_of(size_average, reduce, reduction)
     return _difference("l1_loss", value, input, target, reduction, weight, curvature=_absolute)
 
 
@@ -44,13 +38,10 @@ def smooth_l1_loss(
     value: Tensor,
     input: Tensor,
     target: Tensor,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
     reduction: str = "mean",
     beta: float = 1.0,
 ) -> LossTerm | None:
     """Read a call of ``F.smooth_l1_loss``."""
-    reduction = reduction_of(size_average, reduce, reduction)
     curvature = _absolute if beta == 0 else lambda residuals: 1 / (2 * residuals.clamp_min(beta))
     return _difference("smooth_l1_loss", value, input, target, reduction, curvature=curvature)
 
