@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_kfc.estimation.graph import loss_edge
+from lightning_kfc.utilities.autograd_graph import nodes_from
 from lightning_kfc.utilities.torch_internals import custom_function, version_kept, version_of
 
 
@@ -105,16 +106,5 @@ class _Context:
 
 def _custom_nodes(loss: Tensor) -> list[tuple[Any, type]]:
     """The nodes of custom functions in a loss's graph, each with its function, without torch's own."""
-    start = loss_edge(loss).node
-    pending: list[Any] = [start]
-    seen, found = {start}, []
-    while pending:
-        node = pending.pop()
-        function = custom_function(node)
-        if function is not None and not function.__module__.startswith("torch."):
-            found.append((node, function))
-        for below, _ in node.next_functions:
-            if below is not None and below not in seen:
-                seen.add(below)
-                pending.append(below)
-    return found
+    found = ((node, custom_function(node)) for node in nodes_from(loss_edge(loss).node))
+    return [(node, own) for node, own in found if own is not None and not own.__module__.startswith("torch.")]

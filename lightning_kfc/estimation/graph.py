@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from lightning_kfc.utilities.autograd_graph import nodes_from
 from lightning_kfc.utilities.torch_internals import is_sink
 
 #: The error message by a part of torch's message, for graphs that cannot be differentiated again.
@@ -58,18 +59,11 @@ def refuse_reentrant_checkpointing(loss: Tensor) -> None:
     Raises:
         RuntimeError: If it does: such a region has no graph before the backward, so its layers are not recorded.
     """
-    pending, seen = [loss_edge(loss).node], set()
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node.name() == "CheckpointFunctionBackward":
-            raise RuntimeError(
-                "KFC does not work with torch.utils.checkpoint(..., use_reentrant=True), whose regions have no graph "
-                "before the backward. Pass use_reentrant=False; the gradients are the same."
-            )
-        pending += [below for below, _ in node.next_functions if below is not None]
+    if any(node.name() == "CheckpointFunctionBackward" for node in nodes_from(loss_edge(loss).node)):
+        raise RuntimeError(
+            "KFC does not work with torch.utils.checkpoint(..., use_reentrant=True), whose regions have no graph "
+            "before the backward. Pass use_reentrant=False; the gradients are the same."
+        )
 
 
 def uses(start: Node, nodes: Collection[Node]) -> Counter[Node]:
@@ -79,18 +73,8 @@ def uses(start: Node, nodes: Collection[Node]) -> Counter[Node]:
         start: The node at which the graph begins.
         nodes: The nodes that count, such as the parameters'.
     """
-    found: Counter[Node] = Counter()
-    pending, seen = [start], {start}
-    while pending:
-        for below, _ in pending.pop().next_functions:
-            if below is None:
-                continue
-            if below in nodes:
-                found[below] += 1
-            elif below not in seen:
-                seen.add(below)
-                pending.append(below)
-    return found
+    above = (node for node in nodes_from(start, until=nodes) if node is start or node not in nodes)
+    return Counter(below for node in above for below, _ in node.next_functions if below is not None and below in nodes)
 
 
 #: Called with the position of an edge and the derivative there.

@@ -20,6 +20,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from lightning_kfc.estimation.graph import explained, loss_edge
 from lightning_kfc.estimation.recording import Call
 from lightning_kfc.estimation.seeds import Seeds, WeightedTerm
+from lightning_kfc.utilities.autograd_graph import nodes_from
 from lightning_kfc.utilities.torch_internals import gradient_shape_and_type
 
 #: Operations on scalars whose result is a sum of the operands, each times a number.
@@ -114,14 +115,8 @@ class Rest:
         owners = {
             get_gradient_edge(p).node: call.layer for call in layers for p in call.adapter.own_parameters().values()
         }
-        pending = [self._start[0].node]
-        seen = {*pending, *(call.edge.node for call in layers), *(edge.node for edge in self._penalties)}
-        while pending:
-            for edge in _below(pending.pop()):
-                if edge.node not in seen:
-                    seen.add(edge.node)
-                    pending.append(edge.node)
-        return {layer for node, layer in owners.items() if node in seen}
+        outputs = {call.edge.node for call in layers}
+        return {owners[node] for node in nodes_from(self._start[0].node, until=outputs) if node in owners}
 
     def seeds(self) -> Seeds:
         """The seeds whose back-propagation is the rest's derivative."""
@@ -167,19 +162,12 @@ def _penalties(start: GradientEdge, outputs: Set[Node], weights: Set[Node]) -> I
             if edge.node in seen or len(gradient_shape_and_type(edge)[0]) > 1:
                 continue
             seen.add(edge.node)
-            found = _nodes_from(edge.node, outputs)
-            if not outputs.isdisjoint(found):
-                pending.append(edge)
-            elif not weights.isdisjoint(found):
-                yield edge
-
-
-def _nodes_from(start: Node, last: Set[Node]) -> set[Node]:
-    """The nodes of the graph below ``start``, until the first node in ``last``."""
-    pending, seen = [start], {start}
-    while pending and pending[-1] not in last:
-        for edge in _below(pending.pop()):
-            if edge.node not in seen:
-                seen.add(edge.node)
-                pending.append(edge.node)
-    return seen
+            found = set()
+            for node in nodes_from(edge.node):
+                found.add(node)
+                if node in outputs:
+                    pending.append(edge)
+                    break
+            else:
+                if not weights.isdisjoint(found):
+                    yield edge

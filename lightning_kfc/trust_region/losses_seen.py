@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_kfc.distributed import process_group as distributed
 from lightning_kfc.factors.sparse import dense
 from lightning_kfc.trust_region.replay import RecordedLoss
+from lightning_kfc.utilities.autograd_graph import nodes_from
 
 
 @dataclass
@@ -115,15 +116,5 @@ def _with_gradient(parameters: Mapping[int, Tensor]) -> dict[int, Tensor]:
 
 def _leaves(node: Node) -> dict[int, Tensor]:
     """The parameters that get a gradient by a backward from a node, by ``id``."""
-    found: dict[int, Tensor] = {}
-    pending, seen = [node], set()
-    while pending:
-        current = pending.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        variable = getattr(current, "variable", None)
-        if isinstance(variable, Tensor):
-            found[id(variable)] = variable
-        pending += [below for below, _ in current.next_functions if below is not None]
-    return found
+    variables = (getattr(below, "variable", None) for below in nodes_from(node))
+    return {id(variable): variable for variable in variables if isinstance(variable, Tensor)}

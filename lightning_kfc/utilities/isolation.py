@@ -6,12 +6,12 @@ import contextlib
 import random
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from lightning_kfc.utilities.autograd_graph import nodes_from
 from lightning_kfc.utilities.torch_internals import buffers_of, hooks_of, is_sink, set_hooks, set_sink_waits, sink_waits
 
 
@@ -81,7 +81,9 @@ def sinks_at_rest(loss: Tensor) -> Iterator[None]:
     if not (dist.is_available() and dist.is_initialized()) or loss.grad_fn is None:
         yield
         return
-    at_work = [ddp for ddp in _data_parallel_sinks(loss) if not sink_waits(ddp)]
+    # DDP's own node has a weak reference to its module.
+    modules = [node.ddp_weakref() for node in nodes_from(loss.grad_fn) if is_sink(node)]  # type: ignore[attr-defined]
+    at_work = [ddp for ddp in modules if ddp is not None and not sink_waits(ddp)]
     try:
         for ddp in at_work:
             set_sink_waits(ddp, True)
@@ -89,20 +91,6 @@ def sinks_at_rest(loss: Tensor) -> Iterator[None]:
     finally:
         for ddp in at_work:
             set_sink_waits(ddp, False)
-
-
-def _data_parallel_sinks(loss: Tensor) -> list[Any]:
-    """The DistributedDataParallel modules in the graph of a loss."""
-    pending, seen, found = [loss.grad_fn], set(), []
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if is_sink(node):
-            found.append(node.ddp_weakref())  # type: ignore[attr-defined]  # DDP's own node has it
-        pending += [below for below, _ in node.next_functions]
-    return [ddp for ddp in found if ddp is not None]
 
 
 @contextlib.contextmanager
