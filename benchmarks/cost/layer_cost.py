@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.paths import RESULTS
-from lightning_kfc.curvature.find_layers import LayerOptions, find_layers
+from lightning_kfc.curvature.find_layers import find_layers
 from lightning_kfc.factors.inverses import CholeskyInverse
 from lightning_kfc.layers import Forward
 from lightning_kfc.settings import Settings
@@ -81,12 +81,10 @@ def pieces(title: str, *, cost_rule: bool) -> Pieces:
     """
     torch.manual_seed(0)
     make, shape = LAYERS[title]
-    module, settings = make(), Settings()
+    module, settings = make(), Settings() if cost_rule else Settings(max_factor_dim=None)
     tokens = isinstance(module, nn.Embedding)
     read = torch.randint(0, 50_000, shape) if tokens else torch.randn(shape).requires_grad_()
-    most = settings.max_factor_dim if cost_rule else None
-    options = LayerOptions(max_factor_dim=most, rows_per_dim=settings.rows_per_dim)
-    layer = find_layers(nn.Sequential(module), options).layers["0"]
+    layer = find_layers(nn.Sequential(module), settings).layers["0"]
     output = module(read)
     upstream = torch.randn_like(output)
     forward = Forward((read.detach(),), {}, output.detach())

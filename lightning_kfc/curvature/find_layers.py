@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -29,42 +29,6 @@ from lightning_kfc.utilities.torch_internals import parameters_of
 
 
 @dataclass(frozen=True)
-class LayerOptions:
-    """The options for finding layers and taking their statistics.
-
-    Attributes:
-        include: Glob patterns over module names; only these are preconditioned. None for all.
-        exclude: Glob patterns over module names that are not preconditioned.
-        weight_sharing: ``"expand"`` or ``"reduce"``.
-        max_factor_dim: Above this many dimensions a factor is held as its diagonal; None for no bound.
-        rows_per_dim: The number of used rows of a batch, as a multiple of a factor's dimensions; None for all rows.
-        inverse_precision: The precision of Cholesky inverses: ``"full"`` or ``"bfloat16"``.
-        every: The periods of statistics and of inverses, in steps.
-    """
-
-    include: Sequence[str] | None = None
-    exclude: Sequence[str] | None = None
-    weight_sharing: str = "expand"
-    max_factor_dim: int | None = None
-    rows_per_dim: int | None = None
-    inverse_precision: str = "full"
-    every: tuple[int, int] = (10, 20)
-
-    @classmethod
-    def of(cls, settings: Settings) -> LayerOptions:
-        """The settings that concern layers."""
-        return cls(
-            include=settings.include,
-            exclude=settings.exclude,
-            weight_sharing=settings.weight_sharing,
-            max_factor_dim=settings.max_factor_dim,
-            rows_per_dim=settings.rows_per_dim,
-            inverse_precision=settings.precision.inverses,
-            every=(settings.schedule.factor_every_n_steps, settings.schedule.inverse_every_n_steps),
-        )
-
-
-@dataclass(frozen=True)
 class FoundLayers:
     """The result of a search.
 
@@ -77,7 +41,7 @@ class FoundLayers:
     plain: dict[int, tuple[str, str]] = field(default_factory=dict)
 
 
-def find_layers(model: nn.Module, options: LayerOptions | None = None, *, strict: bool = True) -> FoundLayers:
+def find_layers(model: nn.Module, settings: Settings, *, strict: bool = True) -> FoundLayers:
     """Find the layers of a model.
 
     Modules that share all their parameters form one layer. A parameter that is shared in any other way, or
@@ -85,15 +49,14 @@ def find_layers(model: nn.Module, options: LayerOptions | None = None, *, strict
 
     Args:
         model: The model.
-        options: The options.
+        settings: The settings.
         strict: Whether to raise an error if a pattern matches nothing, or if there is no layer.
 
     Raises:
         ValueError: If a pattern matches no module with own parameters, or no trainable parameter is left. Lazy
             modules, whose layers are found after their initialisation, count as layers.
     """
-    options = options or LayerOptions()
-    include, exclude = options.include, options.exclude
+    include, exclude = settings.include, settings.exclude
     # A norm layer without scale and shift has None for both.
     owners = {n: m for n, m in model.named_modules() if any(p is not None for p in parameters_of(m).values())}
     if strict:
@@ -112,7 +75,7 @@ def find_layers(model: nn.Module, options: LayerOptions | None = None, *, strict
         if name not in held:
             parts = {
                 part: adapter
-                for part, adapter in _parts(name, module, model, options).items()
+                for part, adapter in _parts(name, module, model, settings).items()
                 if reasons[part if part in held else name] is None
             }
             uses.add(parts)
@@ -123,22 +86,22 @@ def find_layers(model: nn.Module, options: LayerOptions | None = None, *, strict
     for use in uses.explained():
         for name, adapters in use.items():
             cut = [in_blocks(adapter) for adapter in adapters]
-            found.layers[name] = Layer(name, cut, inverse_precision=options.inverse_precision)
+            found.layers[name] = Layer(name, cut, inverse_precision=settings.precision.inverses)
     unexplained = {i: why for i, why in uses.unexplained().items() if i not in found.plain}
-    found.layers.update(parameter_layers(model, unexplained, options))
+    found.layers.update(parameter_layers(model, unexplained, settings))
     to_come = any(uninitialised(module) for name, module in owners.items() if reasons[name] is None)
     if strict and not to_come and not any(layer.adapter.own_parameters() for layer in found.layers.values()):
         raise_no_layer(owners, include, exclude, held)
     return found
 
 
-def parameter_layers(model: nn.Module, reasons: Mapping[int, str], options: LayerOptions) -> dict[str, Layer]:
+def parameter_layers(model: nn.Module, reasons: Mapping[int, str], settings: Settings) -> dict[str, Layer]:
     """A layer with a diagonal curvature for each of some parameters, by name.
 
     Args:
         model: The model.
         reasons: The reason for no Kronecker factors, by ``id`` of the parameter.
-        options: The options of statistics.
+        settings: The settings.
     """
     layers = {}
     # In the model's order, which is the same on all ranks; ids are not.
@@ -146,7 +109,7 @@ def parameter_layers(model: nn.Module, reasons: Mapping[int, str], options: Laye
         if id(parameter) in reasons:
             module, _, own = name.rpartition(".")
             adapter = ParameterAdapter(model.get_submodule(module), own)
-            layers[name] = Layer(name, [adapter], reasons[id(parameter)], options.inverse_precision)
+            layers[name] = Layer(name, [adapter], reasons[id(parameter)], settings.precision.inverses)
     return layers
 
 
@@ -194,18 +157,18 @@ class _Uses:
         return reasons
 
 
-def _parts(name: str, module: nn.Module, model: nn.Module, options: LayerOptions) -> dict[str, Adapter]:
+def _parts(name: str, module: nn.Module, model: nn.Module, settings: Settings) -> dict[str, Adapter]:
     """The adapters of a module, by layer name."""
     kind = adapter_for(module)
     if kind is None or refusal(module) is not None:
         return {}
     own = AdapterOptions(
         name,
-        options.weight_sharing,
+        settings.weight_sharing,
         _batch_axis(name, model),
-        options.max_factor_dim,
-        options.rows_per_dim,
-        options.every,
+        settings.max_factor_dim,
+        settings.rows_per_dim,
+        (settings.schedule.factor_every_n_steps, settings.schedule.inverse_every_n_steps),
     )
     parts = {f"{name}.{suffix}".strip("."): part for suffix, part in kind.sublayers(module, own).items()}
     return {part: adapter for part, adapter in parts.items() if adapter.parameters()}

@@ -10,11 +10,12 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_kfc.curvature.find_layers import FoundLayers, LayerOptions, find_layers, parameter_layers
+from lightning_kfc.curvature.find_layers import FoundLayers, find_layers, parameter_layers
 from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.distributed import process_group as distributed
 from lightning_kfc.distributed.process_group import is_sharded
 from lightning_kfc.monitoring.events import listed, shortened
+from lightning_kfc.settings import Settings
 from lightning_kfc.utilities.load_balancing import factorisation_cost
 from lightning_kfc.utilities.torch_internals import parameters_of
 
@@ -58,7 +59,7 @@ class ModelLayers(Mapping[str, Layer]):
 
     Args:
         model: The model.
-        options: The options.
+        settings: The settings.
 
     Attributes:
         plain: The parameters that keep their plain gradient, by ``id``: their module's kind, and the reason.
@@ -68,10 +69,10 @@ class ModelLayers(Mapping[str, Layer]):
         ValueError: If a pattern matches nothing, or no layer is left.
     """
 
-    def __init__(self, model: nn.Module, options: LayerOptions) -> None:
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
         self._model = model
-        self._options = options
-        found = find_layers(model, options)
+        self._settings = settings
+        found = find_layers(model, settings)
         self._layers, self.plain = found.layers, found.plain
         self._dropped_as: dict[tuple[object, ...], str] = {}
         self.dropped: dict[str, str] = {}
@@ -137,7 +138,7 @@ class ModelLayers(Mapping[str, Layer]):
         """
         self._dropped_as[self._layers[name].found_as] = reason
         self.dropped[name] = reason
-        _replace_by_parameters(self._layers, name, self._model, reason, self._options)
+        _replace_by_parameters(self._layers, name, self._model, reason, self._settings)
 
     def drop_all(self, reasons: Mapping[str, str]) -> None:
         """Drop layers, and warn on rank zero, once for each reason.
@@ -172,7 +173,7 @@ class ModelLayers(Mapping[str, Layer]):
 
         Call at the same step on every rank.
         """
-        fresh = find_layers(self._model, self._options, strict=False)
+        fresh = find_layers(self._model, self._settings, strict=False)
         self._drop_again(fresh)
         known: dict[tuple[object, ...], list[Layer]] = {}
         for layer in self._layers.values():
@@ -212,7 +213,7 @@ class ModelLayers(Mapping[str, Layer]):
             reason = before.get(layer.found_as)
             if reason is not None and name in fresh.layers:
                 self._dropped_as[layer.found_as] = self.dropped[name] = reason
-                _replace_by_parameters(fresh.layers, name, self._model, reason, self._options)
+                _replace_by_parameters(fresh.layers, name, self._model, reason, self._settings)
 
 
 class _Costs(Mapping[str, float]):
@@ -232,14 +233,14 @@ class _Costs(Mapping[str, float]):
 
 
 def _replace_by_parameters(
-    layers: dict[str, Layer], name: str, model: nn.Module, reason: str, options: LayerOptions
+    layers: dict[str, Layer], name: str, model: nn.Module, reason: str, settings: Settings
 ) -> None:
     """Replace a layer by one layer for each of its parameters."""
     given_up = {id(p) for adapter in layers.pop(name).adapters for p in adapter.parameters().values()}
     # The other parts of the same module would precondition these parameters a second time.
     for other in [n for n, layer in layers.items() if given_up & set(map(id, layer.parameters()))]:
         del layers[other]
-    layers |= parameter_layers(model, dict.fromkeys(given_up, reason), options)
+    layers |= parameter_layers(model, dict.fromkeys(given_up, reason), settings)
 
 
 def _outline(model: nn.Module) -> tuple[object, ...]:

@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from lightning_kfc.curvature.checkpoint import STATE_VERSION, check_version, layers_state, load_layers
-from lightning_kfc.curvature.find_layers import LayerOptions
 from lightning_kfc.curvature.model_layers import ModelLayers
 from lightning_kfc.curvature.ownership import LayerOwnership
 from lightning_kfc.distributed.agreement import check_agreement, facts_of
@@ -47,7 +46,7 @@ class Stages:
 
     def __init__(self, model: nn.Module, settings: Settings, group: ProcessGroup) -> None:
         self.model, self.group = model, group
-        self.layers = ModelLayers(model, LayerOptions.of(settings))
+        self.layers = ModelLayers(model, settings)
         self.rule_choice = choose_rule(model, self.layers, settings)
         self.settings = settings = with_rule(settings, self.rule_choice)
         kind = INVERSES[settings.inverse]

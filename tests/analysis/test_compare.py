@@ -14,6 +14,7 @@ from lightning_kfc import Categorical, LossNotRecognisedError
 from lightning_kfc.analysis import compare_curvature, dense
 from lightning_kfc.analysis.assumptions import RowRecorder, assumption_errors
 from lightning_kfc.curvature.find_layers import find_layers
+from lightning_kfc.settings import Settings
 from tests.helpers import oracles
 from tests.helpers.nets import classes, data, double, small_conv_net
 
@@ -73,7 +74,7 @@ def compared(case: Case) -> Any:
 def test_the_seeds_gradients_sum_to_the_dense_fisher_block(layer: str, loss: Callable[[Tensor], Tensor]) -> None:
     model, x = small_conv_net(), data(3, 2, 6, 6)
     _, terms = dense.evaluate(model, lambda: loss(model(x)))
-    u = dense.seed_gradients(terms, {layer: find_layers(model).layers[layer].adapter})[layer]
+    u = dense.seed_gradients(terms, {layer: find_layers(model, Settings()).layers[layer].adapter})[layer]
     expected = oracles.dense_fisher(model, x, loss, layer)
     oracles.assert_equal(u.T @ u, expected, what=f"block of {layer}")
     oracles.assert_equal(
@@ -311,7 +312,7 @@ def test_the_table_has_a_line_for_each_layer_and_approximation(compared: Any) ->
 def test_rows_of_other_examples_than_the_loss_s_are_not_taken_apart() -> None:
     # Logits (N * S, K) of a language model: the terms' first axis is not that of the layer's examples.
     model, x, y = double(nn.Linear(3, 4)), data(2, 3, 3), classes(6, count=4)
-    adapter = find_layers(model).layers["0"].adapter
+    adapter = find_layers(model, Settings()).layers["0"].adapter
     recorder = RowRecorder({"0": adapter})
     with recorder.recording():
         _, terms = dense.evaluate(model, lambda: F.cross_entropy(model(x).flatten(0, 1), y))

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_kfc import KFC
-from lightning_kfc.curvature.find_layers import LayerOptions, find_layers
+from lightning_kfc.curvature.find_layers import find_layers
 from lightning_kfc.factors.cost import MOST_IN_A_STEP, cost_in_a_step
 from lightning_kfc.layers import Adapter, Forward
 from lightning_kfc.settings import Settings
@@ -40,7 +40,7 @@ ORDINARY: dict[str, Callable[[], nn.Module]] = {
 
 
 def adapter(module: nn.Module, max_factor_dim: int | None = Settings().max_factor_dim) -> Adapter:
-    return find_layers(nn.Sequential(module), LayerOptions(max_factor_dim=max_factor_dim)).layers["0"].adapter
+    return find_layers(nn.Sequential(module), Settings(max_factor_dim=max_factor_dim)).layers["0"].adapter
 
 
 @pytest.mark.parametrize("make", ORDINARY.values(), ids=ORDINARY)
@@ -53,7 +53,7 @@ def test_ordinary_layers_keep_their_dense_factors(make: Callable[[], nn.Module])
 
 @pytest.mark.parametrize("attention", [nn.MultiheadAttention(64, 4), nn.TransformerEncoderLayer(64, 4, 256)])
 def test_transformers_keep_their_dense_factors(attention: nn.Module) -> None:
-    found = find_layers(attention, LayerOptions(max_factor_dim=Settings().max_factor_dim))
+    found = find_layers(attention, Settings())
     assert not any(layer.adapter.diagonal_sides() for layer in found.layers.values())
 
 
