@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypedDict
 
-from lightning_kfc.distributed.factor_reduction import PRECISIONS
 from lightning_kfc.distributed.placement import check_placement
 from lightning_kfc.factors.inverses import INVERSES
 from lightning_kfc.losses.likelihoods import LIKELIHOODS, Likelihood
@@ -34,7 +33,6 @@ MOVED = {
     "stagger_inverses": ("RefreshTiming", "timing", "stagger_inverses"),
     "max_overhead": ("RefreshTiming", "timing", "max_overhead"),
     "inverse_precision": ("Precision", "precision", "inverses"),
-    "reduce_precision": ("Precision", "precision", "reduction"),
     "log_layers": ("Logging", "logging", "layers"),
     "progress_bar": ("Logging", "logging", "progress_bar"),
     "pictures_every_n_steps": ("Logging", "logging", "pictures_every_n_steps"),
@@ -46,6 +44,7 @@ REMOVED = {
     "factor_examples": "statistics come from whole batches",
     "factor_storage": "factors stay as they are on their layer's device",
     "inverse_tolerance": "every inverse that is due is refreshed",
+    "reduce_precision": "statistics are sent in their own precision",
 }
 #: The way out for each setting of an earlier version.
 FORMER = {name: f"{name} was removed: {instead}. Leave it out." for name, instead in REMOVED.items()} | {
@@ -96,23 +95,20 @@ class RefreshTiming:
 
 @dataclass(frozen=True)
 class Precision:
-    """The precision of inverses, and of statistics sent between ranks. Factorisations are in float32 or better.
+    """The precision of inverses. Factorisations are in float32 or better.
 
     Args:
         inverses: Of inverses and their products: "full"; or, with inverse "cholesky", "bfloat16" at half the memory.
-        reduction: Of statistics between ranks: "full"; or "bfloat16" at half the bytes, summed in float32.
 
     Raises:
-        ValueError: If a value is none of these.
+        ValueError: If the value is none of these.
     """
 
     inverses: Literal["full", "bfloat16"] = "full"
-    reduction: Literal["full", "bfloat16"] = "full"
 
     def __post_init__(self) -> None:
-        """Check the options."""
-        check_choice("precision.inverses", self.inverses, PRECISIONS)
-        check_choice("precision.reduction", self.reduction, PRECISIONS)
+        """Check the option."""
+        check_choice("precision.inverses", self.inverses, ("full", "bfloat16"))
 
 
 class Options(TypedDict, total=False):
@@ -182,7 +178,7 @@ class Settings:
             communicate; ``"mem-opt"``: one, which sends the preconditioned gradient at every step; a number: this share
             (KAISA, Pauloski et al. 2021); ``"auto"``: ``"mem-opt"`` for sharded parameters, else ``"comm-opt"``.
         timing: The dates of inverses within their period, and the bound on the overhead.
-        precision: The precision of inverses, and of statistics sent between ranks.
+        precision: The precision of inverses.
 
     Raises:
         TypeError: If an option is of the wrong type.

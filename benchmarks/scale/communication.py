@@ -1,9 +1,9 @@
 """Bytes on the wire and time of one refresh's sum over ranks: ``python -m benchmarks.scale.communication``.
 
 Real processes with gloo on this machine sum the factors of a ResNet-50 (or of another network) in float32 in several
-ways: one all-reduce for every full matrix, one after the other; the package's packed triangles in one buffer, in
-buckets, and rounded to bfloat16. The time is that from the statistics to the sums on all ranks, including packing and
-unpacking. Bytes are those of a rank's buffers in collectives.
+ways: one all-reduce for every full matrix, one after the other; the package's packed triangles in one buffer, and in
+buckets. The time is that from the statistics to the sums on all ranks, including packing and unpacking. Bytes are those
+of a rank's buffers in collectives.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from torch.multiprocessing.spawn import spawn
 from benchmarks.cost.shapes import NETWORKS
 from benchmarks.paths import RESULTS
 from benchmarks.scale.processes import free_port
+from lightning_kfc.distributed import factor_reduction
 from lightning_kfc.distributed.factor_reduction import BUCKET_BYTES, FactorReduction, StatisticsLayout
 from lightning_kfc.distributed.process_group import ProcessGroup
 from lightning_kfc.factors.statistics import Statistics
@@ -34,7 +36,6 @@ WAYS = {
     "full, one buffer": "full factors in one buffer",
     "packed, one buffer": "packed triangles in one buffer",
     "packed, buckets": f"packed triangles in buckets of {BUCKET_BYTES // 2**20} MB (the default)",
-    "packed, bfloat16": "the same, rounded to bfloat16 on the wire",
 }
 
 
@@ -83,26 +84,22 @@ def full_in_one(statistics: dict[str, Statistics]) -> int:
     return flat.nbytes
 
 
-def packed(precision: str, bucket: int | None) -> Callable[[dict[str, Statistics]], int]:
+def in_buckets(statistics: dict[str, Statistics]) -> int:
     """The package's reduction."""
+    reduction = FactorReduction(ProcessGroup(), _outlines(statistics), statistics)
+    reduction.end()
+    return reduction.bytes
 
-    def run(statistics: dict[str, Statistics]) -> int:
-        reduction = FactorReduction(ProcessGroup(), _outlines(statistics), statistics, (), precision, bucket)
-        reduction.end()
-        return reduction.bytes
 
-    return run
+def in_one_buffer(statistics: dict[str, Statistics]) -> int:
+    """The package's reduction, with one bucket of any size."""
+    with mock.patch.object(factor_reduction, "BUCKET_BYTES", 2**62):
+        return in_buckets(statistics)
 
 
 def ways() -> dict[str, Callable[[dict[str, Statistics]], int]]:
     """The ways by name."""
-    return dict(
-        zip(
-            WAYS,
-            (naive, full_in_one, packed("full", 2**62), packed("full", None), packed("bfloat16", None)),
-            strict=True,
-        )
-    )
+    return dict(zip(WAYS, (naive, full_in_one, in_one_buffer, in_buckets), strict=True))
 
 
 def _rank(rank: int, size: int, port: int, network: str, repeats: int, path: str) -> None:

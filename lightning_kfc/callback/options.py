@@ -59,7 +59,7 @@ class KFCOptions:
             sends the preconditioned gradient at every step; a number: this fraction of the ranks; "auto": "mem-opt"
             for sharded parameters, else "comm-opt".
         timing: The dates of inverses within their period, and the bound on the overhead.
-        precision: The precision of inverses, and of statistics sent between ranks.
+        precision: The precision of inverses.
         average_weights: Decay of an exponential average of the weights over optimizer steps, at least 0 and below 1;
             null for none. Validation and checkpoints use the averaged weights, and so does the module after fitting.
         save_factors: Whether checkpoints hold the factors and inverses. Without them checkpoints are small, and a

@@ -24,7 +24,6 @@ from lightning_kfc.factors.statistics import Statistics
 
 #: The size at which a buffer is sent, while the next one is filled.
 BUCKET_BYTES = 32 * 2**20
-PRECISIONS = ("full", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -100,9 +99,6 @@ class FactorReduction:
         outlines: The layers, in the same order on every rank.
         statistics: The statistics of this rank, by layer.
         flags: Layers whose flag this rank raises.
-        precision: ``"full"``, or ``"bfloat16"``: numbers are rounded to bfloat16, sent, added in their own precision,
-            and rounded again if all ranks get the sum.
-        bucket_bytes: The size at which a buffer is sent; None for the default.
     """
 
     def __init__(
@@ -111,12 +107,9 @@ class FactorReduction:
         outlines: Sequence[StatisticsLayout],
         statistics: Mapping[str, Statistics],
         flags: Iterable[str] = (),
-        precision: str = "full",
-        bucket_bytes: int | None = None,
     ) -> None:
         self._group = group
         self._outlines = list(outlines)
-        self._wire = torch.bfloat16 if precision == "bfloat16" else None
         flagged = set(flags)
         # float64 holds row counts below 2**53 exactly.
         header = [
@@ -127,12 +120,8 @@ class FactorReduction:
         self._header_work = dist.all_reduce(self._header, group=group.group, async_op=True)
         self.bytes = self._header.nbytes
         self._buckets = []
-        for bucket in _buckets(self._outlines, bucket_bytes or BUCKET_BYTES):
-            flat = torch.empty(
-                sum(o.numel() for o in bucket),
-                dtype=self._wire or bucket[0].dtype,
-                device=bucket[0].device,
-            )
+        for bucket in _buckets(self._outlines):
+            flat = torch.empty(sum(o.numel() for o in bucket), dtype=bucket[0].dtype, device=bucket[0].device)
             for outline, part in zip(bucket, torch.split(flat, [o.numel() for o in bucket]), strict=True):
                 _fill(part, outline, statistics.get(outline.name))
             self._buckets.append(self._send(_Bucket(bucket, flat, bucket[0].owner)))
@@ -157,9 +146,7 @@ class FactorReduction:
 
     def _send(self, bucket: _Bucket) -> _Bucket:
         group, flat, owner = self._group.group, bucket.flat, bucket.owner
-        if self._wire is not None:
-            bucket.finish = self._send_rounded(bucket)
-        elif owner is None:
+        if owner is None:
             work = dist.all_reduce(flat, group=group, async_op=True)
             bucket.finish = lambda: _waited(work, flat)
         else:
@@ -168,39 +155,8 @@ class FactorReduction:
             bucket.finish = lambda: _waited(work, kept)
         return bucket
 
-    def _send_rounded(self, bucket: _Bucket) -> Callable[[], Tensor | None]:
-        """Begin a sum of rounded numbers: each rank adds one piece in full precision, unlike a library's bfloat16 sum.
 
-        Numbers are sent as bytes, since gloo has no bfloat16.
-        """
-        group, dtype, numel = self._group, bucket.outlines[0].dtype, bucket.flat.numel()
-        if bucket.owner is not None:
-            here = bucket.owner == group.rank
-            sent = [2 * numel if member == bucket.owner else 0 for member in range(group.size)]
-            pieces = bucket.flat.new_empty(group.size * numel if here else 0)
-            work = dist.all_to_all_single(
-                _bytes(pieces),
-                _bytes(bucket.flat),
-                [2 * numel if here else 0] * group.size,
-                sent,
-                group=group.group,
-                async_op=True,
-            )
-            return lambda: _sum(work, pieces, group.size, dtype) if here else _waited(work, None)
-        length = -(-numel // group.size)
-        padded = torch.nn.functional.pad(bucket.flat, (0, length * group.size - numel))
-        pieces = torch.empty_like(padded)
-        work = dist.all_to_all_single(_bytes(pieces), _bytes(padded), group=group.group, async_op=True)
-
-        def finish() -> Tensor:
-            own = _sum(work, pieces, group.size, dtype).to(torch.bfloat16)
-            dist.all_gather_into_tensor(_bytes(padded), _bytes(own), group=group.group)
-            return padded[:numel].to(dtype)
-
-        return finish
-
-
-def _buckets(outlines: Sequence[StatisticsLayout], largest: int) -> Iterable[list[StatisticsLayout]]:
+def _buckets(outlines: Sequence[StatisticsLayout]) -> Iterable[list[StatisticsLayout]]:
     """Groups of layers in order, with equal precision, device and owner, until a buffer is full."""
     kinds: dict[Any, list[StatisticsLayout]] = {}
     for outline in outlines:
@@ -210,7 +166,7 @@ def _buckets(outlines: Sequence[StatisticsLayout], largest: int) -> Iterable[lis
         size = 0
         for outline in alike:
             own = outline.numel() * outline.dtype.itemsize
-            if bucket and size + own > largest:
+            if bucket and size + own > BUCKET_BYTES:
                 yield bucket
                 bucket, size = [], 0
             bucket.append(outline)
@@ -242,12 +198,3 @@ def _read(part: Tensor, outline: StatisticsLayout, rows: float, ranks: int) -> S
 def _waited(work: Any, result: Tensor | None) -> Tensor | None:
     work.wait()
     return result
-
-
-def _sum(work: Any, pieces: Tensor, ranks: int, dtype: torch.dtype) -> Tensor:
-    work.wait()
-    return pieces.view(ranks, -1).to(dtype).sum(0)
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.view(torch.uint8)

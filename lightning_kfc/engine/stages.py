@@ -81,9 +81,7 @@ class Stages:
             seed=settings.seed,
         )
         self.pending = PendingStatistics(self.layers, self.estimator, self.tracker, group, self.events)
-        self.factors = FactorRefresh(
-            settings.ema_decay, settings.precision.reduction, self.tracker, self.events, self.ownership
-        )
+        self.factors = FactorRefresh(settings.ema_decay, self.tracker, self.events, self.ownership)
         self.inverses = InverseRefresh(kind, self.tracker, self.events, self.ownership)
         self.rule: Rule[Any] = RULE_TYPES[settings.rule]()
         self.reviewer = StepReviewer(

@@ -36,7 +36,6 @@ class FactorRefresh:
 
     Args:
         ema_decay: The decay of the running averages.
-        reduce_precision: The precision of statistics between ranks: ``"full"`` or ``"bfloat16"``.
         tracker: The dates of each layer.
         events: Counts irregular events.
         ownership: The ranks that hold factors and inverses.
@@ -45,13 +44,11 @@ class FactorRefresh:
     def __init__(
         self,
         ema_decay: float,
-        reduce_precision: str,
         tracker: RefreshTracker,
         events: Events,
         ownership: LayerOwnership,
     ) -> None:
         self._decay = ema_decay
-        self._precision = reduce_precision
         self._tracker = tracker
         self._events = events
         self._ownership = ownership
@@ -178,7 +175,7 @@ class FactorRefresh:
             if layer.pending is None:
                 layer.note_roles()
         outlines = [_outline(layer, self._ownership.owner(layer)) for layer in requested]
-        return FactorReduction(self._group, outlines, pending, self._given_up, self._precision)
+        return FactorReduction(self._group, outlines, pending, self._given_up)
 
     def _flagged(self, found: Mapping[str, ReducedStatistics], layers: Mapping[str, Layer]) -> dict[str, str]:
         flagged = [name for name, reduced in found.items() if reduced.flagged]
@@ -219,7 +216,7 @@ class FactorRefresh:
             assert isinstance(layer.inverse, EkfacInverse)
             outline = _outline(layer)
             outlines.append(replace(outline, shapes={"S": layer.inverse.basis.shape}, symmetric=False))
-        reduction = FactorReduction(self._group, outlines, found, (), self._precision)
+        reduction = FactorReduction(self._group, outlines, found)
         self._communication.add("factors", reduction.bytes)
         sums = {name: reduced.statistics for name, reduced in reduction.end().items()}
         return {name: statistics for name, statistics in sums.items() if statistics is not None}

@@ -119,7 +119,6 @@ def test_the_short_name_of_an_imported_class_is_enough(cli, tmp_path):
         ("timing", {"max_overhead": 0.1}, RefreshTiming(max_overhead=0.1)),
         ("timing", {"stagger_inverses": False}, RefreshTiming(stagger_inverses=False)),
         ("precision", {"inverses": "bfloat16"}, Precision(inverses="bfloat16")),
-        ("precision", {"reduction": "bfloat16"}, Precision(reduction="bfloat16")),
         ("include", "net.[07]", ("net.[07]",)),
     ],
 )

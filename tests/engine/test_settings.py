@@ -91,7 +91,6 @@ def test_a_wrong_setting_is_an_error_naming_it_and_its_value(
             ValueError,
             r"precision\.inverses must be one of 'full', 'bfloat16', got 'half'",
         ),
-        (Precision, "reduction", None, ValueError, r"precision\.reduction must be one of 'full', 'bfloat16', got None"),
     ],
 )
 def test_a_wrong_value_in_a_group_is_an_error_naming_group_option_and_value(
