@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import builtins
 import copy
-import dis
-import functools
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any
 
 from torch.optim import Optimizer
@@ -21,10 +17,6 @@ from lightning_kfc.utilities.torch_internals import custom_scale, inner_schedule
 MOST_STEPS = 5_000
 #: Modules whose schedulers are copied and stepped; other code may have side effects.
 KNOWN = ("torch.optim.lr_scheduler", "torch.optim.swa_utils")
-#: Bytecode operations with possible side effects.
-_LEAVE_TRACES = frozenset(("STORE_GLOBAL", "STORE_DEREF", "STORE_ATTR", "STORE_SUBSCR", "IMPORT_NAME"))
-#: Builtin functions that are deterministic and without side effects.
-_REPEATABLE = frozenset((abs, float, int, len, max, min, pow, round))
 
 
 @dataclass(frozen=True)
@@ -131,37 +123,9 @@ def preview(
 
 
 def _is_known(scheduler: Any) -> bool:
+    """Whether a step of a scheduler runs torch's code alone, and depends on no metric."""
     if type(scheduler).__module__ not in KNOWN or type(scheduler).__name__ == "ReduceLROnPlateau":
         return False
-    functions = [*getattr(scheduler, "lr_lambdas", ()), custom_scale(scheduler)]
-    functions += [getattr(scheduler, "anneal_func", None)] if hasattr(scheduler, "swa_lrs") else []
-    if not all(function is None or _is_repeatable(function) for function in functions):
+    if hasattr(scheduler, "lr_lambdas") or custom_scale(scheduler) is not None:
         return False
     return all(_is_known(inner) for inner in inner_schedulers(scheduler))
-
-
-def _is_repeatable(value: Any, depth: int = 5) -> bool:
-    """Whether a function and its references are of numbers alone, so that calls have no side effects."""
-    if value is None or isinstance(value, (int, float, str, bool)) or value is math:
-        return True
-    if isinstance(value, (tuple, frozenset)):
-        return all(_is_repeatable(entry, depth) for entry in value)
-    if isinstance(value, functools.partial):
-        return all(_is_repeatable(entry, depth) for entry in (value.func, *value.args, *value.keywords.values()))
-    if any(value is function for function in _REPEATABLE) or getattr(value, "__module__", None) == "math":
-        return True
-    if not isinstance(value, FunctionType) or depth == 0:
-        return False
-    code = value.__code__
-    if any(each.opname in _LEAVE_TRACES for each in dis.get_instructions(code)):
-        return False
-    names = {each.argval for each in dis.get_instructions(code) if each.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    found = [value.__globals__.get(name, getattr(builtins, name, _Unknown)) for name in names]
-    found += [cell.cell_contents for cell in value.__closure__ or ()]
-    found += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-    nested = [constant for constant in code.co_consts if hasattr(constant, "co_code")]
-    return not nested and all(_is_repeatable(entry, depth - 1) for entry in found)
-
-
-class _Unknown:
-    """The stand-in of a name without a value."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 import random
 import warnings
@@ -41,14 +40,6 @@ pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
 STEPS = 60
 
 
-def falling(step: int, *, steps: int) -> float:
-    return max(0.0, (steps - step) / steps)
-
-
-def cosine(steps: int) -> Callable[[int], float]:
-    return lambda step: 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
 SCHEDULES: dict[str, Callable[[Any], Any]] = {
     "one cycle": lambda o: OneCycleLR(o, 0.5, STEPS),
     "cycles": lambda o: CyclicLR(o, 0.1, 0.5, 7, mode="exp_range"),
@@ -58,9 +49,6 @@ SCHEDULES: dict[str, Callable[[Any], Any]] = {
     "steps": lambda o: StepLR(o, 20),
     "polynomial": lambda o: PolynomialLR(o, 40),
     "averaging": lambda o: SWALR(o, 0.05),
-    "lambda": lambda o: LambdaLR(o, lambda step: min(1.0, (step + 1) / 30)),
-    "lambdas": lambda o: LambdaLR(o, [cosine(50), functools.partial(falling, steps=40)]),
-    "product": lambda o: MultiplicativeLR(o, lambda step: 0.95),
 }
 
 
@@ -98,13 +86,7 @@ class Counted(LRScheduler):
         return [0.1, 0.1]
 
 
-class Called:
-    def __call__(self, step: int) -> float:
-        return 1.0
-
-
 CALLS: list[int] = []
-TOTAL = 0
 
 
 def counted(step: int) -> float:
@@ -112,38 +94,13 @@ def counted(step: int) -> float:
     return 1.0
 
 
-def totalled(step: int) -> float:
-    global TOTAL
-    TOTAL += 1
-    return 1.0
-
-
-def drawn(step: int) -> float:
-    return random.random()
-
-
-def nonlocal_counter() -> Callable[[int], float]:
-    seen = 0
-
-    def multiplier(step: int) -> float:
-        nonlocal seen
-        seen += 1
-        return 1.0
-
-    return multiplier
-
-
 @pytest.mark.parametrize(
     "make",
     [
         Counted,
         lambda o: LambdaLR(o, counted),
-        lambda o: LambdaLR(o, totalled),
-        lambda o: LambdaLR(o, drawn),
-        lambda o: LambdaLR(o, Called()),
-        lambda o: LambdaLR(o, nonlocal_counter()),
-        lambda o: LambdaLR(o, lambda step: float(torch.rand(()))),
-        lambda o: CyclicLR(o, 0.1, 0.5, 7, scale_fn=drawn, scale_mode="cycle"),
+        lambda o: MultiplicativeLR(o, counted),
+        lambda o: CyclicLR(o, 0.1, 0.5, 7, scale_fn=counted, scale_mode="cycle"),
         lambda o: SequentialLR(o, [ConstantLR(o), LambdaLR(o, counted)], [5]),
         ReduceLROnPlateau,
     ],
@@ -151,9 +108,9 @@ def nonlocal_counter() -> Callable[[int], float]:
 def test_schedules_with_code_or_state_of_the_users_own_are_left_alone(make: Callable[[Any], Any]) -> None:
     optimizer = two_groups()
     schedule = make(optimizer)
-    calls, total = len(CALLS), TOTAL
+    calls = len(CALLS)
     assert preview(optimizer, optimizer.param_groups, [Schedule(schedule)], STEPS) is None
-    assert (len(CALLS), TOTAL) == (calls, total)
+    assert len(CALLS) == calls
 
 
 def test_a_schedule_whose_steps_are_not_known_is_left_alone() -> None:
