@@ -174,7 +174,7 @@ def refreshed_by(rule: Rule | None, decay: float) -> Callable[[Layer, type[Inver
         if layer.adapter.treatment != "diagonal":
             return original(layer, inverse, damping)
         average = layer.averages["F"]
-        updates = round(math.log(max(1 - average.weight, 1e-300)) / math.log(decay))
+        updates = round(math.log(max(1 - average.average.weight, 1e-300)) / math.log(decay))
         if rule is None:
             return Identity(torch.ones_like(average.value))
         return DiagonalInverse(1 / (rule(average.value, draws(updates, decay)) + damping))

@@ -6,21 +6,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
-from typing_extensions import Self
 
-from lightning_kfc.factors.inverses import Factors, Inverse, StepInverse
+from lightning_kfc.factors.inverses import StepInverse
 
 
 @dataclass(frozen=True)
-class RemoteInverse(Inverse):
+class RemoteInverse(StepInverse):
     """An inverse that another rank holds; only that rank computes updates with it."""
 
     name: ClassVar[str] = "elsewhere"
-
-    @classmethod
-    def factorise(cls, factors: Factors, damping: float) -> Self:
-        """The stand-in, without factors; see :class:`Inverse`."""
-        return cls()
 
     def solve(self, gradient: Tensor) -> Tensor:
         """Raise an error, since this rank has no inverse.

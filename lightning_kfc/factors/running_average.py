@@ -85,16 +85,6 @@ class StoredAverage:
         return triangle.view(self.shape) if _is_whole(self.shape) else unpack(triangle, self.shape)
 
     @property
-    def weight(self) -> float:
-        """The total weight of the updates before debiasing."""
-        return self.average.weight
-
-    @property
-    def squares(self) -> float:
-        """The sum of the squared shares of the updates."""
-        return self.average.squares
-
-    @property
     def draws(self) -> float:
         """The number of independent, equally weighted updates whose mean has the same noise."""
         return self.average.draws
@@ -111,8 +101,8 @@ def average_state(averages: Mapping[str, StoredAverage]) -> dict[str, dict[str, 
         name: {
             "triangle": own_storage(a.average.value),
             "shape": list(a.shape),
-            "weight": a.weight,
-            "squares": a.squares,
+            "weight": a.average.weight,
+            "squares": a.average.squares,
         }
         for name, a in averages.items()
     }

@@ -28,12 +28,11 @@ def effective_rank(factor: Tensor) -> Tensor:
     return ranks
 
 
-def largest_eigenvalues(matrices: Sequence[Tensor], steps: int = LANCZOS_STEPS) -> list[Tensor]:
-    """The largest eigenvalue of each matrix, estimated from below; exact up to rounding for d up to ``steps``.
+def largest_eigenvalues(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """The largest eigenvalue of each matrix, estimated from below; exact up to rounding for d up to LANCZOS_STEPS.
 
     Args:
         matrices: Symmetric PSD, shape ``(groups, d, d)``, or ``(groups, d)`` if diagonal.
-        steps: Matrix-vector products per matrix.
 
     Returns:
         Per matrix, shape ``(groups,)``, in float64 on the CPU; NaN for a matrix that is not finite.
@@ -50,7 +49,7 @@ def largest_eigenvalues(matrices: Sequence[Tensor], steps: int = LANCZOS_STEPS) 
             found[positions[0]] = matrix.amax(-1).cpu().double()
             continue
         together = torch.cat([matrices[i] for i in positions]) if len(positions) > 1 else matrix
-        tridiagonals.append((positions, _tridiagonal(together, steps)))
+        tridiagonals.append((positions, _tridiagonal(together)))
     for positions, tridiagonal in tridiagonals:
         sizes = [matrices[i].shape[0] for i in positions]
         for position, part in zip(positions, torch.split(_top(tridiagonal.cpu().double()), sizes), strict=True):
@@ -58,10 +57,10 @@ def largest_eigenvalues(matrices: Sequence[Tensor], steps: int = LANCZOS_STEPS) 
     return found
 
 
-def _tridiagonal(matrix: Tensor, steps: int) -> Tensor:
+def _tridiagonal(matrix: Tensor) -> Tensor:
     """Lanczos' tridiagonal matrix ``(groups, k, k)`` of a batch ``(groups, d, d)``, fully reorthogonalised."""
     groups, d, _ = matrix.shape
-    k = min(steps, d)
+    k = min(LANCZOS_STEPS, d)
     # A separate generator leaves the global random stream unchanged.
     start = torch.randn(d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     vector = (start / start.norm()).to(matrix).expand(groups, d)

@@ -223,14 +223,10 @@ RULES: tuple[Rule, ...] = (
 
 
 class Adviser:
-    """Applies the rules, and returns the advice of each rule once.
+    """Applies the rules, and returns the advice of each rule once."""
 
-    Args:
-        rules: The rules.
-    """
-
-    def __init__(self, rules: Sequence[Rule] = RULES) -> None:
-        self._silent = list(rules)
+    def __init__(self) -> None:
+        self._silent = list(RULES)
         #: The advice so far, in order.
         self.given: list[str] = []
 

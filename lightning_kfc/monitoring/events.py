@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, fields
 from lightning_kfc.distributed import process_group as distributed
 
 
-def listed(names: Iterable[str], most: int = 5) -> str:
+def listed(names: Iterable[str]) -> str:
     """Names in quotes, for a message; many are cut short."""
-    return shortened(map(repr, names), most)
+    return shortened(map(repr, names))
 
 
 def shortened(entries: Iterable[str], most: int = 5) -> str:

@@ -94,8 +94,8 @@ def test_whole_factors_of_an_earlier_version_are_read_as_the_triangles_are() -> 
     for layer in earlier["layers"].values():
         whole = averages_of(layer["factors"], torch.device("cpu"))
         layer["factors"] = {
-            name: {"value": average.value, "weight": average.weight, "squares": average.squares}
-            for name, average in whole.items()
+            name: {"value": stored.value, "weight": stored.average.weight, "squares": stored.average.squares}
+            for name, stored in whole.items()
         }
     again, _ = trained("dense", steps=0)
     assert again.load_state_dict(earlier) == []

@@ -101,7 +101,7 @@ def test_a_kept_average_is_that_of_whole_factors_to_the_last_bit(shape: tuple[in
     for value in values[1:]:
         kept, whole = kept.updated(value, 0.9), whole.updated(value, 0.9)
     assert torch.equal(kept.value, whole.value)
-    assert (kept.weight, kept.squares, kept.draws) == (whole.weight, whole.squares, whole.draws)
+    assert (kept.average.weight, kept.average.squares) == (whole.weight, whole.squares)
 
 
 def test_between_forward_and_backward_only_the_inputs_of_norms_are_kept_and_nothing_after_release() -> None:

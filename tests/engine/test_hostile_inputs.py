@@ -270,7 +270,7 @@ def test_a_layer_unused_in_some_steps_moves_in_the_others_only() -> None:
     fit(module, kfc=kfc, callbacks=[Watch("on_train_batch_end", lambda *a: extra.append(weights(module.net.extra)))])
     moved = [not torch.equal(a, b) for a, b in itertools.pairwise(extra)]
     assert moved == [False, True, False, True]
-    assert kfc.kfc.layers["extra" if "extra" in kfc.kfc.layers else "net.extra"].averages["A"].weight > 0
+    assert kfc.kfc.layers["extra" if "extra" in kfc.kfc.layers else "net.extra"].averages["A"].average.weight > 0
     assert not events(kfc)
 
 

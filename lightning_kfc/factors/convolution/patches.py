@@ -81,12 +81,11 @@ def project_patches(images: Tensor, geometry: Geometry, direction: Tensor) -> Te
     return found.flatten(2).transpose(1, 2)
 
 
-def image_chunks(images: Tensor, geometry: Geometry, at_once: int | None = None) -> Iterator[Tensor]:
-    """Chunks of examples whose patches take at most ``at_once`` bytes, by default ``PATCH_BYTES``."""
+def image_chunks(images: Tensor, geometry: Geometry) -> Iterator[Tensor]:
+    """Chunks of examples whose patches take at most ``PATCH_BYTES``."""
     taps = torch.Size(geometry.kernel_size).numel()
     numel = geometry.positions(images.shape[2:]) * images.shape[1] * taps
-    most = PATCH_BYTES if at_once is None else at_once
-    yield from torch.split(images, max(1, most // max(1, numel * images.element_size())))
+    yield from torch.split(images, max(1, PATCH_BYTES // max(1, numel * images.element_size())))
 
 
 def patch_second_moment(

@@ -83,7 +83,7 @@ class Inverse(ABC):
 
 
 class StepInverse(Inverse):
-    """An inverse for one step, made from another one, and never factorised."""
+    """An inverse that is never factorised: for one step made from another one, or on another rank."""
 
     @classmethod
     def factorise(cls, factors: Factors, damping: float) -> Self:
@@ -92,7 +92,7 @@ class StepInverse(Inverse):
         Raises:
             NotImplementedError: Always.
         """
-        raise NotImplementedError(f"{cls.__name__} is made from another inverse, not from factors")
+        raise NotImplementedError(f"{cls.__name__} is not made from factors")
 
 
 def check_damping(damping: float) -> None:
