@@ -33,7 +33,7 @@ test: $(VENV)/installed
 
 test-fast: $(VENV)/installed
 	@echo "==> Running the tests that are not marked slow"
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" --hypothesis-profile fast
 
 coverage:
 	$(MAKE) test TEST_OPTIONS=--cov

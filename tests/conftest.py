@@ -11,13 +11,15 @@ from hypothesis import settings
 
 from lightning_kfc.monitoring.messages import LOGGER
 from lightning_kfc.trust_region import region
+from tests.helpers.examples import FAST, USUAL
 
 # Two test processes share two cores, and the nets are tiny: more threads would only wait for each other.
 torch.set_num_threads(1)
 
 # Compiling and the first calls of an operator take longer than hypothesis allows by default.
-settings.register_profile("lightning-kfc", deadline=None, max_examples=30, derandomize=True)
-settings.load_profile("lightning-kfc")
+settings.register_profile("all", deadline=None, max_examples=USUAL, derandomize=True)
+settings.register_profile("fast", settings.get_profile("all"), max_examples=FAST)
+settings.load_profile("all")
 
 
 @pytest.fixture(autouse=True)

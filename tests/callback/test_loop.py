@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.nn import functional as F
 
 from lightning_kfc import KFCCallback
+from tests.helpers.examples import examples
 from tests.helpers.lightning_nets import (
     QUIET,
     ConvNet,
@@ -56,7 +57,7 @@ class Recording(Regression):
 
 
 @given(damping=st.floats(1e-3, 1.0), seed=st.integers(0, 99))
-@settings(max_examples=10)
+@examples(10)
 def test_the_optimizer_gets_the_dense_solve_of_the_plain_gradient(damping, seed):
     torch.manual_seed(seed)
     module, spy = Recording(), Spy()

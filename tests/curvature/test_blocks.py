@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_kfc import KFC
-from lightning_kfc.curvature.find_layers import LayerOptions, find_layers
+from lightning_kfc.curvature.find_layers import find_layers
 from lightning_kfc.factors import cost
 from lightning_kfc.factors.cost import (
     CHEAP,
@@ -31,6 +31,7 @@ from lightning_kfc.layers.blocks import BlocksAdapter
 from lightning_kfc.layers.linear import LinearAdapter
 from lightning_kfc.settings import Settings
 from tests.helpers import oracles
+from tests.helpers.examples import examples
 from tests.helpers.nets import classes, data, engine, observe, train_step
 
 BLOCKS = 3
@@ -172,19 +173,19 @@ def test_the_coverage_states_what_was_chosen_and_why() -> None:
 
 
 def test_a_wide_convolution_has_the_diagonal_instead() -> None:
-    found = find_layers(nn.Conv2d(512, 1, 4), LayerOptions.of(Settings())).layers[""]
+    found = find_layers(nn.Conv2d(512, 1, 4), Settings()).layers[""]
     assert found.adapter.factor_shapes() == {"A": (1, 8193), "G": (1, 1, 1)}
     assert found.adapter.approximation().startswith("A diagonal: a dense one would cost")
 
 
 def test_no_bound_on_the_size_is_none_on_the_cost() -> None:
-    found = find_layers(nn.Linear(9216, 128), LayerOptions.of(Settings(max_factor_dim=None))).layers[""]
+    found = find_layers(nn.Linear(9216, 128), Settings(max_factor_dim=None)).layers[""]
     assert found.adapter.factor_shapes() == {"A": (1, 9217, 9217), "G": (1, 128, 128)}
 
 
 def test_shorter_periods_cut_earlier() -> None:
     def shapes(**options: Any) -> dict[str, tuple[int, ...]]:
-        return find_layers(nn.Linear(4096, 64), LayerOptions.of(Settings(**options))).layers[""].adapter.factor_shapes()
+        return find_layers(nn.Linear(4096, 64), Settings(**options)).layers[""].adapter.factor_shapes()
 
     assert shapes()["A"] == (1, 4097, 4097)
     assert shapes(factor_every_n_steps=1, inverse_every_n_steps=1)["A"][0] > 1
@@ -237,7 +238,7 @@ def multiply_adds(work: Callable[[], Any]) -> tuple[Any, float]:
 def own_and_added(layer: nn.Linear, rows: int, every: tuple[int, int]) -> tuple[float, float]:
     """What a layer takes in a step, and what its pair of factors adds in the mean."""
     options = Settings(factor_every_n_steps=every[0], inverse_every_n_steps=every[1])
-    adapter = find_layers(layer, LayerOptions.of(options)).layers[""].adapter
+    adapter = find_layers(layer, options).layers[""].adapter
     x = torch.randn(rows, layer.in_features, requires_grad=True)
 
     def forward_and_backward() -> Tensor:
@@ -256,7 +257,7 @@ def own_and_added(layer: nn.Linear, rows: int, every: tuple[int, int]) -> tuple[
     return own, (of_input + both) / every[0] + refresh / every[1] + solve
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @example(d_in=300, d_out=16, rows=128, every=(1, 1))
 @example(d_in=4, d_out=900, rows=128, every=(1, 1))
 @example(d_in=900, d_out=2, rows=128, every=(10, 20))

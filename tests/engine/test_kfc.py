@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_kfc import KFC, Categorical
 from tests.helpers import oracles
+from tests.helpers.examples import examples
 from tests.helpers.nets import classes, data, double, engine, observe, small_conv_net, train_step
 
 
@@ -144,7 +145,7 @@ def test_gradients_are_changed_in_place_and_parameters_not_at_all() -> None:
 # Accumulation.
 
 
-@settings(max_examples=10)
+@examples(10)
 @given(parts=st.lists(st.integers(1, 4), min_size=1, max_size=4))
 def test_accumulated_micro_batches_of_any_sizes_equal_the_whole_batch(parts: list[int]) -> None:
     total = sum(parts)

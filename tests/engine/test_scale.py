@@ -7,12 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.helpers import oracles
+from tests.helpers.examples import examples
 from tests.helpers.nets import classes, data, double, observe
 
 Loss = Callable[[Tensor], Tensor]
@@ -65,7 +66,7 @@ def test_one_example_and_one_location_is_exact_for_every_layer_and_likelihood(li
     assert_factors_equal_the_dense_fisher(model, data(1, 2, 3, 3), loss, ["0", "3", "5"])
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(
     widths=st.lists(st.integers(1, 4), min_size=2, max_size=4),
     bias=st.booleans(),

@@ -167,6 +167,7 @@ def test_compiled_code_runs_eagerly_where_it_is_recorded_for_a_review_and_nothin
     assert graphs[1:] == [graphs_alone[-1]] * (STEPS - 1)
 
 
+@pytest.mark.slow
 def test_the_compiler_is_left_as_it_was_when_a_due_backward_raises(backend: Backend) -> None:
     def fail(*args: Any) -> None:
         raise ZeroDivisionError
@@ -178,6 +179,7 @@ def test_the_compiler_is_left_as_it_was_when_a_due_backward_raises(backend: Back
     assert backend.calls == 1
 
 
+@pytest.mark.slow
 def test_a_checkpointed_compiled_block_is_recomputed_as_it_was_computed(backend: Backend) -> None:
     def run(wrap: Callable[[nn.Module], Any]) -> tuple[KFC, Tensor]:
         torch.manual_seed(3)

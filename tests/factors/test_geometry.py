@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,6 +16,7 @@ from lightning_kfc.estimation.recording import ForwardRecorder
 from lightning_kfc.factors.convolution import patches
 from lightning_kfc.layers import Forward
 from tests.helpers import oracles
+from tests.helpers.examples import examples
 from tests.helpers.nets import data, engine, observe
 
 
@@ -109,7 +110,7 @@ def convolutions(draw: st.DrawFn) -> tuple[nn.Conv2d, Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
-@settings(max_examples=60)
+@examples(60)
 @given(case=convolutions())
 def test_patches_and_output_rows_rebuild_the_weight_gradient(case: tuple[nn.Conv2d, Tensor]) -> None:
     conv, x = case

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.helpers import oracles
+from tests.helpers.examples import examples
 from tests.helpers.nets import classes, data, engine, observe, train_step
 from tests.layers.rows import Matrix, curved, dense_fisher, gradients, rebuilt_gradient
 
@@ -96,7 +97,7 @@ def attentions(draw: st.DrawFn) -> Attend:
     return Attend(attention, (query, key, value), **options)
 
 
-@settings(max_examples=80)
+@examples(80)
 @given(model=attentions())
 def test_rows_of_every_projection_rebuild_its_gradient(model: Attend) -> None:
     kfc = engine(model)
@@ -113,7 +114,7 @@ def test_rows_of_every_projection_rebuild_its_gradient(model: Attend) -> None:
         assert float((found - wanted).abs().max()) <= 1e-9 * size, f"{part}: {oracles.ratio(found, wanted)}"
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(model=attentions())
 def test_a_due_step_changes_neither_outputs_nor_random_numbers(model: Attend) -> None:
     kfc = engine(model)

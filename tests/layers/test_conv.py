@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from lightning_kfc.factors.convolution import patches
 from lightning_kfc.layers import Adapter, adapter_for
 from tests.helpers import oracles
+from tests.helpers.examples import examples
 from tests.helpers.nets import classes, data, double, observe
 from tests.layers.laws import assert_rows_rebuild_the_gradient, curved, logits_jacobians
 
@@ -98,14 +99,14 @@ def transposed_convolutions(draw: st.DrawFn, most_dims: int = 3) -> tuple[nn.Mod
     return conv, data(*draw(st.sampled_from([(), (1,), (3,)])), inputs, *size)
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(case=convolutions())
 def test_rows_of_a_convolution_rebuild_its_gradient_with_every_option(case: tuple[nn.Module, Tensor]) -> None:
     conv, x = case
     assert_rows_rebuild_the_gradient(adapter_of(conv), lambda: curved(conv(x)), str(conv))
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(case=transposed_convolutions())
 def test_rows_of_a_transposed_convolution_rebuild_its_gradient_with_every_option(
     case: tuple[nn.Module, Tensor],
@@ -180,7 +181,7 @@ class PerLocation(nn.Module):
 
 
 @pytest.mark.slow
-@settings(max_examples=25)
+@examples(25)
 @given(case=st.one_of(convolutions(most_dims=2), transposed_convolutions(most_dims=2)))
 def test_every_group_before_linear_maps_per_location_has_the_dense_fisher_of_squared_error(
     case: tuple[nn.Module, Tensor],
@@ -216,7 +217,7 @@ class SumOverSpace(nn.Module):
         return x.flatten(2).sum(2)
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(
     case=st.one_of(convolutions(most_dims=2), transposed_convolutions(most_dims=2)),
     at_once=st.sampled_from([1, 1000, 10**8]),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 from tests.helpers import oracles
+from tests.helpers.examples import examples
 from tests.helpers.nets import classes, data, engine, observe, train_step
 from tests.layers.rows import curved, dense_fisher, gradients, rebuilt_gradient
 
@@ -74,7 +75,7 @@ def matrix_of(part: str) -> Any:
     return lambda tensors: oracles.joint_matrix(tensors[f"rnn.weight_{part}"], tensors.get(f"rnn.bias_{part}"))
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(model=recurrent())
 def test_rows_of_every_product_rebuild_its_gradient(model: Recur) -> None:
     kfc = engine(model)
@@ -92,7 +93,7 @@ def test_rows_of_every_product_rebuild_its_gradient(model: Recur) -> None:
         assert float((found - wanted).abs().max()) <= 1e-9 * max(float(wanted.abs().max()), 1e-3), name
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(model=recurrent())
 def test_the_recurrence_of_a_due_step_agrees_with_the_fused_one_and_draws_the_same_random_numbers(model: Recur) -> None:
     kfc = engine(model)

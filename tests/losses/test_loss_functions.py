@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,6 +22,7 @@ from lightning_kfc.estimation.seeds import WeightedTerm, never_negative, seed_pa
 from lightning_kfc.losses.likelihoods import BernoulliProbability, Likelihood, Poisson, PoissonRate
 from lightning_kfc.losses.recorder import LossRecorder
 from tests.helpers import oracles
+from tests.helpers.examples import examples
 from tests.helpers.nets import classes, data, double, observe
 from tests.losses.test_terms import REDUCTIONS, finish, torch_name
 
@@ -73,7 +74,11 @@ def sampled_matrix(loss: Loss, at: Tensor, draws: int) -> Tensor:
     leaf, _, terms = recorded(loss, at)
     source = torch.Generator().manual_seed(1)
     passes = [next(seed_passes(terms, "mc", source)) for _ in range(draws)]
-    v = torch.stack([back(seeds, leaf) for seeds in passes])
+    drawn = torch.stack([torch.cat([seed.reshape(-1) for _, seed in seeds]) for seeds in passes])
+    # Back-propagation is linear: that of each element of the seeds gives those of all draws.
+    edges, sizes = [edge for edge, _ in passes[0]], [seed.numel() for _, seed in passes[0]]
+    units = (torch.split(unit, sizes) for unit in torch.eye(sum(sizes), dtype=drawn.dtype))
+    v = drawn @ torch.stack([back(list(zip(edges, unit, strict=True)), leaf) for unit in units])
     return v.T @ v / draws
 
 
@@ -107,7 +112,7 @@ def quadratic(outer: Callable[[Tensor], Tensor], weights: Tensor, at: Tensor) ->
 SHAPES = st.sampled_from([(4, 3), (3, 2, 2)])
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(shape=SHAPES, reduction=REDUCTIONS, size=st.sampled_from([1.0, 2.0]), as_module=st.booleans())
 def test_soft_margin_loss(shape: tuple[int, ...], reduction: str, size: float, as_module: bool) -> None:
     y = size * (2 * classes(*shape, count=2).double() - 1)
@@ -120,7 +125,7 @@ def test_soft_margin_loss(shape: tuple[int, ...], reduction: str, size: float, a
     assert_matrix(loss, data(*shape), hessian(loss, data(*shape)))
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(shape=SHAPES, reduction=REDUCTIONS, weighted=st.booleans(), soft=st.booleans(), as_module=st.booleans())
 def test_multilabel_soft_margin_loss(
     shape: tuple[int, ...], reduction: str, weighted: bool, soft: bool, as_module: bool
@@ -154,7 +159,7 @@ def test_the_target_does_not_enter_the_soft_margin_loss_fisher(sign: float) -> N
 # Categorical.
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(
     case=st.sampled_from([((4, 3), 1), ((4, 3), -1), ((2, 3, 2), 1), ((2, 4, 3), 2), ((2, 3, 2, 2), 1), ((3,), 0)]),
     reduction=st.sampled_from(
@@ -208,7 +213,7 @@ def test_kl_div_of_what_are_no_log_probabilities_is_not_recognised() -> None:
         assert recorded(loss, data(4, 3))[2] == []
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(
     shape=st.sampled_from([(3,), (4, 3), (2, 3, 2), (2, 3, 2, 2), (1, 3, 1, 2, 2)]),
     reduction=REDUCTIONS,
@@ -241,7 +246,7 @@ def test_nll_loss_in_all_its_forms(
 # Probabilities, rates and variances: the expected Hessian. The target that is linear in it is put at its mean.
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(
     shape=SHAPES,
     reduction=REDUCTIONS,
@@ -277,7 +282,7 @@ def test_binary_cross_entropy_of_a_sigmoid_is_that_of_its_logits() -> None:
     assert_matrix(lambda z: F.binary_cross_entropy(z.sigmoid(), y), z, expected, rtol=1e-8)
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(
     shape=SHAPES,
     reduction=REDUCTIONS,
@@ -312,7 +317,7 @@ def variances_of(form: str, shape: tuple[int, ...]) -> Tensor:
     return size * data(*forms[form], seed=8).exp()
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(
     shape=SHAPES,
     reduction=REDUCTIONS,
@@ -369,7 +374,7 @@ def reweighted(terms: Callable[[Tensor], Tensor], at: Tensor, y: Tensor) -> Tens
     return slope / (at - y)
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(
     shape=SHAPES,
     reduction=REDUCTIONS,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,6 +20,7 @@ from lightning_kfc import KFC, Bernoulli, Categorical, Gaussian, LossNotRecognis
 from lightning_kfc.estimation.seeds import seed_passes, weighted_terms
 from lightning_kfc.losses.recorder import LossRecorder
 from tests.helpers import oracles
+from tests.helpers.examples import examples
 from tests.helpers.nets import classes, data, double, engine, observe
 
 Loss = Callable[[Tensor], Tensor]
@@ -88,7 +89,7 @@ def target_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return () if len(shape) == 1 else (shape[0], *shape[2:])
 
 
-@settings(max_examples=80)
+@examples(80)
 @given(
     shape=st.sampled_from(CLASS_SHAPES),
     reduction=REDUCTIONS,
@@ -163,7 +164,7 @@ def test_nll_loss_of_log_softmax(shape: tuple[int, ...], reduction: str, weighte
     assert_is_the_hessian(loss, data(*shape))
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(
     shape=st.sampled_from([(4,), (3, 2), (2, 3, 2), (2, 2, 2, 2)]),
     reduction=REDUCTIONS,
@@ -196,7 +197,7 @@ def test_binary_cross_entropy_with_logits(
     assert_is_the_hessian(loss, data(*shape), vector_is_a_batch=True)
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(
     shape=st.sampled_from([(), (4,), (3, 2), (2, 3, 2), (2, 2, 2, 2)]),
     reduction=REDUCTIONS,

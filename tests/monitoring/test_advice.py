@@ -13,7 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_kfc import KFCCallback, Logging
+from lightning_kfc import KFCCallback, Logging, monitoring
 from lightning_kfc.monitoring.advice import (
     RULES,
     Adviser,
@@ -30,6 +30,7 @@ from lightning_kfc.monitoring.advice import (
     statistics_take_long,
 )
 from lightning_kfc.monitoring.messages import LOGGER
+from lightning_kfc.reporting import diagnostics
 from tests.helpers.harness import QUIET, Classifier, dense_net, fit, images, loader
 
 pytestmark = [
@@ -180,11 +181,13 @@ def spoken(rule: str, said: list[str]) -> bool:
     return any(rule in sentence for sentence in said)
 
 
-def test_a_learning_rate_far_beyond_the_bound_is_noticed() -> None:
+def test_a_learning_rate_far_beyond_the_bound_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (monitoring.advice, diagnostics):
+        monkeypatch.setattr(module, "CUT_STEPS", 20)
     options: dict[str, Any] = {"damping": 0.01, "kl_clip": 1e-6}
-    assert spoken("the KL clip shortened", advice(KFCCallback(**options)))
+    assert spoken("the KL clip shortened", advice(KFCCallback(**options), steps=25))
     slow = Classifier(dense_net(), optimizer=sgd(1e-5))
-    assert not spoken("the KL clip shortened", advice(KFCCallback(**options), slow))
+    assert not spoken("the KL clip shortened", advice(KFCCallback(**options), slow, steps=25))
 
 
 def test_a_damping_beyond_all_curvature_is_noticed() -> None:
@@ -205,19 +208,27 @@ def wide(units: int = 300) -> Classifier:
     return Classifier(nn.Sequential(nn.Flatten(), nn.Linear(36, units), nn.Tanh(), nn.Linear(units, 3)))
 
 
-@pytest.mark.parametrize("period", [1, 50])
+@pytest.fixture
+def few_timed_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Advice on time after a few steps; the period is the bound in the rule's other part."""
+    monkeypatch.setattr(monitoring.advice, "TIMED_STEPS", 10)
+
+
+@pytest.mark.usefixtures("few_timed_steps")
+@pytest.mark.parametrize("period", [1, 20])
 def test_inverses_at_every_step_of_a_wide_net_are_noticed(period: int) -> None:
     callback = KFCCallback(damping=0.01, factor_every_n_steps=1, inverse_every_n_steps=period, warmup_steps=1)
-    said = advice(callback, wide(600), steps=70 if period == 1 else 110)
+    said = advice(callback, wide(600), steps=20 if period == 1 else 45)
     assert spoken("inverses take", said) == (period == 1), said
 
 
-@pytest.mark.parametrize("period", [1, 50])
+@pytest.mark.usefixtures("few_timed_steps")
+@pytest.mark.parametrize("period", [1, 20])
 def test_statistics_at_every_step_are_noticed(period: int) -> None:
     callback = KFCCallback(
         damping=0.01, fisher="exact", factor_every_n_steps=period, inverse_every_n_steps=50, warmup_steps=1
     )
-    said = advice(callback, wide(), steps=70 if period == 1 else 110)
+    said = advice(callback, wide(), steps=20 if period == 1 else 45)
     assert spoken("statistics take", said) == (period == 1), said
 
 
@@ -254,7 +265,7 @@ def test_float16_that_overflows_again_and_again_is_noticed() -> None:
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
         module = Classifier(dense_net())
         module.loss = lambda z, y: F.cross_entropy(z, y) * (torch.inf if len(module.losses) % every == 1 else 1)
-        return advice(KFCCallback(), module, steps=60, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+        return advice(KFCCallback(), module, steps=44, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
 
     assert spoken("float16 overflows", run(4))
     assert not spoken("skipped", run(10_000))

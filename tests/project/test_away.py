@@ -39,6 +39,7 @@ def test_each_half_has_batch_norm_a_table_and_a_model_of_sequences(half: tuple[s
 
 
 # SGD, so that nothing of what the benchmark compares is run on the half that is held back.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", AWAY)
 def test_one_step_is_finite_and_changes_the_loss(name: str) -> None:
     task = AWAY[name]
@@ -111,6 +112,7 @@ def test_a_run_s_averages_are_those_that_the_contest_evaluates_one_at_a_time() -
     assert both.curve.losses == [min(losses) for losses in zip(*(c.losses for c in both.curves.values()), strict=True)]
 
 
+@pytest.mark.slow
 def test_each_average_is_measured_up_to_the_target_and_a_run_goes_on_for_those_that_are_reported() -> None:
     task = line_task(1e-2, budget=100)
     record = Record("line", "a line", 8, 1e-2, 100)
@@ -138,6 +140,7 @@ def test_schedule_free_is_evaluated_at_its_own_average_and_goes_on_from_where_it
         assert torch.allclose(x, (y - 0.1 * optimizer.state[y]["z"]) / 0.9, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_search_takes_the_rate_and_the_average_with_the_fewest_iterations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contest, "EXTENSIONS", 4)
     task = line_task(1e-2, budget=100)
@@ -152,6 +155,7 @@ def test_the_search_takes_the_rate_and_the_average_with_the_fewest_iterations(mo
     assert reached[float(f"{entry.lr:.3g}"), entry.average] == min(reached.values()) < math.inf
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_kept_and_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = line_task(1e-2)
     names = ("kfc", "sgd")
@@ -208,6 +212,7 @@ def test_the_table_has_medians_kfc_first_and_names_who_is_ahead() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_every_task_has_a_target_below_its_first_loss() -> None:
     for task in AWAY.values():
         first = task.training_loss(task.make_model())

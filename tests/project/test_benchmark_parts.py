@@ -66,6 +66,7 @@ def test_the_rule_without_curvature_marks_its_layers() -> None:
     assert isinstance(layer_after_a_step("matched").inverse, Identity)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["matched", "plain", "diagonal"])
 def test_a_rule_for_single_parameters_trains(rule: str) -> None:
     assert iterations(next(iter(NETS)), rule, seed=0, steps=5, lr=0.1, damping=0.1) == math.inf

@@ -74,6 +74,7 @@ def test_metrics_on_known_outputs() -> None:
     assert recipes.unexplained(targets.mean().expand(50, 1), targets) == pytest.approx(100.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["segmentation", "table"])
 def test_a_smoke_run_searches_competes_and_goes_on(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contest, "EXTENSIONS", 0)

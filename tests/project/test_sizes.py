@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import functools
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import lightning_kfc
@@ -12,36 +14,44 @@ PACKAGE = Path(lightning_kfc.__file__).parent
 MANY_ARGUMENTS = {"KFCOptions", "Settings"}
 
 
-def tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
+@dataclass
+class Found:
+    """The lengths of the package's classes, the arguments of their constructors, and what is given a function."""
+
+    lengths: dict[str, int] = field(default_factory=dict)
+    arguments: dict[str, int] = field(default_factory=dict)
+    given_functions: list[str] = field(default_factory=list)
 
 
-def classes() -> list[tuple[Path, ast.ClassDef]]:
-    return [(p, node) for p in PACKAGE.rglob("*.py") for node in ast.walk(tree(p)) if isinstance(node, ast.ClassDef)]
+@functools.cache
+def found() -> Found:
+    """Read from files that are parsed once for all tests, which takes long."""
+    facts = Found()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                facts.lengths[node.name] = (node.end_lineno or 0) - node.lineno + 1
+                for method in node.body:
+                    if isinstance(method, ast.FunctionDef) and method.name == "__init__":
+                        facts.arguments[node.name] = len(method.args.args) - 1 + len(method.args.kwonlyargs)
+            elif isinstance(node, ast.Lambda) and "self" in {
+                inner.id for inner in ast.walk(node.body) if isinstance(inner, ast.Name)
+            }:
+                facts.given_functions.append(f"{path.name}:{node.lineno}")
+    return facts
 
 
 def test_no_constructor_has_more_than_twelve_arguments() -> None:
-    found = {}
-    for _, node in classes():
-        for method in node.body:
-            if isinstance(method, ast.FunctionDef) and method.name == "__init__":
-                found[node.name] = len(method.args.args) - 1 + len(method.args.kwonlyargs)
-    assert {name: count for name, count in found.items() if count > 12 and name not in MANY_ARGUMENTS} == {}
+    counts = found().arguments
+    assert {name: count for name, count in counts.items() if count > 12 and name not in MANY_ARGUMENTS} == {}
 
 
 def test_nothing_is_given_a_function_of_its_owner() -> None:
-    found = [
-        f"{path.name}:{node.lineno}"
-        for path in PACKAGE.rglob("*.py")
-        for node in ast.walk(tree(path))
-        if isinstance(node, ast.Lambda) and any(isinstance(n, ast.Name) and n.id == "self" for n in ast.walk(node.body))
-    ]
-    assert found == []
+    assert found().given_functions == []
 
 
 def test_no_class_is_longer_than_300_lines() -> None:
-    lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for _, node in classes()}
-    assert {name: count for name, count in lengths.items() if count > 300} == {}
+    assert {name: count for name, count in found().lengths.items() if count > 300} == {}
 
 
 def test_no_file_is_longer_than_350_lines() -> None:

@@ -14,14 +14,17 @@ SKIP = re.compile(
     r"pytest\.(?:skip|mark\.skip|mark\.xfail|xfail)\(\s*\)|mark\.(?:skip|xfail)$|skipif\((?!.*reason=)[^\n]*\)$"
 )
 #: What a test calls an engine or a callback.
-OWNERS = re.compile(r"^(?:.*\.)?(?:kfc|callback|engine|twin|shown)$")
+NAMES = "kfc|callback|engine|twin|shown"
+OWNERS = re.compile(rf"^(?:.*\.)?(?:{NAMES})$")
 
 
 def private(source: str) -> list[str]:
     """The private attributes of an engine or a callback that a source names."""
+    # To parse every file takes long.
+    suspected = re.search(rf"(?:{NAMES})\s*\._(?!_)", source) is not None
     return [
         f"line {node.lineno}: {ast.unparse(node)}"
-        for node in ast.walk(ast.parse(source))
+        for node in (ast.walk(ast.parse(source)) if suspected else ())
         if isinstance(node, ast.Attribute) and re.match(r"_(?!_)", node.attr) and OWNERS.match(ast.unparse(node.value))
     ]
 

@@ -31,6 +31,7 @@ class Training:
     def __init__(self, model: nn.Module | None = None, **settings: Any) -> None:
         self.model = net() if model is None else model
         defaults = {
+            "fisher": "mc",
             "factor_every_n_steps": 4,
             "inverse_every_n_steps": 12,
             "warmup_steps": 3,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_kfc.trust_region.replay import RecordedLoss
 from lightning_kfc.trust_region.tape import Tape
+from tests.helpers.examples import examples
 
 SIDE = 4
 
@@ -124,7 +125,7 @@ programs = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(programs, st.integers(0, 99))
 def test_a_replay_equals_a_fresh_run_of_any_program_from_the_state_before(
     program: list[tuple[int, int, int]], seed: int
