@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 
 from lightning_kfc.curvature.coverage import Coverage, coverage_of, without_curvature
 from lightning_kfc.curvature.model_layers import ModelLayers
-from lightning_kfc.curvature.optimizer_step import OptimizerStep
+from lightning_kfc.curvature.optimizer_step import OptimizerStep, directions
 from lightning_kfc.distributed.process_group import ProcessGroup
 from lightning_kfc.engine.batches import Batches
 from lightning_kfc.engine.refreshes import Refreshes
@@ -248,7 +248,7 @@ class KFC:
             self.reviewer.last_updates.follow({entry.layer.name: entry.gradient for entry in ready})
         kl_clip, most_decrease = self.kl_clip, None
         if rule.bounds_decrease:
-            bounded = stages.estimator.never_negative
+            bounded = stages.estimator.never_negative and directions(coming.optimizer) == {-1}
             most_decrease = self.reviewer.most_decrease(coming.parameters, never_negative=bounded)
         updates = rule.updates(ready, damping, kl_clip, most_decrease)
         if first:

@@ -16,6 +16,7 @@ from lightning_kfc.distributed.remote import RemoteInverse
 from lightning_kfc.factors.inverses import Inverse
 from lightning_kfc.factors.moments import Moments
 from lightning_kfc.factors.running_average import average_state, averages_of, own_storage, shapes_in
+from lightning_kfc.factors.statistics import factor_dtype
 
 #: The written version, and earlier versions that can be read; version 1 has whole factors, version 2 triangles.
 STATE_VERSION, EARLIER_VERSIONS = 2, (1,)
@@ -101,7 +102,9 @@ def _load(
     layer: Layer, state: Mapping[str, Any], kind: type[Inverse], ownership: LayerOwnership, *, with_moments: bool
 ) -> str | None:
     """Load factors, and an inverse of the same kind; return the reason if they do not fit, else None."""
-    device = layer.parameters()[0].device
+    own = layer.parameters()[0]
+    # The model may train in another precision now.
+    like = torch.empty((), dtype=factor_dtype(own.dtype), device=own.device)
     expected, found = layer.adapter.factor_shapes(), shapes_in(state["factors"])
     if found and found != expected:
         return f"its factors have shapes {found} in the checkpoint, {expected} now"
@@ -112,17 +115,17 @@ def _load(
     if not ownership.has_inverse(layer) and saved_kind in (own_kind.name, RemoteInverse.name):
         inverse = RemoteInverse()
     elif saved_kind == own_kind.name:
-        inverse = own_kind(**_on(device, saved))
+        inverse = own_kind(**_as(like, saved))
         # Moments belong to the basis of the inverse.
-        moments = Moments(**_on(device, state["moments"])) if with_moments and "moments" in state else None
-    averages = averages_of(state["factors"], device) if ownership.has_factors(layer) else {}
+        moments = Moments(**_as(like, state["moments"])) if with_moments and "moments" in state else None
+    averages = averages_of(state["factors"], like) if ownership.has_factors(layer) else {}
     # Version 0.1 has none.
     layer.restore(averages, inverse, moments, state.get("rows"), OwnDamping(**state.get("own_damping", {})))
     return None
 
 
-def _on(device: torch.device, saved: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in saved.items()}
+def _as(like: Tensor, saved: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value.to(like) if isinstance(value, Tensor) else value for name, value in saved.items()}
 
 
 def _saved(state: Mapping[str, Any]) -> dict[str, Any]:

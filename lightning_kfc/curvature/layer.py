@@ -53,12 +53,15 @@ class Layer:
         #: The roles of the parameters in factors and inverse; parameters may be frozen or unfrozen later.
         self.roles: tuple[str, ...] = ()
         self._pending_roles: tuple[str, ...] = ()
-        #: The identities of the layer's modules and parameters at the search for layers.
+        #: The identities of the layer's modules and parameters, and the precision of their factors, at the search.
         self.found_as = self._identity()
 
     def _identity(self) -> tuple[object, ...]:
         return tuple(
-            (type(a), id(a.module), *((role, role in self._shards or id(p)) for role, p in a.parameters().items()))
+            (
+                *(type(a), id(a.module)),
+                *((role, role in self._shards or id(p), factor_dtype(p.dtype)) for role, p in a.parameters().items()),
+            )
             for a in self.adapters
         )
 
@@ -68,7 +71,7 @@ class Layer:
 
     @property
     def unchanged(self) -> bool:
-        """Whether the layer's modules have the same parameters as at the search for layers."""
+        """Whether the layer's modules have the same parameters as at the search for layers, in the same precision."""
         return self._identity() == self.found_as
 
     @property

@@ -14,6 +14,7 @@ from lightning_kfc.curvature.find_layers import FoundLayers, find_layers, parame
 from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.distributed import process_group as distributed
 from lightning_kfc.distributed.process_group import is_sharded
+from lightning_kfc.factors.statistics import factor_dtype
 from lightning_kfc.monitoring.events import listed, shortened
 from lightning_kfc.settings import Settings
 from lightning_kfc.utilities.load_balancing import factorisation_cost
@@ -244,13 +245,16 @@ def _replace_by_parameters(
 
 
 def _outline(model: nn.Module) -> tuple[object, ...]:
-    """The names and identities of modules and of their own parameters."""
+    """The names and identities of modules and of their own parameters, with the precision of their factors."""
     return tuple(
         (
             name,
             id(module),
             type(module),
-            *((own, id(p), p is not None and is_lazy(p)) for own, p in parameters_of(module).items()),
+            *(
+                (own, id(p), p is not None and (is_lazy(p), factor_dtype(p.dtype)))
+                for own, p in parameters_of(module).items()
+            ),
         )
         for name, module in model.named_modules()
         if parameters_of(module)

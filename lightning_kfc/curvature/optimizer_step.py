@@ -11,6 +11,11 @@ from torch.optim import Optimizer
 from lightning_kfc.curvature.model_layers import ModelLayers
 
 
+def directions(optimizer: Optimizer | None) -> set[int]:
+    """1 if an optimizer raises its loss (``maximize=True``), -1 if it lowers it; both if parameter groups differ."""
+    return {-1} if optimizer is None else {1 if group.get("maximize") else -1 for group in optimizer.param_groups}
+
+
 @dataclass(frozen=True)
 class OptimizerStep:
     """The coming step, while the gradients are still those of the loss.

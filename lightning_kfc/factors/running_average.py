@@ -108,9 +108,14 @@ def average_state(averages: Mapping[str, StoredAverage]) -> dict[str, dict[str, 
     }
 
 
-def averages_of(state: Mapping[str, Any], device: torch.device) -> dict[str, StoredAverage]:
-    """Running factors from the result of :func:`average_state`, or from whole factors of earlier versions."""
-    return {name: _average_of(entry, device) for name, entry in state.items()}
+def averages_of(state: Mapping[str, Any], like: Tensor) -> dict[str, StoredAverage]:
+    """Running factors from the result of :func:`average_state`, or from whole factors of earlier versions.
+
+    Args:
+        state: The state.
+        like: A tensor with the wanted device and precision.
+    """
+    return {name: _average_of(entry, like) for name, entry in state.items()}
 
 
 def shapes_in(state: Mapping[str, Any]) -> dict[str, Shape]:
@@ -123,11 +128,11 @@ def own_storage(tensor: Tensor) -> Tensor:
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.contiguous().clone()
 
 
-def _average_of(entry: Mapping[str, Any], device: torch.device) -> StoredAverage:
+def _average_of(entry: Mapping[str, Any], like: Tensor) -> StoredAverage:
     numbers = float(entry["weight"]), float(entry["squares"])
     if "triangle" not in entry:
-        return StoredAverage.of(RunningAverage(entry["value"].to(device), *numbers))
-    return StoredAverage(RunningAverage(entry["triangle"].to(device), *numbers), tuple(entry["shape"]))
+        return StoredAverage.of(RunningAverage(entry["value"].to(like), *numbers))
+    return StoredAverage(RunningAverage(entry["triangle"].to(like), *numbers), tuple(entry["shape"]))
 
 
 def stored_nbytes(shape: Shape, dtype: torch.dtype) -> int:

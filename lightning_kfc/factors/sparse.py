@@ -1,4 +1,4 @@
-"""Sparse gradients, as of embeddings."""
+"""Sparse tensors, such as gradients of embeddings and bags of words."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 
+SPARSE = {torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
+
+
 def dense(tensor: Tensor) -> Tensor:
-    """The tensor, a sparse gradient as a dense one."""
-    return tensor.to_dense() if tensor.is_sparse else tensor
+    """The tensor, a sparse one as a dense one."""
+    return tensor.to_dense() if tensor.layout in SPARSE else tensor
 
 
 def overwrite(target: Tensor, values: Tensor) -> None:

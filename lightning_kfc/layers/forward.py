@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_kfc.factors.sparse import dense
+
 #: Called as ``hook(module, args, kwargs, output)``.
 ForwardHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
 
@@ -24,7 +26,7 @@ class Forward:
     output: Any = None
 
     def first(self, name: str = "input") -> Tensor:
-        """The first input, given by position or by ``name``."""
+        """The first input, given by position or by ``name``; a sparse one as a dense one."""
         value = self.args[0] if self.args else self.kwargs[name]
         assert isinstance(value, Tensor)
-        return value
+        return dense(value)

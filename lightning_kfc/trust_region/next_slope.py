@@ -40,9 +40,12 @@ class LastUpdate:
         """c, from the gradients of the next batch; None without a slope, or if layers or shapes differ."""
         if not (math.isfinite(self.slope) and self.slope > 0) or gradients.keys() != self.updates.keys():
             return None
-        if any(gradients[name].shape != update.shape for name, update in self.updates.items()):
+        pairs = [(update, gradients[name]) for name, update in self.updates.items()]
+        if any(update.shape != gradient.shape for update, gradient in pairs):
             return None
-        products = [inner_product(update, gradients[name]) * self.rates[name] for name, update in self.updates.items()]
+        rates = [self.rates[name] for name in self.updates]
+        # An update of a checkpoint may have another precision.
+        products = [inner_product(u.to(g), g) * rate for (u, g), rate in zip(pairs, rates, strict=True)]
         return float(torch.stack([product.double() for product in products]).sum()) / self.slope
 
 

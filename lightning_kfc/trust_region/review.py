@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_kfc.curvature.layer import Layer
-from lightning_kfc.curvature.optimizer_step import OptimizerStep
+from lightning_kfc.curvature.optimizer_step import OptimizerStep, directions
 from lightning_kfc.curvature.ownership import LayerOwnership
 from lightning_kfc.distributed import process_group as distributed
 from lightning_kfc.monitoring.events import Events
@@ -211,6 +211,9 @@ class StepReviewer:
         planned = self.region.review_planned(step)
         self.region.note_size(size)
         if not planned:
+            return
+        if len(directions(coming.optimizer)) > 1:
+            self._end_with_warning("the optimizer has maximize=True in some parameter groups alone")
             return
         losses = self._losses.of(coming.parameters)
         found = replayability(self._tape, losses, self._device)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_kfc.curvature.layer import Layer
-from lightning_kfc.curvature.optimizer_step import OptimizerStep
+from lightning_kfc.curvature.optimizer_step import OptimizerStep, directions
 from lightning_kfc.factors.sparse import dense
 from lightning_kfc.trust_region.losses_seen import SeenLoss
 from lightning_kfc.trust_region.region import Outcome
@@ -74,6 +74,8 @@ class StepSnapshot:
     def outcome(self, layers: Iterable[Layer], damping: float, loss_before: float, loss_after: float) -> Outcome | None:
         """The outcome of the step, from the present and the former parameters; None if no parameter has changed.
 
+        An optimizer with ``maximize=True`` lowers the negative loss, which is the loss of the outcome.
+
         Args:
             layers: The layers, whose factors are the curvature.
             damping: The damping in force at the step.
@@ -95,6 +97,8 @@ class StepSnapshot:
             # Adam's update is not damped, so damping is no part of its model.
             if layer.moments is None:
                 penalty += 0.5 * layer.damping(damping) * _dot(matrix, matrix)
+        if 1 in directions(self.optimizer):
+            loss_before, loss_after, slope = -loss_before, -loss_after, -slope
         return Outcome(loss_before, loss_after, slope, curvature, penalty)
 
     @property

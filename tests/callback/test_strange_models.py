@@ -109,6 +109,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "one layer under several names": lambda: Net(lambda net, x: net(x), again=Shared(dense())),
     "weights that are parts of one buffer": lambda: in_one_buffer(dense()),
     "a weight that is a transposed view": lambda: with_view(dense()),
+    "a sparse input": lambda: Net(lambda net, x: net((x * (x > -1)).to_sparse())),
     "nothing but corrections of low rank": lambda: nn.Sequential(LowRank(8, 6), nn.Tanh(), LowRank(6, 3)),
     "nothing but linear layers with a forward of their own": lambda: nn.Sequential(OwnForward(8, 6), OwnForward(6, 3)),
     "nothing but pruned layers": lambda: pruned(dense()),

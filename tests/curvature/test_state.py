@@ -35,7 +35,10 @@ class Run:
 
     def train(self, until: int) -> None:
         while self.step < until:
-            x, target = data(6, 2, 6, 6, seed=100 + self.step).float(), classes(6, count=3, seed=self.step)
+            x, target = (
+                data(6, 2, 6, 6, seed=100 + self.step).to(self.model[0].weight.dtype),
+                classes(6, count=3, seed=self.step),
+            )
             train_step(self.kfc, self.optimizer, lambda x=x, t=target: F.cross_entropy(self.model(x), t))
             self.step += 1
 
@@ -75,6 +78,43 @@ def test_a_run_resumed_at_any_step_ends_with_the_same_bits(uninterrupted: Run, a
         assert torch.equal(layer.A, second.kfc.layers[name].A), f"A of {name}"
         assert torch.equal(layer.G, second.kfc.layers[name].G), f"G of {name}"
     assert second.kfc.step == uninterrupted.kfc.step
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)], ids=str)
+@pytest.mark.parametrize(
+    ("settings", "tolerance"),
+    # Adam divides the rounding of gradients that are 0 by itself.
+    [
+        ({}, 1e-5),
+        ({"inverse": "eigh"}, 1e-5),
+        ({"inverse": "ekfac"}, 1e-5),
+        ({"rule": "adam", "damping": "auto"}, 0.01),
+    ],
+)
+def test_a_run_resumed_in_another_precision_goes_on_with_what_was_learnt(
+    dtypes: tuple[torch.dtype, torch.dtype], settings: dict[str, Any], tolerance: float
+) -> None:
+    # Targets that are drawn depend on the precision.
+    first, second = (Run(seed=seed, fisher="empirical", **settings) for seed in (0, 1))
+    before, after = dtypes
+    first.model.to(before)
+    second.model.to(after)
+    first.kfc.restart()
+    second.kfc.restart()
+    first.train(7)
+    assert second.load(first.save()) == []
+    for name, layer in second.kfc.layers.items():
+        assert {factor.dtype for factor in layer.factors.values()} == {after}
+        assert relative(layer.A, first.kfc.layers[name].A) < 1e-6
+    first.train(9)
+    second.train(9)
+    for one, two in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert relative(two, one) < tolerance
+    assert second.kfc.events.state_dict() == first.kfc.events.state_dict()
+
+
+def relative(value: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((value.double() - expected.double()).norm().detach() / expected.double().norm().detach())
 
 
 def test_a_run_resumed_without_the_state_does_not() -> None:

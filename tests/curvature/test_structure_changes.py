@@ -157,6 +157,21 @@ def test_layers_that_stay_are_the_same_objects_with_what_they_have_learnt() -> N
     assert kfc.follow_structure() is None
 
 
+def test_a_layer_that_gets_another_precision_is_a_new_one(said: Callable[[], list[str]]) -> None:
+    class Doubled(Classifier):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1:
+                self.net[3].double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net[3](self.net[:3](x).to(self.net[3].weight.dtype))
+
+    spy, kfc = watched_fit(Doubled(dense_net()))
+    assert said() == ["KFC at step 8: the layers of the model have changed; new: 'net.3' (Linear); gone: 'net.3'."]
+    assert spy.plain["net.3.weight"] == [6, 7]
+    assert kfc.kfc.layers["net.3"].A.dtype == torch.float64
+
+
 def test_a_module_that_gets_another_name_keeps_its_factors() -> None:
     model = nn.ModuleDict({"net": double(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))})
     x, y = data(6, 4), classes(6, count=3)

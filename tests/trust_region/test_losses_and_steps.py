@@ -230,6 +230,49 @@ def test_a_loss_of_0_with_a_gradient_is_no_missed_review() -> None:
     assert kfc.reviewer.active
 
 
+def steps_of(optimizer_of: Any, sign: float, steps: int = 12) -> tuple[KFC, list[float]]:
+    """Train on a loss times ``sign``; the loss of each step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    x, y = torch.randn(32, 4), torch.randint(3, (32,))
+    kfc, optimizer = KFC(model, kl_clip="auto"), optimizer_of(model)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        with kfc.capture():
+            loss = F.cross_entropy(model(x), y)
+            kept = sign * loss
+        kfc.update(kept)
+        kept.backward()
+        kfc.precondition(optimizer=optimizer)
+        optimizer.step()
+        kfc.review(optimizer=optimizer)
+        losses.append(float(loss.detach()))
+    return kfc, losses
+
+
+def test_a_loss_that_is_raised_is_reviewed_as_its_negative_that_is_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
+    reviews = Reviews(monkeypatch)
+    _, losses = steps_of(lambda model: SGD(model.parameters(), lr=0.1), 1)
+    lowered = [outcome.ratio for outcome in reviews.found]
+    _, same = steps_of(lambda model: SGD(model.parameters(), lr=0.1, maximize=True), -1)
+    raised = [outcome.ratio for outcome in reviews.found[len(lowered) :]]
+    assert same == pytest.approx(losses, rel=1e-4)
+    assert raised == pytest.approx(lowered, rel=1e-2)
+    assert losses[-1] < losses[0]
+
+
+def test_an_optimizer_that_raises_the_loss_in_some_groups_alone_is_not_reviewed() -> None:
+    def both(model: Any) -> Optimizer:
+        groups = [{"params": list(model[0].parameters()), "maximize": True}, {"params": list(model[2].parameters())}]
+        return SGD(groups, lr=0.01)
+
+    with pytest.warns(UserWarning, match="cannot review steps: the optimizer has maximize=True in some") as said:
+        kfc, _ = steps_of(both, 1)
+    assert len(said) == 1
+    assert not kfc.reviewer.active
+
+
 # Optimizers that wrap others, or call their closure again.
 
 

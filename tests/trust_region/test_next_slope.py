@@ -136,14 +136,15 @@ def test_a_step_that_does_not_lead_downhill_has_no_share(slope):
     assert trust.radius == 0.1
 
 
-def test_a_step_that_was_shortened_has_no_share_and_a_state_goes_on():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_step_that_was_shortened_has_no_share_and_a_state_goes_on_in_any_precision(dtype):
     trust, other = region(), region()
     last, loaded = LastUpdates(trust), LastUpdates(other)
     last.keep({"a": 1.0}, [torch.ones(1, 1, 1)], 2.0)
     loaded.load(last.state(), torch.device("cpu"))
     last.forget()
-    last.follow({"a": torch.ones(1, 1, 1)})
-    loaded.follow({"a": torch.ones(1, 1, 1)})
+    last.follow({"a": torch.ones(1, 1, 1, dtype=dtype)})
+    loaded.follow({"a": torch.ones(1, 1, 1, dtype=dtype)})
     assert trust.radius == 0.1
     assert other.radius == pytest.approx(0.1 * math.exp(NEXT_SLOPE / 2))
 
