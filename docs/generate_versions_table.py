@@ -8,9 +8,8 @@ Pythons those of ``pyproject.toml``.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import tomllib
+from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "compatibility.md"
@@ -21,6 +20,8 @@ ROWS = {
     "lightning": "lightning, pytorch-lightning",
     "torchmetrics": "torchmetrics",
     "jsonargparse": "jsonargparse, for the command line",
+    "matplotlib": "matplotlib, for pictures and reports",
+    "tensorboard": "tensorboard",
 }
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from typing_extensions import Unpack
 
 from lightning_kfc.curvature.coverage import Coverage, coverage_of, without_curvature
 from lightning_kfc.curvature.model_layers import ModelLayers

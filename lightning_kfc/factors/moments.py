@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from lightning_kfc.factors.eigenbasis import Eigenbasis
 from lightning_kfc.factors.inverses import EighInverse, Inverse

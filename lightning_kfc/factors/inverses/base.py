@@ -6,11 +6,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 Factors = Mapping[str, Tensor]
 

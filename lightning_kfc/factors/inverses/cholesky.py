@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from lightning_kfc.factors.damping import add_diagonal, split_damping
 from lightning_kfc.factors.inverses.base import FactorisationError, Factors, Inverse, check_damping

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from lightning_kfc.factors.eigenbasis import Eigenbasis, moments_in_basis
 from lightning_kfc.factors.inverses.base import FactorisationError, Factors, Inverse, check_damping
