@@ -1,8 +1,9 @@
-"""The contest on tasks away from home.
+"""The contest on tasks away from home, and the contest at home with averages of the weights.
 
 ``python -m benchmarks.away.contest --tasks choosing`` runs the half that may choose constants, ``--tasks held-back``
 the other half, which is run once, at the end. Each peer's learning rate and average of weights (none, 0.8, 0.9) are
 those with the fewest iterations to the target on one seed; KFC has no search, and all its averages are reported.
+``--tasks home`` runs the contest's own tasks; the searched learning rates are the one tuned there, and twice that.
 
 Results are saved after each run, and the same command continues after an interruption. The contestants of one command
 run interleaved on each task and seed, so name them together to compare CPU seconds. ``--again`` drops the named
@@ -15,6 +16,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,14 +25,21 @@ from benchmarks.away.averages import AVERAGES, AveragedRun
 from benchmarks.away.contestants import AWAY_CONTESTANTS, KFC_VARIANTS
 from benchmarks.away.records import Entry, Outcome, Record, ahead, missed, table
 from benchmarks.away.tasks import AWAY, CHOOSING, HELD_BACK
+from benchmarks.contest.convergence import load_tuning
 from benchmarks.contest.curves import Curve, at_edge
 from benchmarks.contest.harness import interleave
 from benchmarks.contest.optimizers import Contestant
-from benchmarks.contest.tasks import Task
+from benchmarks.contest.tasks import TASKS, Task
 from benchmarks.contest.tuning import Search, beyond
 from benchmarks.paths import RESULTS
 
-HALVES = {"choosing": CHOOSING, "held-back": HELD_BACK}
+#: The tasks of the contest at home, by label.
+HOME = {task.at(size).label: task.at(size) for task in TASKS.values() for size in task.goals}
+GROUPS: dict[str, dict[str, Task]] = {
+    "choosing": {name: AWAY[name] for name in CHOOSING},
+    "held-back": {name: AWAY[name] for name in HELD_BACK},
+    "home": HOME,
+}
 SEEDS = (0, 1, 2)
 TUNING_SEED = 100
 #: The largest number of extensions of a grid.
@@ -39,7 +48,7 @@ EXTENSIONS = 3
 
 def record_file(folder: Path, task: Task) -> Path:
     """The file of a task's record."""
-    return folder / f"away_{task.name}.json"
+    return folder / (f"home_{task.label}.json" if task.label in HOME else f"away_{task.name}.json")
 
 
 def load_record(folder: Path, task: Task) -> Record:
@@ -63,8 +72,19 @@ def load_record(folder: Path, task: Task) -> Record:
     return record
 
 
+def with_searched_rates(task: Task, contestant: Contestant) -> Contestant:
+    """The contestant with its grid for a task: at home, the tuned learning rate and twice that."""
+    if task.label not in HOME:
+        return contestant
+    lr = load_tuning(RESULTS, task).choice(contestant.name)
+    return replace(contestant, grid=(lr, 2 * lr))
+
+
 def search(task: Task, contestant: Contestant, entry: Entry) -> None:
-    """Choose a contestant's learning rate and average of weights, and add all trials to its entry."""
+    """Choose a contestant's learning rate and average of weights, and add all trials to its entry.
+
+    A grid of at least three learning rates grows if the best is at its edge.
+    """
     runs: dict[float, AveragedRun] = {}
 
     def make_run(task: Task, contestant: Contestant, lr: float, seed: int, seconds: float, spacing: int) -> AveragedRun:
@@ -81,7 +101,7 @@ def search(task: Task, contestant: Contestant, entry: Entry) -> None:
     for _ in range(EXTENSIONS + 1):
         trials.run(missing)
         best = min(trials.trials, key=score)
-        if len(contestant.grid) == 1 or not at_edge(best, list(trials.trials)):
+        if len(contestant.grid) < 3 or not at_edge(best, list(trials.trials)):
             break
         missing = [beyond(list(trials.trials), best)]
     target = task.targets[-1]
@@ -132,7 +152,7 @@ def run_missing(
             if contestant.name in KFC_VARIANTS:
                 entry.lr = contestant.grid[0]
             elif entry.lr is None:
-                search(task, contestant, entry)
+                search(task, with_searched_rates(task, contestant), entry)
                 print(f"{task.name}, {contestant.title}: lr {entry.lr:g}, average {entry.average}", flush=True)
             record.save(record_file(folder, task))
         for seed in seeds:
@@ -143,34 +163,35 @@ def run_missing(
                 print(f"{task.name}, seed {seed}: {', '.join(c.name for c in missing)}", flush=True)
 
 
-def write_tables(folder: Path, half: str, seeds: Sequence[int]) -> str:
-    """Write the table of a half, and the tasks on which a peer is ahead of KFC at its defaults.
+def write_tables(folder: Path, group: str, seeds: Sequence[int]) -> str:
+    """Write the table of a group of tasks, and those on which a peer is ahead of KFC at its defaults.
 
     Returns:
         The text.
     """
-    records = [load_record(folder, AWAY[name]) for name in HALVES[half]]
+    records = [load_record(folder, task) for task in GROUPS[group].values()]
     names = tuple(AWAY_CONTESTANTS)
     lines = [table(records, names, seeds), "", *ahead(records, names, seeds), ""]
     behind = missed(records, names, seeds)
     lines += ["Where a peer is ahead of KFC at its defaults, not averaged:", "", *behind] if behind else []
     text = "\n".join(lines)
-    (folder / f"away_{half.replace('-', '_')}.md").write_text(text.rstrip() + "\n")
+    name = "contest_averaged.md" if group == "home" else f"away_{group.replace('-', '_')}.md"
+    (folder / name).write_text(text.rstrip() + "\n")
     return text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", choices=HALVES, default="choosing")
-    parser.add_argument("--only", nargs="+", choices=AWAY, help="of that half, these tasks alone")
+    parser.add_argument("--tasks", choices=GROUPS, default="choosing")
+    parser.add_argument("--only", nargs="+", choices=[*AWAY, *HOME], help="of these, the named tasks alone")
     parser.add_argument("--contestants", nargs="+", choices=AWAY_CONTESTANTS, default=list(AWAY_CONTESTANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--again", nargs="+", choices=AWAY_CONTESTANTS, default=())
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
     torch.set_num_threads(1)
-    tasks = [AWAY[name] for name in HALVES[options.tasks] if options.only is None or name in options.only]
+    tasks = [task for name, task in GROUPS[options.tasks].items() if options.only is None or name in options.only]
     contestants = [AWAY_CONTESTANTS[name] for name in options.contestants]
     run_missing(tasks, contestants, options.seeds, options.results, options.again)
     print(write_tables(options.results, options.tasks, options.seeds))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from benchmarks.contest.data import Split
 from benchmarks.contest.harness import BLOCK, Run
 from benchmarks.contest.optimizers import AveragingStepper, Stepper
 from benchmarks.contest.tasks import Goal, Task
+from benchmarks.paths import RESULTS
 
 
 def test_the_halves_are_disjoint_and_complete() -> None:
@@ -153,6 +155,16 @@ def test_the_search_takes_the_rate_and_the_average_with_the_fewest_iterations(mo
         for average, value in values.items()
     }
     assert reached[float(f"{entry.lr:.3g}"), entry.average] == min(reached.values()) < math.inf
+
+
+def test_at_home_the_search_is_among_the_tuned_rate_and_twice_that() -> None:
+    muon = AWAY_CONTESTANTS["muon"]
+    tuned = json.loads((RESULTS / "contest_conv_b512.json").read_text())["lrs"]["muon"]
+    assert contest.with_searched_rates(contest.HOME["conv_b512"], muon).grid == (tuned, 2 * tuned)
+    assert contest.with_searched_rates(AWAY["vae"], muon) == muon
+    entry = Entry("SGD")
+    contest.search(line_task(1e-2, budget=100), replace(CONTESTANTS["sgd"], grid=(0.001, 0.002)), entry)
+    assert list(entry.search) == ["0.001", "0.002"]  # the best is at the edge
 
 
 @pytest.mark.slow
