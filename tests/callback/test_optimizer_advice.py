@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -281,3 +282,10 @@ def test_the_callback_warns_where_training_would_be_clearly_worse() -> None:
     module = Classifier(optimizer=lambda p: SGD(p, lr=0.5, momentum=0.9))
     with pytest.warns(UserWarning, match="a momentum of 0.9 averages over 10 steps, too many for a run of 2."):
         fit(module, kfc=KFCCallback(), max_steps=2)
+
+
+def test_the_page_has_the_messages_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "docs")
+    import generate_recipes_table as generator
+
+    assert generator.PAGE.read_text("utf-8") == generator.page(), "run: python docs/generate_recipes_table.py"
