@@ -60,7 +60,7 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
         They hold the factors and inverses, and with averaged weights also the weights that train.
         """
         averaged = self._average.checkpoint_bytes() if self._average is not None else 0
-        return start_up.checkpoint_bytes(self.kfc, save_factors=self._save_factors) + averaged
+        return averaged + (self.kfc.coverage().bytes if self._save_factors else 0)
 
     @property
     def _fit(self) -> FitSession:

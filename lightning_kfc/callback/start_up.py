@@ -83,11 +83,6 @@ def show_information() -> None:
         LOGGER.propagate = False
 
 
-def checkpoint_bytes(kfc: KFC, *, save_factors: bool) -> int:
-    """The bytes of factors and inverses in a checkpoint."""
-    return kfc.coverage().bytes if save_factors else 0
-
-
 def _do_without_reviews(kfc: KFC, pl_module: Any) -> None:
     if not any(map(is_sharded, pl_module.parameters())):
         return

@@ -7,7 +7,6 @@ import math
 from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.factors.inverses import CholeskyInverse, Inverse
 from lightning_kfc.factors.running_average import stored_nbytes
-from lightning_kfc.factors.statistics import factor_dtype
 
 
 def layer_bytes(layer: Layer, inverse: type[Inverse], kept: int = 0) -> int:
@@ -18,7 +17,7 @@ def layer_bytes(layer: Layer, inverse: type[Inverse], kept: int = 0) -> int:
         inverse: The user's kind of inverse.
         kept: The number of values per parameter that are held from step to step.
     """
-    dtype = factor_dtype(layer.parameters()[0].dtype)
+    dtype = layer.dtype
     held = kept * math.prod(layer.adapter.matrix_shape()) * dtype.itemsize
     if layer.averages and layer.inverse is not None:
         return held + sum(average.nbytes for average in layer.averages.values()) + layer.inverse.nbytes()

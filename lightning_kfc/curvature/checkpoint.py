@@ -16,7 +16,6 @@ from lightning_kfc.distributed.remote import RemoteInverse
 from lightning_kfc.factors.inverses import Inverse
 from lightning_kfc.factors.moments import Moments
 from lightning_kfc.factors.running_average import average_state, averages_of, own_storage, shapes_in
-from lightning_kfc.factors.statistics import factor_dtype
 
 #: The written version, and earlier versions that can be read; version 1 has whole factors, version 2 triangles.
 STATE_VERSION, EARLIER_VERSIONS = 2, (1,)
@@ -102,9 +101,8 @@ def _load(
     layer: Layer, state: Mapping[str, Any], kind: type[Inverse], ownership: LayerOwnership, *, with_moments: bool
 ) -> str | None:
     """Load factors, and an inverse of the same kind; return the reason if they do not fit, else None."""
-    own = layer.parameters()[0]
     # The model may train in another precision now.
-    like = torch.empty((), dtype=factor_dtype(own.dtype), device=own.device)
+    like = torch.empty((), dtype=layer.dtype, device=layer.device)
     expected, found = layer.adapter.factor_shapes(), shapes_in(state["factors"])
     if found and found != expected:
         return f"its factors have shapes {found} in the checkpoint, {expected} now"

@@ -20,6 +20,7 @@ from lightning_kfc.factors.quadratic_form import estimated_quadratic_form
 from lightning_kfc.factors.running_average import StoredAverage
 from lightning_kfc.factors.statistics import Statistics, factor_dtype
 from lightning_kfc.layers import Adapter
+from lightning_kfc.utilities.load_balancing import factorisation_cost
 
 
 class Layer:
@@ -82,6 +83,20 @@ class Layer:
     def parameters(self) -> list[nn.Parameter]:
         """The layer's parameters, trainable or not."""
         return list(self.adapter.parameters().values())
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the layer's parameters."""
+        return self.parameters()[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the layer's factors."""
+        return factor_dtype(self.parameters()[0].dtype)
+
+    def cost(self) -> float:
+        """The time to factorise the layer's factors, up to a constant."""
+        return factorisation_cost(self.adapter.factor_shapes())
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that are trainable now, by role, as in the optimizer."""
@@ -259,7 +274,7 @@ class Layer:
         """The precision of a Cholesky inverse."""
         if self._inverse_precision == "bfloat16":
             return torch.bfloat16
-        return factor_dtype(next(iter(self.adapter.parameters().values())).dtype)
+        return self.dtype
 
     def forget_momentum(self) -> None:
         """Drop the momentum of the rule "adam"."""

@@ -17,7 +17,6 @@ from lightning_kfc.distributed.process_group import is_sharded
 from lightning_kfc.factors.statistics import factor_dtype
 from lightning_kfc.monitoring.events import listed, shortened
 from lightning_kfc.settings import Settings
-from lightning_kfc.utilities.load_balancing import factorisation_cost
 from lightning_kfc.utilities.torch_internals import parameters_of
 
 
@@ -224,7 +223,7 @@ class _Costs(Mapping[str, float]):
         self._layers = layers
 
     def __getitem__(self, name: str) -> float:
-        return factorisation_cost(self._layers[name].adapter.factor_shapes())
+        return self._layers[name].cost()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layers)

@@ -12,8 +12,6 @@ from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.distributed.placement import Grid, Placement, gradient_workers
 from lightning_kfc.distributed.process_group import Communication, ProcessGroup, is_sharded
 from lightning_kfc.factors.inverses import Inverse
-from lightning_kfc.factors.packing import Shape
-from lightning_kfc.utilities.load_balancing import factorisation_cost
 
 
 class LayerOwnership:
@@ -70,8 +68,8 @@ class LayerOwnership:
             return None
         placement = self.placement
         if layer.name not in placement.owners:
-            placement.add({name: factorisation_cost(shapes_of(other)) for name, other in self._layers.items()})
-            placement.add({layer.name: factorisation_cost(shapes_of(layer))})
+            placement.add({name: other.cost() for name, other in self._layers.items()})
+            placement.add({layer.name: layer.cost()})
         return placement.owners[layer.name]
 
     def follow(self, kept: Mapping[str, str]) -> None:
@@ -93,8 +91,7 @@ class LayerOwnership:
         """The sum of a number over the ranks that hold factors. Collective: call on every rank."""
         if self.replicated:
             return own
-        device = next(iter(self._layers.values())).parameters()[0].device
-        return self.group.sum([own], device)[0]
+        return self.group.sum([own], next(iter(self._layers.values())).device)[0]
 
     # State.
 
@@ -144,11 +141,6 @@ class LayerOwnership:
             # Local: ranks of other tensor-parallel positions make their own group.
             self._groups[ranks] = dist.new_group(everyone, use_local_synchronization=True)
         return self._groups[ranks]
-
-
-def shapes_of(layer: Layer) -> Mapping[str, Shape]:
-    """The shapes of a layer's factors."""
-    return layer.adapter.factor_shapes()
 
 
 def _on_cpu(state: Any) -> Any:

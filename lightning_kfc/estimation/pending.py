@@ -11,7 +11,7 @@ from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.distributed import process_group as distributed
 from lightning_kfc.distributed.process_group import ProcessGroup
 from lightning_kfc.estimation.estimator import Estimator
-from lightning_kfc.factors.statistics import Statistics, factor_dtype
+from lightning_kfc.factors.statistics import Statistics
 from lightning_kfc.monitoring.events import Events, listed
 from lightning_kfc.scheduling.tracker import RefreshTracker
 
@@ -155,7 +155,7 @@ class PendingStatistics:
 
 def _not_finite(layer: Layer) -> Statistics:
     """Statistics of NaN, which all ranks drop."""
-    like, shapes = layer.parameters()[0], layer.adapter.factor_shapes()
-    nan = torch.tensor(torch.nan, dtype=factor_dtype(like.dtype), device=like.device)
+    shapes = layer.adapter.factor_shapes()
+    nan = torch.tensor(torch.nan, dtype=layer.dtype, device=layer.device)
     means = {name: nan.repeat(shape) for name, shape in shapes.items() if name in layer.adapter.mean_factors}
     return Statistics(means, {name: nan.repeat(shape) for name, shape in shapes.items() if name not in means}, 0)

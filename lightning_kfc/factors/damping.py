@@ -63,6 +63,16 @@ def add_diagonal(factor: Tensor, amount: Tensor) -> Tensor:
     return damped
 
 
+def check_damping(damping: float) -> None:
+    """Require a positive damping.
+
+    Raises:
+        ValueError: If it is not positive.
+    """
+    if not damping > 0:
+        raise ValueError(f"damping must be positive, got {damping!r}: the factors alone may be singular.")
+
+
 def split_damping(A: Tensor, G: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     r"""Spread ``damping`` over both factors, keeping their scales balanced (E4).
 
@@ -77,8 +87,7 @@ def split_damping(A: Tensor, G: Tensor, damping: float) -> tuple[Tensor, Tensor]
     Raises:
         ValueError: If ``damping`` is not positive.
     """
-    if not damping > 0:
-        raise ValueError(f"damping must be positive, got {damping!r}: the factors alone may be singular.")
+    check_damping(damping)
     pi = balance(A, G)
     root = damping**0.5
     return add_diagonal(A, pi * root), add_diagonal(G, root / pi)

@@ -103,7 +103,7 @@ def draw_factors(factors: Mapping[str, Mapping[str, Tensor]]) -> Figure:
             for axis, (name, factor) in zip(row, own.items(), strict=False):
                 image = axis.imshow(_correlations(factor), vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
                 axis.set_title(f"{layer}  {name} ({len(factor)})")
-                _no_ticks(axis)
+                axis.set(xticks=[], yticks=[])
         if image is not None:
             figure.colorbar(image, ax=[a for row in axes for a in row], label="|correlation|", shrink=0.6)
         return figure
@@ -276,8 +276,3 @@ def _correlations(factor: Tensor) -> list[list[float]]:
         values = F.adaptive_avg_pool2d(values[None], (HEAT_MAP_PIXELS, HEAT_MAP_PIXELS))[0]
     shown: list[list[float]] = values.cpu().tolist()
     return shown
-
-
-def _no_ticks(axis: Axes) -> None:
-    axis.set_xticks([])
-    axis.set_yticks([])

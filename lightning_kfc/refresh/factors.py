@@ -13,7 +13,7 @@ from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.curvature.ownership import LayerOwnership
 from lightning_kfc.distributed.factor_reduction import FactorReduction, ReducedStatistics, StatisticsLayout
 from lightning_kfc.factors.inverses import EkfacInverse
-from lightning_kfc.factors.statistics import Statistics, factor_dtype
+from lightning_kfc.factors.statistics import Statistics
 from lightning_kfc.monitoring.events import Events, listed
 from lightning_kfc.scheduling.tracker import RefreshTracker
 
@@ -145,8 +145,8 @@ class FactorRefresh:
         finite = {name: total is None or total.is_finite() for name, total in kept.items()}
         if self._group.size == 1 or self._ownership.replicated or not found:
             return finite
-        device = next(iter(self._summed[0].adapter.parameters().values())).device
-        bad = self._group.max(torch.tensor([float(not ok) for ok in finite.values()], device=device)).tolist()
+        flags = torch.tensor([float(not ok) for ok in finite.values()], device=self._summed[0].device)
+        bad = self._group.max(flags).tolist()
         return {name: not flag for name, flag in zip(finite, bad, strict=True)}
 
     def _pending_of_all_ranks(self, layers: Sequence[Layer]) -> dict[str, ReducedStatistics]:
@@ -223,10 +223,7 @@ class FactorRefresh:
 
 
 def _outline(layer: Layer, owner: int | None = None) -> StatisticsLayout:
-    parameter = next(iter(layer.adapter.parameters().values()))
     shapes: dict[str, tuple[int, ...]] = layer.adapter.factor_shapes()
     if layer.pending is not None:
         shapes = {name: tuple(t.shape) for name, t in {**layer.pending.means, **layer.pending.sums}.items()}
-    return StatisticsLayout(
-        layer.name, shapes, layer.adapter.mean_factors, factor_dtype(parameter.dtype), parameter.device, owner
-    )
+    return StatisticsLayout(layer.name, shapes, layer.adapter.mean_factors, layer.dtype, layer.device, owner)

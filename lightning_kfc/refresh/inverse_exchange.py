@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from lightning_kfc.curvature.layer import Layer
-from lightning_kfc.curvature.ownership import LayerOwnership, shapes_of
+from lightning_kfc.curvature.ownership import LayerOwnership
 from lightning_kfc.distributed.remote import RemoteInverse
 from lightning_kfc.factors.inverses import FactorisationError, Inverse
 from lightning_kfc.factors.packing import Shape, pack, packed_numel, unpack
-from lightning_kfc.factors.statistics import factor_dtype
 from lightning_kfc.monitoring.messages import inform
-from lightning_kfc.utilities.load_balancing import factorisation_cost, longest_first
+from lightning_kfc.utilities.load_balancing import longest_first
 
 #: Seconds of first inverses before a line is logged; the delay doubles with each further line.
 PATIENCE = 2.0
@@ -51,7 +50,7 @@ class InverseExchange:
         """The rank that factorises each of the due layers; the same on every rank."""
         if self._ownership.replicated:
             # Spread over all ranks, irrespective of ownership.
-            return longest_first({e.name: factorisation_cost(shapes_of(e)) for e in layers}, self._ownership.group.size)
+            return longest_first({layer.name: layer.cost() for layer in layers}, self._ownership.group.size)
         return {layer.name: self._ownership.owner(layer) or 0 for layer in layers}
 
     def refreshed(self, layers: Sequence[Layer], damping: float) -> dict[str, Outcome]:
@@ -73,10 +72,7 @@ class InverseExchange:
         self._any_refreshed = True
         if self._ownership.group.size == 1:
             return made
-        layouts = {
-            layer.name: _Layout.of(layer.inverse_type(self._kind), shapes_of(layer), layer.adapter.matrix_shape())
-            for layer in layers
-        }
+        layouts = {layer.name: _Layout.of(layer, layer.inverse_type(self._kind)) for layer in layers}
         sent = self._sent_by_owners(layers, layouts, made)
         whole = [layer for layer in layers if sent[layer.name][0] == Status.MADE]
         numbers = {layer.name: sent[layer.name][1] for layer in whole}
@@ -120,8 +116,7 @@ class InverseExchange:
                 ]
             else:
                 own += [Status.NOT_OWN if outcome is None else Status.FAILED, *[-math.inf] * (2 + len(names))]
-        device = next(iter(layers[0].adapter.parameters().values())).device
-        values = self._ownership.group.max(torch.tensor(own, dtype=torch.float64, device=device)).tolist()
+        values = self._ownership.group.max(torch.tensor(own, dtype=torch.float64, device=layers[0].device)).tolist()
         self._ownership.communication.add("inverses", 8 * len(values))
         sent: dict[str, tuple[Status, list[float]]] = {}
         for layer in layers:
@@ -144,23 +139,21 @@ class InverseExchange:
         members = self._ownership.placement.grid.members(self._ownership.group.rank)
         own = [layer for layer in layers if owners[layer.name] in members]
         parcels = []
-        for owner, dtype, device in dict.fromkeys((owners[e.name], *_type_and_device(e)) for e in own):
-            inside = [
-                layer for layer in own if (owners[layer.name], *_type_and_device(layer)) == (owner, dtype, device)
-            ]
-            flat = torch.empty(sum(layouts[e.name].numel() for e in inside), dtype=dtype, device=device)
+        for owner, dtype, device in dict.fromkeys((owners[e.name], e.dtype, e.device) for e in own):
+            inside = [e for e in own if (owners[e.name], e.dtype, e.device) == (owner, dtype, device)]
+            sizes = [layouts[e.name].numel() for e in inside]
+            flat = torch.empty(sum(sizes), dtype=dtype, device=device)
+            parts = torch.split(flat, sizes)
             if owner == self._ownership.group.rank:
-                for layer, part in zip(
-                    inside, torch.split(flat, [layouts[e.name].numel() for e in inside]), strict=True
-                ):
+                for layer, part in zip(inside, parts, strict=True):
                     inverse = made[layer.name]
                     assert isinstance(inverse, Inverse)
                     layouts[layer.name].write(inverse, part)
-            parcels.append((inside, flat, self._ownership.broadcast(flat, owner, members, "inverses")))
+            parcels.append((inside, parts, self._ownership.broadcast(flat, owner, members, "inverses")))
         found = {}
-        for inside, flat, wait in parcels:
+        for inside, parts, wait in parcels:
             wait()
-            for layer, part in zip(inside, torch.split(flat, [layouts[e.name].numel() for e in inside]), strict=True):
+            for layer, part in zip(inside, parts, strict=True):
                 # The owner reads the buffer too, so that all ranks hold the same to the last bit.
                 found[layer.name] = layouts[layer.name].read(part, numbers[layer.name])
         return found
@@ -181,8 +174,9 @@ class _Layout:
     numbers: tuple[str, ...]
 
     @classmethod
-    def of(cls, kind: type[Inverse], factors: Mapping[str, Shape], matrix: Shape) -> _Layout:
-        """The layout from the factors' shapes: ``A_inverse`` is shaped as A, ``values`` as the gradient."""
+    def of(cls, layer: Layer, kind: type[Inverse]) -> _Layout:
+        """The layout from the layer's shapes: ``A_inverse`` is shaped as A, ``values`` as the gradient."""
+        factors, matrix = layer.adapter.factor_shapes(), layer.adapter.matrix_shape()
         tensors: dict[str, tuple[Shape, bool]] = {}
         numbers = []
         for field in fields(kind):  # type: ignore[arg-type]  # each kind is a dataclass
@@ -227,8 +221,3 @@ def _with_progress(layers: Sequence[Layer]) -> Iterator[Layer]:
         if passed >= (PATIENCE if done == len(layers) else wait):
             inform(f"KFC computes the first inverses: {done} of {len(layers)} layers after {passed:.1f} s.")
             wait = 2 * passed
-
-
-def _type_and_device(layer: Layer) -> tuple[torch.dtype, torch.device]:
-    parameter = next(iter(layer.adapter.parameters().values()))
-    return factor_dtype(parameter.dtype), parameter.device

@@ -210,7 +210,7 @@ def wide(units: int = 300) -> Classifier:
 
 @pytest.fixture
 def few_timed_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Advice on time after a few steps; the period is the bound in the rule's other part."""
+    """Advice on time takes ten timed steps, and two periods as ever."""
     monkeypatch.setattr(monitoring.advice, "TIMED_STEPS", 10)
 
 

@@ -92,9 +92,3 @@ class StepInverse(Inverse):
             NotImplementedError: Always.
         """
         raise NotImplementedError(f"{cls.__name__} is not made from factors")
-
-
-def check_damping(damping: float) -> None:
-    """Require a positive damping."""
-    if not damping > 0:
-        raise ValueError(f"damping must be positive, got {damping!r}: the factors alone may be singular.")

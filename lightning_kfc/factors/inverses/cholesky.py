@@ -8,8 +8,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from lightning_kfc.factors.damping import add_diagonal, split_damping
-from lightning_kfc.factors.inverses.base import FactorisationError, Factors, Inverse, check_damping
+from lightning_kfc.factors.damping import add_diagonal, check_damping, split_damping
+from lightning_kfc.factors.inverses.base import FactorisationError, Factors, Inverse
 from lightning_kfc.factors.inverses.low_rank import TOLERANCE, FewRows, pays
 from lightning_kfc.factors.products import aligned, sandwich
 from lightning_kfc.factors.statistics import all_finite

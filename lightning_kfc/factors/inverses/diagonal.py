@@ -8,7 +8,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from lightning_kfc.factors.inverses.base import FactorisationError, Factors, Inverse, check_damping
+from lightning_kfc.factors.damping import check_damping
+from lightning_kfc.factors.inverses.base import FactorisationError, Factors, Inverse
 
 
 @dataclass(frozen=True)

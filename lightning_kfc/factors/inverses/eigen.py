@@ -9,8 +9,9 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from lightning_kfc.factors.damping import check_damping
 from lightning_kfc.factors.eigenbasis import Eigenbasis, moments_in_basis
-from lightning_kfc.factors.inverses.base import FactorisationError, Factors, Inverse, check_damping
+from lightning_kfc.factors.inverses.base import FactorisationError, Factors, Inverse
 from lightning_kfc.factors.products import aligned
 from lightning_kfc.factors.running_average import RunningAverage
 
