@@ -6,6 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
+# Images and CI often set it. Then each process of the tests compiles all of them anew, which takes longer than the imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-fast coverage lint types docs links examples dist oldest newest check clean help
 
 help:

@@ -52,6 +52,7 @@ def advice(recipe: Recipe, caplog: pytest.LogCaptureFixture, recwarn: pytest.War
     return [line for line in [*caplog.messages, *warned] if line.startswith("KFCCallback:")]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default:KFCCallback")
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_worse_is_advised_on_when_training_starts_and_its_replacement_is_silent(

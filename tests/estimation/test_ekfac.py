@@ -347,7 +347,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(kind: str) -> No
 
     whole = start()
     run(*whole, range(12))
-    for interruption in (1, 5, 7):
+    for interruption in (1, 6):
         first = start()
         run(*first, range(interruption))
         file = io.BytesIO()
