@@ -78,7 +78,8 @@ def replay_error(
     own, reason = sum(float(seen.value) for seen in losses), ""
     try:
         again = replayed(losses, values, with_collectives=with_collectives)
-        tolerance = max(REPLAY_TOLERANCE, 4 * torch.finfo(losses[0].value.dtype).eps)
+        # A rank whose loss is exactly 0 has none to replay.
+        tolerance = max([REPLAY_TOLERANCE, *(4 * torch.finfo(seen.value.dtype).eps for seen in losses)])
         if not abs(again - own) <= tolerance * abs(own):
             reason = f"a replay with the same weights gives the loss {again:.9g} instead of {own:.9g}"
     except Exception as error:

@@ -77,3 +77,21 @@ def test_a_loss_of_what_all_ranks_have_gathered_is_replayed_by_all_of_them(two_r
         assert reviewed == pytest.approx(fresh, rel=1e-9)
         assert missed == 0
         assert reviews
+
+
+def train_with_a_rank_without_a_loss() -> tuple[int, bool]:
+    class Weighted(Net):
+        """The second rank gives its examples no weight, in every second batch."""
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return super().training_step(batch, index) * float(dist.get_rank() == 0 or index % 2)
+
+    callback = KFCCallback(**EXACT)
+    strategy = DDPStrategy(process_group_backend="gloo")
+    trainer(callback, strategy=strategy, devices=2).fit(Weighted(dense_net), loader(images(32), 4))
+    return callback.kfc.events.missed_reviews, callback.kfc.reviewer.active
+
+
+@pytest.mark.slow
+def test_steps_in_which_the_loss_of_a_rank_is_0_are_reviewed(two_ranks: Ranks) -> None:
+    assert two_ranks.run(train_with_a_rank_without_a_loss) == [(0, True)] * 2
