@@ -203,7 +203,8 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
         session = self._fit
         if not session.step_begins(optimizer):
             if not pl_module.automatic_optimization:
-                session.capture.warn_of_unseen_backward()
+                if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+                    session.capture.warn_of_unseen_backward()
                 self.kfc.skip(optimizer)
             return
         session.metrics.before_step()

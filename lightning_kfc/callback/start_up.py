@@ -17,6 +17,7 @@ from lightning_kfc.callback.schedule_preview import schedules_of
 from lightning_kfc.curvature.coverage import wrapped
 from lightning_kfc.distributed.process_group import is_sharded
 from lightning_kfc.kfc import KFC
+from lightning_kfc.monitoring.events import listed
 from lightning_kfc.monitoring.messages import LOGGER
 
 #: Strategies that run their own backward or hold parameters in flat buffers, with the way out.
@@ -94,13 +95,16 @@ def _do_without_reviews(kfc: KFC, pl_module: Any) -> None:
 def _warn_of_split_layers(kfc: KFC, optimizers: Sequence[Any]) -> None:
     owned = [kfc.layers.learning_rates(optimizer) for optimizer in optimizers]
     known = [{id(p) for group in o.param_groups for p in group["params"]} for o in optimizers]
+    split = []
     for name, layer in kfc.layers.items():
         own = {id(p) for p in layer.adapter.own_parameters().values()}
         if own and not any(name in rates for rates in owned) and any(own & ids for ids in known):
-            rank_zero_warn(
-                f"KFCCallback does not precondition {name!r}: its parameters are split over several optimizers. "
-                "Give its weight and its bias to the same optimizer, or add it to `exclude` to silence this."
-            )
+            split.append(name)
+    if split:
+        rank_zero_warn(
+            f"KFCCallback does not precondition {listed(split)}: no optimizer has all parameters of the layer. "
+            "Give its weight and its bias to the same optimizer, or add it to `exclude` to silence this."
+        )
 
 
 def _summary(kfc: KFC, *, save_factors: bool) -> str:

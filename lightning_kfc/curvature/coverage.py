@@ -209,9 +209,10 @@ TO_BE_FOUND = "new: found at the next step that takes statistics"
 
 
 #: Reasons for the plain gradient of layers without curvature at present.
-NO_STATISTICS = "no statistics so far: no loss that was seen reaches it"
+NO_STATISTICS = "no statistics so far: no loss that was seen reaches it, or no optimizer has all of its parameters"
 NO_INVERSE = "no inverse so far: made with the next refresh"
 OTHER_PARAMETERS = "frozen or unfrozen since its last statistics: taken anew at the next step that takes statistics"
+IDLE = (NO_STATISTICS, NO_INVERSE, OTHER_PARAMETERS)
 
 
 def without_curvature(layers: Iterable[Layer]) -> dict[str, str]:

@@ -52,7 +52,7 @@ class Facts:
         inverse_every_n_steps: The period of inverses.
         undone_steps: Steps that were undone.
         covered_parameters: Trainable parameters with Kronecker factors or blocks.
-        trainable_parameters: All trainable parameters.
+        trainable_parameters: All trainable parameters, without those of layers that wait for statistics.
         chosen_layers: Whether `include` or `exclude` is given.
         nonfinite_steps: Steps that were skipped for gradients that are not finite.
         gradient_scaler: Whether a gradient scaler is active (float16).
@@ -176,9 +176,9 @@ def many_undone_steps(facts: Facts) -> str | None:
 
 def small_coverage(facts: Facts) -> str | None:
     """Most parameters have a diagonal curvature or none, without `include` or `exclude`."""
-    share = facts.covered_parameters / max(1, facts.trainable_parameters)
-    if facts.chosen_layers or share >= COVERED_SHARE:
+    if facts.chosen_layers or facts.covered_parameters >= COVERED_SHARE * facts.trainable_parameters:
         return None
+    share = facts.covered_parameters / facts.trainable_parameters
     return (
         f"only {100 * share:.0f}% of the trainable parameters have Kronecker factors; the start-up table has the "
         "reasons. Use modules such as nn.Linear for the other parameters, or register an adapter."

@@ -11,6 +11,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from lightning_kfc.curvature.coverage import IDLE
 from lightning_kfc.curvature.spectra import LayerSpectra, spectra_of
 from lightning_kfc.kfc import KFC
 from lightning_kfc.monitoring.advice import CUT_STEPS, Facts
@@ -218,7 +219,8 @@ class Diagnostics:
             inverse_every_n_steps=kfc.schedule.inverse_every_n_steps,
             undone_steps=self._events_since("undone_steps"),
             covered_parameters=sum(row.numel for row in trainable if row.treatment in ("kfc", "block")),
-            trainable_parameters=sum(row.numel for row in trainable),
+            # Another module or adapter would not help layers that only wait for statistics.
+            trainable_parameters=sum(row.numel for row in trainable if row.reason not in IDLE),
             chosen_layers=kfc.settings.include is not None or kfc.settings.exclude is not None,
             nonfinite_steps=self._events_since("nonfinite_gradients"),
             gradient_scaler=gradient_scaler,

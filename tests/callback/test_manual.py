@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_kfc import KFCCallback
+from lightning_kfc.curvature.coverage import NO_STATISTICS
 from tests.helpers.lightning_nets import (
     QUIET,
     Regression,
@@ -424,12 +425,40 @@ def test_a_layer_split_between_optimizers_is_named_and_trained_plainly():
         torch.manual_seed(2)
         module = Split()
         if callbacks:
-            with pytest.warns(UserWarning, match="'head': its parameters are split over several optimizers"):
+            with pytest.warns(UserWarning, match="'head': no optimizer has all parameters of the layer"):
                 trainer(*callbacks).fit(module, loader(vectors(), 4))
         else:
             trainer().fit(module, loader(vectors(), 4))
         runs.append(module.head.weight.detach())
     assert torch.equal(*runs)
+
+
+class WeightAlone(Manual):
+    """Its bias is in no optimizer, and its first step has no gradient."""
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.step()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+
+    def on_before_optimizer_step(self, optimizer):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([self.head.weight], lr=0.1)
+
+
+def test_what_has_no_whole_optimizer_and_what_has_no_gradient_is_called_by_its_name(caplog):
+    callback = KFCCallback()
+    with warnings.catch_warnings(record=True) as caught, caplog.at_level("INFO", "lightning_kfc"):
+        warnings.simplefilter("always")
+        trainer(callback, max_epochs=8).fit(WeightAlone(), loader(vectors(12), 4))
+    said = [str(w.message) for w in caught if "KFC" in str(w.message)]
+    assert len(said) == 1
+    assert "'head': no optimizer has all parameters of the layer" in said[0]
+    assert {row.reason for row in callback.kfc.coverage()} == {NO_STATISTICS}
+    assert "parameters have Kronecker factors" not in caplog.text
 
 
 def test_the_draws_of_two_losses_in_one_step_differ():

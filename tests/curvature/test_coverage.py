@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_kfc import KFC
+from lightning_kfc.curvature.coverage import NO_STATISTICS
 from tests.helpers.nets import classes, engine, observe, train_step
 
 
@@ -168,7 +169,7 @@ def test_the_coverage_is_that_of_the_present_moment() -> None:
     def step(head: str) -> None:
         train_step(kfc, optimizer, lambda: F.cross_entropy(model(x, head), y))
 
-    plain = ("plain", "no statistics so far: no loss that was seen reaches it")
+    plain = ("plain", NO_STATISTICS)
     assert treatments(kfc) == dict.fromkeys(("trunk", "first", "second"), ("kfc", ""))
     step("first")
     assert treatments(kfc) == {"trunk": ("kfc", ""), "first": ("kfc", ""), "second": plain}

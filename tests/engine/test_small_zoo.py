@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader
 
 from lightning_kfc import KFCCallback
+from lightning_kfc.curvature.coverage import NO_STATISTICS
 from tests.helpers.harness import QUIET
 
 pytestmark = [*(pytest.mark.filterwarnings(line) for line in QUIET), pytest.mark.slow]
@@ -316,9 +317,7 @@ def test_a_small_network_trains_with_the_defaults(make: Callable[[], nn.Module])
     events = {name: n for name, n in callback.kfc.events.state_dict().items() if name not in AT_WORK}
     assert not any(events.values()), events
     plain = {row.parameter: row.reason for row in callback.kfc.coverage() if row.treatment == "plain"}
-    unused = {
-        f"net.experts.3.{role}": "no statistics so far: no loss that was seen reaches it" for role in ("weight", "bias")
-    }
+    unused = {f"net.experts.3.{role}": NO_STATISTICS for role in ("weight", "bias")}
     expected: dict[Any, dict[str, str]] = {
         Experts: unused,
         Spectral: {"net.weight": "complex: there is no curvature for complex values"},
