@@ -154,6 +154,7 @@ def batches(steps: int = 30) -> DataLoader[Any]:
 @pytest.mark.filterwarnings("ignore:KFC has no Kronecker factors")
 @pytest.mark.filterwarnings("ignore:.*cannot review steps.*NestedTensor")
 @pytest.mark.filterwarnings("ignore:.*torch.jit|.*nested tensors is in prototype")
+@pytest.mark.slow
 @pytest.mark.parametrize("case", MODELS)
 def test_it_trains_with_the_defaults_and_every_parameter_is_accounted_for(case: str) -> None:
     torch.manual_seed(0)

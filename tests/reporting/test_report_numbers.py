@@ -87,6 +87,7 @@ def drawn(page: str) -> str:
     return base64.b64decode(re.findall(r"base64,([^\"]*)\"", page)[0]).decode()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("options", "validations"),
