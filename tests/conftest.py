@@ -11,6 +11,7 @@ from hypothesis import settings
 
 from lightning_kfc.monitoring.messages import LOGGER
 from lightning_kfc.trust_region import region
+from tests.helpers import oracles
 from tests.helpers.examples import FAST, USUAL
 
 # Two test processes share two cores, and the nets are tiny: more threads would only wait for each other.
@@ -20,6 +21,18 @@ torch.set_num_threads(1)
 settings.register_profile("all", deadline=None, max_examples=USUAL, derandomize=True)
 settings.register_profile("fast", settings.get_profile("all"), max_examples=FAST)
 settings.load_profile("all")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--errors", action="store_true", help="list what curvature came from, and its errors (without -n)")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """List the largest relative error of each test to what it expects, and what its curvature came from."""
+    if config.getoption("--errors"):
+        terminalreporter.section("largest relative error, test, source of the curvature")
+        for test, error in sorted(oracles.ERRORS.items()):
+            terminalreporter.write_line(f"{error:.1e}  {test}  {', '.join(sorted(oracles.SOURCES[test]))}")
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_kfc import KFC, RefreshTiming
+from tests.helpers import oracles
 
 
 def double(*modules: nn.Module) -> nn.Sequential:
@@ -63,6 +64,7 @@ def observe(model: nn.Module, loss: Callable[[], Tensor], **settings: Any) -> KF
     with kfc.capture():
         value = loss()
     kfc.update(value)
+    oracles.SOURCES[oracles.running_test()].add(kfc.batches.sources)
     return kfc
 
 

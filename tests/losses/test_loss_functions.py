@@ -42,6 +42,7 @@ def recorded(loss: Loss, at: Tensor) -> tuple[Tensor, Tensor, list[WeightedTerm]
     with recorder:
         value = loss(leaf * 1)
     assert recorder.failure is None, recorder.failure
+    oracles.SOURCES[oracles.running_test()].update(term.function for term in recorder.terms)
     return leaf, value, weighted_terms(value, recorder.terms)
 
 
@@ -86,6 +87,7 @@ def assert_matrix(loss: Loss, at: Tensor, expected: Tensor, *, rtol: float = 1e-
     found = exact_matrix(loss, at)
     assert float(expected.abs().max()) > 0
     error = float((found - expected).norm() / expected.norm())
+    oracles.note_error(error)
     assert error <= rtol, f"relative error to the dense matrix {error:.3g}; {oracles.ratio(found, expected)}"
 
 
@@ -353,6 +355,7 @@ def test_gaussian_nll_loss(
     for seeds in seed_passes(terms, "exact", torch.Generator().manual_seed(0)):
         diagonal += back(seeds, leaf).square()
     error = float((torch.diag(diagonal) - expected).norm() / expected.norm())
+    oracles.note_error(error)
     assert error < 1e-9, f"relative error to the dense matrix {error:.3g}"
 
 
@@ -558,6 +561,7 @@ def test_a_last_layer_has_the_dense_fisher_of_the_loss(case: str) -> None:
     # Of a sigmoid, the Hessian of the logits is the expected one whatever the target.
     found, expected = torch.kron(layer.G, layer.A), oracles.dense_fisher(model, x, ONE[case], "0")
     error = float((found - expected).norm() / expected.norm())
+    oracles.note_error(error)
     assert error < 1e-9, f"relative error to the dense matrix {error:.3g}; {oracles.ratio(found, expected)}"
 
 
