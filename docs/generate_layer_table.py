@@ -28,8 +28,9 @@ The treatment of the parameters of each kind of layer. `kfc.coverage()` lists it
 - **approximate**: a rougher curvature, as described. *Diagonal*: the Fisher's diagonal alone.
 - **plain**: no curvature; the gradient stays unchanged.
 
-The numbers in the last column are those of the tests below the table. `python -m pytest tests/layers --errors` lists the source of
-the curvature and the relative error of each test to its dense matrix or to autograd's gradient.
+The numbers in the last column are those of the tests below the table.
+`python -m pytest tests/layers --errors` lists the source of the curvature and the relative error of each test to its
+dense matrix or to autograd's gradient.
 
 | Layer | Options | | How | Tests |
 |---|---|---|---|---|
