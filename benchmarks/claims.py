@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import median
 
+from benchmarks.away.contest import HOME as HOME_TASKS
+from benchmarks.away.contest import record_file
 from benchmarks.away.records import Record
-from benchmarks.contest.report import Results, time_cell
-from benchmarks.contest.tasks import TASKS
+from benchmarks.away.tasks import AWAY
+from benchmarks.contest.report import time_cell
+from benchmarks.contest.tasks import Task
 from benchmarks.paths import RESULTS, ROOT
 
 README = ROOT / "README.md"
@@ -50,58 +52,40 @@ ELSEWHERE = {
 Reached = Mapping[str, tuple[float, float] | None]
 
 
-def at_home(results: Results) -> Reached:
-    """Medians of the shown contestants to a task's hardest loss."""
-    reached: dict[str, tuple[float, float] | None] = {}
-    for name in SHOWN:
-        ends = [curve.reach(results.targets[-1]) for curve in results.of(name)] if name in results.curves else []
-        reached[name] = (median(e.iterations for e in ends), median(e.seconds for e in ends)) if ends else None
-    return reached
-
-
-def away(record: Record) -> Reached:
+def reached(record: Record) -> Reached:
     """Medians of the shown contestants, each with its average of weights."""
     seeds = sorted(set.intersection(*({int(seed) for seed in e.runs} for e in record.entries.values())))
-    reached: dict[str, tuple[float, float] | None] = {}
+    found: dict[str, tuple[float, float] | None] = {}
     for name in SHOWN:
         entry = record.entries.get(name)
         average = OWN_AVERAGE if name == "kfc" else entry.average if entry is not None else None
-        reached[name] = entry.medians(average, seeds) if entry is not None and average is not None and seeds else None
-    return reached
+        found[name] = entry.medians(average, seeds) if entry is not None and average is not None and seeds else None
+    return found
 
 
-def row(title: str, batch_size: int, reached: Reached) -> str:
+def row(title: str, batch_size: int, found: Reached) -> str:
     """A line of the table; the least time is bold."""
     cells = [f"{title}, batch {batch_size:,}"]
-    least = min((value[1] for value in reached.values() if value is not None), default=math.inf)
-    cells += [time_cell(value, least, "never") for value in reached.values()]
+    least = min((value[1] for value in found.values() if value is not None), default=math.inf)
+    cells += [time_cell(value, least, "never") for value in found.values()]
     return "| " + " | ".join(cells) + " |"
 
 
-def rows_at_home(folder: Path) -> Iterator[str]:
-    """The measured tasks of the contest."""
-    for name, title in HOME.items():
-        for batch_size in sorted(TASKS[name].goals, reverse=True):
-            path = folder / f"contest_{name}_b{batch_size}.json"
-            if path.exists():
-                yield row(title, batch_size, at_home(Results.load(path)))
-
-
-def rows_away(folder: Path) -> Iterator[str]:
-    """The measured tasks away from home."""
-    for name, title in ELSEWHERE.items():
-        path = folder / f"away_{name}.json"
+def rows(titles: Mapping[str, str], tasks: Mapping[str, Task], folder: Path) -> Iterator[str]:
+    """The measured ones of these tasks."""
+    for task in tasks.values():
+        path = record_file(folder, task)
         if path.exists():
             record = Record.load(path)
-            yield row(title, record.batch_size, away(record))
+            yield row(titles[task.name], record.batch_size, reached(record))
 
 
 def claims(folder: Path = RESULTS) -> str:
     """The table, from the records of a folder."""
     heads = ["", *SHOWN.values()]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    lines += [_section("**At home** (some of these tasks chose the defaults)"), *rows_at_home(folder)]
-    lines += [_section("**Away from home**"), *rows_away(folder)]
+    lines += [_section("**At home** (some of these tasks chose the defaults)"), *rows(HOME, HOME_TASKS, folder)]
+    lines += [_section("**Away from home**"), *rows(ELSEWHERE, AWAY, folder)]
     return "\n".join(lines) + "\n"
 
 
