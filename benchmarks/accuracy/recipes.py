@@ -149,6 +149,11 @@ CASES = {
         Recipe("SGD(lr=0.1, momentum=0.9)", sgd(0.1, 0.9), epochs=20),
         Recipe("SGD(lr=0.5, momentum=0.5)", epochs=20),
     ),
+    "momentum_longer": Case(
+        "a high momentum, 2,000 steps",
+        Recipe("SGD(lr=0.1, momentum=0.9)", sgd(0.1, 0.9), epochs=100),
+        Recipe("SGD(lr=0.5, momentum=0.5)", epochs=100),
+    ),
     "high_rate": Case("a high learning rate", Recipe("SGD(lr=3, momentum=0.5)", sgd(3.0)), USUAL),
     "high_rate_cosine": Case(
         "a high learning rate",

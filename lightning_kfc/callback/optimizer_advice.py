@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 
 from lightning_kfc.callback.schedule_preview import Planned, Schedule, preview
 from lightning_kfc.monitoring.advice import LONG_MOMENTUM
-from lightning_kfc.rules.momentum import is_sgd
+from lightning_kfc.rules.momentum import is_sgd, lengthening
+from lightning_kfc.rules.natural import HIGHEST_MOMENTUM
 from lightning_kfc.settings import Settings
 from lightning_kfc.utilities.torch_internals import inner_schedulers
 
@@ -29,8 +30,6 @@ HIGH_RATE = {"natural": math.inf, "adam": 1.0}
 RESCALING = frozenset(
     ("Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop", "Rprop", "SparseAdam")
 )
-#: A momentum of :data:`LONG_MOMENTUM` makes a run of fewer steps clearly worse.
-SHORT_RUN = 500
 #: A rate below the first share of its peak hardly moves the weights; warn above the second share of such steps.
 VANISHED, VANISHED_FOR = 0.01, 0.5
 
@@ -74,9 +73,10 @@ def warnings_for(
         found.append(OptimizerWarning(_of_rescaling(optimizer, settings.rule, schedules)))
     elif is_sgd(optimizer):
         planned = preview(optimizer, groups, schedules, steps) or _as_known(groups)
-        found += _of_momentum(optimizer, planned, schedules, settings.rule, steps)
-        # A warning about momentum is enough: the rates are replaced with it.
-        found += [] if found else map(OptimizerWarning, _of_rates(planned, settings.rule, steps))
+        # One sentence is enough: each replaces what the next ones are about.
+        found += _of_momentum(optimizer, planned, schedules, settings)
+        found += [] if found else map(OptimizerWarning, _of_rates(planned, settings, steps))
+        found += [] if found else map(OptimizerWarning, _of_the_limit(planned, settings))
     if settings.rule == "adam" and settings.damping != "auto":
         found.append(OptimizerWarning("rule='adam' does not use `damping`; leave it out."))
     return found
@@ -136,35 +136,51 @@ def replacement(optimizer: Optimizer) -> str:
 
 
 def _of_momentum(
-    optimizer: Optimizer, planned: Planned, schedules: Sequence[Schedule], rule: str, steps: float
+    optimizer: Optimizer, planned: Planned, schedules: Sequence[Schedule], settings: Settings
 ) -> Iterator[OptimizerWarning]:
     highest = max(planned.momenta)
     own = float(optimizer.defaults.get("momentum") or 0)
     schedulers = _flat(schedule.scheduler for schedule in schedules)
     cycling = [type(each).__name__ for each in schedulers if getattr(each, "cycle_momentum", False)]
+    # The rule "adam" removes the optimizer's momentum.
+    severe = settings.rule == "natural" and not _limits_momentum(settings)
+    bound = "" if settings.kl_clip is None else " as the KL bound allows"
+    longer = f"Steps become up to {_longer(highest):.0f} times as long{bound}."
     if cycling and highest > own:
         name, low = cycling[0], min(planned.momenta)
+        then = longer if severe else f"KFC {'limits' if settings.rule == 'natural' else 'removes'} it."
         yield OptimizerWarning(
-            f"{name} cycles the momentum between {low:g} and {highest:g}. Steps become up to {_longer(highest):.0f} "
-            f"times as long as the KL bound allows. Use `{name}(..., cycle_momentum=False)` to keep the momentum at "
-            f"{own:g}.",
-            severe=rule == "natural",
+            f"{name} cycles the momentum between {low:g} and {highest:g}. {then} Use "
+            f"`{name}(..., cycle_momentum=False)` to keep the momentum at {own:g}.",
+            severe=settings.rule == "natural",
         )
-    # The rule "adam" removes the optimizer's momentum.
-    elif rule == "natural" and highest >= LONG_MOMENTUM and steps < SHORT_RUN:
-        yield OptimizerWarning(
-            f"a momentum of {highest:g} averages over {_longer(highest):.0f} steps, too many for a run of {steps:.0f}. "
-            f"It makes steps {_longer(highest):.0f} times as long as the KL bound allows. Use {RECOMMENDED}.",
-            severe=True,
+    elif severe and highest >= LONG_MOMENTUM:
+        yield OptimizerWarning(f"the momentum is {highest:g}. {longer} Use {RECOMMENDED}.", severe=True)
+
+
+def _limits_momentum(settings: Settings) -> bool:
+    """Whether the engine limits SGD's momentum."""
+    return settings.rule == "natural" and settings.kl_clip == "auto"
+
+
+def _of_the_limit(planned: Planned, settings: Settings) -> Iterator[str]:
+    highest = max(planned.momenta)
+    if _limits_momentum(settings) and HIGHEST_MOMENTUM < highest < 1:
+        rate = max(planned.rates) * lengthening(highest, HIGHEST_MOMENTUM)
+        yield (
+            f"KFC limits the momentum of {highest:g} to {HIGHEST_MOMENTUM:g}: steps are those of "
+            f"SGD(lr={rate:.2g}, momentum={HIGHEST_MOMENTUM:g})."
         )
 
 
-def _of_rates(planned: Planned, rule: str, steps: float) -> Iterator[str]:
-    peak = max(planned.rates)
-    # The rule "adam" divides by 1 - momentum: compare the rate that gives the same step with the recommended momentum.
-    momentum = planned.momenta[planned.rates.index(peak)] if rule == "adam" else MOMENTUM
+def _of_rates(planned: Planned, settings: Settings, steps: float) -> Iterator[str]:
+    rule, peak = settings.rule, max(planned.rates)
+    # Momentum that is removed becomes a longer rate: compare the one that gives the same step with the recommended one.
+    momentum = planned.momenta[planned.rates.index(peak)]
+    if rule == "natural":
+        momentum = max(momentum, MOMENTUM) if _limits_momentum(settings) else MOMENTUM
     compared = peak * MOMENTUM / max(1 - momentum, 1e-3)
-    beside = f" with a momentum of {momentum:g}" if rule == "adam" and momentum > MOMENTUM else ""
+    beside = f" with a momentum of {momentum:g}" if momentum > MOMENTUM else ""
     if not LOW_RATE[rule] <= compared <= HIGH_RATE[rule]:
         yield (
             f"the highest learning rate ({peak:.2g}{beside}) is far from the rates that suit KFC: preconditioned "

@@ -21,7 +21,7 @@ from lightning_kfc.monitoring.timing import StepTimes
 from lightning_kfc.refresh.factors import FactorRefresh
 from lightning_kfc.refresh.inverses import InverseRefresh
 from lightning_kfc.rules.base import Rule
-from lightning_kfc.rules.choice import RULE_TYPES, choose_rule, with_rule
+from lightning_kfc.rules.choice import choose_rule, make_rule, with_rule
 from lightning_kfc.scheduling.automatic_periods import PeriodChoice
 from lightning_kfc.scheduling.staggering import StaggeredDates
 from lightning_kfc.scheduling.step_counter import StepCounter
@@ -83,7 +83,7 @@ class Stages:
         self.pending = PendingStatistics(self.layers, self.estimator, self.tracker, group, self.events)
         self.factors = FactorRefresh(settings.ema_decay, self.tracker, self.events, self.ownership)
         self.inverses = InverseRefresh(kind, self.tracker, self.events, self.ownership)
-        self.rule: Rule[Any] = RULE_TYPES[settings.rule]()
+        self.rule: Rule[Any] = make_rule(settings)
         self.reviewer = StepReviewer(
             model, TrustRegion.of(settings), settings.damping, settings.kl_clip, self.events, self.ownership
         )

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_kfc.curvature.layer import Layer
@@ -32,7 +32,7 @@ from lightning_kfc.factors.inverses import EighInverse, Inverse
 from lightning_kfc.factors.moments import Moments, eigenbasis
 from lightning_kfc.factors.quadratic_form import inner_product, quadratic_form
 from lightning_kfc.monitoring.events import Events, listed
-from lightning_kfc.rules.base import ReadyLayer, Rule, Updates, write_update
+from lightning_kfc.rules.base import ReadyLayer, Rule, Updates, write_update, written_parameters
 from lightning_kfc.rules.momentum import momenta, take_momentum_out
 from lightning_kfc.rules.natural import clip_factor
 
@@ -111,7 +111,7 @@ class AdamRule(Rule[AdamUpdates]):
         if unwritten:
             what = f"float16 cannot hold the update of {listed(unwritten)}; the gradient is used"
             events.report("nonfinite_updates", step, what)
-        _in_units_of(optimizer, [entry.layer for entry in ready], loss_scale)
+        _in_units_of(optimizer, written_parameters(ready), loss_scale)
 
     def forget_momentum(self, layers: Iterable[Layer]) -> None:
         """Drop the first moments of these layers."""
@@ -119,17 +119,15 @@ class AdamRule(Rule[AdamUpdates]):
             layer.forget_momentum()
 
 
-def _in_units_of(optimizer: Optimizer | None, layers: Iterable[Layer], loss_scale: float) -> None:
+def _in_units_of(optimizer: Optimizer | None, written: Sequence[nn.Parameter], loss_scale: float) -> None:
     """Convert written updates to gradients that make the optimizer step by them.
 
     Args:
         optimizer: The optimizer of the step.
-        layers: The layers that have updates.
+        written: The parameters that have updates.
         loss_scale: A factor on the updates, by which a gradient scaler will divide.
     """
     known = momenta(optimizer)
-    # By identity: the projections of an attention layer may share a parameter.
-    written = {id(p): p for layer in layers for p in layer.trained_parameters().values()}.values()
     for parameter in written:
         if parameter.grad is not None:
             parameter.grad.mul_(_share(parameter, known))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Generic, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_kfc.curvature.layer import Layer
@@ -143,3 +143,8 @@ def write_update(layer: Layer, update: Tensor, loss_scale: float) -> bool:
         False if float16 cannot hold the update; the gradients then stay unchanged.
     """
     return layer.write(update if loss_scale == 1 else update * loss_scale)
+
+
+def written_parameters(ready: Sequence[ReadyLayer]) -> list[nn.Parameter]:
+    """The trained parameters of layers, each once: the projections of an attention layer may share a parameter."""
+    return list({id(p): p for entry in ready for p in entry.layer.trained_parameters().values()}.values())

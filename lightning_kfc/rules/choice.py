@@ -12,7 +12,7 @@ from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.distributed import process_group as distributed
 from lightning_kfc.rules.adam import AdamRule
 from lightning_kfc.rules.base import Rule
-from lightning_kfc.rules.natural import NaturalRule
+from lightning_kfc.rules.natural import HIGHEST_MOMENTUM, NaturalRule
 from lightning_kfc.settings import Settings
 
 #: The rules, by the values of the option.
@@ -58,6 +58,13 @@ def choose_rule(model: nn.Module, layers: Mapping[str, Layer], settings: Setting
     if against:
         return RuleChoice("natural", f"{where}, but {against}")
     return RuleChoice("adam", where)
+
+
+def make_rule(settings: Settings) -> Rule[Any]:
+    """The rule of settings. The automatic KL clip suits steps of a low momentum, and numbers the user's own."""
+    if settings.rule == "natural":
+        return NaturalRule(HIGHEST_MOMENTUM if settings.kl_clip == "auto" else None)
+    return RULE_TYPES[settings.rule]()
 
 
 def with_rule(settings: Settings, choice: RuleChoice) -> Settings:

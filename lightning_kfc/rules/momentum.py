@@ -1,8 +1,8 @@
-"""Remove SGD's momentum from its step, for rules with their own."""
+"""Remove SGD's momentum from its step, all of it for rules with their own, or what exceeds a limit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -41,6 +41,45 @@ def take_momentum_out(optimizer: Optimizer, parameters: Iterable[nn.Parameter], 
         parameters: The parameters whose gradient is an update.
         loss_scale: A factor on the updates, by which a gradient scaler will divide.
     """
+    _convert(optimizer, parameters, loss_scale, _shares)
+
+
+def limit_momentum(optimizer: Optimizer, parameters: Iterable[nn.Parameter], limit: float, loss_scale: float) -> None:
+    r"""Convert updates to gradients with which SGD steps as if its momentum were no higher than a limit.
+
+    With a momentum :math:`\mu` above the limit m, ``SGD(lr, momentum=mu)`` steps as ``SGD(lr * f, momentum=m)`` does,
+    :math:`f = (1-m)/(1-\mu)`, so that steps that keep their direction become as long. For the update u with its weight
+    decay, the gradient is :math:`d = f u - (\mu - m) b`, and the buffer :math:`b \leftarrow m b + f u`. With Nesterov's
+    momentum the buffer is the same, and the step :math:`d + \mu b`.
+
+    Args:
+        optimizer: An optimizer of :func:`is_sgd`.
+        parameters: The parameters whose gradient is an update.
+        limit: m, at least 0.
+        loss_scale: A factor on the updates, by which a gradient scaler will divide.
+    """
+
+    def shares(group: Mapping[str, Any], *, first: bool) -> tuple[float, float, float]:
+        momentum, decay = float(group["momentum"]), float(group.get("weight_decay", 0))
+        factor, sign = lengthening(momentum, limit), -1.0 if group.get("maximize") else 1.0
+        taken = 1.0 if first else 1 - float(group.get("dampening", 0))
+        return factor, sign * decay * (factor - 1), -sign * max(0.0, momentum - limit) / taken
+
+    _convert(optimizer, parameters, loss_scale, shares)
+
+
+def lengthening(momentum: float, limit: float) -> float:
+    """The factor by which a momentum lengthens steps that keep their direction more than the limit does."""
+    return max(1.0, (1 - limit) / (1 - momentum))
+
+
+def _convert(
+    optimizer: Optimizer,
+    parameters: Iterable[nn.Parameter],
+    loss_scale: float,
+    shares: Callable[..., tuple[float, float, float]],
+) -> None:
+    """Replace gradients by sums of update, parameter and momentum buffer, with the shares of each group."""
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     with torch.no_grad():
         for parameter in parameters:
@@ -53,7 +92,7 @@ def take_momentum_out(optimizer: Optimizer, parameters: Iterable[nn.Parameter], 
                 # A sparse buffer cannot take a dense gradient.
                 buffer = state["momentum_buffer"] = buffer.to_dense()
             parameter.grad = gradient = dense(parameter.grad)
-            of_update, of_parameter, of_buffer = _shares(group, first=buffer is None)
+            of_update, of_parameter, of_buffer = shares(group, first=buffer is None)
             if of_update != 1:
                 gradient.mul_(of_update)
             if of_parameter:

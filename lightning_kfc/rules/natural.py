@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,13 +11,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.factors.inverses import CholeskyInverse, FewRows, Inverse
 from lightning_kfc.factors.quadratic_form import inner_product
 from lightning_kfc.monitoring.events import Events, listed
-from lightning_kfc.rules.base import ReadyLayer, Rule, Updates, write_update
+from lightning_kfc.rules.base import ReadyLayer, Rule, Updates, write_update, written_parameters
+from lightning_kfc.rules.momentum import lengthening, limit_momentum, momenta
 
 #: The widest layers in a batch: with wider ones, a copy of the inverses costs more than separate products.
 LARGEST_BATCHED = 512
+#: The highest momentum beside ``kl_clip="auto"``, that of the recommended optimizer.
+HIGHEST_MOMENTUM = 0.5
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,25 @@ class NaturalUpdates(Updates):
 
 
 class NaturalRule(Rule[NaturalUpdates]):
-    """The paper's KFC-pre (E5, E7), with the optimizer's learning rate and momentum."""
+    """The paper's KFC-pre (E5, E7), with the optimizer's learning rate and momentum.
+
+    Args:
+        highest_momentum: The limit of SGD's momentum (:func:`~lightning_kfc.rules.momentum.limit_momentum`); None for
+            no limit.
+    """
 
     bounds_decrease: ClassVar[bool] = True
+
+    def __init__(self, highest_momentum: float | None = None) -> None:
+        self._highest_momentum = highest_momentum
+
+    def learning_rates(self, rates: Mapping[Layer, float], optimizer: Optimizer | None) -> dict[Layer, float]:
+        """The optimizer's, times the factor that replaces the momentum above the limit."""
+        known, limit = momenta(optimizer), self._highest_momentum
+        if limit is None or not known:
+            return dict(rates)
+        first = {layer: next(iter(layer.trained_parameters().values())) for layer in rates}
+        return {layer: rate * lengthening(known.get(id(first[layer]), 0.0), limit) for layer, rate in rates.items()}
 
     def updates(
         self, ready: Sequence[ReadyLayer], damping: float, kl_clip: float | None, most_decrease: float | None = None
@@ -91,6 +111,10 @@ class NaturalRule(Rule[NaturalUpdates]):
         if plain:
             what = f"no inverse gives {listed(plain)} a usable update; the gradient is used"
             events.report("nonfinite_updates", step, what)
+        if self._highest_momentum is not None and optimizer is not None:
+            known = momenta(optimizer)
+            limited = [p for p in written_parameters(ready) if known.get(id(p), 0.0) > self._highest_momentum]
+            limit_momentum(optimizer, limited, self._highest_momentum, loss_scale)
 
 
 def forget_rows(ready: Sequence[ReadyLayer], updates: NaturalUpdates) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD, AdamW
 
-from lightning_kfc.rules.momentum import is_sgd, momenta, take_momentum_out
+from lightning_kfc.rules.momentum import is_sgd, lengthening, limit_momentum, momenta, take_momentum_out
 from tests.helpers import oracles
 from tests.helpers.nets import data
 
@@ -55,6 +55,45 @@ def test_steps_are_those_of_sgd_without_momentum_and_with_the_same_decay(
         optimizer.step()
         other.step()
         oracles.assert_equal(parameter.detach(), plain.detach(), what=f"weights after step {number}")
+
+
+@given(
+    momentum=st.sampled_from([0.3, 0.5, 0.9, 0.99]),
+    decay=st.sampled_from([0.0, 0.1]),
+    dampening=st.sampled_from([0.0, 0.4]),
+    maximize=st.booleans(),
+    scale=st.sampled_from([1.0, 1024.0]),
+    rates=st.lists(st.sampled_from([0.01, 0.5]), min_size=1, max_size=5),
+)
+def test_steps_above_a_limit_are_those_of_sgd_with_the_limit_and_a_longer_rate(
+    momentum: float, decay: float, dampening: float, maximize: bool, scale: float, rates: list[float]
+) -> None:
+    options: dict[str, Any] = {"maximize": maximize, "dampening": dampening, "weight_decay": decay}
+    parameter, other = nn.Parameter(data(3, 2)), nn.Parameter(data(3, 2))
+    limited = SGD([parameter], lr=1.0, momentum=momentum, **options)
+    reference = SGD([other], lr=1.0, momentum=min(momentum, 0.5), **options)
+    for number, rate in enumerate(rates):
+        update = data(3, 2, seed=10 + number)
+        limited.param_groups[0]["lr"] = rate
+        reference.param_groups[0]["lr"] = rate * lengthening(momentum, 0.5)
+        parameter.grad, other.grad = update * scale, update.clone()
+        limit_momentum(limited, [parameter], 0.5, scale)
+        parameter.grad /= scale
+        limited.step()
+        reference.step()
+        oracles.assert_equal(parameter.detach(), other.detach(), what=f"weights after step {number}")
+
+
+@pytest.mark.parametrize("momentum", [0.6, 0.9, 0.99])
+def test_with_nesterov_s_momentum_steps_that_keep_their_direction_become_as_long(momentum: float) -> None:
+    parameter, update = nn.Parameter(data(3, 2)), data(3, 2, seed=5)
+    optimizer = SGD([parameter], lr=0.1, momentum=momentum, nesterov=True)
+    for _ in range(60):
+        before = parameter.detach().clone()
+        parameter.grad = update.clone()
+        limit_momentum(optimizer, [parameter], 0.5, 1.0)
+        optimizer.step()
+    oracles.assert_equal(before - parameter.detach(), 0.1 * update / (1 - momentum), what="the step")
 
 
 def test_a_buffer_that_sparse_gradients_have_left_becomes_dense() -> None:
