@@ -23,11 +23,9 @@ PAGE = Path(__file__).parent / "recipes.md"
 BEGIN, END = "<!-- Made by generate_recipes_table.py; do not edit. -->\n", "<!-- End of the table. -->\n"
 
 
-def of_optimizer(
-    optimizer: Optimizer, *schedules: Any, rule: str = "natural", kl_clip: Any = "auto", **options: Any
-) -> str:
+def of_optimizer(optimizer: Optimizer, *schedules: Any, rule: str = "natural", **options: Any) -> str:
     """The one warning about an optimizer and its schedules."""
-    settings = Settings(rule=rule, damping="auto", kl_clip=kl_clip)
+    settings = Settings(rule=rule, damping="auto", kl_clip="auto")
     (found,) = at_start.warnings_for(optimizer, settings, schedules=list(map(Schedule, schedules)), **options)
     return found.text
 
@@ -65,13 +63,8 @@ def rows() -> list[tuple[str, str, str]]:
         ),
         (
             "momentum",
-            f'above {at_start.HIGHEST_MOMENTUM:g}; not with "adam"',
+            f'above {at_start.HIGHEST_MOMENTUM:g}, with `kl_clip="auto"`; not with "adam"',
             of_optimizer(sgd(lr=0.1, momentum=0.9)),
-        ),
-        (
-            "momentum, with a number or None for `kl_clip`",
-            f'{in_course.LONG_MOMENTUM:g} or more; not with "adam"',
-            of_optimizer(sgd(momentum=0.9), kl_clip=0.03),
         ),
         (
             "learning rate",

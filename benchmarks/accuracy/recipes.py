@@ -275,6 +275,7 @@ AT_START = frozenset(
         "momentum",
         "momentum_adam",
         "momentum_long",
+        "momentum_longer",
         "momentum_low",
         "one_cycle",
         "one_cycle_adam",

@@ -13,7 +13,6 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lightning_kfc.callback.schedule_preview import Planned, Schedule, preview
-from lightning_kfc.monitoring.advice import LONG_MOMENTUM
 from lightning_kfc.rules.momentum import is_sgd, lengthening
 from lightning_kfc.rules.natural import HIGHEST_MOMENTUM
 from lightning_kfc.settings import Settings
@@ -142,20 +141,18 @@ def _of_momentum(
     own = float(optimizer.defaults.get("momentum") or 0)
     schedulers = _flat(schedule.scheduler for schedule in schedules)
     cycling = [type(each).__name__ for each in schedulers if getattr(each, "cycle_momentum", False)]
-    # The rule "adam" removes the optimizer's momentum.
-    severe = settings.rule == "natural" and not _limits_momentum(settings)
-    bound = "" if settings.kl_clip is None else " as the KL bound allows"
-    longer = f"Steps become up to {_longer(highest):.0f} times as long{bound}."
     if cycling and highest > own:
         name, low = cycling[0], min(planned.momenta)
-        then = longer if severe else f"KFC {'limits' if settings.rule == 'natural' else 'removes'} it."
+        then = f"Steps become up to {_longer(highest):.0f} times as long as without momentum."
+        if settings.rule == "adam":
+            then = "KFC removes it."
+        elif _limits_momentum(settings):
+            then = "KFC limits it."
         yield OptimizerWarning(
             f"{name} cycles the momentum between {low:g} and {highest:g}. {then} Use "
             f"`{name}(..., cycle_momentum=False)` to keep the momentum at {own:g}.",
             severe=settings.rule == "natural",
         )
-    elif severe and highest >= LONG_MOMENTUM:
-        yield OptimizerWarning(f"the momentum is {highest:g}. {longer} Use {RECOMMENDED}.", severe=True)
 
 
 def _limits_momentum(settings: Settings) -> bool:

@@ -82,12 +82,6 @@ SGD_INSTEAD = r"Replace it by `torch\.optim\.SGD\(self\.parameters\(\), lr=0\.5,
             {"steps": 5000},
             r"limits .* of 0.9 to 0.5: .* SGD\(lr=0.5, ",
         ),
-        (
-            lambda p: SGD(p, lr=0.1, momentum=0.9),
-            "natural",
-            {"kl_clip": 0.1},
-            r"momentum is 0.9\. Steps .* 10 times as long",
-        ),
         (lambda p: SGD(p, lr=2e-4, momentum=0.9), "natural", {}, r"learning rate \(0.0002 with a momentum of 0.9\)"),
         (lambda p: Adam(p), "adam", {}, rf"computes Adam's step.* {SGD_INSTEAD}"),
         (lambda p: SGD(p, lr=0.02), "adam", {}, r"highest learning rate \(0.02\) .* SGD\(lr=0.5, momentum=0.5\)"),
@@ -109,6 +103,8 @@ def test_what_works_against_the_method_is_named_with_its_replacement(
         # The KL clip sets the length of these steps.
         (lambda p: SGD(p, lr=3.0), "natural", {}),
         (lambda p: SGD(p, lr=0.5, momentum=0.5), "natural", {"damping": 0.1}),
+        # The bound is the user's own.
+        (lambda p: SGD(p, lr=0.1, momentum=0.9), "natural", {"kl_clip": 0.03}),
         (lambda p: SGD(p, lr=0.5, momentum=0.5), "adam", {}),
         (lambda p: SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1), "adam", {"steps": 10}),
         (lambda p: SGD(p, lr=1.0), "adam", {"steps": 10}),
@@ -270,28 +266,30 @@ def test_groups_without_preconditioned_parameters_are_not_judged(caplog: pytest.
     assert lines(caplog, lambda p: SGD(p, lr=1e-5), exclude="net.0")
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "rule", "kl_clip", "severe"),
-    [
-        ({"lr": 0.5, "momentum": 0.9}, "natural", 0.03, True),
-        ({"lr": 0.1, "momentum": 0.9}, "natural", None, True),
-        ({"lr": 0.1, "momentum": 0.9}, "natural", "auto", False),
-        ({"lr": 0.001, "momentum": 0.5}, "natural", 0.03, False),
-        ({"lr": 0.5, "momentum": 0.9}, "adam", 0.03, False),
-    ],
-)
-def test_only_steps_that_momentum_makes_far_too_long_are_warned_of(
-    optimizer: dict[str, float], rule: str, kl_clip: Any, severe: bool
-) -> None:
-    made = SGD(nn.Linear(2, 2).parameters(), **optimizer)
-    found = warnings_for(made, Settings(rule=rule, damping="auto", kl_clip=kl_clip))
-    assert any(each.severe for each in found) == severe
+@pytest.mark.parametrize(("rule", "severe"), [("natural", True), ("adam", False)])
+def test_only_a_momentum_that_is_cycled_is_warned_of(rule: str, severe: bool) -> None:
+    optimizer = SGD(nn.Linear(2, 2).parameters(), lr=0.5, momentum=0.5)
+    schedules = [Schedule(OneCycleLR(optimizer, 0.5, 100))]
+    (found,) = warnings_for(
+        optimizer, Settings(rule=rule, damping="auto", kl_clip="auto"), schedules=schedules, steps=100
+    )
+    assert found.severe == severe
 
 
 def test_the_callback_warns_where_training_would_be_clearly_worse() -> None:
-    module = Classifier(optimizer=lambda p: SGD(p, lr=0.5, momentum=0.9))
-    with pytest.warns(UserWarning, match="the momentum is 0.9. Steps become up to 10 times as long"):
-        fit(module, kfc=KFCCallback(kl_clip=0.03), max_steps=2)
+    module = Classifier(optimizer=lambda p: SGD(p, lr=0.5, momentum=0.5))
+    made = module.configure_optimizers
+
+    def with_schedule() -> dict[str, Any]:
+        optimizer: Any = made()
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": OneCycleLR(optimizer, 0.5, 100), "interval": "step"},
+        }
+
+    module.configure_optimizers = with_schedule
+    with pytest.warns(UserWarning, match="OneCycleLR cycles the momentum between .* and 0.95. KFC limits it."):
+        fit(module, kfc=KFCCallback(), max_steps=2)
 
 
 def test_the_page_has_the_messages_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ PARTS = [
     "estimation.loss_statistics.seed_passes",
     "estimation.back_propagation._laid_out",
     "kfc.KFC.precondition",
-    "engine.refreshes.Refreshes.__call__",
+    "engine.refreshes.Refreshes.before_step",
     "curvature.layer.Layer.fold",
     "curvature.layer.Layer.refreshed",
     "rules.natural.natural_step",

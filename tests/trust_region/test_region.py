@@ -270,7 +270,7 @@ def test_a_step_into_nowhere_is_taken_back_and_leaves_no_momentum(make):
     ("make", "rate", "undone"),
     [
         (torch.optim.SGD, 300.0, True),
-        (torch.optim.SGD, 0.5, False),
+        (torch.optim.SGD, 0.15, False),
         (torch.optim.RMSprop, 300.0, True),
         (torch.optim.RMSprop, 0.045, False),
         (torch.optim.Adam, 300.0, True),
