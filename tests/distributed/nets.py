@@ -111,6 +111,8 @@ def images(count: int, seed: int = 1) -> TensorDataset:
 class Net(pl.LightningModule):
     """A classifier of images."""
 
+    lr, momentum = 0.2, 0.5
+
     def __init__(self, make: Callable[[], nn.Module] = conv_net) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -120,7 +122,7 @@ class Net(pl.LightningModule):
         return F.cross_entropy(self.net(batch[0]), batch[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.2, momentum=0.5)
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=self.momentum)
 
 
 def trainer(callback: KFCCallback | None, **options: Any) -> pl.Trainer:

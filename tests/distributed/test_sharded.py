@@ -40,6 +40,8 @@ def train(
 ) -> dict[str, Any]:
     """The whole weights after training, and what this rank holds."""
     callback, module = KFCCallback(**{**EXACT, "kl_clip": 0.03, "average_weights": None, **kfc}), kind()
+    options = dict(options)
+    module.lr, module.momentum = options.pop("lr", module.lr), options.pop("momentum", module.momentum)
     several = {"strategy": strategy(data, tensor), "devices": data * tensor} if data * tensor > 1 else {}
     trainer(callback, **several, **options).fit(module, loader(images(24), 8 // data, tensor))
     return {
@@ -102,6 +104,15 @@ def test_two_ranks_that_share_a_model_equal_one_that_has_it(two_ranks: Ranks, op
         assert sorted([*first["factors"], *second["factors"]]) == sorted(layers)
 
 
+def test_momentum_above_the_limit_is_removed_from_parts_of_parameters(two_ranks: Ranks) -> None:
+    kfc = {"kl_clip": "auto"}
+    limited, recommended = (
+        two_ranks.run(train, Sharded, 2, 1, kfc, {"lr": lr, "momentum": momentum})[0]["weights"]
+        for lr, momentum in ((0.04, 0.9), (0.2, 0.5))
+    )
+    assert difference(limited, recommended) < ROUNDING
+
+
 @pytest.mark.parametrize("kind", [InOnePiece, InTwoPieces])
 def test_units_of_several_layers_equal_one_rank(two_ranks: Ranks, kind: Callable[[], Net]) -> None:
     for option in ("plain", "accumulation", "rare refreshes"):
@@ -143,6 +154,8 @@ def resume(
     }
     callback, module = KFCCallback(**settings), kind()
     saver = ModelCheckpoint(dirpath=folder, save_last=True, save_top_k=0)
+    options = dict(options)
+    module.lr, module.momentum = options.pop("lr", module.lr), options.pop("momentum", module.momentum)
     several = {"strategy": strategy(data, tensor), "devices": data * tensor} if data * tensor > 1 else {}
     used = trainer(callback, enable_checkpointing=True, max_epochs=epochs, **several)
     used.callbacks.append(saver)
