@@ -269,14 +269,9 @@ AT_START = frozenset(
         "cyclic",
         "early_end",
         "high_rate_adam",
-        "low_rate",
         "low_rate_0.001",
         "low_rate_adam",
-        "momentum",
         "momentum_adam",
-        "momentum_long",
-        "momentum_longer",
-        "momentum_low",
         "one_cycle",
         "one_cycle_adam",
         "rmsprop",
@@ -284,6 +279,8 @@ AT_START = frozenset(
         "very_short_run",
     )
 )
+#: The cases whose momentum the callback limits, with a line that says so; their replacements are no better.
+LIMITED = frozenset(("clip_high_rate_0.1", "low_rate", "momentum", "momentum_long", "momentum_longer", "momentum_low"))
 IN_COURSE = frozenset(("clip_0.01", "clip_0.03", "clip_0.1", "clip_0.3", "one_example", "two_examples"))
 
 
@@ -370,7 +367,8 @@ def table(results: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]) -> str
             for recipe, runs in ((case.against, results[name]["against"]), (case.instead, results[name]["instead"])):
                 loss, error = (median(column) for column in zip(*runs, strict=True))
                 cells += [f"`{recipe.text}`", f"{loss:.3f}, {error:.1f} %" if math.isfinite(loss) else "diverged"]
-            cells.append("at the start" if name in AT_START else "in the course" if name in IN_COURSE else "no")
+            kinds = {"at the start": AT_START, "in the course": IN_COURSE, "limited": LIMITED}
+            cells.append(next((kind for kind, names in kinds.items() if name in names), "no"))
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
