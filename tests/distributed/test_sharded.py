@@ -154,8 +154,6 @@ def resume(
     }
     callback, module = KFCCallback(**settings), kind()
     saver = ModelCheckpoint(dirpath=folder, save_last=True, save_top_k=0)
-    options = dict(options)
-    module.lr, module.momentum = options.pop("lr", module.lr), options.pop("momentum", module.momentum)
     several = {"strategy": strategy(data, tensor), "devices": data * tensor} if data * tensor > 1 else {}
     used = trainer(callback, enable_checkpointing=True, max_epochs=epochs, **several)
     used.callbacks.append(saver)
