@@ -13,13 +13,14 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lightning_kfc.callback.schedule_preview import Planned, Schedule, preview
+from lightning_kfc.rules.choice import momentum_limit
 from lightning_kfc.rules.momentum import is_sgd, lengthening
 from lightning_kfc.rules.natural import HIGHEST_MOMENTUM
 from lightning_kfc.settings import Settings
 from lightning_kfc.utilities.torch_internals import inner_schedulers
 
 #: The optimizer to return from ``configure_optimizers``, with either rule.
-RATE, MOMENTUM = 0.5, 0.5
+RATE, MOMENTUM = 0.5, HIGHEST_MOMENTUM
 RECOMMENDED = f"SGD(lr={RATE:g}, momentum={MOMENTUM:g})"
 #: By rule: training is slower with lower learning rates.
 LOW_RATE = {"natural": 0.002, "adam": 0.05}
@@ -146,7 +147,7 @@ def _of_momentum(
         then = f"Steps become up to {_longer(highest):.0f} times as long as without momentum."
         if settings.rule == "adam":
             then = "KFC removes it."
-        elif _limits_momentum(settings):
+        elif momentum_limit(settings) is not None:
             then = "KFC limits it."
         yield OptimizerWarning(
             f"{name} cycles the momentum between {low:g} and {highest:g}. {then} Use "
@@ -155,18 +156,13 @@ def _of_momentum(
         )
 
 
-def _limits_momentum(settings: Settings) -> bool:
-    """Whether the engine limits SGD's momentum."""
-    return settings.rule == "natural" and settings.kl_clip == "auto"
-
-
 def _of_the_limit(planned: Planned, settings: Settings) -> Iterator[str]:
-    highest = max(planned.momenta)
-    if _limits_momentum(settings) and HIGHEST_MOMENTUM < highest < 1:
-        rate = max(planned.rates) * lengthening(highest, HIGHEST_MOMENTUM)
+    highest, limit = max(planned.momenta), momentum_limit(settings)
+    if limit is not None and limit < highest < 1:
+        rate = max(planned.rates) * lengthening(highest, limit)
         yield (
-            f"KFC limits the momentum of {highest:g} to {HIGHEST_MOMENTUM:g}: steps are those of "
-            f"SGD(lr={rate:.2g}, momentum={HIGHEST_MOMENTUM:g})."
+            f"KFC limits the momentum of {highest:g} to {limit:g}: steps are those of "
+            f"SGD(lr={rate:.2g}, momentum={limit:g})."
         )
 
 
@@ -175,7 +171,7 @@ def _of_rates(planned: Planned, settings: Settings, steps: float) -> Iterator[st
     # Momentum that is removed becomes a longer rate: compare the one that gives the same step with the recommended one.
     momentum = planned.momenta[planned.rates.index(peak)]
     if rule == "natural":
-        momentum = max(momentum, MOMENTUM) if _limits_momentum(settings) else MOMENTUM
+        momentum = MOMENTUM if momentum_limit(settings) is None else max(momentum, MOMENTUM)
     compared = peak * MOMENTUM / max(1 - momentum, 1e-3)
     beside = f" with a momentum of {momentum:g}" if momentum > MOMENTUM else ""
     if not LOW_RATE[rule] <= compared <= HIGH_RATE[rule]:

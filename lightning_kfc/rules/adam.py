@@ -33,7 +33,7 @@ from lightning_kfc.factors.moments import Moments, eigenbasis
 from lightning_kfc.factors.quadratic_form import inner_product, quadratic_form
 from lightning_kfc.monitoring.events import Events, listed
 from lightning_kfc.rules.base import ReadyLayer, Rule, Updates, write_update, written_parameters
-from lightning_kfc.rules.momentum import momenta, take_momentum_out
+from lightning_kfc.rules.momentum import momenta, of_layers, take_momentum_out
 from lightning_kfc.rules.natural import clip_factor
 
 #: :math:`\eta` if the optimizer's learning rate, divided by 1 - momentum, is 1.
@@ -66,9 +66,7 @@ class AdamRule(Rule[AdamUpdates]):
 
     def learning_rates(self, rates: Mapping[Layer, float], optimizer: Optimizer | None) -> dict[Layer, float]:
         r""":math:`\eta` of each layer, a share of :math:`\mathrm{lr}/(1-\mu)`."""
-        known = momenta(optimizer)
-        first = {layer: next(iter(layer.trained_parameters().values())) for layer in rates}
-        return {layer: rate * _share(first[layer], known) for layer, rate in rates.items()}
+        return {layer: rates[layer] * _share(own) for layer, own in of_layers(rates, momenta(optimizer)).items()}
 
     def updates(
         self, ready: Sequence[ReadyLayer], damping: float, kl_clip: float | None, most_decrease: float | None = None
@@ -130,14 +128,14 @@ def _in_units_of(optimizer: Optimizer | None, written: Sequence[nn.Parameter], l
     known = momenta(optimizer)
     for parameter in written:
         if parameter.grad is not None:
-            parameter.grad.mul_(_share(parameter, known))
+            parameter.grad.mul_(_share(known.get(id(parameter), 0.0)))
     if known and optimizer is not None:
         take_momentum_out(optimizer, (p for p in written if id(p) in known), loss_scale)
 
 
-def _share(parameter: Tensor, momentum: Mapping[int, float]) -> float:
-    """The rule's learning rate for a parameter, as a multiple of the optimizer's."""
-    return LEARNING_RATE / (1 - momentum.get(id(parameter), 0.0))
+def _share(momentum: float) -> float:
+    """The rule's learning rate as a multiple of an optimizer's with this momentum."""
+    return LEARNING_RATE / (1 - momentum)
 
 
 def curvature_weights(values: Tensor) -> Tensor:

@@ -61,10 +61,13 @@ def choose_rule(model: nn.Module, layers: Mapping[str, Layer], settings: Setting
 
 
 def make_rule(settings: Settings) -> Rule[Any]:
-    """The rule of settings. The automatic KL clip suits steps of a low momentum, and numbers the user's own."""
-    if settings.rule == "natural":
-        return NaturalRule(HIGHEST_MOMENTUM if settings.kl_clip == "auto" else None)
-    return RULE_TYPES[settings.rule]()
+    """The rule of settings."""
+    return NaturalRule(momentum_limit(settings)) if settings.rule == "natural" else RULE_TYPES[settings.rule]()
+
+
+def momentum_limit(settings: Settings) -> float | None:
+    """The limit of SGD's momentum; None for no limit, beside a bound of the user's own."""
+    return HIGHEST_MOMENTUM if settings.rule == "natural" and settings.kl_clip == "auto" else None
 
 
 def with_rule(settings: Settings, choice: RuleChoice) -> Settings:

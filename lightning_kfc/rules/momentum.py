@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.factors.sparse import dense
 
 
@@ -17,16 +18,21 @@ def is_sgd(optimizer: Optimizer) -> bool:
     return any(cls.__name__ == "SGD" for cls in type(optimizer).__mro__)
 
 
-def momenta(optimizer: Optimizer | None) -> dict[int, float]:
-    """The removable momentum of each parameter, by its ``id``."""
+def momenta(optimizer: Optimizer | None, above: float = 0.0) -> dict[int, float]:
+    """The removable momentum of each parameter, by its ``id``, where it is above a number."""
     if optimizer is None or not is_sgd(optimizer):
         return {}
     return {
         id(parameter): float(group["momentum"])
         for group in optimizer.param_groups
-        if 0 < group.get("momentum", 0) < 1 and group.get("dampening", 0) < 1
+        if above < group.get("momentum", 0) < 1 and group.get("dampening", 0) < 1
         for parameter in group["params"]
     }
+
+
+def of_layers(layers: Iterable[Layer], known: Mapping[int, float]) -> dict[Layer, float]:
+    """The momentum of each layer's first trained parameter; 0 where none is known."""
+    return {layer: known.get(id(next(iter(layer.trained_parameters().values()))), 0.0) for layer in layers}
 
 
 def take_momentum_out(optimizer: Optimizer, parameters: Iterable[nn.Parameter], loss_scale: float) -> None:

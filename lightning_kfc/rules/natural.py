@@ -16,7 +16,7 @@ from lightning_kfc.factors.inverses import CholeskyInverse, FewRows, Inverse
 from lightning_kfc.factors.quadratic_form import inner_product
 from lightning_kfc.monitoring.events import Events, listed
 from lightning_kfc.rules.base import ReadyLayer, Rule, Updates, write_update, written_parameters
-from lightning_kfc.rules.momentum import lengthening, limit_momentum, momenta
+from lightning_kfc.rules.momentum import lengthening, limit_momentum, momenta, of_layers
 
 #: The widest layers in a batch: with wider ones, a copy of the inverses costs more than separate products.
 LARGEST_BATCHED = 512
@@ -58,11 +58,14 @@ class NaturalRule(Rule[NaturalUpdates]):
 
     def learning_rates(self, rates: Mapping[Layer, float], optimizer: Optimizer | None) -> dict[Layer, float]:
         """The optimizer's, times the factor that replaces the momentum above the limit."""
-        known, limit = momenta(optimizer), self._highest_momentum
-        if limit is None or not known:
+        limited, limit = self._limited(optimizer), self._highest_momentum
+        if limit is None or not limited:
             return dict(rates)
-        first = {layer: next(iter(layer.trained_parameters().values())) for layer in rates}
-        return {layer: rate * lengthening(known.get(id(first[layer]), 0.0), limit) for layer, rate in rates.items()}
+        return {layer: rates[layer] * lengthening(own, limit) for layer, own in of_layers(rates, limited).items()}
+
+    def _limited(self, optimizer: Optimizer | None) -> dict[int, float]:
+        """The momentum of each parameter that is above the limit, by its ``id``."""
+        return {} if self._highest_momentum is None else momenta(optimizer, above=self._highest_momentum)
 
     def updates(
         self, ready: Sequence[ReadyLayer], damping: float, kl_clip: float | None, most_decrease: float | None = None
@@ -111,10 +114,9 @@ class NaturalRule(Rule[NaturalUpdates]):
         if plain:
             what = f"no inverse gives {listed(plain)} a usable update; the gradient is used"
             events.report("nonfinite_updates", step, what)
-        if self._highest_momentum is not None and optimizer is not None:
-            known = momenta(optimizer)
-            limited = [p for p in written_parameters(ready) if known.get(id(p), 0.0) > self._highest_momentum]
-            limit_momentum(optimizer, limited, self._highest_momentum, loss_scale)
+        limited, limit = self._limited(optimizer), self._highest_momentum
+        if limited and optimizer is not None and limit is not None:
+            limit_momentum(optimizer, (p for p in written_parameters(ready) if id(p) in limited), limit, loss_scale)
 
 
 def forget_rows(ready: Sequence[ReadyLayer], updates: NaturalUpdates) -> None:
