@@ -9,7 +9,7 @@ from torch import distributed as dist
 
 import lightning_kfc.scheduling.automatic_periods as period_choice
 from lightning_kfc import KFCCallback
-from lightning_kfc.scheduling.period_costs import LONGEST, SHORTEST, Costs
+from lightning_kfc.scheduling.automatic_periods import LONGEST, SHORTEST, Costs
 from tests.distributed.nets import EXACT, Net, difference, images, loader, outcome, trainer
 from tests.distributed.pool import Ranks
 from tests.helpers.harness import QUIET

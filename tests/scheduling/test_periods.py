@@ -17,7 +17,7 @@ from lightning_kfc import KFC, KFCCallback, Logging, RefreshTiming
 from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.estimation.loss_statistics import LossStatistics
 from lightning_kfc.rules.natural import NaturalRule
-from lightning_kfc.scheduling.period_costs import LONGEST, SHORTEST, Costs, candidates, choose_periods
+from lightning_kfc.scheduling.automatic_periods import LONGEST, SHORTEST, Costs, candidates, choose_periods
 from tests.helpers.harness import QUIET, Classifier, fit, images, loader
 from tests.refresh.test_staggering import Training
 
