@@ -298,7 +298,7 @@ class Layer:
         The matrix is in float32 or better. For sharded tensors, collective: call on every rank.
         """
         joint = self.adapter.matrix({role: whole(tensor) for role, tensor in tensors.items()})
-        return joint.to(torch.promote_types(joint.dtype, torch.float32))
+        return joint if joint.dtype.itemsize >= 4 else joint.float()
 
     def gradients(self) -> dict[str, Tensor] | None:
         """The gradients of the layer's parameters; None if one is missing."""

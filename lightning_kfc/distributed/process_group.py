@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from lightning_kfc.utilities.torch_internals import values_of
@@ -109,6 +109,9 @@ class Communication:
 
 def is_sharded(tensor: Any) -> bool:
     """Whether a tensor is a DTensor, of which this rank holds a part."""
+    # First, since it is cheap, and almost always true: this is asked of every parameter at every step.
+    if type(tensor) is Tensor or type(tensor) is nn.Parameter:
+        return False
     return isinstance(tensor, Tensor) and hasattr(tensor, "placements") and hasattr(tensor, "to_local")
 
 

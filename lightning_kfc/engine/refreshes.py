@@ -69,7 +69,8 @@ class Refreshes:
             # If messages follow, all ranks must take part.
             if sends or self._reviewer.active:
                 finite = stages.group.all_agree(finite, next(stages.model.parameters()).device)
-        if finite:
+        # Most steps have nothing to refresh.
+        if finite and (dated is None or self._inverses.outdated(dated, self._reviewer.damping_at(step))):
             self._refresh(names, dated)
         return finite
 

@@ -101,8 +101,8 @@ class Adapter(ABC):
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The covered parameters of the module, by role."""
-        named = {role: parameters_of(self.module).get(role) for role in ("weight", "bias")}
-        return {role: parameter for role, parameter in named.items() if parameter is not None}
+        own = parameters_of(self.module)
+        return {role: parameter for role in ("weight", "bias") if (parameter := own.get(role)) is not None}
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """The trainable ones of :meth:`parameters`; empty when all are frozen."""

@@ -158,7 +158,7 @@ def natural_step(
     updates, rank_exceeded = solve_all(inverses, gradients, batched=batched)
     if not updates:
         return NaturalUpdates((), 1.0, 0.0)
-    products = torch.stack([inner_product(*pair).double() for pair in zip(updates, gradients, strict=True)]).tolist()
+    products = torch.stack([inner_product(*pair) for pair in zip(updates, gradients, strict=True)]).double().tolist()
     failed, restored = [], []
     for i, product in enumerate(products):
         if _is_usable(product):

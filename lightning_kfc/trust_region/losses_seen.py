@@ -14,6 +14,7 @@ from lightning_kfc.distributed import process_group as distributed
 from lightning_kfc.factors.sparse import dense
 from lightning_kfc.trust_region.replay import RecordedLoss
 from lightning_kfc.utilities.autograd_graph import nodes_from
+from lightning_kfc.utilities.torch_internals import parameters_of
 
 
 @dataclass
@@ -94,7 +95,8 @@ class LossesSeen:
     def _trained_by(self, loss: Tensor) -> dict[int, Tensor]:
         if len(self._optimizers) > 1 and loss.grad_fn is not None:
             return _leaves(loss.grad_fn)
-        return {id(p): p for p in self._model.parameters() if p.requires_grad}
+        own = (p for module in self._model.modules() for p in parameters_of(module).values())
+        return {id(p): p for p in own if p is not None and p.requires_grad}
 
     def _drop_thrown_away(self) -> None:
         for seen in self._losses:

@@ -54,9 +54,10 @@ def eager_compiled_code() -> Iterator[None]:
         _EAGER_STANCE.leave()
 
 
-def full_precision(model: nn.Module) -> torch.autocast:
+def full_precision(model: nn.Module) -> contextlib.AbstractContextManager[object]:
     """Disable autocast, in which a plain loop would form factors and updates in half precision."""
-    return torch.autocast(next(model.parameters()).device.type, enabled=False)
+    device = next(model.parameters()).device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
