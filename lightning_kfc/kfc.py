@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_kfc.curvature.coverage import Coverage, coverage_of, without_curvature
+from lightning_kfc.curvature.gradients import gradients_of
 from lightning_kfc.curvature.model_layers import ModelLayers
 from lightning_kfc.curvature.optimizer_step import OptimizerStep, directions
 from lightning_kfc.distributed.process_group import ProcessGroup
@@ -238,8 +239,8 @@ class KFC:
 
     def _replace_gradients(self, coming: OptimizerStep) -> None:
         stages, rule, step, damping = self._stages, self._stages.rule, self.step, self.damping
-        layers = [self.layers[name] for name in coming.rates]
-        gradients = {layer: own for layer in layers if (own := layer.gradients()) is not None}
+        known = {name: own for name, trained in coming.trained.items() if (own := gradients_of(trained)) is not None}
+        gradients = {self.layers[name]: own for name, own in known.items()}
         stages.pending.before_step(gradients, step)
         ready = received_updates(stages.ownership, rule.ready(gradients, coming), damping)
         # SAM's second gradient, at other weights than those after the last step, does not measure that step.

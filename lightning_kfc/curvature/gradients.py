@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_kfc.distributed.process_group import is_sharded
 from lightning_kfc.distributed.sharded_tensors import part_of
@@ -16,6 +16,12 @@ from lightning_kfc.utilities.torch_internals import values_of
 def is_zero(gradient: Tensor) -> bool:
     """Whether all elements of a gradient are zero."""
     return not bool(values_of(gradient).any())
+
+
+def gradients_of(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor] | None:
+    """The gradients of a layer's parameters, by role; None if one is missing, or without parameters."""
+    found = {role: gradient for role, p in parameters.items() if (gradient := p.grad) is not None}
+    return found if found and len(found) == len(parameters) else None
 
 
 def write_matrix(adapter: Adapter, matrix: Tensor, gradients: Mapping[str, Tensor]) -> bool:
@@ -32,13 +38,10 @@ def write_matrix(adapter: Adapter, matrix: Tensor, gradients: Mapping[str, Tenso
     half = any(gradient.dtype == torch.float16 for gradient in gradients.values())
     if half and float(matrix.abs().max()) > torch.finfo(torch.float16).max:
         return False
-    targets = {
-        role: torch.empty(g.shape, dtype=g.dtype, device=g.device) if is_sharded(g) else g
-        for role, g in gradients.items()
-    }
-    adapter.write(matrix, targets)
-    for role, gradient in gradients.items():
-        if is_sharded(gradient):
-            local: Tensor = gradient.to_local()  # type: ignore[attr-defined]  # a DTensor has it
-            local.copy_(part_of(targets[role], gradient))
+    sharded = {role: g for role, g in gradients.items() if is_sharded(g)}
+    wholes = {role: torch.empty(g.shape, dtype=g.dtype, device=g.device) for role, g in sharded.items()}
+    adapter.write(matrix, {**gradients, **wholes})
+    for role, gradient in sharded.items():
+        local: Tensor = gradient.to_local()  # type: ignore[attr-defined]  # a DTensor has it
+        local.copy_(part_of(wholes[role], gradient))
     return True

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_kfc.curvature.gradients import is_zero, write_matrix
+from lightning_kfc.curvature.gradients import gradients_of, is_zero
 from lightning_kfc.curvature.own_damping import OwnDamping
 from lightning_kfc.curvature.weight_scale import mean_square
 from lightning_kfc.distributed.process_group import is_sharded
@@ -100,7 +100,8 @@ class Layer:
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that are trainable now, by role, as in the optimizer."""
-        return {role: self._shards.get(role, own) for role, own in self.adapter.own_parameters().items()}
+        own = self.adapter.own_parameters()
+        return {role: self._shards.get(role, p) for role, p in own.items()} if self._shards else own
 
     def factor(self, name: str) -> Tensor:
         """A running factor, without the groups axis if there is one group.
@@ -301,23 +302,11 @@ class Layer:
         return joint if joint.dtype.itemsize >= 4 else joint.float()
 
     def gradients(self) -> dict[str, Tensor] | None:
-        """The gradients of the layer's parameters; None if one is missing."""
-        found = {name: parameter.grad for name, parameter in self.trained_parameters().items()}
-        known = {name: gradient for name, gradient in found.items() if gradient is not None}
-        return known if known and len(known) == len(found) else None
+        """The gradients of the layer's parameters, by role; None if one is missing."""
+        return gradients_of(self.trained_parameters())
 
     def gradient_is_zero(self) -> bool:
         """Whether all gradients of the layer's parameters are missing or zero."""
         parameters = {**self.adapter.parameters(), **self._shards}.values()
         # Other ranks may have nonzero parts of a sharded gradient.
         return all(g is None or (type(g) is Tensor and is_zero(g)) for g in (p.grad for p in parameters))
-
-    def write(self, matrix: Tensor) -> bool:
-        """Replace the gradients by a matrix ``(groups, d_out, d_in)``.
-
-        Returns:
-            False if the gradients' precision (float16) cannot hold the matrix; they then stay unchanged.
-        """
-        gradients = self.gradients()
-        assert gradients is not None
-        return write_matrix(self.adapter, matrix, gradients)

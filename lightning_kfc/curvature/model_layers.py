@@ -109,17 +109,22 @@ class ModelLayers(Mapping[str, Layer]):
 
         A layer with parameters in several groups gets the learning rate of the weight's group.
         """
+        return {name: rate for name, (rate, _) in self.trained_by(optimizer).items()}
+
+    def trained_by(self, optimizer: Optimizer) -> dict[str, tuple[float, dict[str, nn.Parameter]]]:
+        """The layers of :meth:`learning_rates`, each with its trainable parameters by role."""
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        rates = {}
+        found = {}
         for name, layer in self.present().items():
-            own = [groups.get(id(parameter)) for parameter in layer.trained_parameters().values()]
+            trained = layer.trained_parameters()
+            own = [groups.get(id(parameter)) for parameter in trained.values()]
             if own and own[0] is not None and all(group is not None for group in own):
-                rates[name] = float(own[0]["lr"])
-        return rates
+                found[name] = float(own[0]["lr"]), trained
+        return found
 
     def stepped_by(self, optimizer: Optimizer | None) -> list[str]:
         """The layers all of whose trainable parameters belong to an optimizer; all present layers if it is None."""
-        return list(self.present() if optimizer is None else self.learning_rates(optimizer))
+        return list(self.present() if optimizer is None else self.trained_by(optimizer))
 
     def parameters(self, optimizer: Optimizer | None) -> list[nn.Parameter]:
         """The parameters that an optimizer steps; all parameters of the model if it is unknown."""

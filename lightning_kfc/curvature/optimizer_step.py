@@ -24,6 +24,7 @@ class OptimizerStep:
         optimizer: The optimizer; None if unknown, as one without momentum.
         parameters: The parameters of the step.
         rates: The learning rate of each layer of the step, by name.
+        trained: The trainable parameters of each of these layers, by role.
         loss_scale: The factor on the gradients.
         loss_gradients: The gradient of the loss, by the ``id`` of a parameter whose gradient is already replaced.
     """
@@ -31,6 +32,7 @@ class OptimizerStep:
     optimizer: Optimizer | None
     parameters: Sequence[nn.Parameter]
     rates: Mapping[str, float]
+    trained: Mapping[str, Mapping[str, nn.Parameter]]
     loss_scale: float
     loss_gradients: Mapping[int, Tensor]
 
@@ -49,11 +51,13 @@ class OptimizerStep:
             ValueError: If neither ``lr`` nor ``optimizer`` is given, or both are.
         """
         if optimizer is not None and lr is None:
-            rates = layers.learning_rates(optimizer)
+            found = layers.trained_by(optimizer)
         elif lr is not None and optimizer is None:
-            rates = dict.fromkeys(layers.present(), float(lr))
+            found = {name: (float(lr), layer.trained_parameters()) for name, layer in layers.present().items()}
         else:
             raise ValueError(
                 "precondition() takes either lr=... or optimizer=..., for the length of the step in the KL clip."
             )
-        return cls(optimizer, layers.parameters(optimizer), rates, loss_scale, loss_gradients or {})
+        rates = {name: rate for name, (rate, _) in found.items()}
+        trained = {name: own for name, (_, own) in found.items()}
+        return cls(optimizer, layers.parameters(optimizer), rates, trained, loss_scale, loss_gradients or {})

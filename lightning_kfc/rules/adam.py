@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_kfc.curvature.layer import Layer
+from lightning_kfc.curvature.optimizer_step import OptimizerStep
 from lightning_kfc.factors.inverses import EighInverse, Inverse
 from lightning_kfc.factors.moments import Moments, eigenbasis
 from lightning_kfc.factors.quadratic_form import inner_product, quadratic_form
@@ -64,9 +65,10 @@ class AdamRule(Rule[AdamUpdates]):
 
     moments_per_parameter: ClassVar[int] = 2
 
-    def learning_rates(self, rates: Mapping[Layer, float], optimizer: Optimizer | None) -> dict[Layer, float]:
+    def learning_rates(self, coming: OptimizerStep) -> dict[str, float]:
         r""":math:`\eta` of each layer, a share of :math:`\mathrm{lr}/(1-\mu)`."""
-        return {layer: rates[layer] * _share(own) for layer, own in of_layers(rates, momenta(optimizer)).items()}
+        known = of_layers(coming.trained, momenta(coming.optimizer))
+        return {name: coming.rates[name] * _share(own) for name, own in known.items()}
 
     def updates(
         self, ready: Sequence[ReadyLayer], damping: float, kl_clip: float | None, most_decrease: float | None = None
@@ -99,7 +101,7 @@ class AdamRule(Rule[AdamUpdates]):
             layer.take_moments(moments)
             # Moments in the former basis do not exist any more.
             layer.confirm_inverse()
-            if not write_update(layer, update, loss_scale):
+            if not write_update(entry, update, loss_scale):
                 unwritten.append(layer.name)
         if updates.failed:
             names = listed(ready[position].layer.name for position in updates.failed)

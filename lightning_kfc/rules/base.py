@@ -10,6 +10,7 @@ from typing import ClassVar, Generic, TypeVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_kfc.curvature.gradients import gradients_of, write_matrix
 from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.curvature.optimizer_step import OptimizerStep
 from lightning_kfc.factors.inverses import Inverse
@@ -22,6 +23,7 @@ class ReadyLayer:
 
     Attributes:
         layer: The layer, which has an inverse.
+        parameters: The layer's trainable parameters, by role.
         gradient: Shape ``(groups, d_out, d_in)``, in float32 or better.
         learning_rate: The rule's learning rate for the layer's parameters in this step.
         received: Replaces the layer's inverse if another rank may have computed the update.
@@ -29,6 +31,7 @@ class ReadyLayer:
     """
 
     layer: Layer
+    parameters: Mapping[str, nn.Parameter]
     gradient: Tensor
     learning_rate: float
     received: Inverse | None = None
@@ -72,14 +75,9 @@ class Rule(ABC, Generic[U]):
     #: The number of values per parameter that are held from step to step.
     moments_per_parameter: ClassVar[int] = 0
 
-    def learning_rates(self, rates: Mapping[Layer, float], optimizer: Optimizer | None) -> dict[Layer, float]:
-        """The rule's learning rate for each layer, given the optimizer's.
-
-        Args:
-            rates: The optimizer's learning rate for each layer.
-            optimizer: The optimizer of the step; None if unknown, as one without momentum.
-        """
-        return dict(rates)
+    def learning_rates(self, coming: OptimizerStep) -> Mapping[str, float]:
+        """The rule's learning rate for each layer of a step, by name, given the optimizer's."""
+        return coming.rates
 
     def ready(self, gradients: Mapping[Layer, Mapping[str, Tensor]], coming: OptimizerStep) -> list[ReadyLayer]:
         """Return the layers that have an inverse and a gradient that fits it.
@@ -88,14 +86,12 @@ class Rule(ABC, Generic[U]):
             gradients: The gradients of the parameters, by layer.
             coming: The coming step. Gradients are multiplied by its loss scale; the matrices are not.
         """
-        usable = {
-            layer: own for layer, own in gradients.items() if layer.inverse is not None and tuple(own) == layer.roles
-        }
-        adjusted = self.learning_rates({layer: coming.rates[layer.name] for layer in usable}, coming.optimizer)
-        ready, scale = [], coming.loss_scale
-        for layer, own in usable.items():
-            matrix = layer.matrix(own)
-            ready.append(ReadyLayer(layer, matrix if scale == 1 else matrix / scale, adjusted[layer]))
+        ready, scale, rates = [], coming.loss_scale, self.learning_rates(coming)
+        for layer, own in gradients.items():
+            if layer.inverse is not None and tuple(own) == layer.roles:
+                matrix = layer.matrix(own)
+                matrix = matrix if scale == 1 else matrix / scale
+                ready.append(ReadyLayer(layer, coming.trained[layer.name], matrix, rates[layer.name]))
         return ready
 
     @abstractmethod
@@ -136,15 +132,17 @@ class Rule(ABC, Generic[U]):
         """Drop the rule's own momentum of these layers."""
 
 
-def write_update(layer: Layer, update: Tensor, loss_scale: float) -> bool:
+def write_update(entry: ReadyLayer, update: Tensor, loss_scale: float) -> bool:
     """Replace a layer's gradients by its update.
 
     Returns:
         False if float16 cannot hold the update; the gradients then stay unchanged.
     """
-    return layer.write(update if loss_scale == 1 else update * loss_scale)
+    gradients = gradients_of(entry.parameters)
+    assert gradients is not None
+    return write_matrix(entry.layer.adapter, update if loss_scale == 1 else update * loss_scale, gradients)
 
 
 def written_parameters(ready: Sequence[ReadyLayer]) -> list[nn.Parameter]:
     """The trained parameters of layers, each once: the projections of an attention layer may share a parameter."""
-    return list({id(p): p for entry in ready for p in entry.layer.trained_parameters().values()}.values())
+    return list({id(p): p for entry in ready for p in entry.parameters.values()}.values())

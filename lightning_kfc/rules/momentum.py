@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.factors.sparse import dense
 
 
@@ -30,9 +29,14 @@ def momenta(optimizer: Optimizer | None, above: float = 0.0) -> dict[int, float]
     }
 
 
-def of_layers(layers: Iterable[Layer], known: Mapping[int, float]) -> dict[Layer, float]:
-    """The momentum of each layer's first trained parameter; 0 where none is known."""
-    return {layer: known.get(id(next(iter(layer.trained_parameters().values()))), 0.0) for layer in layers}
+def of_layers(trained: Mapping[str, Mapping[str, nn.Parameter]], known: Mapping[int, float]) -> dict[str, float]:
+    """The momentum of each layer's first trained parameter; 0 where none is known.
+
+    Args:
+        trained: The trainable parameters by role, by the layer's name.
+        known: The momentum of parameters, by their ``id``.
+    """
+    return {name: known.get(id(next(iter(own.values()), None)), 0.0) for name, own in trained.items()}
 
 
 def take_momentum_out(optimizer: Optimizer, parameters: Iterable[nn.Parameter], loss_scale: float) -> None:

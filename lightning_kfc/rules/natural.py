@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_kfc.curvature.layer import Layer
+from lightning_kfc.curvature.optimizer_step import OptimizerStep
 from lightning_kfc.factors.inverses import CholeskyInverse, FewRows, Inverse
 from lightning_kfc.factors.quadratic_form import inner_product
 from lightning_kfc.monitoring.events import Events, listed
@@ -56,12 +56,13 @@ class NaturalRule(Rule[NaturalUpdates]):
     def __init__(self, highest_momentum: float | None = None) -> None:
         self._highest_momentum = highest_momentum
 
-    def learning_rates(self, rates: Mapping[Layer, float], optimizer: Optimizer | None) -> dict[Layer, float]:
+    def learning_rates(self, coming: OptimizerStep) -> Mapping[str, float]:
         """The optimizer's, times the factor that replaces the momentum above the limit."""
-        limited, limit = self._limited(optimizer), self._highest_momentum
+        limited, limit = self._limited(coming.optimizer), self._highest_momentum
         if limit is None or not limited:
-            return dict(rates)
-        return {layer: rates[layer] * lengthening(own, limit) for layer, own in of_layers(rates, limited).items()}
+            return coming.rates
+        known = of_layers(coming.trained, limited)
+        return {name: coming.rates[name] * lengthening(own, limit) for name, own in known.items()}
 
     def _limited(self, optimizer: Optimizer | None) -> dict[int, float]:
         """The momentum of each parameter that is above the limit, by its ``id``."""
@@ -103,7 +104,7 @@ class NaturalRule(Rule[NaturalUpdates]):
             layer = entry.layer
             if position in updates.restored:
                 layer.go_back()
-            if position in updates.failed or not write_update(layer, update, loss_scale):
+            if position in updates.failed or not write_update(entry, update, loss_scale):
                 plain.append(layer.name)
             else:
                 layer.confirm_inverse()

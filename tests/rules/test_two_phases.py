@@ -16,6 +16,10 @@ from lightning_kfc.rules.choice import RULE_TYPES
 from tests.helpers.nets import classes, data, engine
 
 
+def ready_layer(layer: Layer) -> ReadyLayer:
+    return ReadyLayer(layer, layer.trained_parameters(), layer.matrix(layer.gradients()), 0.1)
+
+
 def ready_layers(rule: str) -> tuple[nn.Module, list[ReadyLayer]]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
@@ -24,7 +28,7 @@ def ready_layers(rule: str) -> tuple[nn.Module, list[ReadyLayer]]:
         loss = F.cross_entropy(model(data(8, 4)), classes(8, count=3))
     kfc.update(loss)
     loss.backward()
-    return model, [ReadyLayer(layer, layer.matrix(layer.gradients()), 0.1) for layer in kfc.layers.values()]
+    return model, [ready_layer(layer) for layer in kfc.layers.values()]
 
 
 def state_of(layer: Layer) -> tuple[Any, ...]:
@@ -59,7 +63,7 @@ def test_the_rank_of_a_gradient_is_noted_on_its_layer_when_updates_are_written()
     generator = torch.Generator().manual_seed(0)
     model[0].weight.grad = torch.randn(160, 150, generator=generator, dtype=torch.float64)
     model[0].bias.grad = torch.zeros(160, dtype=torch.float64)
-    ready = [ReadyLayer(layer, layer.matrix(layer.gradients()), 0.1)]
+    ready = [ready_layer(layer)]
     rule = RULE_TYPES["natural"]()
     updates = rule.updates(ready, 0.1, None)
     assert updates.rank_exceeded == (0,)
