@@ -19,6 +19,7 @@ So that one optimizer suits both rules, :math:`\eta` is 0.02 times the optimizer
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -34,8 +35,9 @@ from lightning_kfc.factors.moments import Moments, eigenbasis
 from lightning_kfc.factors.quadratic_form import inner_product, quadratic_form
 from lightning_kfc.monitoring.events import Events, listed
 from lightning_kfc.rules.base import ReadyLayer, Rule, Updates, write_update, written_parameters
-from lightning_kfc.rules.momentum import momenta, of_layers, take_momentum_out
+from lightning_kfc.rules.momentum import alone, momenta, of_layers, take_momentum_out
 from lightning_kfc.rules.natural import clip_factor
+from lightning_kfc.utilities.torch_internals import scale
 
 #: :math:`\eta` if the optimizer's learning rate, divided by 1 - momentum, is 1.
 LEARNING_RATE = 0.02
@@ -128,9 +130,12 @@ def _in_units_of(optimizer: Optimizer | None, written: Sequence[nn.Parameter], l
         loss_scale: A factor on the updates, by which a gradient scaler will divide.
     """
     known = momenta(optimizer)
+    alike: dict[tuple[float, int], list[Tensor]] = defaultdict(list)
     for parameter in written:
         if parameter.grad is not None:
-            parameter.grad.mul_(_share(known.get(id(parameter), 0.0)))
+            alike[_share(known.get(id(parameter), 0.0)), alone(parameter)].append(parameter.grad)
+    for (share, _), gradients in alike.items():
+        scale(gradients, share)
     if known and optimizer is not None:
         take_momentum_out(optimizer, (p for p in written if id(p) in known), loss_scale)
 

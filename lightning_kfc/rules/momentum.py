@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_kfc.factors.sparse import dense
+from lightning_kfc.distributed.process_group import is_sharded
+from lightning_kfc.factors.sparse import SPARSE, dense
+from lightning_kfc.utilities.torch_internals import add, scale
 
 
 def is_sgd(optimizer: Optimizer) -> bool:
@@ -83,6 +86,11 @@ def lengthening(momentum: float, limit: float) -> float:
     return max(1.0, (1 - limit) / (1 - momentum))
 
 
+def alone(parameter: Tensor) -> int:
+    """Equal for parameters that one operation may change together, which sharded and plain ones cannot share."""
+    return id(parameter) if is_sharded(parameter) else 0
+
+
 def _convert(
     optimizer: Optimizer,
     parameters: Iterable[nn.Parameter],
@@ -91,24 +99,30 @@ def _convert(
 ) -> None:
     """Replace gradients by sums of update, parameter and momentum buffer, with the shares of each group."""
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    alike: dict[tuple[float, float, float, int], list[tuple[Tensor, Tensor, Tensor | None]]] = defaultdict(list)
+    for parameter in parameters:
+        group = groups.get(id(parameter))
+        if parameter.grad is None or group is None or not group["momentum"]:
+            continue
+        state = optimizer.state.get(parameter, {})
+        buffer = state.get("momentum_buffer")
+        if buffer is not None and buffer.is_sparse:
+            # A sparse buffer cannot take a dense gradient.
+            buffer = state["momentum_buffer"] = buffer.to_dense()
+        if parameter.grad.layout in SPARSE:
+            parameter.grad = dense(parameter.grad)
+        key = *shares(group, first=buffer is None), alone(parameter)
+        alike[key].append((parameter.grad, parameter, buffer))
     with torch.no_grad():
-        for parameter in parameters:
-            group = groups.get(id(parameter))
-            if parameter.grad is None or group is None or not group["momentum"]:
-                continue
-            state = optimizer.state.get(parameter, {})
-            buffer = state.get("momentum_buffer")
-            if buffer is not None and buffer.is_sparse:
-                # A sparse buffer cannot take a dense gradient.
-                buffer = state["momentum_buffer"] = buffer.to_dense()
-            parameter.grad = gradient = dense(parameter.grad)
-            of_update, of_parameter, of_buffer = shares(group, first=buffer is None)
+        for (of_update, of_parameter, of_buffer, _), members in alike.items():
+            gradients = [gradient for gradient, _, _ in members]
             if of_update != 1:
-                gradient.mul_(of_update)
+                scale(gradients, of_update)
             if of_parameter:
-                gradient.add_(parameter, alpha=of_parameter * loss_scale)
-            if buffer is not None:
-                gradient.add_(buffer, alpha=of_buffer * loss_scale)
+                add(gradients, [parameter for _, parameter, _ in members], of_parameter * loss_scale)
+            known = [(gradient, buffer) for gradient, _, buffer in members if buffer is not None]
+            if known:
+                add([gradient for gradient, _ in known], [buffer for _, buffer in known], of_buffer * loss_scale)
 
 
 def _shares(group: Mapping[str, Any], *, first: bool) -> tuple[float, float, float]:

@@ -108,6 +108,16 @@ def interpolate(tensors: list[Tensor], ends: list[Tensor], weight: float) -> Non
     torch._foreach_lerp_(tensors, ends, weight)
 
 
+def scale(tensors: list[Tensor], factor: float) -> None:
+    """Multiply tensors in place."""
+    torch._foreach_mul_(tensors, factor)
+
+
+def add(tensors: list[Tensor], others: list[Tensor], factor: float) -> None:
+    """Add multiples of others to tensors in place."""
+    torch._foreach_add_(tensors, others, alpha=factor)
+
+
 # Storages.
 
 
