@@ -224,11 +224,18 @@ def test_the_api_page_has_every_public_name() -> None:
 
 
 def test_the_loss_page_has_the_recognised_loss_functions_and_distributions_and_no_others() -> None:
-    text = (ROOT / "docs/loss.md").read_text("utf-8")
+    _, _, text = (ROOT / "docs/loss.md").read_text("utf-8").partition("## Loss functions and options")
     first = "\n".join(line.split("|")[1].partition("after")[0] for line in text.splitlines() if line.startswith("| `"))
     named = {name for name in re.findall(r"`([A-Za-z_0-9]+)`", first) if not name.endswith("Loss")}
     functions, kinds = {f.__name__ for f in LOSS_FUNCTIONS}, {kind.__name__ for kind in DISTRIBUTIONS}
     assert named == functions | kinds | {"OneHotCategorical"}
+
+
+def test_the_loss_page_has_what_the_code_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import generate_loss_table as generator
+
+    assert generator.PAGE.read_text("utf-8") == generator.page(), "run: python docs/generate_loss_table.py"
 
 
 def test_the_logged_keys_and_counted_events_are_documented() -> None:
