@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from benchmarks.contest.curves import Curve
 from benchmarks.contest.harness import Run
 from benchmarks.contest.optimizers import BatchLoss, Contestant, Stepper
 from benchmarks.contest.tasks import Task
+from lightning_kfc.callback.averaged_statistics import POWER, share_at_start
 
 #: The name of the weights without an average.
 NONE = "none"
@@ -27,18 +29,19 @@ SPACING = 8
 
 
 class Average:
-    """An exponential average of a model's weights; step k has a weight of at least 1/k.
+    """An average of a model's weights, as that of the callback.
 
     Args:
         model: The model; its buffers are copied.
-        decay: The share of the average that stays at each step.
+        decay: The share of the average that stays at each later step.
+        power: The power of the polynomial-decay average of the first steps.
 
     Attributes:
         seconds: CPU seconds that the updates took.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self._model, self._decay = model, decay
+    def __init__(self, model: nn.Module, decay: float, power: int = POWER) -> None:
+        self._model, self._decay, self._power = model, decay, power
         self._copy = copy.deepcopy(model)
         self._steps = 0
         self.seconds = 0.0
@@ -48,7 +51,7 @@ class Average:
         """Mix in the present weights."""
         started = time.process_time()
         self._steps += 1
-        weight = 1 - min(1 - 1 / self._steps, self._decay)
+        weight = max(share_at_start(self._steps, self._power), 1 - self._decay)
         torch._foreach_lerp_(list(self._copy.parameters()), list(self._model.parameters()), weight)
         self.seconds += time.process_time() - started
 
@@ -58,6 +61,10 @@ class Average:
         for own, current in zip(self._copy.buffers(), self._model.buffers(), strict=True):
             own.copy_(current)
         return self._copy
+
+
+#: The evaluated averages, by name.
+BY_DECAY = {f"{decay:g}": partial(Average, decay=decay) for decay in DECAYS}
 
 
 class KeepingStepper(Stepper):
@@ -101,13 +108,14 @@ class AveragedRun(Run):
         seed: int,
         seconds: float | None = None,
         spacing: int = SPACING,
+        averages: Mapping[str, Callable[[nn.Module], Average]] = BY_DECAY,
     ) -> None:
         def make(model: nn.Module, rate: float, random_seed: int) -> Stepper:
-            averages = {f"{decay:g}": Average(model, decay) for decay in DECAYS}
-            return KeepingStepper(contestant.make(model, rate, random_seed), averages)
+            kept = {name: average(model) for name, average in averages.items()}
+            return KeepingStepper(contestant.make(model, rate, random_seed), kept)
 
         super().__init__(task, replace(contestant, make=make), lr, seed, seconds=seconds, spacing=spacing)
-        self.curves = {name: Curve([0], [0.0], list(self.curve.losses)) for name in AVERAGES}
+        self.curves = {name: Curve([0], [0.0], list(self.curve.losses)) for name in (NONE, *averages)}
 
     def arrived(self, average: str) -> bool:
         """Whether the target is reached with this average."""

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_kfc import KFC
+from lightning_kfc.callback.averaged_statistics import share_at_start
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,12 @@ class AveragingStepper(Stepper):
     Args:
         stepper: The other stepper.
         model: Its model.
-        decay: The decay of the average; at step k it is min(1 - 1/k, decay).
+        decay: The decay of the average; at step k it is at most 1 - 10/(k + 9).
     """
 
     def __init__(self, stepper: Stepper, model: nn.Module, decay: float) -> None:
         def mix(averaged: Tensor, current: Tensor, step: Tensor | int) -> Tensor:
-            return torch.lerp(averaged, current, 1 - min(1 - 1 / (float(step) + 1), decay))
+            return torch.lerp(averaged, current, max(share_at_start(float(step) + 1), 1 - decay))
 
         self._stepper = stepper
         self._model = model

@@ -4,16 +4,32 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_kfc.utilities.torch_internals import AnyBatchNorm, plain_name
 
+#: The power of the polynomial-decay average of the first steps: the average looks back over about a tenth of them. The
+#: mean of all of them, power 0, would trail weights that still improve fast.
+POWER = 9
+
+Steps = TypeVar("Steps", float, Tensor)
+
+
+def share_at_start(steps: Steps, power: int = POWER) -> Steps:
+    r"""The weight :math:`(1 + \eta)/(k + \eta)` of step k in a polynomial-decay average (Shamir and Zhang 2013).
+
+    Args:
+        steps: The number of averaged steps k, this one included, at least 1.
+        power: The power :math:`\eta`, at least 0; 0 is the mean of all steps.
+    """
+    return (1 + power) / (steps + power)
+
 
 class AveragedStatistics:
-    """Exponential averages of every batch norm's batch statistics, with the decay of the averaged weights.
+    """Averages of every batch norm's batch statistics, with the weights of the averaged parameters.
 
     The statistics of a step's batches are computed from the change of the running statistics. Means and standard
     deviations are averaged, since both scale with the weights before the layer. The averages depend neither on the
@@ -91,7 +107,7 @@ class _Group:
         kept = torch.where(self._momentum.isnan(), 1 - batches / total, (1 - self._momentum) ** batches)
         moved = (batches > 0) & (kept < 1)
         self.updates += moved
-        weights = torch.where(moved, (1 / self.updates).clamp(min=1 - self._decay), 0)[self._layer_of]
+        weights = torch.where(moved, share_at_start(self.updates).clamp(1 - self._decay, 1), 0)[self._layer_of]
         beyond = torch.where(moved, kept / (1 - kept), 0)[self._layer_of]
         self.mean.lerp_(mean + beyond * (mean - mean_before), weights)
         of_batches = variance + beyond * (variance - variance_before)

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_kfc.callback.averaged_statistics import AveragedStatistics
+from lightning_kfc.callback.averaged_statistics import AveragedStatistics, share_at_start
 from lightning_kfc.callback.options import KFCOptions
 from lightning_kfc.distributed.process_group import is_sharded
 from lightning_kfc.utilities.torch_internals import interpolate, plain_name, tree_map
@@ -36,10 +36,11 @@ class _Average:
 class AveragedWeights:
     r"""Averages the weights that optimizers update, and swaps them with the weights that train.
 
-    After an optimizer's k-th step, its parameters enter their averages with weight :math:`\max(1/k, 1 - \text{decay})`,
-    so that the initial weights do not count. A parameter that is added later starts at its own value. Parameters
-    without an optimizer, such as those of a teacher, are not averaged. Batch norm gets the statistics of the averaged
-    steps (:class:`~lightning_kfc.callback.averaged_statistics.AveragedStatistics`).
+    After an optimizer's k-th step, its parameters enter their averages with weight
+    :math:`\max(10/(k + 9), 1 - \text{decay})`: the initial weights do not count, the first steps are soon forgotten.
+    A parameter that is added later starts at its own value. Parameters without an optimizer, such as those of a
+    teacher, are not averaged. Batch norm gets the statistics of the averaged steps
+    (:class:`~lightning_kfc.callback.averaged_statistics.AveragedStatistics`).
 
     Args:
         module: The module that trains.
@@ -72,7 +73,7 @@ class AveragedWeights:
                     self._averages[id(p)] = _Average(p, p.detach().clone())
                 continue
             average.updates += 1
-            weight = 1 - min(1 - 1 / average.updates, self._decay)
+            weight = max(share_at_start(average.updates), 1 - self._decay)
             averages, values = alike[p.device, p.dtype, weight]
             averages.append(average.value)
             values.append(p.detach())

@@ -41,7 +41,7 @@ def averaged_by_hand(steps, decay):
     """The exponential average of weights that were recorded after each step."""
     average = steps[0]
     for k, step in enumerate(steps, 1):
-        share = min(1 - 1 / k, decay)
+        share = min((k - 1) / (k + 9), decay)
         average = {name: share * average[name] + (1 - share) * value for name, value in step.items()}
     return average
 
@@ -451,12 +451,13 @@ def test_batch_norm_has_the_averaged_means_and_deviations_of_the_batches(momentu
     for k, step in enumerate(seen.steps, 1):
         values = torch.ones(len(step), dtype=torch.float64)
         if momentum is not None:
-            values = torch.tensor([(1 - momentum) ** (len(step) - 1 - i) for i in range(len(step))]).double()
+            powers = torch.arange(len(step), dtype=torch.float64).flip(0)
+            values = (1 - momentum) ** powers
         batches += len(step)
         shares = (values / values.sum()).tolist()
         own_mean = sum(s * x.mean(1) for s, x in zip(shares, step, strict=True))
         own_deviation = sum(s * x.var(1) for s, x in zip(shares, step, strict=True)).sqrt()
-        kept = min(1 - 1 / k, 0.9)
+        kept = min((k - 1) / (k + 9), 0.9)
         mean = own_mean if mean is None else kept * mean + (1 - kept) * own_mean
         deviation = own_deviation if deviation is None else kept * deviation + (1 - kept) * own_deviation
     assert batches == 10

@@ -50,7 +50,7 @@ class Seen(Net):
 def averaged(values: list[Tensor], decay: float = 0.9) -> Tensor:
     result = values[0]
     for k, value in enumerate(values, 1):
-        share = min(1 - 1 / k, decay)
+        share = min((k - 1) / (k + 9), decay)
         result = share * result + (1 - share) * value
     return result
 

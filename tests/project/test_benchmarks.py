@@ -272,7 +272,9 @@ def test_averaged_weights_are_those_evaluated() -> None:
         weights.append(run.model.weight.detach().clone())
     averaged = run._stepper.averaged
     assert averaged is not None
-    assert torch.allclose(averaged.module.weight, sum(weights) / 3)  # 1 - 1/3 is still below the decay
+    # The shares of the three steps: 1, then 10/11 and 10/12 of the newest.
+    expected = torch.lerp(torch.lerp(weights[0], weights[1], 10 / 11), weights[2], 10 / 12)
+    assert torch.allclose(averaged.module.weight, expected)
     assert run.curve.losses[-1] == tiny_task().training_loss(averaged) != tiny_task().training_loss(run.model)
 
 
