@@ -123,7 +123,7 @@ CASES: dict[str, list[Case]] = {
             _in(
                 _CONV,
                 "rows_of_a_transposed_convolution_rebuild_its_gradient_with_every_option",
-                "rows_of_a_transposed_convolution_follow_the_output_size_asked_for",
+                "rows_of_a_transposed_convolution_follow_the_output_size_requested",
                 _SCALE_LAW,
                 "a_transposed_convolution_to_one_location_has_the_dense_fisher_of_cross_entropy",
             ),

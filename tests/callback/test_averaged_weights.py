@@ -104,7 +104,7 @@ def line(**options):
 @pytest.mark.slow
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("make_optimizer", [sgd, torch.optim.AdamW])
-def test_validation_sees_the_average_of_all_steps_with_the_start_forgotten(decay, make_optimizer):
+def test_validation_uses_the_average_of_all_steps_with_the_start_forgotten(decay, make_optimizer):
     module = line(lr=0.3, make_optimizer=make_optimizer)
     fit(module, KFCCallback(average_weights=decay), max_epochs=2)
     assert len(module.validated) == len(module.steps) == 20
@@ -318,7 +318,7 @@ def test_training_goes_on_bit_for_bit_whether_averages_were_on_or_are(tmp_path, 
 
 
 @pytest.mark.parametrize("other", [EMAWeightAveraging(decay=0.9), StochasticWeightAveraging(swa_lrs=0.1)])
-def test_other_averages_of_weights_win_and_this_is_said(other, caplog):
+def test_other_averages_of_weights_win_and_this_is_reported(other, caplog):
     module, callback = line(), KFCCallback()
     with caplog.at_level(logging.INFO):
         fit(module, callback, copy.deepcopy(other), limit_val_batches=0)

@@ -122,7 +122,7 @@ def test_the_short_name_of_an_imported_class_is_enough(cli, tmp_path):
         ("include", "net.[07]", ("net.[07]",)),
     ],
 )
-def test_what_yaml_says_arrives_and_survives_print_config(cli, tmp_path, capsys, option, given, expected):
+def test_what_yaml_sets_arrives_and_survives_print_config(cli, tmp_path, capsys, option, given, expected):
     config = written(tmp_path, [entry(**{option: given})])
     assert getattr(settings_of(cli(["fit", "--config", config, *FAST])), option) == expected
     capsys.readouterr()

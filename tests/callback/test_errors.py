@@ -46,7 +46,7 @@ class Hinge(Regression):
         return F.multi_margin_loss(self(batch[0]), batch[1])
 
 
-def test_an_unknown_loss_trains_by_its_own_gradient_which_one_line_says(caplog):
+def test_an_unknown_loss_trains_by_its_own_gradient_and_one_line_reports_it(caplog):
     callback = KFCCallback()
     trainer(callback).fit(Hinge(), loader(vectors()))
     (line,) = [r.getMessage() for r in caplog.records if "curvature from" in r.getMessage()]
@@ -204,7 +204,7 @@ def warned_fit(callback, module, match, **options):
     return ours
 
 
-def test_a_loss_that_is_another_one_from_some_step_on_is_counted_and_said_once(caplog):
+def test_a_loss_that_is_another_one_from_some_step_on_is_counted_and_reported_once(caplog):
     module, callback = Losses(at_3=focal, at_4=focal, at_5=focal), KFCCallback(**EACH)
     trainer(callback).fit(module, loader(vectors(24)))
     lines = [r.getMessage() for r in caplog.records if "curvature from" in r.getMessage()]
@@ -249,14 +249,14 @@ def test_a_loss_of_zero_in_one_of_several_micro_batches_leaves_the_statistics_of
     assert callback.kfc.layers["head"].averages["A"].draws > 2
 
 
-def test_a_likelihood_that_no_term_has_any_more_is_counted_and_said_once():
+def test_a_likelihood_that_no_term_has_any_more_is_counted_and_reported_once():
     module, callback = Losses(at_2=focal, at_4=focal), KFCCallback(likelihood="categorical", **EACH)
     said = warned_fit(callback, module, "likelihood='categorical'")
     assert "no statistics are taken of this loss" in said
     assert counted(callback) == {"unrecognised_losses": 2}
 
 
-def test_logits_of_a_module_that_is_taken_away_are_counted_and_said_once():
+def test_logits_of_a_module_that_is_taken_away_are_counted_and_reported_once():
     class Renamed(Losses):
         def on_train_batch_start(self, batch, batch_idx):
             if batch_idx == 2:

@@ -318,7 +318,7 @@ class OwnStep(Regression):
 
 
 @pytest.mark.parametrize("module_class", [AroundTheWrapper, Unwrapping, OwnStep])
-def test_a_step_around_the_wrapped_optimizer_is_said_once_and_trains_plainly(module_class):
+def test_a_step_around_the_wrapped_optimizer_is_reported_once_and_trains_plainly(module_class):
     runs = []
     for callbacks in ([KFCCallback(average_weights=None)], []):
         torch.manual_seed(2)
@@ -358,7 +358,7 @@ class BareForOne(Adversarial):
         return self.own
 
 
-def test_a_bare_backward_is_said_once_and_trains_plainly():
+def test_a_bare_backward_is_reported_once_and_trains_plainly():
     runs = []
     for callbacks in ([KFCCallback(average_weights=None)], []):
         torch.manual_seed(2)

@@ -215,7 +215,7 @@ def random_multiplier(step: int) -> float:
     return float(torch.rand(()))
 
 
-def test_a_schedule_that_never_comes_near_is_told() -> None:
+def test_a_schedule_that_never_comes_near_is_reported() -> None:
     optimizer = SGD(list(nn.Linear(2, 2).parameters()), lr=0.5, momentum=0.5)
     schedule = OneCycleLR(optimizer, max_lr=0.001, total_steps=100, cycle_momentum=False)
     found = text(warnings_for(optimizer, Settings(), schedules=[Schedule(schedule)], steps=100))

@@ -140,13 +140,13 @@ def step(layers: int = 10, steps: int = 1) -> None:
         kfc.precondition(lr=0.1)
 
 
-def test_first_inverses_that_are_soon_made_are_not_told_of(clock: list[float], informed: list[str]) -> None:
+def test_first_inverses_that_are_soon_made_are_not_logged(clock: list[float], informed: list[str]) -> None:
     clock[1] = 0.199
     step()
     assert informed == []
 
 
-def test_first_inverses_that_take_long_are_told_of_ever_more_rarely_and_later_ones_never(
+def test_first_inverses_that_take_long_are_logged_ever_more_rarely_and_later_ones_never(
     clock: list[float], informed: list[str]
 ) -> None:
     step(steps=3)
@@ -174,7 +174,7 @@ LINES = [
 
 @pytest.mark.usefixtures("as_imported")
 @pytest.mark.parametrize("level", [logging.NOTSET, logging.WARNING])
-def test_the_callback_lets_the_engine_s_information_out_unless_the_user_has_set_its_level(
+def test_the_callback_shows_the_engine_s_information_unless_the_user_has_set_its_level(
     clock: list[float], caplog: pytest.LogCaptureFixture, level: int
 ) -> None:
     clock[1] = 3.0
@@ -197,7 +197,7 @@ def test_where_nobody_listens_to_logs_the_callback_s_go_to_standard_error_once(
 
 
 @pytest.mark.usefixtures("as_imported")
-def test_a_plain_loop_is_told_nothing_unless_it_asks(
+def test_a_plain_loop_gets_no_warning_unless_it_requests_it(
     clock: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(logging.getLogger(), "handlers", [])

@@ -194,7 +194,9 @@ def test_a_layer_of_another_size_starts_anew_and_is_reported(tmp_path):
 
 
 @pytest.mark.parametrize("fitted_before", [False, True])
-def test_from_a_checkpoint_without_the_callback_curvature_warms_up_and_this_is_said(tmp_path, caplog, fitted_before):
+def test_from_a_checkpoint_without_the_callback_curvature_warms_up_and_this_is_reported(
+    tmp_path, caplog, fitted_before
+):
     path = checkpoint_of(tmp_path, 7, callback=Callback())
     callback, seen = new_callback(), Recorded()
     if fitted_before:
@@ -221,7 +223,7 @@ def test_after_a_checkpoint_of_weights_only_training_starts_with_a_warm_up(tmp_p
     assert seen.factors == [0, 1, 2, 4]
 
 
-def test_without_factors_a_checkpoint_is_small_and_a_resumed_run_warms_up_and_says_so(tmp_path):
+def test_without_factors_a_checkpoint_is_small_and_a_resumed_run_warms_up_and_reports_it(tmp_path):
     # With a fixed bound, no review causes further statistics.
     together = {"timing": RefreshTiming(stagger_inverses=False), "kl_clip": 0.03}
     path = checkpoint_of(tmp_path / "small", 7, callback=new_callback(save_factors=False, **together))

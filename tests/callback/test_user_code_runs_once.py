@@ -355,7 +355,7 @@ def test_the_comparison_finds_a_change_of(change: str) -> None:
 
 
 @pytest.mark.parametrize("neighbour", NEIGHBOURS)
-def test_the_comparison_tells_apart_by(neighbour: str) -> None:
+def test_the_comparison_distinguishes_by(neighbour: str) -> None:
     one, other, expected = NEIGHBOURS[neighbour]
     assert first_difference(picture(it=one), picture(it=one)) is None
     assert (first_difference(picture(it=one), picture(it=other)) or "").startswith(expected)

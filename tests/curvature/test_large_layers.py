@@ -110,7 +110,7 @@ def test_a_vocabulary_head_and_a_wide_input_never_make_a_matrix_of_their_size(in
     assert layer_bytes(kfc.layers["1"], type(kfc.layers["1"].inverse)) < 3e6
 
 
-def test_the_coverage_tells_the_side_the_bound_and_the_memory_saved() -> None:
+def test_the_coverage_states_the_side_the_bound_and_the_memory_saved() -> None:
     model = nn.Sequential(nn.Embedding(40_000, 8), nn.Linear(8, 8), nn.Linear(8, 30_000), nn.LayerNorm(30_000))
     rows = {row.parameter: row for row in KFC(model).coverage()}
     # The factor and its inverse: 2 * 4 bytes * 30,000 * (30,000 - 1).

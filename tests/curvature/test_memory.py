@@ -77,7 +77,7 @@ def trained(steps: int, **settings: Any) -> tuple[KFC, nn.Sequential, list[Tenso
 @pytest.mark.parametrize(
     "form", [{"inverse": "cholesky"}, {"inverse": "eigh"}, {"inverse": "ekfac"}, {"rule": "adam", "inverse": "eigh"}]
 )
-def test_the_memory_that_coverage_tells_is_what_an_engine_holds(form: dict[str, str]) -> None:
+def test_the_memory_that_coverage_states_is_what_an_engine_holds(form: dict[str, str]) -> None:
     foretold = sum(row.bytes for row in KFC(net(), **form).coverage())
     kfc, model, _ = trained(3, **form)
     told = sum(row.bytes for row in kfc.coverage())
@@ -158,7 +158,7 @@ def test_inverses_in_bfloat16_take_half_and_give_nearly_the_same_update() -> Non
 
 
 @pytest.mark.parametrize(("saved", "resumed"), [("full", "bfloat16"), ("bfloat16", "full"), ("bfloat16", "bfloat16")])
-def test_an_inverse_is_resumed_in_the_precision_that_is_asked_for(saved: str, resumed: str) -> None:
+def test_an_inverse_is_resumed_in_the_precision_that_is_required(saved: str, resumed: str) -> None:
     kfc, _, _ = trained(2, precision=Precision(inverses=saved))
     other = KFC(net(), precision=Precision(inverses=resumed))
     assert other.load_state_dict(kfc.state_dict()) == []

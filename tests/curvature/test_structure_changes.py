@@ -264,7 +264,7 @@ def test_the_steps_of_an_optimizer_that_is_replaced_are_followed() -> None:
 # What is re-parametrised, pruned, frozen and unfrozen.
 
 
-def test_weight_norm_from_an_epoch_on_gives_what_it_makes_a_diagonal_which_is_said(
+def test_weight_norm_from_an_epoch_on_gives_what_it_makes_a_diagonal_which_is_reported(
     said: Callable[[], list[str]],
 ) -> None:
     def normed(module: Classifier) -> None:
@@ -439,7 +439,7 @@ def test_lazy_modules_are_covered_after_the_first_forward(automatic: bool, said:
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
-def test_a_lazy_module_that_is_made_in_a_training_step_ends_reviews_which_is_said() -> None:
+def test_a_lazy_module_that_is_made_in_a_training_step_ends_reviews_which_is_reported() -> None:
     class Lazily(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             if batch_idx == 3:

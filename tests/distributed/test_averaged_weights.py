@@ -94,7 +94,7 @@ def sharded(folder: Path) -> tuple[str, bool]:
     return text.getvalue(), "averaged_weights" in callback.state_dict()
 
 
-def test_sharded_weights_are_not_averaged_and_one_line_says_so(two_ranks: Ranks, tmp_path: Path) -> None:
+def test_sharded_weights_are_not_averaged_and_one_line_reports_it(two_ranks: Ranks, tmp_path: Path) -> None:
     (text, saved), _ = two_ranks.run(sharded, tmp_path)
     assert text.count("KFCCallback does not average the weights: they are sharded over ranks.") == 1
     assert not saved

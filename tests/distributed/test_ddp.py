@@ -238,7 +238,7 @@ def bytes_sent() -> tuple[int, int, int]:
     return sent.factors, sent.inverses, sent.total
 
 
-def test_a_refresh_sends_one_triangle_of_each_factor_and_says_so(two_ranks: Ranks) -> None:
+def test_a_refresh_sends_one_triangle_of_each_factor_and_reports_it(two_ranks: Ranks) -> None:
     factors = [(1, 10), (1, 4), (2, 19), (2, 2), (1, 17), (1, 3)]
     triangles = sum(packed_numel((groups, d, d)) for groups, d in factors)
     header = 3 * 3 * 8

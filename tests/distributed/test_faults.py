@@ -58,7 +58,7 @@ def disagreement(first: dict[str, Any], second: dict[str, Any], width: int) -> s
         ({}, {}, 8, "no error"),
     ],
 )
-def test_ranks_that_disagree_are_told_on_what_before_the_first_step(
+def test_ranks_that_disagree_get_an_error_that_names_it_before_the_first_step(
     two_ranks: Ranks, first: dict[str, Any], second: dict[str, Any], width: int, said: str
 ) -> None:
     told = two_ranks.run(disagreement, first, second, width)

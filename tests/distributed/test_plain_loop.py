@@ -64,7 +64,7 @@ def dates_asked() -> list[int]:
     return asked
 
 
-def test_the_two_halves_of_a_step_ask_once_each_for_the_date_of_each_inverse(two_ranks: Ranks) -> None:
+def test_the_two_halves_of_a_step_request_once_each_the_date_of_each_inverse(two_ranks: Ranks) -> None:
     layers = len(engine(small_conv_net()).layers)
     # In update() and in precondition(), with several ranks as with one.
     assert [*two_ranks.run(dates_asked), dates_asked()] == [[2 * layers] * 9] * 3

@@ -148,6 +148,6 @@ def changed_on_one_rank() -> str:
     return "no error"
 
 
-def test_ranks_whose_models_have_changed_otherwise_are_told_so(two_ranks: Ranks) -> None:
+def test_ranks_whose_models_have_changed_otherwise_get_an_error(two_ranks: Ranks) -> None:
     for said in two_ranks.run(changed_on_one_rank):
         assert "layers: " in said

@@ -125,7 +125,7 @@ def test_a_step_on_a_loss_that_is_not_finite_is_skipped_and_counted(bad: int) ->
     assert events(kfc) == {"nonfinite_gradients": 1}
 
 
-def test_the_first_skipped_step_is_told_to_the_user() -> None:
+def test_the_first_skipped_step_is_reported_to_the_user() -> None:
     with pytest.warns(UserWarning, match="skips this optimizer step: its gradients are not finite"):
         run(Hostile(at_step(1, put(math.nan))))
 

@@ -362,7 +362,7 @@ def test_an_update_without_a_capture_is_an_error_where_statistics_are_due() -> N
     kfc.update(loss)
 
 
-def test_an_update_after_the_backward_is_an_error_that_tells_the_order() -> None:
+def test_an_update_after_the_backward_is_an_error_that_names_the_order() -> None:
     model, x, y = two_linear_layers()
     for loss_of in (lambda: F.mse_loss(model(x), y), lambda: F.mse_loss(model(x), y) * torch.tensor(0.5).double()):
         kfc = engine(model)
@@ -374,7 +374,7 @@ def test_an_update_after_the_backward_is_an_error_that_tells_the_order() -> None
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_reentrant_checkpointing_of_any_layer_is_an_error_that_tells_the_way_out(first: int) -> None:
+def test_reentrant_checkpointing_of_any_layer_is_an_error_that_names_the_way_out(first: int) -> None:
     model, x, y = two_linear_layers()
     kfc = engine(model)
 
@@ -638,7 +638,7 @@ def test_an_engine_that_restarts_goes_on_like_a_new_one_and_keeps_who_looks() ->
     assert len(looked) == 9
 
 
-def test_a_factor_without_an_inverse_keeps_the_last_good_one_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_factor_without_an_inverse_keeps_the_last_good_one_and_reports_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, y = two_linear_layers()
     kfc = observe(model, lambda: F.mse_loss(model(x), y))
     kfc.precondition(lr=0.1)

@@ -189,7 +189,7 @@ def test_a_single_pattern_is_a_list_of_one() -> None:
     assert Settings(include="fc*").include == ("fc*",)
 
 
-def test_a_damping_schedule_that_leaves_the_positive_numbers_is_said_once_and_its_last_valid_value_stays() -> None:
+def test_a_damping_schedule_that_leaves_the_positive_numbers_is_reported_once_and_its_last_valid_value_stays() -> None:
     model = double(nn.Linear(3, 3))
     kfc = engine(model, damping=lambda step: 0.1 - 0.1 * step)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -231,7 +231,7 @@ def test_the_damping_of_a_step_is_the_schedule_s_value_at_it() -> None:
     assert seen == [1.0, 2.0, 3.0, 3.0]
 
 
-def test_a_placement_that_the_inverse_cannot_have_is_an_error_that_says_which_one_can() -> None:
+def test_a_placement_that_the_inverse_cannot_have_is_an_error_that_names_one_that_can() -> None:
     with pytest.raises(ValueError, match=r"Use placement='comm-opt', or inverse='eigh'"):
         Settings(inverse="ekfac", placement="mem-opt")
     assert Settings(inverse="ekfac", placement="comm-opt").placement == "comm-opt"

@@ -59,7 +59,7 @@ def trained(kfc: KFC, model: nn.Module, losses: list[Callable[[nn.Module, Tensor
 
 @pytest.mark.parametrize("case", LOSSES)
 @pytest.mark.parametrize("fisher", ["mc", "exact", "empirical"])
-def test_it_trains_with_a_diagonal_for_all_layers_which_one_line_says(case: str, fisher: str) -> None:
+def test_it_trains_with_a_diagonal_for_all_layers_and_one_line_reports_it(case: str, fisher: str) -> None:
     model = net()
     kfc, losses = engine(model, fisher=fisher, kl_clip=0.01), []
     messages = said(lambda: losses.extend(trained(kfc, model, [LOSSES[case]] * 20)))

@@ -295,7 +295,7 @@ def test_an_input_that_autocast_casts_may_be_changed_in_place_afterwards() -> No
     assert torch.equal(found[0].values, found[1].values)
 
 
-def test_an_input_changed_in_place_costs_its_layer_the_correction_and_is_said() -> None:
+def test_an_input_changed_in_place_costs_its_layer_the_correction_and_is_reported() -> None:
     model = InPlace(after=True).double()
     # Autograd lets the input go where the weight is frozen, and only then allows the change.
     model.second.weight.requires_grad_(False)

@@ -120,7 +120,7 @@ def test_a_loss_without_a_rest_makes_no_further_back_propagation(monkeypatch: py
     assert observe(model, loss).layers["body"].averages
 
 
-def test_shares_of_the_gradient_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_shares_of_the_gradient_are_reported_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "lightning_kfc")
     model, x = TwoHeads().double(), data(N, 4)
     kfc, optimizer = engine(model), torch.optim.SGD(model.parameters(), lr=0.0)

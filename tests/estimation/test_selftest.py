@@ -58,7 +58,7 @@ class Unseen(nn.Module):
 
 
 @pytest.mark.parametrize("fisher", ["mc", "exact", "empirical"])
-def test_a_weight_also_used_outside_its_module_gets_a_diagonal_which_is_said_once(fisher: str) -> None:
+def test_a_weight_also_used_outside_its_module_gets_a_diagonal_which_is_reported_once(fisher: str) -> None:
     model = Twice().double()
     kfc, optimizer = engine(model, fisher=fisher), torch.optim.SGD(model.parameters(), lr=0.1)
 
@@ -111,13 +111,13 @@ def test_a_penalty_that_begins_later_is_no_use_outside_a_module(later: Callable[
     assert kronecker_layers(kfc) == ["first", "head"]
 
 
-def test_a_layer_that_is_excluded_as_the_warning_says_is_no_warning() -> None:
+def test_a_layer_that_is_excluded_as_the_warning_advises_is_no_warning() -> None:
     model = Twice().double()
     kfc = observe(model, lambda: F.cross_entropy(model(data(4, 3)), TARGET), exclude=["first"])
     assert kronecker_layers(kfc) == ["head"]
 
 
-def test_a_weight_used_without_calling_its_module_has_no_rows_which_is_said_once_and_listed() -> None:
+def test_a_weight_used_without_calling_its_module_has_no_rows_which_is_reported_once_and_listed() -> None:
     model = Unseen().double()
     kfc = engine(model)
     for step in range(2):

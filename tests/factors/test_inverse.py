@@ -62,7 +62,7 @@ def test_a_factor_that_is_indefinite_by_more_than_rounding_gets_more_damping() -
 
 
 @pytest.mark.parametrize("bad", [float("nan"), -1e9])
-def test_a_factor_without_an_inverse_is_an_error_that_tells_the_dampings_tried(bad: float) -> None:
+def test_a_factor_without_an_inverse_is_an_error_that_names_the_dampings_tried(bad: float) -> None:
     A = torch.eye(3).double().unsqueeze(0)
     A[0, 0, 0] = bad
     with pytest.raises(FactorisationError, match=r"damping 0\.01 to 10"):

@@ -53,7 +53,7 @@ def test_matrices_of_one_shape_in_one_batch_are_as_one_by_one(monkeypatch: pytes
     assert torch.equal(together[1], matrices[1].amax(-1))
 
 
-def test_degenerate_matrices_have_an_answer() -> None:
+def test_degenerate_matrices_have_an_inverse() -> None:
     cases = [torch.zeros(1, 40, 40), 3 * torch.eye(40)[None], torch.full((1, 40, 40), torch.nan), torch.ones(1, 40, 40)]
     zero, identity, spoilt, ones = (float(value) for value in largest_eigenvalues(cases))
     assert zero == 0
@@ -78,7 +78,7 @@ def test_the_effective_rank_counts_equal_eigenvalues() -> None:
 
 @pytest.mark.parametrize("inverse", ["cholesky", "eigh", "ekfac"])
 @pytest.mark.parametrize("damping", [1e-4, 1e-2, 1.0])
-def test_what_is_said_of_a_layer_is_near_what_decompositions_say(inverse: Any, damping: float) -> None:
+def test_what_is_reported_of_a_layer_is_near_what_decompositions_give(inverse: Any, damping: float) -> None:
     torch.manual_seed(0)
     model = conv_net(12).double()
     kfc = KFC(model, inverse=inverse, damping=damping, kl_clip=None)
@@ -98,7 +98,7 @@ def test_what_is_said_of_a_layer_is_near_what_decompositions_say(inverse: Any, d
             assert found.effective_ranks[key] == pytest.approx(rank, rel=1e-9)
 
 
-def test_a_rank_without_a_layer_s_inverse_says_nothing_of_its_condition() -> None:
+def test_a_rank_without_a_layer_s_inverse_reports_nothing_of_its_condition() -> None:
     model = conv_net()
     kfc = KFC(model)
     with kfc.capture():

@@ -49,7 +49,7 @@ def test_input_factor_is_a_mean_over_rows_and_output_factor_a_sum_over_calls_of_
     oracles.assert_equal(factors["G"][0], outputs.T @ outputs, what="G")
 
 
-def test_statistics_with_a_number_that_is_not_finite_say_so() -> None:
+def test_statistics_with_a_number_that_is_not_finite_are_reported() -> None:
     good = Statistics({"A": torch.ones(1, 1, 1)}, {"G": torch.ones(1, 1, 1)}, 1)
     assert good.is_finite()
     for bad in (float("nan"), float("inf")):

@@ -115,7 +115,7 @@ def test_rows_of_a_transposed_convolution_rebuild_its_gradient_with_every_option
     assert_rows_rebuild_the_gradient(adapter_of(conv), lambda: curved(conv(x)), str(conv))
 
 
-def test_rows_of_a_transposed_convolution_follow_the_output_size_asked_for() -> None:
+def test_rows_of_a_transposed_convolution_follow_the_output_size_requested() -> None:
     conv = nn.ConvTranspose2d(2, 3, 3, stride=3, padding=1).double()
     x = data(2, 2, 3, 3)
     sizes = set()

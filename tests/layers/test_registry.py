@@ -93,7 +93,7 @@ def test_an_adapter_whose_rows_do_not_rebuild_the_gradient_is_caught_at_the_firs
         observe(model, lambda: loss_of(model))
 
 
-def test_rows_of_a_wrong_shape_are_named_with_the_shape_that_is_asked_for() -> None:
+def test_rows_of_a_wrong_shape_are_named_with_the_shape_that_is_required() -> None:
     class Inputs(LinearAdapter):
         def weight_input_rows(self, forward: Forward) -> Tensor:
             return super().weight_input_rows(forward)[..., :2]

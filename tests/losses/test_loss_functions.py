@@ -434,7 +434,7 @@ def test_l1_loss_is_a_reweighted_square_with_the_mean_residual_as_floor(unbounde
 
 
 @pytest.mark.parametrize("units", [1e-6, 1.0, 1e6])
-def test_the_curvature_of_an_l1_loss_knows_no_units(units: float) -> None:
+def test_the_curvature_of_an_l1_loss_has_no_units(units: float) -> None:
     # Of residuals in other units, the loss grows as they do, and the Fisher by the old outputs with it.
     y, z = data(4, 3, seed=5), data(4, 3)
     expected = units * exact_matrix(lambda z: F.l1_loss(z, y), z)

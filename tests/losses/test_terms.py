@@ -238,7 +238,7 @@ def test_mse_loss_that_broadcasts_from_the_given_weights() -> None:
     assert_is_the_hessian(lambda z: F.mse_loss(z, y, weight=weight), data(3, 2))
 
 
-def test_mse_loss_between_two_predictions_sees_both() -> None:
+def test_mse_loss_between_two_predictions_uses_both() -> None:
     assert_is_the_hessian(lambda z: F.mse_loss(z[:, :2], z[:, 2:]), data(3, 4))
 
 
@@ -405,7 +405,7 @@ def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 @pytest.mark.parametrize("fisher", ["mc", "exact"])
 @pytest.mark.parametrize("case", UNKNOWN)
-def test_a_loss_that_is_not_recognised_has_the_empirical_fisher_which_one_line_says(
+def test_a_loss_that_is_not_recognised_has_the_empirical_fisher_and_one_line_reports_it(
     case: str, fisher: str, log: pytest.LogCaptureFixture
 ) -> None:
     model, x = head(), data(4, 4)
@@ -503,7 +503,7 @@ def test_a_likelihood_that_no_term_has_is_an_error_naming_it_and_what_was_seen()
         kfc.update(loss)
 
 
-def test_a_likelihood_that_no_term_has_later_is_counted_and_said_once() -> None:
+def test_a_likelihood_that_no_term_has_later_is_counted_and_reported_once() -> None:
     model, x = head(), data(4, 4)
     kfc = observe(model, lambda: F.binary_cross_entropy_with_logits(model(x), LABELS), likelihood="bernoulli")
     kfc.precondition(lr=0.1)

@@ -44,7 +44,7 @@ pytestmark = [
 @pytest.mark.parametrize(
     ("cut", "steps", "speaks"), [(95, 100, True), (94, 100, False), (99, 99, False), (100, 100, True), (0, 100, False)]
 )
-def test_the_clip_rule_speaks_from_95_of_the_last_100_steps_on(cut: int, steps: int, speaks: bool) -> None:
+def test_the_clip_rule_warns_from_95_of_the_last_100_steps_on(cut: int, steps: int, speaks: bool) -> None:
     facts = Facts(clip_factors=[0.0999] * cut + [0.1] * (steps - cut), kl_clip=0.03)
     said = clip_sets_the_step(facts)
     assert (said is not None) == speaks
@@ -61,7 +61,7 @@ def test_the_clip_rule_speaks_from_95_of_the_last_100_steps_on(cut: int, steps: 
     ("little", "steps", "momentum", "speaks"),
     [(26, 50, 0.5, True), (25, 50, 0.5, False), (49, 49, 0.5, False), (50, 50, 0.9, False), (0, 50, 0.0, False)],
 )
-def test_the_rule_of_clipped_gradients_speaks_where_half_of_the_updates_lose_nearly_all_of_their_length(
+def test_the_rule_of_clipped_gradients_warns_where_half_of_the_updates_lose_nearly_all_of_their_length(
     little: int, steps: int, momentum: float, speaks: bool
 ) -> None:
     factors = [0.01] * little + [0.4] * (steps - little)
@@ -151,7 +151,7 @@ def test_a_rule_is_heard_once() -> None:
     assert len(adviser.given) == 2
 
 
-def test_nothing_is_said_of_a_training_that_goes_well() -> None:
+def test_nothing_is_reported_of_a_training_that_goes_well() -> None:
     assert [rule(Facts(steps=1000, clip_factors=[1.0] * 100, timed_steps=900)) for rule in RULES] == [None] * len(RULES)
 
 
@@ -272,7 +272,7 @@ def test_float16_that_overflows_again_and_again_is_noticed() -> None:
 
 
 @pytest.mark.slow
-def test_advice_is_said_once_and_is_in_the_report(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_advice_is_reported_once_and_is_in_the_report(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         said = advice(
             KFCCallback(damping=1e4, kl_clip=None, logging=Logging(report_dir=str(tmp_path))),
@@ -293,9 +293,7 @@ def test_a_training_that_gives_no_occasion_has_none_in_its_report(tmp_path: Path
 @pytest.mark.parametrize(
     ("rows", "steps", "speaks"), [(1, 20, True), (2, 20, True), (1, 19, False), (3, 1000, False), (None, 1000, False)]
 )
-def test_the_rule_of_few_rows_speaks_of_steps_of_one_or_two_examples(
-    rows: int | None, steps: int, speaks: bool
-) -> None:
+def test_the_rule_of_few_rows_warns_of_steps_of_one_or_two_examples(rows: int | None, steps: int, speaks: bool) -> None:
     said = few_rows(Facts(fewest_rows=rows, layer_of_fewest_rows="head", steps=steps))
     assert (said is not None) == speaks
     if said is not None and rows is not None:

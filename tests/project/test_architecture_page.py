@@ -89,7 +89,7 @@ def test_the_layers_of_the_picture_are_those_of_the_import_contract() -> None:
 
 
 @pytest.mark.parametrize("wish", ASKED)
-def test_the_table_says_where_to_make_a_change(wish: str) -> None:
+def test_the_table_lists_where_to_make_a_change(wish: str) -> None:
     found = [row for row in rows("I want to …") if row[0] == wish]
     assert len(found) == 1
     assert [path for path in paths(found[0][1]) if path.startswith("lightning_kfc/")]

@@ -80,7 +80,7 @@ def test_first_crossing_counts_even_if_the_loss_rises_again() -> None:
     assert curve.reach(0.1) == Reach(10, 1.0)
 
 
-def test_a_target_that_is_never_met_or_met_at_the_start_is_told_apart() -> None:
+def test_a_target_that_is_never_met_or_met_at_the_start_is_distinguished() -> None:
     curve = Curve([0, 10], [0.0, 1.0], [1.0, 0.5])
     assert curve.reach(0.4) is NEVER
     assert curve.reach(2.0) == Reach(0, 0.0)
@@ -97,7 +97,7 @@ def test_a_loss_of_nan_reaches_nothing_and_counts_as_divergence() -> None:
 # Grids and ratios.
 
 
-def test_the_edge_of_a_grid_is_told_from_its_inside() -> None:
+def test_the_edge_of_a_grid_is_distinguished_from_its_inside() -> None:
     assert at_edge(0.5, (0.1, 0.5, 0.2))
     assert not at_edge(0.2, (0.1, 0.5, 0.2))
     assert not at_edge(0.5, (0.5,))
@@ -163,7 +163,7 @@ def test_runs_advance_by_turns_of_one_block_and_stop_at_the_budget() -> None:
     assert "".join(made) == "aaaaabbbbb" * 2 + "aabb"
 
 
-def test_a_run_stops_early_where_the_caller_says_so() -> None:
+def test_a_run_stops_early_where_the_caller_requires_it() -> None:
     made: list[str] = []
     runs = [harness.Run(tiny_task(budget=12), _noting("a", made), 1.0, 0)]
     harness.interleave(runs, until=lambda run: run.curve.iterations[-1] >= 4, block=2)
@@ -664,7 +664,7 @@ def test_amortised_cost_is_the_mean_over_the_steps_of_a_schedule(t_cov: int, t_i
     assert step_cost.amortised(between, factors, refresh, t_cov, t_inv) == pytest.approx(expected)
 
 
-def test_each_kind_of_step_does_what_its_name_says() -> None:
+def test_each_kind_of_step_does_what_its_name_promises() -> None:
     for kind, (t_cov, t_inv) in {"between": (False, False), "factors": (True, False), "refresh": (True, True)}.items():
         stepper = step_cost.KINDS[kind](nn.Linear(3, 2))
         assert isinstance(stepper, step_cost.KFCStepper)
@@ -690,7 +690,7 @@ def test_costs_are_ratios_to_the_same_rounds_sgd_step(monkeypatch: pytest.Monkey
     assert costs["slow"] == pytest.approx(3, rel=0.01)
 
 
-def test_the_spread_tells_of_the_dear_step_that_a_median_hides(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_spread_shows_the_expensive_step_that_a_median_hides(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
 
     def taking(period: int, seconds: float) -> Callable[[nn.Module], SimpleNamespace]:

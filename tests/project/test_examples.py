@@ -37,7 +37,7 @@ def test_the_outcome_of_every_example_was_measured() -> None:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_example_says_how_it_is_run(path: Path) -> None:
+def test_example_documents_how_it_is_run(path: Path) -> None:
     assert f"python examples/{path.name}" in described(path) or "make demo" in described(path)
 
 
@@ -67,7 +67,7 @@ def test_an_outcome_is_the_last_line_and_a_failure_shows_what_was_printed(
         examples_outcome.measure("bad")
 
 
-def test_outcomes_are_measured_in_pieces_and_again_where_asked_for(
+def test_outcomes_are_measured_in_pieces_and_again_where_requested(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[str] = []

@@ -25,7 +25,7 @@ def test_quickstart_is_taken_apart_into_what_its_reader_types() -> None:
     assert "pytorch_lightning" not in program, "the sections after the steps are no part of the file"
 
 
-def test_a_command_of_the_quickstart_that_fails_says_why(tmp_path: Path) -> None:
+def test_a_command_of_the_quickstart_that_fails_reports_why(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="status 3:\nthe reason"):
         quickstart_time.timed("echo the reason; exit 3", tmp_path)
     seconds, printed = quickstart_time.timed("pwd", tmp_path)

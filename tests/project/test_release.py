@@ -168,7 +168,7 @@ def is_well_formed(link: str) -> bool:
         ("https://github.com/someone/lightning-kfc/blob/main/READ.md", False),
     ],
 )
-def test_a_malformed_link_is_told_from_a_good_one(link: str, expected: bool) -> None:
+def test_a_malformed_link_is_distinguished_from_a_good_one(link: str, expected: bool) -> None:
     assert external(f"[see]({link}).") == {link}
     assert is_well_formed(link) is expected
 

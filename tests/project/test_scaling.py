@@ -26,7 +26,7 @@ def test_the_networks_have_the_parameters_that_they_are_known_for() -> None:
 
 
 @pytest.mark.parametrize("network", list(NETWORKS))
-def test_placements_differ_in_nothing_on_one_rank_and_in_memory_as_they_say_on_many(network: str) -> None:
+def test_placements_differ_in_nothing_on_one_rank_and_in_memory_as_documented_on_many(network: str) -> None:
     known, machine = NETWORKS[network], gpu_nodes()
     alone = [predict(known, machine, 1, placement) for placement in PLACEMENTS.values()]
     assert all(cost == alone[0] for cost in alone)

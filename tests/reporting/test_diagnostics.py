@@ -164,7 +164,7 @@ def test_cosine_and_update_to_weight_are_those_of_the_gradients_before_and_after
     assert (numbers["kfc/clipped_share"] == 1) == (kl_clip is not None)
 
 
-def test_the_clipped_share_is_that_of_the_steps_since_it_was_last_asked_for() -> None:
+def test_the_clipped_share_is_that_of_the_steps_since_it_was_last_read() -> None:
     torch.manual_seed(0)
     model = conv_net()
     kfc = KFC(model, kl_clip=1e-3)

@@ -119,7 +119,7 @@ def test_coverage_is_drawn_as_it_prints() -> None:
     assert "conv_1" in svg(draw_coverage(table))
 
 
-def test_nothing_recorded_is_a_picture_that_says_so() -> None:
+def test_nothing_recorded_is_a_picture_that_reports_it() -> None:
     for figure in (draw_spectra({}), draw_factors({}), draw_autocorrelation([])):
         assert titles(figure) == ["nothing was recorded yet"]
         assert png(figure)

@@ -165,7 +165,7 @@ def test_the_report_parses_and_refers_to_nothing_outside_itself(run: Any) -> Non
     assert "<script" not in everything
 
 
-def test_the_report_says_what_was_run(run: Any) -> None:
+def test_the_report_has_what_was_run(run: Any) -> None:
     page = Page(run.html)
     assert page.text["h1"] == "KFC: training of Logged"
     assert page.text["pre"] == str(run.callback.kfc.coverage())
@@ -284,7 +284,7 @@ def test_pictures_alone_write_no_file(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_training_that_fails_leaves_a_report_that_says_so(tmp_path: Path) -> None:
+def test_a_training_that_fails_leaves_a_report_that_reports_it(tmp_path: Path) -> None:
     def fail(trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 3:
             raise RuntimeError("the <disk> is full")

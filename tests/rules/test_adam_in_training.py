@@ -62,7 +62,7 @@ def test_a_gradient_scaler_leaves_the_moments_in_the_units_of_the_loss(fused: bo
     same_steps(*runs, within=2e-2)  # float16 rounds the two differently
 
 
-def test_it_trains_with_its_defaults_and_says_nothing_of_the_recommended_optimizer(
+def test_it_trains_with_its_defaults_and_reports_nothing_of_the_recommended_optimizer(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     kfc, module = KFCCallback(rule="adam"), classifier()

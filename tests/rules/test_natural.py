@@ -118,7 +118,7 @@ def test_a_layer_whose_update_is_not_finite_keeps_its_gradient_and_leaves_the_cl
 
 @pytest.mark.parametrize("kappa", [None, 1e-3, 1e6])
 @pytest.mark.parametrize("most", [1e-4, 1e-2, 1e6])
-def test_a_step_promises_by_its_slope_no_more_than_it_may_and_is_else_as_long_as_the_clip_lets_it_be(
+def test_a_step_promises_by_its_slope_no_more_than_it_may_and_is_else_as_long_as_the_clip_allows(
     kappa: float | None, most: float
 ) -> None:
     gradients, inverses, updates = layers(3)

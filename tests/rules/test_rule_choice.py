@@ -36,7 +36,7 @@ def test_a_narrow_model_with_attention_gets_adam_and_others_do_not() -> None:
     assert (plain.settings.rule, plain.settings.inverse, plain.rule_choice.reason) == ("natural", "cholesky", "")
 
 
-def test_a_model_that_is_attention_itself_is_told_without_a_name() -> None:
+def test_a_model_that_is_attention_itself_is_reported_without_a_name() -> None:
     assert KFC(nn.MultiheadAttention(8, 2), **AUTO).rule_choice.reason == "the model has attention"
 
 
@@ -83,7 +83,7 @@ class Attentive(Classifier):
         self.net.append(self.Attention(self.net[-1].out_features, self.net[-1].out_features))
 
 
-def test_the_callback_chooses_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_callback_reports_its_choice(caplog: pytest.LogCaptureFixture) -> None:
     callback = KFCCallback()
     with caplog.at_level("INFO"):
         fit(Attentive(), kfc=callback, max_steps=2)

@@ -140,7 +140,7 @@ def test_only_what_is_auto_is_chosen(clock: Clock) -> None:
     assert periods(training.kfc) == (10, 30)
 
 
-def test_where_each_step_costs_more_than_the_budget_the_longest_periods_are_taken_and_it_is_said(
+def test_where_each_step_costs_more_than_the_budget_the_longest_periods_are_taken_and_it_is_reported(
     clock: Clock, informed: list[str]
 ) -> None:
     clock.costs["preconditioning"] = 0.5
@@ -219,7 +219,7 @@ def test_deterministic_algorithms_and_a_short_warm_up_are_errors() -> None:
     assert module.losses == []
 
 
-def test_the_callback_says_and_logs_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_callback_logs_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
     callback = KFCCallback(
         factor_every_n_steps="auto",
         inverse_every_n_steps="auto",

@@ -74,7 +74,7 @@ def test_the_first_step_takes_statistics_and_inverts_them(factor: int, inverse: 
 
 
 @given(start=st.floats(1e-6, 1e3), end=st.floats(1e-6, 1e3), steps=st.integers(1, 50), step=st.integers(0, 100))
-def test_schedules_start_and_end_where_they_say_and_stay_between(
+def test_schedules_start_and_end_where_promised_and_stay_between(
     start: float, end: float, steps: int, step: int
 ) -> None:
     share = min(step / steps, 1)

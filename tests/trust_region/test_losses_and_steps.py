@@ -126,7 +126,7 @@ def test_a_step_after_its_closure_is_reviewed_and_a_skipped_one_is_not(monkeypat
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.usefixtures("ten_steps_reviewed")
-def test_a_review_says_what_a_fresh_evaluation_of_the_step_s_batches_says(
+def test_a_review_measures_what_a_fresh_evaluation_of_the_step_s_batches_gives(
     accumulate: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reviews, fresh = Reviews(monkeypatch), []
@@ -322,7 +322,7 @@ WRAPPED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", WRAPPED)
-def test_wrapped_optimizers_count_one_step_a_batch_and_end_where_they_want(
+def test_wrapped_optimizers_count_one_step_a_batch_and_end_where_they_should(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No review moves the weights of an optimizer that holds further weights."""
@@ -349,7 +349,7 @@ def test_wrapped_optimizers_count_one_step_a_batch_and_end_where_they_want(
     assert float(F.cross_entropy(module(inputs), targets).detach()) < start
 
 
-def test_a_closure_that_is_evaluated_again_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_closure_that_is_evaluated_again_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         trainer(KFCCallback(), max_epochs=3).fit(Regression(0.1, SharpnessAware), loader(vectors()))
     assert caplog.text.count("evaluates its closure several times in a step") == 1
@@ -367,7 +367,7 @@ class InTwoSteps(Manual):
         return SharpnessAware(self.parameters(), 0.1)
 
 
-def test_steps_that_lightning_does_not_see_are_said_once_and_nothing_is_undone() -> None:
+def test_steps_that_lightning_does_not_see_are_reported_once_and_nothing_is_undone() -> None:
     callback = KFCCallback()
     with pytest.warns(UserWarning, match=r"could not precondition a step of SGD.*second_step"):
         trainer(callback, max_epochs=3).fit(InTwoSteps(), loader(vectors()))

@@ -358,7 +358,7 @@ def test_a_review_leaves_random_streams_and_batch_norm_as_they_were_and_repeats_
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
 
 
-def test_a_loop_without_reviews_is_told_once_and_goes_on_with_the_fixed_values():
+def test_a_loop_without_reviews_is_warned_once_and_goes_on_with_the_fixed_values():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3))
     inputs, targets = torch.randn(16, 4), torch.randint(0, 3, (16,))
