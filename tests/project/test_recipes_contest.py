@@ -112,7 +112,7 @@ def test_a_run_validates_its_weights_and_their_average() -> None:
         recipe.loss(model(inputs), targets).backward()
         optimizer.step()
         for key, value in model.state_dict().items():
-            average[key] = torch.lerp(average.get(key, value), value, max(1 / (step + 1), 1 - 0.9))
+            average[key] = torch.lerp(average.get(key, value), value, max(10 / (step + 10), 1 - 0.9))
     run.advance(100)
     assert run.over()
     assert run.epochs[-1] == 2.0
