@@ -68,7 +68,7 @@ PARTS = [
     "curvature.layer.Layer.fold",
     "curvature.layer.Layer.refreshed",
     "rules.natural.natural_step",
-    "curvature.layer.Layer.write",
+    "rules.natural.write_update",
 ]
 
 #: The calls from which training goes on: of statistics after the first step, and of inverses at any time.
