@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from generated_tables import page_with
 from torch import Tensor, nn
 from torch import distributions as D
 from torch.nn import functional as F
@@ -20,7 +21,6 @@ from torch.nn import functional as F
 from lightning_kfc import KFC
 
 PAGE = Path(__file__).parent / "loss.md"
-BEGIN, END = "<!-- Made by generate_loss_table.py; do not edit. -->\n", "<!-- End of the table. -->\n"
 #: Outputs of the network, and rows of the batch.
 OUTPUTS, ROWS = 4, 12
 
@@ -140,8 +140,7 @@ def table() -> str:
 
 def page() -> str:
     """The page with the table of today."""
-    before, _, rest = PAGE.read_text("utf-8").partition(BEGIN)
-    return f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}"
+    return page_with(table(), PAGE, __file__)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from generated_tables import page_with
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR
@@ -20,7 +21,6 @@ from lightning_kfc.monitoring import advice as in_course
 from lightning_kfc.settings import Settings
 
 PAGE = Path(__file__).parent / "recipes.md"
-BEGIN, END = "<!-- Made by generate_recipes_table.py; do not edit. -->\n", "<!-- End of the table. -->\n"
 
 
 def of_optimizer(optimizer: Optimizer, *schedules: Any, rule: str = "natural", **options: Any) -> str:
@@ -108,8 +108,7 @@ def table() -> str:
 
 def page() -> str:
     """The page with the table of today."""
-    before, _, rest = PAGE.read_text("utf-8").partition(BEGIN)
-    return f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}"
+    return page_with(table(), PAGE, __file__)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
+from generated_tables import page_with
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "compatibility.md"
-BEGIN, END = "<!-- Made by generate_versions_table.py; do not edit. -->\n", "<!-- End of the table. -->\n"
 #: Rows, by package; the two packages of Lightning have the same versions.
 ROWS = {
     "torch": "torch",
@@ -56,8 +57,7 @@ def table() -> str:
 
 def page() -> str:
     """The page with the table of today."""
-    before, _, rest = PAGE.read_text("utf-8").partition(BEGIN)
-    return f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}"
+    return page_with(table(), PAGE, __file__)
 
 
 if __name__ == "__main__":
