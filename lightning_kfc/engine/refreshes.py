@@ -64,13 +64,12 @@ class Refreshes:
         finite = all_finite([p.grad for p in parameters if p.grad is not None])
         # New statistics change the dates, which are then found after them.
         dated = None if self._factors.expects(names) else self._inverses.dated(names, step)
-        if stages.group.size > 1:
-            sends = dated is None or self._inverses.outdated(dated, self._reviewer.damping_at(step))
-            # If messages follow, all ranks must take part.
-            if sends or self._reviewer.active:
-                finite = stages.group.all_agree(finite, next(stages.model.parameters()).device)
         # Most steps have nothing to refresh.
-        if finite and (dated is None or self._inverses.outdated(dated, self._reviewer.damping_at(step))):
+        due = dated is None or bool(self._inverses.outdated(dated, self._reviewer.damping_at(step)))
+        # If messages follow, all ranks must take part.
+        if stages.group.size > 1 and (due or self._reviewer.active):
+            finite = stages.group.all_agree(finite, next(stages.model.parameters()).device)
+        if finite and due:
             self._refresh(names, dated)
         return finite
 
