@@ -19,6 +19,7 @@ from benchmarks.contest.contestants import kfc
 from benchmarks.contest.optimizers import BatchLoss, KFCStepper
 from benchmarks.contest.tasks import TASKS, Task
 from benchmarks.paths import RESULTS
+from lightning_kfc.curvature.gradients import gradients_of
 from lightning_kfc.factors.inverses import CholeskyInverse
 
 CASES = {"resnet": 128, "autoencoder": 512}
@@ -55,7 +56,7 @@ def measure(task: Task, steps: int) -> str:
     pairs = {name: layer.curvature() for name, layer in layers.items() if set(layer.factors) == {"A", "G"}}
     gradients = {}
     for name in pairs:
-        own = layers[name].gradients()
+        own = gradients_of(layers[name].trained_parameters())
         assert own is not None
         gradients[name] = layers[name].matrix(own)
     damping = stepper.kfc.damping

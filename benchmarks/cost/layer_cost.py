@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks.paths import RESULTS
 from lightning_kfc.curvature.find_layers import find_layers
+from lightning_kfc.curvature.gradients import gradients_of
 from lightning_kfc.factors.inverses import CholeskyInverse
 from lightning_kfc.layers import Forward
 from lightning_kfc.settings import Settings
@@ -101,7 +102,7 @@ def pieces(title: str, *, cost_rule: bool) -> Pieces:
     assert layer.pending is not None
     layer.fold(layer.pending, 0.8)
     own()
-    gradient: Tensor = layer.matrix(layer.gradients() or {})
+    gradient: Tensor = layer.matrix(gradients_of(layer.trained_parameters()) or {})
     rows = output[..., 0].numel() if gradient.shape[0] == 1 and not isinstance(module, nn.Embedding) else None
 
     def inverse() -> None:

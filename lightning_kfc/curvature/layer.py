@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_kfc.curvature.gradients import gradients_of, is_zero
+from lightning_kfc.curvature.gradients import is_zero
 from lightning_kfc.curvature.own_damping import OwnDamping
 from lightning_kfc.curvature.weight_scale import mean_square
 from lightning_kfc.distributed.process_group import is_sharded
@@ -300,10 +300,6 @@ class Layer:
         """
         joint = self.adapter.matrix({role: whole(tensor) for role, tensor in tensors.items()})
         return joint if joint.dtype.itemsize >= 4 else joint.float()
-
-    def gradients(self) -> dict[str, Tensor] | None:
-        """The gradients of the layer's parameters, by role; None if one is missing."""
-        return gradients_of(self.trained_parameters())
 
     def gradient_is_zero(self) -> bool:
         """Whether all gradients of the layer's parameters are missing or zero."""

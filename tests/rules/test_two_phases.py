@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_kfc.curvature.gradients import gradients_of
 from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.monitoring.events import Events
 from lightning_kfc.rules.base import ReadyLayer, Rule
@@ -17,7 +18,7 @@ from tests.helpers.nets import classes, data, engine
 
 
 def ready_layer(layer: Layer) -> ReadyLayer:
-    return ReadyLayer(layer, layer.trained_parameters(), layer.matrix(layer.gradients()), 0.1)
+    return ReadyLayer(layer, layer.trained_parameters(), layer.matrix(gradients_of(layer.trained_parameters())), 0.1)
 
 
 def ready_layers(rule: str) -> tuple[nn.Module, list[ReadyLayer]]:
@@ -46,7 +47,7 @@ def test_gradients_and_layers_stay_as_they_are_until_updates_are_written(name: s
     assert all(state_of(entry.layer) == old for entry, old in zip(ready, before, strict=True))
     rule.write(ready, updates, torch.optim.SGD(model.parameters(), lr=0.1), 4.0, 0, Events())
     for entry, update in zip(ready, updates.tensors, strict=True):
-        written: Tensor = entry.layer.matrix(entry.layer.gradients())
+        written: Tensor = entry.layer.matrix(gradients_of(entry.parameters))
         # The rule "adam" has a learning rate of 0.02 times that of the optimizer.
         torch.testing.assert_close(written, 4.0 * update * (0.02 if name == "adam" else 1.0), rtol=1e-12, atol=0)
 
