@@ -16,7 +16,7 @@ from benchmarks.contest.curves import Curve
 from benchmarks.contest.harness import Run
 from benchmarks.contest.optimizers import BatchLoss, Contestant, Stepper
 from benchmarks.contest.tasks import Task
-from lightning_kfc.callback.averaged_statistics import POWER, share_at_start
+from lightning_kfc.callback.averaged_statistics import POWER, newest_share
 
 #: The name of the weights without an average.
 NONE = "none"
@@ -51,7 +51,7 @@ class Average:
         """Mix in the present weights."""
         started = time.process_time()
         self._steps += 1
-        weight = max(share_at_start(self._steps, self._power), 1 - self._decay)
+        weight = newest_share(self._steps, self._decay, self._power)
         torch._foreach_lerp_(list(self._copy.parameters()), list(self._model.parameters()), weight)
         self.seconds += time.process_time() - started
 

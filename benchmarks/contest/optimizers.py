@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_kfc import KFC
-from lightning_kfc.callback.averaged_statistics import share_at_start
+from lightning_kfc.callback.averaged_statistics import newest_share
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class AveragingStepper(Stepper):
 
     def __init__(self, stepper: Stepper, model: nn.Module, decay: float) -> None:
         def mix(averaged: Tensor, current: Tensor, step: Tensor | int) -> Tensor:
-            return torch.lerp(averaged, current, max(share_at_start(float(step) + 1), 1 - decay))
+            return torch.lerp(averaged, current, newest_share(float(step) + 1, decay))
 
         self._stepper = stepper
         self._model = model

@@ -18,14 +18,18 @@ POWER = 9
 Steps = TypeVar("Steps", float, Tensor)
 
 
-def share_at_start(steps: Steps, power: int = POWER) -> Steps:
-    r"""The weight :math:`(1 + \eta)/(k + \eta)` of step k in a polynomial-decay average (Shamir and Zhang 2013).
+def newest_share(steps: Steps, decay: float, power: int = POWER) -> Steps:
+    r"""The weight :math:`\max((1 + \eta)/(k + \eta), 1 - \text{decay})` with which step k enters an average.
+
+    It begins as the polynomial-decay average of Shamir and Zhang (2013).
 
     Args:
         steps: The number of averaged steps k, this one included, at least 1.
-        power: The power :math:`\eta`, at least 0; 0 is the mean of all steps.
+        decay: The share of the average that each later step keeps, at least 0 and below 1.
+        power: The power :math:`\eta`, at least 0; 0 begins as the mean of all steps.
     """
-    return (1 + power) / (steps + power)
+    share = (1 + power) / (steps + power)
+    return share.clamp(min=1 - decay) if isinstance(share, Tensor) else max(share, 1 - decay)
 
 
 class AveragedStatistics:
@@ -107,7 +111,7 @@ class _Group:
         kept = torch.where(self._momentum.isnan(), 1 - batches / total, (1 - self._momentum) ** batches)
         moved = (batches > 0) & (kept < 1)
         self.updates += moved
-        weights = torch.where(moved, share_at_start(self.updates).clamp(1 - self._decay, 1), 0)[self._layer_of]
+        weights = torch.where(moved, newest_share(self.updates, self._decay), 0)[self._layer_of]
         beyond = torch.where(moved, kept / (1 - kept), 0)[self._layer_of]
         self.mean.lerp_(mean + beyond * (mean - mean_before), weights)
         of_batches = variance + beyond * (variance - variance_before)

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_kfc.callback.averaged_statistics import AveragedStatistics, share_at_start
+from lightning_kfc.callback.averaged_statistics import AveragedStatistics, newest_share
 from lightning_kfc.callback.options import KFCOptions
 from lightning_kfc.distributed.process_group import is_sharded
 from lightning_kfc.utilities.torch_internals import interpolate, plain_name, tree_map
@@ -73,7 +73,7 @@ class AveragedWeights:
                     self._averages[id(p)] = _Average(p, p.detach().clone())
                 continue
             average.updates += 1
-            weight = max(share_at_start(average.updates), 1 - self._decay)
+            weight = newest_share(average.updates, self._decay)
             averages, values = alike[p.device, p.dtype, weight]
             averages.append(average.value)
             values.append(p.detach())
