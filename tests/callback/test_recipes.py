@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import pytest
 from torch.utils.data import DataLoader
 
-from benchmarks.accuracy.recipes import AT_START, CASES, IN_COURSE, LIMITED, Digits, Recipe, digits
+from benchmarks.accuracy.recipes import AT_START, CASES, IN_COURSE, LIMITED, Digits, Recipe, digits, table
 from benchmarks.paths import RESULTS
 from lightning_kfc import KFCCallback
 from tests.helpers.harness import QUIET
@@ -67,6 +67,10 @@ def test_what_is_worse_is_advised_on_when_training_starts_and_its_replacement_is
 def test_the_replacement_that_is_advised_was_measured_to_train_better(name: str) -> None:
     against, instead = (median(loss for loss, _ in MEASURED[name][kind]) for kind in ("against", "instead"))
     assert instead < 0.85 * against
+
+
+def test_the_table_is_that_of_the_measured_recipes() -> None:
+    assert (RESULTS / "recipes.md").read_text("utf-8") == table(MEASURED)
 
 
 def test_the_recipes_that_are_not_advised_on_are_no_worse_by_much() -> None:
