@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.contest.networks import resnet20
-from benchmarks.paths import PLOTS, RESULTS
+from benchmarks.paths import RESULTS
 from lightning_kfc import KFC
 
 SETTINGS = (64, 32, 16, 8, 4)
@@ -196,26 +196,6 @@ def table(numbers: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot(numbers: dict[str, Any], path: Path) -> None:
-    """The errors against the cost, with the noise of a batch."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    rows = numbers["settings"]
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for key in ("median", "largest"):
-        axes.plot([r["cost"] for r in rows], [r[key] for r in rows], "o-", label=f"error of A, {key} over layers")
-    axes.axhline(numbers["noise"], color="grey", linestyle=":", label="noise of A from batch to batch, median")
-    for row in rows:
-        axes.annotate(str(row["rows_per_dim"]), (row["cost"], row["largest"]), fontsize=8)
-    axes.set(yscale="log", xlabel="a step that takes statistics (plain SGD step = 1)", ylabel="relative error")
-    axes.legend(fontsize=8)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -225,15 +205,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, default=RESULTS / "statistics_subset.json")
-    parser.add_argument("--plot", type=Path, default=PLOTS / "statistics_subset.svg")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     numbers = measure(options.batch_size, options.steps, options.batches, options.rounds)
     print(table(numbers))
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(numbers, indent=1) + "\n")
-    options.plot.parent.mkdir(parents=True, exist_ok=True)
-    plot(numbers, options.plot)
 
 
 if __name__ == "__main__":
