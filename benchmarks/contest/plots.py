@@ -27,7 +27,7 @@ COLOURS = {
     "kron": "#999999",
     "kfc": "#D55E00",
 }
-OTHER_COLOURS = ("#000000", "#F0E442", "#7F3C8D", "#A5AA99", "#5D4037")
+OTHER_COLOURS = ("#000000", "#7F3C8D", "#5D4037", "#A5AA99", "#F0E442")
 
 #: Text stays text and ids are the same in every run, for small files and small diffs.
 STYLE: dict[Any, Any] = {
@@ -63,7 +63,7 @@ def plot_convergence(results: Results, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     others = iter(OTHER_COLOURS)
     with mpl.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), sharey=True, layout="constrained")
+        figure, axes = plt.subplots(1, 2, figsize=(8.4, 4.4), sharey=True, layout="constrained")
         for name in results.curves:
             curves = results.of(name)
             colour = COLOURS.get(name) or next(others)
@@ -79,7 +79,7 @@ def plot_convergence(results: Results, path: Path) -> None:
         for target in results.targets:
             for axis in axes:
                 axis.axhline(target, color="black", alpha=0.3, linewidth=0.8, linestyle=":")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
         figure.suptitle(f"{results.title}: {len(results.seeds())} seeds and their median")
         figure.savefig(path, metadata={"Date": None, "Creator": None})
         plt.close(figure)
