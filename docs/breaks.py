@@ -11,8 +11,8 @@ from typing import Any
 from sphinx.application import Sphinx
 
 _NAME = re.compile(r'(?<=<span class="pre">)[^<]+')
-#: After an underscore, a dot and the like, before a capital letter within a word.
-_JOINT = re.compile(r"(?<=[_./:])(?=[^\W\d_])|(?<=[a-z])(?=[A-Z])")
+#: After an underscore, a dot and the like, or the bracket of a long call; before a capital letter within a word.
+_JOINT = re.compile(r"(?<=[_./:])(?=[^\W\d_])|(?<=\w{7}\()(?=[^\W\d_])|(?<=[a-z])(?=[A-Z])")
 
 
 def with_breaks(html: str) -> str:

@@ -42,7 +42,8 @@ def test_names_in_code_may_break_at_their_joints_and_numbers_not(monkeypatch: py
 
     assert with_breaks(code("kfc/time_reviews")) == code("kfc/<wbr>time_<wbr>reviews")
     assert with_breaks(code("BatchNorm2d")) == code("Batch<wbr>Norm2d")
-    assert with_breaks(code("lr=0.5")) == code("lr=0.5")
+    assert with_breaks(code("Precision(inverses=")) == code("Precision(<wbr>inverses=")
+    assert with_breaks(code("SGD(lr=0.5")) == code("SGD(lr=0.5")
 
 
 def test_bars_in_formulas_neither_grow_nor_keep_a_distance(monkeypatch: pytest.MonkeyPatch) -> None:
