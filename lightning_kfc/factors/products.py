@@ -12,17 +12,23 @@ ALIGNMENT = 16
 #: Fewest columns of an aligned matrix; smaller ones gain nothing.
 SMALLEST_ALIGNED = 64
 
+#: Fewest bytes of an aligned number. Products in bfloat16 read what lies between the rows, and a NaN there enters the
+#: result (oneDNN with AMX, https://github.com/uxlfoundation/oneDNN/issues/5717).
+SMALLEST_NUMBER = 4
+
 
 def aligned_empty(like: Tensor, *shape: int) -> Tensor:
     """An uninitialised tensor; the rows of a large one start at multiples of ``ALIGNMENT`` elements."""
     *leading, columns = shape
-    if columns < SMALLEST_ALIGNED or columns % ALIGNMENT == 0:
+    if like.dtype.itemsize < SMALLEST_NUMBER or columns < SMALLEST_ALIGNED or columns % ALIGNMENT == 0:
         return like.new_empty(shape)
     return like.new_empty((*leading, columns + -columns % ALIGNMENT))[..., :columns]
 
 
 def aligned(matrix: Tensor) -> Tensor:
     """A copy of a matrix with aligned rows; a diagonal, or an aligned matrix, is returned itself."""
+    if matrix.dtype.itemsize < SMALLEST_NUMBER:
+        return matrix.contiguous()
     columns = matrix.shape[-1]
     if matrix.ndim < 3 or columns < SMALLEST_ALIGNED or matrix.stride(-2) % ALIGNMENT == 0:
         return matrix

@@ -109,6 +109,19 @@ def test_large_matrices_of_odd_width_get_aligned_rows_and_keep_their_values() ->
     oracles.assert_equal(sandwich(small, middle, moved), small @ middle @ matrix, what="sandwich")
 
 
+def test_what_lies_between_the_rows_enters_no_product_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    def padded(matrix: torch.Tensor) -> torch.Tensor:
+        columns = matrix.shape[-1]
+        return matrix.new_full((*matrix.shape[:-1], columns + -columns % ALIGNMENT), math.nan)[..., :columns]
+
+    left, middle, right = (data(1, *shape).bfloat16() for shape in ((200, 200), (200, 301), (301, 301)))
+    # As a checkpoint of an earlier version has them.
+    inverse = CholeskyInverse(padded(right).copy_(right), padded(left).copy_(left))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda like, shape: like.new_full(shape, math.nan))
+    expected = left.float() @ middle.float() @ right.float()
+    oracles.assert_equal(inverse.solve(middle).float(), expected, rtol=0.02, what="update")
+
+
 @pytest.mark.parametrize(("values", "expected"), [([1.0, 2.0], True), ([3e38, 3e38], True), ([1.0, math.nan], False)])
 def test_a_sum_that_overflows_is_looked_at_again(values: list[float], expected: bool) -> None:
     assert all_finite(torch.tensor(values)) is expected
