@@ -4,7 +4,7 @@
     python examples/digits_cli.py fit --config examples/digits_cli.yaml --trainer.callbacks.damping=0.1
     python examples/digits_cli.py fit --trainer.callbacks+=lightning_kfc.KFCCallback --trainer.callbacks.kl_clip=null
 
-Outcome: accuracy 0.97 on held-out digits after 30 steps
+Outcome: accuracy 0.98 on held-out digits after 30 steps
 """
 
 import torch

@@ -2,7 +2,7 @@
 
     python examples/regression.py
 
-Outcome: held-out R2 0.81 after 60 steps; linear regression 0.77
+Outcome: held-out R2 0.82 after 60 steps; linear regression 0.77
 """
 
 import lightning as L

@@ -4,7 +4,7 @@ To fine-tune a model of your own, put `AutoModelForImageClassification.from_pret
 
     python examples/transformer.py
 
-Outcome: accuracy 0.97 on held-out digits after 110 steps
+Outcome: accuracy 0.96 on held-out digits after 110 steps
 """
 
 import lightning as L
