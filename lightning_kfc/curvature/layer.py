@@ -58,13 +58,12 @@ class Layer:
         self.found_as = self._identity()
 
     def _identity(self) -> tuple[object, ...]:
-        return tuple(
-            (
-                *(type(a), id(a.module)),
-                *((role, role in self._shards or id(p), factor_dtype(p.dtype)) for role, p in a.parameters().items()),
-            )
-            for a in self.adapters
-        )
+        found: list[object] = []
+        for adapter in self.adapters:
+            found += type(adapter), id(adapter.module)
+            for role, parameter in adapter.parameters().items():
+                found += role, role in self._shards or id(parameter), factor_dtype(parameter.dtype)
+        return tuple(found)
 
     def found_again(self, name: str, reason: str) -> None:
         """Set the name, and the reason for a diagonal curvature, from a later search for layers."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from lightning_kfc.utilities.torch_internals import values_of
+from lightning_kfc.utilities.torch_internals import norms, values_of
 
 
 def initialised() -> bool:
@@ -131,7 +131,7 @@ def all_finite(gradients: Sequence[Tensor]) -> bool:
     dense = [values_of(gradient) for gradient in parts]
     some = [gradient for gradient in dense if gradient.numel()]
     # Both norms keep NaN and infinity. The sum of squares is far cheaper on a CPU, but may overflow.
-    finite = any(bool(torch.isfinite(torch.nn.utils.get_total_norm(some, order))) for order in (2.0, math.inf))
+    finite = not some or any(math.isfinite(sum(norms(some, order))) for order in (2.0, math.inf))
     if initialised() and any(map(is_sharded, gradients)):
         return ProcessGroup().all_agree(finite, gradients[0].device)
     return finite

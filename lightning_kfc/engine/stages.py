@@ -123,6 +123,8 @@ class Stages:
 
     def choose_periods(self) -> None:
         """Choose the ``"auto"`` periods at the first step after enough timed ones. Collective."""
+        if not self.periods.open:
+            return
         taken, device = bool(self.estimator.recorded), next(self.model.parameters()).device
         chosen = self.periods.step_begins(self.steps.number - self.tracker.started_at, statistics=taken, device=device)
         if chosen is not None:

@@ -143,6 +143,11 @@ class PeriodChoice:
         self.chosen: Periods | None = None
 
     @property
+    def open(self) -> bool:
+        """Whether a choice is to come."""
+        return self._automatic and self.chosen is None
+
+    @property
     def schedule(self) -> RefreshSchedule:
         """The schedule in force."""
         if self.chosen is None or not self._automatic:
@@ -165,7 +170,7 @@ class PeriodChoice:
         Returns:
             The choice in words, at the step that makes it; else None.
         """
-        if not self._automatic or self.chosen is not None:
+        if not self.open:
             return None
         if self._clock is None:
             # The first step, with its setup, is not typical.

@@ -108,6 +108,12 @@ def interpolate(tensors: list[Tensor], ends: list[Tensor], weight: float) -> Non
     torch._foreach_lerp_(tensors, ends, weight)
 
 
+def norms(tensors: list[Tensor], order: float) -> list[float]:
+    """The norms of tensors, by one read of their device."""
+    found = torch._foreach_norm(tensors, order)
+    return torch.stack([norm.to(found[0].device) for norm in found]).tolist()
+
+
 def scale(tensors: list[Tensor], factor: float) -> None:
     """Multiply tensors in place."""
     torch._foreach_mul_(tensors, factor)

@@ -69,6 +69,36 @@ def test_radius_and_damping_begin_at_shares_of_the_loss():
     assert bound.damping == pytest.approx(5 * region_module.DAMPING)
 
 
+def test_the_damping_grows_while_the_radius_shortens_steps_a_lot_and_falls_when_it_does_not():
+    bound = region(radius=0.4)
+    plain, limit = bound.damping, 0.4 / region_module.MOST_SHORTENING**2
+    bound.follow_shortening()
+    assert bound.damping == plain  # No step yet.
+    bound.log_size = math.log(1.01 * limit)
+    bound.follow_shortening()
+    assert bound.damping == pytest.approx(region_module.DAMPING_GROWTH * plain)
+    bound.log_size = math.log(limit / 2)
+    bound.follow_shortening()
+    assert bound.damping == pytest.approx(region_module.DAMPING_GROWTH * plain)
+    bound.log_size = math.log(limit / 4.1)
+    for _ in range(3):
+        bound.follow_shortening()
+    assert bound.damping == plain
+    bound.log_size = math.log(100 * limit)
+    for _ in range(100):
+        bound.follow_shortening()
+    assert bound.damping == region_module.MOST_GROWTH * plain
+    again = TrustRegion(adapts_radius=True)
+    again.load_state_dict(bound.state_dict())
+    assert again.damping == bound.damping
+
+
+def test_a_fixed_radius_leaves_the_damping():
+    bound = TrustRegion(adapts_radius=False, radius=1e-9, loss=1.0, log_size=0.0)
+    bound.follow_shortening()
+    assert bound.growth == 1
+
+
 def test_a_loss_that_crosses_zero_halves_its_magnitude_at_most():
     bound, found = TrustRegion(adapts_radius=True), []
     for loss in (2.0, 1.5, 0.0, math.nan, 0.01, -0.4, -3.0):

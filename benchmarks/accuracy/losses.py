@@ -1,0 +1,245 @@
+"""Losses that people use, each with a small network: KFC at its defaults, and AdamW at its usual rate.
+
+Two epochs of 40 batches of 64 digits, with a constant rate. *While training* is the mean of the last five batches'
+losses; *afterwards* that of all batches by the weights that ``fit`` leaves, which for KFC are averaged. The column
+without growth has the damping of :mod:`lightning_kfc.trust_region.region` not grow. Run it by
+``python -m benchmarks.accuracy.losses``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import warnings
+from collections.abc import Callable
+from statistics import mean, median
+from unittest import mock
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks.contest.data import mnist
+from benchmarks.paths import RESULTS
+from lightning_kfc import KFCCallback
+from lightning_kfc.trust_region import region
+
+EXAMPLES, BATCH, EPOCHS = 2560, 64, 2
+#: A loss of the network's outputs, the pixels and the classes.
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+def amount(x: Tensor) -> Tensor:
+    """The regression target: the ink in the left half."""
+    return 10 * x.view(-1, 28, 28)[..., :14].mean((1, 2))
+
+
+def views(network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of two noisy views, of length 1."""
+    first, second = (F.normalize(network(x + 0.2 * torch.randn_like(x)), dim=1) for _ in range(2))
+    return first, second
+
+
+def focal(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The focal loss of Lin et al. 2017, arXiv:1708.02002."""
+    each = F.cross_entropy(network(x), y, reduction="none")
+    return ((1 - (-each).exp()) ** 2 * each).mean()
+
+
+def dice(logits: Tensor, x: Tensor) -> Tensor:
+    """The soft Dice loss of each picture."""
+    p, t = logits.sigmoid(), (x > 0.5).float()
+    return 1 - ((2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)).mean()
+
+
+def pairs(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """InfoNCE."""
+    first, second = views(network, x)
+    return F.cross_entropy(first @ second.T / 0.1, torch.arange(len(x)))
+
+
+def contrastive(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """NT-Xent by hand."""
+    codes = torch.cat(views(network, x))
+    similar = (codes @ codes.T / 0.1).masked_fill(torch.eye(len(codes), dtype=torch.bool), -1e9)
+    right = torch.cat([similar.diagonal(len(x)), similar.diagonal(-len(x))])
+    return (similar.logsumexp(1) - right).mean()
+
+
+def triplets(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """A picture, a noisy view of it, and another picture."""
+    codes = network(x)
+    return F.triplet_margin_loss(codes, network(x + 0.1 * torch.randn_like(x)), codes.roll(1, 0))
+
+
+def cosine(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Neighbours in the batch are alike if their classes are."""
+    codes = network(x)
+    return F.cosine_embedding_loss(codes, codes.roll(1, 0), torch.where(y == y.roll(1), 1, -1))
+
+
+def distilled(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """A fixed linear teacher."""
+    teacher = x @ torch.randn(784, 10, generator=torch.Generator().manual_seed(0)) / 28
+    return 4 * F.kl_div((network(x) / 2).log_softmax(1), (teacher / 2).softmax(1), reduction="batchmean")
+
+
+def probabilities(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """``nll_loss`` of the logarithm of a softmax."""
+    return F.nll_loss((network(x).softmax(1) + 1e-8).log(), y)
+
+
+def by_hand(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """A cross entropy by hand."""
+    return -(F.one_hot(y, 10) * network(x).log_softmax(1)).sum(1).mean()
+
+
+def gaussian(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Mean and variance."""
+    mean, raw = network(x).unbind(1)
+    return F.gaussian_nll_loss(mean, amount(x), F.softplus(raw) + 1e-3)
+
+
+def density(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The same by a distribution."""
+    mean, raw = network(x).unbind(1)
+    return -torch.distributions.Normal(mean, F.softplus(raw) + 1e-2).log_prob(amount(x)).mean()
+
+
+def residual(of: Callable[[Tensor, Tensor], Tensor]) -> Loss:
+    """A regression loss."""
+    return lambda network, x, y: of(network(x)[:, 0], amount(x))
+
+
+def bits(of: Callable[[Tensor, Tensor], Tensor]) -> Loss:
+    """A loss of a picture of black and white pixels."""
+    return lambda network, x, y: of(network(x), (x > 0.5).float())
+
+
+#: By name: the number of outputs, and the loss.
+LOSSES: dict[str, tuple[int, Loss]] = {
+    "cross entropy with smoothed labels": (10, lambda n, x, y: F.cross_entropy(n(x), y, label_smoothing=0.1)),
+    "cross entropy by hand": (10, by_hand),
+    "log of probabilities": (10, probabilities),
+    "focal": (10, focal),
+    "multi-margin": (10, lambda n, x, y: F.multi_margin_loss(n(x), y)),
+    "distillation": (10, distilled),
+    "distillation and labels": (10, lambda n, x, y: (distilled(n, x, y) + F.cross_entropy(n(x), y)) / 2),
+    "Dice": (784, lambda n, x, y: dice(n(x), x)),
+    "Dice and binary cross entropy": (784, bits(lambda z, t: dice(z, t) + F.binary_cross_entropy_with_logits(z, t))),
+    "probabilities of bits": (784, bits(lambda z, t: F.binary_cross_entropy(z.sigmoid(), t))),
+    "InfoNCE": (32, pairs),
+    "NT-Xent by hand": (32, contrastive),
+    "triplet margin": (32, triplets),
+    "cosine embedding": (32, cosine),
+    "squares by hand": (1, residual(lambda z, t: (z - t).square().mean())),
+    "log-cosh": (1, residual(lambda z, t: (z - t).cosh().log().mean())),
+    "Huber": (1, residual(F.huber_loss)),
+    "smooth L1": (1, residual(lambda z, t: F.smooth_l1_loss(z, t, beta=0.5))),
+    "L1": (1, residual(F.l1_loss)),
+    "Poisson": (1, residual(lambda z, t: F.poisson_nll_loss(z, t.round()))),
+    "Gaussian with a variance": (2, gaussian),
+    "`Normal.log_prob`": (2, density),
+}
+
+
+class Classes(LightningModule):
+    """A network of one hidden layer and its loss.
+
+    Args:
+        name: The loss.
+        with_kfc: Whether the optimizer is the one for KFC; else AdamW.
+    """
+
+    def __init__(self, name: str, *, with_kfc: bool) -> None:
+        super().__init__()
+        outputs, self._loss = LOSSES[name]
+        self._with_kfc = with_kfc
+        self.network = nn.Sequential(nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, outputs))
+        self.losses: list[float] = []
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """The loss of a batch."""
+        return self._loss(self.network, x, y)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Note the loss."""
+        loss = self.loss(*batch)
+        self.losses.append(float(loss.detach()))
+        return loss
+
+    def configure_optimizers(self) -> Optimizer:
+        """SGD as recommended, or AdamW at its usual rate."""
+        if self._with_kfc:
+            return torch.optim.SGD(self.parameters(), lr=0.5, momentum=0.5)
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+def fit(name: str, seed: int, *, with_kfc: bool) -> tuple[float, float]:
+    """The loss while training and afterwards."""
+    data = mnist()
+    x, y = data.train_inputs[:EXAMPLES].flatten(1), data.train_targets[:EXAMPLES]
+    torch.manual_seed(seed)
+    module = Classes(name, with_kfc=with_kfc)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=EPOCHS,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[KFCCallback()] if with_kfc else [],
+    )
+    trainer.fit(module, DataLoader(TensorDataset(x, y), batch_size=BATCH, shuffle=True))
+    # The same noise for all.
+    torch.manual_seed(99)
+    with torch.no_grad():
+        afterwards = mean(float(module.loss(a, b)) for a, b in zip(x.split(BATCH), y.split(BATCH), strict=True))
+    return mean(module.losses[-5:]), afterwards
+
+
+def measured(name: str, seeds: int) -> list[tuple[float, float]]:
+    """The medians over seeds: KFC, KFC without growth, AdamW."""
+    with mock.patch.object(region, "MOST_GROWTH", 1.0):
+        plain = [fit(name, seed, with_kfc=True) for seed in range(seeds)]
+    kfc, adamw = ([fit(name, seed, with_kfc=which) for seed in range(seeds)] for which in (True, False))
+    return [(median(v for v, _ in runs), median(v for _, v in runs)) for runs in (kfc, plain, adamw)]
+
+
+def table(found: dict[str, list[tuple[float, float]]], seeds: int) -> str:
+    """The losses as a markdown table."""
+    lines = [
+        f"Loss while training / afterwards; medians of {seeds} seeds; bold: above AdamW's.",
+        "",
+        "| loss | KFC, defaults | without growth of the damping | AdamW, 0.001 |",
+        "|---|---|---|---|",
+    ]
+    for name, (kfc, plain, adamw) in found.items():
+        cells = [
+            " / ".join(f"**{v:.3g}**" if v > other else f"{v:.3g}" for v, other in zip(pair, adamw, strict=True))
+            for pair in (kfc, plain, adamw)
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure, and write the table after each loss."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    found: dict[str, list[tuple[float, float]]] = {}
+    for name in LOSSES:
+        found[name] = measured(name, options.seeds)
+        (RESULTS / "losses.md").write_text(table(found, options.seeds))
+        print(table({name: found[name]}, options.seeds).splitlines()[-1], flush=True)
+
+
+if __name__ == "__main__":
+    main()
