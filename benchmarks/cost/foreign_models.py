@@ -1,9 +1,9 @@
 """The cost of a later step of models that others have built: ``python -m benchmarks.cost.foreign_models``.
 
 SGD and KFC at its defaults train each model on one batch, in turns: once in two Trainers, with and without the
-callback, and once in bare loops, in turns of one step. After the warm-up follow whole periods of the default schedule, with their
-statistics, inverses, reviews and averages of weights. The cost is the median over periods of the CPU time of a period,
-relative to the same steps of SGD. ``--profile`` prints profiles of the bare loop.
+callback, and once in bare loops, in turns of one step. After the warm-up follow whole periods of the default schedule,
+with their statistics, inverses, reviews and averages of weights. The cost is the median over periods of the CPU time of
+a period, relative to the same steps of SGD. ``--profile`` prints profiles of the bare loop.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def in_trainers(model: ForeignModel, steps: int) -> list[list[float]]:
     def fit(number: int) -> None:
         # A new thread has torch's default again.
         torch.set_num_threads(1)
-        callbacks = [KFCCallback(), turns[number]] if number else [turns[number]]
+        callbacks: list[Callback] = [KFCCallback(), turns[number]] if number else [turns[number]]
         trainer = Trainer(
             accelerator="cpu",
             max_steps=steps,
@@ -156,7 +156,8 @@ def in_trainers(model: ForeignModel, steps: int) -> list[list[float]]:
             enable_model_summary=False,
             callbacks=callbacks,
         )
-        trainer.fit(modules[number], DataLoader([batch] * steps, batch_size=None))
+        batches: Any = [batch] * steps
+        trainer.fit(modules[number], DataLoader(batches, batch_size=None))
 
     with ThreadPoolExecutor(2) as threads:
         for done in [threads.submit(fit, number) for number in (0, 1)]:
@@ -193,7 +194,7 @@ def measure(model: ForeignModel, periods: int) -> dict[str, dict[str, float]]:
 def table(numbers: dict[str, dict[str, dict[str, float]]]) -> str:
     """The costs as a markdown table."""
     lines = [
-        "| model | in a Trainer: SGD's step, ms | KFC's later step | bare loop: SGD's step, ms | first ten | later step |",
+        "| model | in a Trainer: SGD's step, ms | later step | bare loop: SGD's step, ms | first ten | later step |",
         "|---|---|---|---|---|---|",
     ]
     for name, own in numbers.items():
