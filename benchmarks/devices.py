@@ -39,7 +39,6 @@ def quiet_trainer(accelerator: str, **options: Any) -> pl.Trainer:
     return pl.Trainer(
         accelerator=accelerator,
         devices=1,
-        max_epochs=-1,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

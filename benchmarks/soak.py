@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.contest.pieces import parser_of_pieces
 from benchmarks.contest.report import lists_on_one_line, measured_with
+from benchmarks.devices import quiet_trainer
 from lightning_kfc import KFCCallback
 
 #: Growth of the resident memory that is attributed to the allocator, in MiB.
@@ -148,17 +149,7 @@ def soak(net: str, steps: int, *more: pl.Callback, **options: Any) -> tuple[list
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(64, 1, 10, 10), torch.randint(0, 10, (64,)))
     module, kfc, sampler = Trained(NETS[net]()), KFCCallback(**options), Sampler(steps)
-    trainer = pl.Trainer(
-        max_steps=steps,
-        max_epochs=-1,
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        callbacks=[kfc, *more, sampler],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer("cpu", max_steps=steps, callbacks=[kfc, *more, sampler])
     trainer.fit(module, DataLoader(data, batch_size=16, shuffle=True))
     first, last = sampler.samples[0], sampler.samples[-1]
     events = str(kfc.kfc.events) or "none"

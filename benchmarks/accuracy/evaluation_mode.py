@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from benchmarks.away.tasks import AWAY
 from benchmarks.contest.pieces import parser_of_pieces
 from benchmarks.contest.tasks import TASKS, Task
+from benchmarks.devices import quiet_trainer
 from lightning_kfc import KFCCallback
 
 NAME = "evaluation_mode"
@@ -127,17 +128,8 @@ def measure(task: Task, seed: int, steps: int = STEPS) -> dict[int, dict[str, fl
     """The losses of one run, by step and kind."""
     torch.manual_seed(seed)
     module = Measured(task)
-    trainer = pl.Trainer(
-        max_steps=steps,
-        val_check_interval=EVERY,
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        inference_mode=False,
-        callbacks=[KFCCallback()],
+    trainer = quiet_trainer(
+        "cpu", max_steps=steps, val_check_interval=EVERY, inference_mode=False, callbacks=[KFCCallback()]
     )
     nothing = DataLoader(TensorDataset(torch.zeros(1)))
     trainer.fit(module, DataLoader(_Batches(task, seed), batch_size=None), nothing)

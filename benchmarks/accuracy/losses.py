@@ -16,13 +16,14 @@ from statistics import mean, median
 from unittest import mock
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.contest.data import mnist
+from benchmarks.devices import quiet_trainer
 from benchmarks.paths import RESULTS
 from lightning_kfc import KFCCallback
 from lightning_kfc.trust_region import region
@@ -184,15 +185,7 @@ def fit(name: str, seed: int, *, with_kfc: bool) -> tuple[float, float]:
     x, y = data.train_inputs[:EXAMPLES].flatten(1), data.train_targets[:EXAMPLES]
     torch.manual_seed(seed)
     module = Classes(name, with_kfc=with_kfc)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=EPOCHS,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[KFCCallback()] if with_kfc else [],
-    )
+    trainer = quiet_trainer("cpu", max_epochs=EPOCHS, callbacks=[KFCCallback()] if with_kfc else [])
     trainer.fit(module, DataLoader(TensorDataset(x, y), batch_size=BATCH, shuffle=True))
     # The same noise for all.
     torch.manual_seed(99)

@@ -30,6 +30,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, ExponentialLR,
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.contest.pieces import parser_of_pieces
+from benchmarks.devices import quiet_trainer
 from lightning_kfc import KFCCallback
 
 SEEDS = (0, 1, 2)
@@ -337,14 +338,9 @@ def train(recipe: Recipe, seed: int) -> tuple[float, float]:
     pl.seed_everything(seed, verbose=False)
     data, inputs, labels = digits()
     module = Digits(recipe)
-    trainer = pl.Trainer(
+    trainer = quiet_trainer(
+        "cpu",
         max_epochs=recipe.epochs,
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=[KFCCallback(**{"average_weights": None, **recipe.callback}), *recipe.callbacks()],
         **recipe.trainer,
     )

@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from benchmarks.contest.contestants import SHIPPED
+from benchmarks.devices import quiet_trainer
 from benchmarks.foreign_models import MODELS, ForeignModel
 from benchmarks.paths import RESULTS
 from lightning_kfc import KFC, KFCCallback
@@ -147,15 +148,7 @@ def in_trainers(model: ForeignModel, steps: int) -> list[list[float]]:
         # A new thread has torch's default again.
         torch.set_num_threads(1)
         callbacks: list[Callback] = [KFCCallback(), turns[number]] if number else [turns[number]]
-        trainer = Trainer(
-            accelerator="cpu",
-            max_steps=steps,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=callbacks,
-        )
+        trainer = quiet_trainer("cpu", max_steps=steps, callbacks=callbacks)
         batches: Any = [batch] * steps
         trainer.fit(modules[number], DataLoader(batches, batch_size=None))
 

@@ -39,9 +39,6 @@ def write_matrix(adapter: Adapter, matrix: Tensor, gradients: Mapping[str, Tenso
     if half and float(matrix.abs().max()) > torch.finfo(torch.float16).max:
         return False
     sharded = {role: g for role, g in gradients.items() if is_sharded(g)}
-    if not sharded:
-        adapter.write(matrix, gradients)
-        return True
     wholes = {role: torch.empty(g.shape, dtype=g.dtype, device=g.device) for role, g in sharded.items()}
     adapter.write(matrix, {**gradients, **wholes})
     for role, gradient in sharded.items():

@@ -160,7 +160,7 @@ class PeriodChoice:
         )
 
     def step_begins(self, since: int, *, statistics: bool, device: torch.device) -> str | None:
-        """Begin a step, and end the last one. Collective: call on every rank at the same steps.
+        """Begin a step, and end the last one, before the choice. Collective: call on every rank at the same steps.
 
         Args:
             since: The number of the new step, counted from the start of the warm-up, at least 1.
@@ -170,8 +170,6 @@ class PeriodChoice:
         Returns:
             The choice in words, at the step that makes it; else None.
         """
-        if not self.open:
-            return None
         if self._clock is None:
             # The first step, with its setup, is not typical.
             self._clock = self._times.also = StepTimes()

@@ -16,9 +16,9 @@ LATER_FROM = 100
 class RefreshSchedule:
     """The dates of statistics and inverses.
 
-    During the warm-up the factors are refreshed at every step, and the inverses at steps 0, 1, 2, 3, then at every
-    second step, and at the last one: curvature changes fastest at the start, and the first averages are means of few
-    batches. The two periods apply after the warm-up, and their multiples from step :data:`LATER_FROM` on.
+    During the warm-up both are refreshed at steps 0, 1, 2, 3, then at every second step, and the inverses at its end:
+    curvature changes fastest at the start, and the first averages are means of few batches. The two periods apply after
+    the warm-up, and their multiples from step :data:`LATER_FROM` on.
 
     Attributes:
         factor_every_n_steps: Period of the statistics, in optimizer steps (the paper's T_cov).
@@ -49,12 +49,14 @@ class RefreshSchedule:
 
     def factors_due(self, step: int) -> bool:
         """Whether statistics are taken at this step (counted from 0)."""
-        return step < self.warmup_steps or step % self.factor_period(step) == 0
+        if step < self.warmup_steps:
+            return step <= 3 or step % 2 == 1
+        return step % self.factor_period(step) == 0
 
     def inverses_due(self, step: int) -> bool:
         """Whether inverses are refreshed at this step (counted from 0)."""
         if step < self.warmup_steps:
-            return step <= 3 or step % 2 == 1
+            return self.factors_due(step)
         return step == self.warmup_steps or step % self._at(self.inverse_every_n_steps, step) == 0
 
     def last_factors_due(self, step: int) -> int:
