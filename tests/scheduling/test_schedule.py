@@ -31,6 +31,7 @@ def test_the_default_steps() -> None:
         (RefreshSchedule(4, 6, 1), [0, 4, 8], [0, 1, 6]),
         (RefreshSchedule(5, 5, 6), [0, 1, 2, 3, 5, 10], [0, 1, 2, 3, 5, 6, 10]),
         (RefreshSchedule(100, 100, 3), [0, 1, 2], [0, 1, 2, 3]),
+        (RefreshSchedule(1, 2, 6), list(range(12)), [0, 1, 2, 3, 4, 5, 6, 8, 10]),
     ],
 )
 def test_warm_up_then_the_two_periods(schedule: RefreshSchedule, factors: list[int], inverses: list[int]) -> None:
