@@ -1,4 +1,4 @@
-"""Iterations to the targets with fewer reviews, a shorter warm-up or longer periods in the first steps.
+"""Iterations to the targets with more statistics or reviews, a shorter warm-up or longer periods in the first steps.
 
 The tasks are those that choose constants, as in :mod:`benchmarks.accuracy.damping_unit`. Run it by
 ``python -m benchmarks.accuracy.first_steps``.
@@ -6,28 +6,42 @@ The tasks are those that choose constants, as in :mod:`benchmarks.accuracy.dampi
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest import mock
 
 from benchmarks.accuracy.next_slope import cell, iterations
 from benchmarks.accuracy.variants import measure
 from benchmarks.contest.tasks import TASKS, Task
+from lightning_kfc.scheduling.refresh_schedule import RefreshSchedule
 from lightning_kfc.trust_region import region
 
-#: By title: the number of first steps that are all reviewed, and settings.
-VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "as shipped": (5, {}),
-    "reviews of the first 10": (10, {}),
-    "a warm-up of 6 steps": (5, {"warmup_steps": 6}),
-    "periods of 20 and 40": (5, {"factor_every_n_steps": 20, "inverse_every_n_steps": 40}),
+
+def statistics_at_every_step() -> AbstractContextManager[Any]:
+    """Statistics at every step of the warm-up, not only where inverses follow."""
+    dates = RefreshSchedule.factors_due
+
+    def due(schedule: RefreshSchedule, step: int) -> bool:
+        return step < schedule.warmup_steps or dates(schedule, step)
+
+    return mock.patch.object(RefreshSchedule, "factors_due", due)
+
+
+#: By title: the changed constant or method, and settings.
+VARIANTS: dict[str, tuple[AbstractContextManager[Any], dict[str, Any]]] = {
+    "as shipped": (nullcontext(), {}),
+    "statistics at all of the first 10": (statistics_at_every_step(), {}),
+    "reviews of the first 10": (mock.patch.object(region, "REVIEWED_AT_FIRST", 10), {}),
+    "a warm-up of 6 steps": (nullcontext(), {"warmup_steps": 6}),
+    "periods of 20 and 40": (nullcontext(), {"factor_every_n_steps": 20, "inverse_every_n_steps": 40}),
 }
 
 
 def row(task: Task, seeds: int) -> list[str]:
     """The cells of a task: for each variant, without and with an average."""
     cells = []
-    for reviewed, settings in VARIANTS.values():
-        with mock.patch.object(region, "REVIEWED_AT_FIRST", reviewed):
+    for change, settings in VARIANTS.values():
+        with change:
             found = [iterations(task, seed, **settings) for seed in range(seeds)]
         cells.append(cell(found))
     return cells
@@ -36,7 +50,7 @@ def row(task: Task, seeds: int) -> list[str]:
 def main() -> None:
     """Measure, and write the table."""
     title = "rule natural, without · with averaged weights (0.9)"
-    home = (TASKS["conv"].at(128), TASKS["conv_autoencoder"])
+    home = (TASKS["conv"].at(512), TASKS["conv"].at(128), TASKS["conv_autoencoder"], TASKS["resnet"])
     measure(__doc__, "first_steps.md", title, list(VARIANTS), row, home)
 
 
