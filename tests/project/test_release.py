@@ -72,11 +72,13 @@ def test_the_page_has_the_table_of_the_constraints(monkeypatch: pytest.MonkeyPat
     assert f"| Python | {PROJECT['requires-python'].removeprefix('>=')} |" in generator.table()
 
 
-def test_badges_name_the_lowest_versions() -> None:
-    badges = dict(re.findall(r"badge/(\w+)-([\d.]+)-", (ROOT / "README.md").read_text("utf-8")))
-    lowest = {**minimums(), "python": PROJECT["requires-python"].removeprefix(">=")}
-    assert set(badges) == {"python", "torch", "lightning"}
-    assert badges == {name: lowest[name] for name in badges}
+def test_badges_name_the_lowest_versions_and_all_pythons() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    badges = dict(re.findall(r"badge/(torch|lightning)-from_([\d.]+)-", text))
+    assert badges == {name: minimums()[name] for name in ("torch", "lightning")}
+    pythons = [name for kind in PROJECT["classifiers"] if re.fullmatch(r"\d\.\d+", name := kind.split(" :: ")[-1])]
+    assert PROJECT["requires-python"] == f">={pythons[0]}"
+    assert f"badge/python-{pythons[0]}_to_{pythons[-1]}-" in text
 
 
 def test_the_version_is_written_in_one_place() -> None:
