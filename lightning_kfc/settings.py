@@ -155,7 +155,7 @@ class Settings:
         factor_every_n_steps: Optimizer steps between statistics (the paper's T_cov). ``"auto"``: chosen soon after the
             warm-up from measured times, within ``timing.max_overhead``.
         inverse_every_n_steps: Optimizer steps between refreshes of inverses (the paper's T_inv), or ``"auto"``.
-        warmup_steps: The number of first optimizer steps with frequent statistics and inverses.
+        warmup_steps: The number of first optimizer steps that all take statistics.
         ema_decay: :math:`\rho`, the decay of the factors' zero-debiased running averages, at least 0, below 1.
         kl_clip: :math:`\kappa` of E7, the bound on the squared norm of a step in the Fisher metric; ``"auto"`` is set
             by :meth:`~lightning_kfc.KFC.review`; None for no bound.

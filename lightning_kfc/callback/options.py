@@ -39,7 +39,7 @@ class KFCOptions:
         factor_every_n_steps: Optimizer steps between curvature statistics. "auto": chosen soon after
             the warm-up from measured times, to keep to `timing.max_overhead`.
         inverse_every_n_steps: Optimizer steps between refreshes of inverses, or "auto".
-        warmup_steps: The number of first optimizer steps with frequent statistics and inverses.
+        warmup_steps: The number of first optimizer steps that all take statistics.
         ema_decay: Decay of the running averages of the statistics, at least 0 and below 1.
         kl_clip: Bound on the size of a step, measured as the change of the model's predictions. "auto": set
             from the ratio of actual to expected decrease of the loss; null for no bound.

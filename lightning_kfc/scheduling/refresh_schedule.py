@@ -16,9 +16,9 @@ LATER_FROM = 100
 class RefreshSchedule:
     """The dates of statistics and inverses.
 
-    Dates are the multiples of the two periods, from step :data:`LATER_FROM` on of longer ones. During the warm-up both
-    are also refreshed at steps 0, 1, 2, 3, then at every second step, and the inverses at its end: curvature changes
-    fastest at the start, and the first averages are means of few batches.
+    Dates are the multiples of the two periods, from step :data:`LATER_FROM` on of longer ones. During the warm-up,
+    factors are refreshed at every step too, and inverses at steps 0, 1, 2, 3, then at every second step, and at its end:
+    curvature changes fastest at the start, and the first averages are means of few batches.
 
     Attributes:
         factor_every_n_steps: Period of the statistics, in optimizer steps (the paper's T_cov).
@@ -49,16 +49,13 @@ class RefreshSchedule:
 
     def factors_due(self, step: int) -> bool:
         """Whether statistics are taken at this step (counted from 0)."""
-        return self._warm_up_date(step) or step % self.factor_period(step) == 0
+        return step < self.warmup_steps or step % self.factor_period(step) == 0
 
     def inverses_due(self, step: int) -> bool:
         """Whether inverses are refreshed at this step (counted from 0)."""
-        if step == self.warmup_steps or step % self._at(self.inverse_every_n_steps, step) == 0:
+        if step < self.warmup_steps and (step <= 3 or step % 2 == 1):
             return True
-        return self._warm_up_date(step)
-
-    def _warm_up_date(self, step: int) -> bool:
-        return step < self.warmup_steps and (step <= 3 or step % 2 == 1)
+        return step == self.warmup_steps or step % self._at(self.inverse_every_n_steps, step) == 0
 
     def last_factors_due(self, step: int) -> int:
         """The latest step, up to this one, at which statistics are taken."""

@@ -53,8 +53,7 @@ class RefreshTracker:
         return [
             name
             for name in layers
-            if (self._warms_up(name, step) and self._schedule.factors_due(step - self._own_starts[name]))
-            or (name in self._waiting and step - self._waiting[name] <= period)
+            if self._warms_up(name, step) or (name in self._waiting and step - self._waiting[name] <= period)
         ]
 
     def _warms_up(self, layer: str, step: int) -> bool:

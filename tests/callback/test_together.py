@@ -149,7 +149,7 @@ def test_a_backbone_that_is_unfrozen_gets_its_own_factors_and_learning_rate():
 
 
 def test_an_accumulation_schedule_gives_each_epoch_the_factors_of_its_own_batches():
-    module, callback = Regression(), KFCCallback(ema_decay=0.0, fisher="exact", factor_every_n_steps=1)
+    module, callback = Regression(), KFCCallback(ema_decay=0.0, fisher="exact")
     inputs = vectors().tensors[0]
     found = []
 

@@ -155,7 +155,7 @@ class Steps(pl.Callback):
 @pytest.mark.parametrize("fused", [False, True])
 def test_steps_that_overflow_enter_no_average_and_move_no_weight(fused: bool) -> None:
     decay = 0.5
-    kfc = KFCCallback(ema_decay=decay, factor_every_n_steps=1)
+    kfc = KFCCallback(ema_decay=decay)
     steps = Steps(kfc)
     # No momentum: torch's fused SGD leaves the buffer uninitialised when its first step is skipped.
     module = Classifier(dense_net(), optimizer=lambda p: torch.optim.SGD(p, lr=0.05, fused=fused))

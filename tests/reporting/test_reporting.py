@@ -209,11 +209,11 @@ def test_spectra_are_of_the_first_and_the_last_step(run: Any) -> None:
 def test_a_training_with_pictures_is_the_training_without(inverse: Any, tmp_path: Path) -> None:
     plain = train(KFCCallback(inverse=inverse), steps=12)
     torch.manual_seed(1)
-    # Maps are watched, and spectra taken, at steps 0, 1, 2, 5 and 10.
+    # Maps are watched, and spectra taken, at steps 0, 1, 2, 4 and 8.
     shown = KFCCallback(inverse=inverse, logging=Logging(report_dir=str(tmp_path)))
     with watchers(shown) as found:
         assert torch.equal(weights(train(shown, steps=12)), weights(plain))
-    assert [step for step, _ in found] == [0, 1, 2, 5, 10]
+    assert [step for step, _ in found] == [0, 1, 2, 4, 8]
 
 
 def test_nothing_is_watched_between_the_steps_of_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,8 +237,8 @@ def test_nothing_is_watched_between_the_steps_of_pictures(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(KFCCallback, "on_train_batch_start", note)
     train(callback, module, steps=24)
-    # The first statistics at or after each eighth step.
-    assert made == [0, 9, 20]
+    # Every eighth step; statistics are taken at all of the first ten, then at every tenth.
+    assert made == [0, 8, 20]
     assert set(map(tuple, attached.values())) == {()}
     assert hooks_of(module) == []
 
@@ -273,7 +273,7 @@ def test_a_report_alone_takes_pictures_at_steps_ever_further_apart(
     train(callback, steps=24, logger=CSVLogger(tmp_path / "csv"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["csv", "report.html"]
     page = Page((tmp_path / "report.html").read_text("utf-8"))
-    assert taken == [0, 1, 2, 5, 10, 20, 23]
+    assert taken == [0, 1, 2, 4, 8, 20, 23]
     # The module logs nothing itself: its loss is what training_step returned.
     assert ">loss<" in drawings(page)[0]
 
