@@ -128,7 +128,7 @@ def what_happens(loss: Loss) -> str:
         logger.setLevel(level)
     (line,) = handler.lines
     _, _, line = line.partition("step 0: ")
-    source, _, _ = line.partition(": no term is recognised")
+    source, _, _ = line.partition(", since no function of it is recognised")
     return " ".join([source.rstrip(".") + ".", *(str(warning.message) for warning in found)])
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from typing import Any, Literal, TypedDict
 
 from lightning_kfc.distributed.placement import check_placement
@@ -54,18 +55,22 @@ FORMER = {name: f"{name} was removed: {instead}. Leave it out." for name, instea
 }
 
 
-def refuse_former(owner: str, names: Iterable[str]) -> None:
+def refuse_former(owner: str, names: Iterable[str], settings: Collection[str]) -> None:
     """Refuse names that are not settings.
 
     Args:
         owner: The class in the message.
         names: The names.
+        settings: The settings of that class.
 
     Raises:
-        TypeError: For the first name; for a setting of an earlier version with its replacement.
+        TypeError: For the first name, with the most similar setting; for one of an earlier version with its
+            replacement.
     """
     for name in names:
-        raise TypeError(FORMER.get(name, f"{owner} has no setting {name!r}."))
+        alike = get_close_matches(name, settings, n=1)
+        way_out = f"Did you mean {alike[0]!r}?" if alike else f"Its settings are: {', '.join(sorted(settings))}."
+        raise TypeError(FORMER.get(name, f"{owner} has no setting {name!r}. {way_out}"))
 
 
 @dataclass(frozen=True)
@@ -209,7 +214,7 @@ class Settings:
 
     def __new__(cls, *args: Any, **options: Any) -> Settings:
         """Refuse settings of earlier versions with the way out."""
-        refuse_former("Settings", set(options) - setting_names())
+        refuse_former("Settings", set(options) - setting_names(), setting_names())
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -219,6 +224,9 @@ class Settings:
         if not callable(self.damping):
             check_positive_or_auto("damping", self.damping)
         check_choice("fisher", self.fisher, FISHERS)
+        if isinstance(self.likelihood, type) and issubclass(self.likelihood, Likelihood):
+            name = self.likelihood.__name__
+            raise TypeError(f"likelihood must be an instance, such as {name}(output_of='head'), got the class {name}.")
         if not isinstance(self.likelihood, Likelihood):
             check_choice("likelihood", self.likelihood, ("auto", *LIKELIHOODS))
         check_fraction("ema_decay", self.ema_decay)
@@ -288,7 +296,7 @@ def settings_of(owner: str, settings: Settings | None, options: Mapping[str, Any
         TypeError: If there is no such setting, or it is of the wrong type.
         ValueError: If a setting is out of range.
     """
-    refuse_former(owner, set(options) - setting_names())
+    refuse_former(owner, set(options) - setting_names(), setting_names())
     return replace(settings or Settings(), **options)
 
 

@@ -2,7 +2,8 @@
 
 Two epochs of 40 batches of 64 digits, with a constant rate. *While training* is the mean of the last five batches'
 losses; *afterwards* that of all batches by the weights that ``fit`` leaves, which for KFC are averaged. The column
-without growth has the damping of :mod:`lightning_kfc.trust_region.region` not grow. Run it by
+without growth has the damping of :mod:`lightning_kfc.trust_region.region` not grow; another one has a fixed damping,
+as a user may set it. Run it by
 ``python -m benchmarks.accuracy.losses``.
 """
 
@@ -29,6 +30,8 @@ from lightning_kfc import KFCCallback
 from lightning_kfc.trust_region import region
 
 EXAMPLES, BATCH, EPOCHS = 2560, 64, 2
+#: The fixed damping.
+FIXED = 0.1
 #: A loss of the network's outputs, the pixels and the classes.
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
@@ -122,6 +125,7 @@ def bits(of: Callable[[Tensor, Tensor], Tensor]) -> Loss:
 
 #: By name: the number of outputs, and the loss.
 LOSSES: dict[str, tuple[int, Loss]] = {
+    "cross entropy": (10, lambda n, x, y: F.cross_entropy(n(x), y)),
     "cross entropy with smoothed labels": (10, lambda n, x, y: F.cross_entropy(n(x), y, label_smoothing=0.1)),
     "cross entropy by hand": (10, by_hand),
     "log of probabilities": (10, probabilities),
@@ -136,6 +140,7 @@ LOSSES: dict[str, tuple[int, Loss]] = {
     "NT-Xent by hand": (32, contrastive),
     "triplet margin": (32, triplets),
     "cosine embedding": (32, cosine),
+    "squares": (1, residual(F.mse_loss)),
     "squares by hand": (1, residual(lambda z, t: (z - t).square().mean())),
     "log-cosh": (1, residual(lambda z, t: (z - t).cosh().log().mean())),
     "Huber": (1, residual(F.huber_loss)),
@@ -179,13 +184,13 @@ class Classes(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
-def fit(name: str, seed: int, *, with_kfc: bool) -> tuple[float, float]:
-    """The loss while training and afterwards."""
+def fit(name: str, seed: int, *callbacks: KFCCallback) -> tuple[float, float]:
+    """The loss while training and afterwards, with KFC or AdamW."""
     data = mnist()
     x, y = data.train_inputs[:EXAMPLES].flatten(1), data.train_targets[:EXAMPLES]
     torch.manual_seed(seed)
-    module = Classes(name, with_kfc=with_kfc)
-    trainer = quiet_trainer("cpu", max_epochs=EPOCHS, callbacks=[KFCCallback()] if with_kfc else [])
+    module = Classes(name, with_kfc=bool(callbacks))
+    trainer = quiet_trainer("cpu", max_epochs=EPOCHS, callbacks=[*callbacks])
     trainer.fit(module, DataLoader(TensorDataset(x, y), batch_size=BATCH, shuffle=True))
     # The same noise for all.
     torch.manual_seed(99)
@@ -195,11 +200,13 @@ def fit(name: str, seed: int, *, with_kfc: bool) -> tuple[float, float]:
 
 
 def measured(name: str, seeds: int) -> list[tuple[float, float]]:
-    """The medians over seeds: KFC, KFC without growth, AdamW."""
+    """The medians over seeds: KFC, KFC without growth, KFC with a fixed damping, AdamW."""
+    kfc = [fit(name, seed, KFCCallback()) for seed in range(seeds)]
     with mock.patch.object(region, "MOST_GROWTH", 1.0):
-        plain = [fit(name, seed, with_kfc=True) for seed in range(seeds)]
-    kfc, adamw = ([fit(name, seed, with_kfc=which) for seed in range(seeds)] for which in (True, False))
-    return [(median(v for v, _ in runs), median(v for _, v in runs)) for runs in (kfc, plain, adamw)]
+        plain = [fit(name, seed, KFCCallback()) for seed in range(seeds)]
+    fixed = [fit(name, seed, KFCCallback(damping=FIXED)) for seed in range(seeds)]
+    adamw = [fit(name, seed) for seed in range(seeds)]
+    return [(median(v for v, _ in runs), median(v for _, v in runs)) for runs in (kfc, plain, fixed, adamw)]
 
 
 def table(found: dict[str, list[tuple[float, float]]], seeds: int) -> str:
@@ -207,13 +214,14 @@ def table(found: dict[str, list[tuple[float, float]]], seeds: int) -> str:
     lines = [
         f"Loss while training / afterwards; medians of {seeds} seeds; bold: above AdamW's.",
         "",
-        "| loss | KFC, defaults | without growth of the damping | AdamW, 0.001 |",
-        "|---|---|---|---|",
+        f"| loss | KFC, defaults | without growth of the damping | damping={FIXED:g} | AdamW, 0.001 |",
+        "|---|---|---|---|---|",
     ]
-    for name, (kfc, plain, adamw) in found.items():
+    for name, columns in found.items():
+        adamw = columns[-1]
         cells = [
             " / ".join(f"**{v:.3g}**" if v > other else f"{v:.3g}" for v, other in zip(pair, adamw, strict=True))
-            for pair in (kfc, plain, adamw)
+            for pair in columns
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

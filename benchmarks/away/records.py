@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.away.averages import AVERAGES, NONE
 from benchmarks.away.contestants import KFC_VARIANTS
-from benchmarks.contest.report import lists_on_one_line, measured_with
+from benchmarks.contest.report import iterations_and_seconds, lists_on_one_line, measured_with
 
 
 @dataclass
@@ -135,7 +135,7 @@ def _title(title: str, average: str | None) -> str:
 
 
 def _cell(values: tuple[float, float]) -> str:
-    return "-" if math.isinf(values[0]) else f"{values[0]:.0f}\u00a0/\u00a0{values[1]:.1f}"
+    return "-" if math.isinf(values[0]) else iterations_and_seconds(*values)
 
 
 def _peers(record: Record, names: Sequence[str], seeds: Sequence[int]) -> dict[str, tuple[float, float]]:

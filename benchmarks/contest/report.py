@@ -218,8 +218,13 @@ def time_cell(value: tuple[float, float] | None, least: float, never: str = "-")
         return ""
     if math.isinf(value[0]):
         return never
-    text = f"{value[0]:.0f}\u00a0/\u00a0{value[1]:.1f}"
+    text = iterations_and_seconds(*value)
     return f"**{text}**" if value[1] == least else text
+
+
+def iterations_and_seconds(iterations: float, seconds: float) -> str:
+    """Both in one cell; seconds below 1 have two digits."""
+    return f"{iterations:.0f}\u00a0/\u00a0{seconds:.{1 if seconds >= 1 else 2}f}"
 
 
 def _finite(value: float) -> float:

@@ -161,7 +161,7 @@ class AveragedWeights:
         """A sentence for the start-up report."""
         return (
             f"Validation and checkpoints use weights averaged over the last ~{round(1 / (1 - self._decay))} steps "
-            f"(average_weights=None: off); {self.checkpoint_bytes() / 1e6:.3f} MB more in memory and checkpoints."
+            f"(average_weights=None: off); {self.checkpoint_bytes() / 1e6:.3g} MB more in memory and checkpoints."
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -146,8 +146,11 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
         self._end()
         if self._average is not None:
             self._average.detach()
-        if events := str(self.kfc.events):
-            rank_zero_info(f"KFC counted events: {events}.")
+        if counts := str(events := self.kfc.events):
+            usual = (
+                " A few undone or shortened steps are usual." if events.undone_steps + events.shortened_steps else ""
+            )
+            rank_zero_info(f"KFC counted events: {counts}.{usual}")
         session.metrics.advise()
         if (path := session.report.write()) is not None:
             rank_zero_info(f"KFC wrote its report to {path}.")

@@ -161,8 +161,8 @@ def _of_the_limit(planned: Planned, settings: Settings) -> Iterator[str]:
     if limit is not None and limit < highest < 1:
         rate = max(planned.rates) * lengthening(highest, limit)
         yield (
-            f"KFC limits the momentum of {highest:g} to {limit:g}: steps are those of "
-            f"SGD(lr={rate:.2g}, momentum={limit:g})."
+            f"KFC limits the momentum of {highest:g} to {limit:g}, and makes steps longer in return: they are those of "
+            f"SGD(lr={rate:.2g}, momentum={limit:g}), which moves the weights as far under a constant gradient."
         )
 
 

@@ -103,10 +103,10 @@ class KFCOptions:
     ) -> None:
         given = dict(locals())
         super().__init__()
-        refuse_former("KFCCallback", removed)
+        refuse_former("KFCCallback", removed, [*setting_names(), "average_weights", "save_factors", "logging"])
         self._settings = settings_of("KFCCallback", None, {name: given[name] for name in setting_names()})
         if average_weights is not None:
-            check_fraction("average_weights", average_weights)
+            check_fraction("average_weights", average_weights, otherwise=", or None for no average")
         self._average_weights: float | None = plain_number(average_weights)
         check_flag("save_factors", save_factors)
         self._save_factors = save_factors

@@ -77,9 +77,9 @@ def curvature_line(norms: Mapping[str, float], terms: Sequence[LossTerm]) -> str
     """
     if THE_LOSS_ITSELF in norms:
         return (
-            f"curvature from {THE_LOSS_ITSELF} (its empirical Fisher): no term is recognised (loss "
-            f"functions seen in this step: {_seen(terms)}). For a loss of logits, a likelihood such as "
-            "Categorical(output_of='head') gives the model's own Fisher."
+            f"curvature from {THE_LOSS_ITSELF} (its empirical Fisher), since no function of it is recognised (seen: "
+            f"{_seen(terms)}). Functions such as F.cross_entropy and F.mse_loss give a better curvature. So does the "
+            "module with the logits: likelihood=Categorical(output_of='head'), or Bernoulli or Gaussian."
         )
     if len(norms) == 1 or THE_REST not in norms:
         return f"curvature from {', '.join(norms)}."

@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.optim import Optimizer
 
 from lightning_kfc.kfc import KFC
 from lightning_kfc.pictures.html import Section, as_image, as_list, as_table, as_text
@@ -90,18 +91,25 @@ def run_facts(kfc: KFC, trainer: Any, interrupted_by: BaseException | None) -> d
         trainer: The trainer.
         interrupted_by: The exception that ended the training early.
     """
-    rates = {o: ", ".join(f"{group['lr']:g}" for group in o.param_groups) for o in trainer.optimizers}
     ended = "as planned" if interrupted_by is None else f"{type(interrupted_by).__name__}: {interrupted_by}"
     return {
         "Optimizer steps": 0 if kfc.last_step is None else kfc.last_step.step + 1,
         "Epochs": trainer.current_epoch,
         "Ended": ended,
-        "Optimizer at the end": ", ".join(f"{type(o).__name__}(lr={lr})" for o, lr in rates.items()),
+        "Optimizer at the end": ", ".join(map(_described, trainer.optimizers)),
         "Rule": kfc.settings.rule,
         "Statistics from": kfc.batches.sources,
         "Ranks": trainer.world_size,
         "Versions": f"lightning-kfc {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
     }
+
+
+def _described(optimizer: Optimizer) -> str:
+    groups = [
+        ", ".join(f"{name}={group[name]:g}" for name in ("lr", "momentum") if group.get(name))
+        for group in optimizer.param_groups
+    ]
+    return f"{type(optimizer).__name__}({'; '.join(groups)})"
 
 
 def _settings(kfc: KFC) -> dict[str, object]:

@@ -17,8 +17,8 @@ class RefreshSchedule:
     """The dates of statistics and inverses.
 
     Dates are the multiples of the two periods, from step :data:`LATER_FROM` on of longer ones. During the warm-up,
-    factors are refreshed at every step too, and inverses at steps 0, 1, 2, 3, then at every second step, and at its end:
-    curvature changes fastest at the start, and the first averages are means of few batches.
+    factors are refreshed at every step too, and inverses at steps 0, 1, 2, 3, then at every second step, and at the
+    end: curvature changes fastest at the start, and the first averages are means of few batches.
 
     Attributes:
         factor_every_n_steps: Period of the statistics, in optimizer steps (the paper's T_cov).

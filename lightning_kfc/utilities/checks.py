@@ -27,9 +27,9 @@ def is_finite(value: Any) -> bool:
         return False
 
 
-def check_positive(name: str, value: Any) -> None:
-    """Require a positive, finite number."""
-    _check_number(name, value)
+def check_positive(name: str, value: Any, *, otherwise: str = "") -> None:
+    """Require a positive, finite number; ``otherwise`` names what else is allowed, after "a number"."""
+    _check_number(name, value, otherwise)
     if not (value > 0 and is_finite(value)):
         raise ValueError(f"{name} must be a positive number, got {value!r}.")
 
@@ -37,14 +37,14 @@ def check_positive(name: str, value: Any) -> None:
 def check_positive_or_auto(name: str, value: Any) -> None:
     """Require a positive, finite number, or ``"auto"``."""
     if not isinstance(value, str):
-        check_positive(name, value)
+        check_positive(name, value, otherwise=" or 'auto'")
     elif value != "auto":
         raise TypeError(f"{name} must be a number or 'auto', got {value!r} of type {type(value).__name__}.")
 
 
-def check_fraction(name: str, value: Any) -> None:
-    """Require a number of at least 0 and below 1."""
-    _check_number(name, value)
+def check_fraction(name: str, value: Any, *, otherwise: str = "") -> None:
+    """Require a number of at least 0 and below 1; ``otherwise`` names what else is allowed, after "a number"."""
+    _check_number(name, value, otherwise)
     if not 0 <= value < 1:
         raise ValueError(f"{name} must be at least 0 and below 1, got {value!r}.")
 
@@ -117,6 +117,6 @@ def check_patterns(name: str, value: Any) -> tuple[str, ...] | None:
     return patterns
 
 
-def _check_number(name: str, value: Any) -> None:
+def _check_number(name: str, value: Any, otherwise: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
+        raise TypeError(f"{name} must be a number{otherwise}, got {value!r} of type {type(value).__name__}.")

@@ -113,7 +113,7 @@ def test_a_schedule_that_falls_below_zero():
         (ValueError, "damping", 0.0, "damping must be a positive number, got 0.0"),
         (ValueError, "damping", float("nan"), "damping must be a positive number, got nan"),
         (TypeError, "damping", "small", "damping must be a number or 'auto', got 'small' of type str"),
-        (TypeError, "damping", True, "damping must be a number, got True of type bool"),
+        (TypeError, "damping", True, "damping must be a number or 'auto', got True of type bool"),
         (ValueError, "fisher", "true", "fisher must be one of 'mc', 'exact', 'empirical', got 'true'"),
         (
             ValueError,

@@ -24,7 +24,7 @@ NAN, INF = float("nan"), float("inf")
 
 WRONG: list[tuple[str, Any, type[Exception], str]] = [
     *[("damping", v, ValueError, f"damping must be a positive number, got {v!r}") for v in (0, -0.1, NAN, INF)],
-    *[("damping", v, TypeError, f"damping must be a number, got {v!r} of type") for v in (None, True)],
+    *[("damping", v, TypeError, f"damping must be a number or 'auto', got {v!r} of type") for v in (None, True)],
     ("damping", "0.1", TypeError, "damping must be a number or 'auto', got '0.1' of type str"),
     *[("kl_clip", v, ValueError, f"kl_clip must be a positive number, got {v!r}") for v in (0.0, -1, NAN)],
     ("kl_clip", "none", TypeError, "kl_clip must be a number or 'auto', got 'none' of type str"),
@@ -33,7 +33,7 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
     ("fisher", "montecarlo", ValueError, "fisher must be one of 'mc', 'exact', 'empirical', got 'montecarlo'"),
     ("fisher", ["mc"], ValueError, r"fisher must be one of .*, got \['mc'\]"),
     ("likelihood", "softmax", ValueError, "likelihood must be one of 'auto', 'categorical', 'bernoulli', 'gaussian'"),
-    ("likelihood", Gaussian, ValueError, "likelihood must be one of 'auto'"),
+    ("likelihood", Gaussian, TypeError, "likelihood must be an instance, such as Gaussian"),
     ("inverse", "lu", ValueError, "inverse must be one of 'cholesky'"),
     ("rule", "sgd", ValueError, "rule must be one of 'natural', 'adam', 'auto', got 'sgd'"),
     ("weight_sharing", "share", ValueError, "weight_sharing must be one of 'expand', 'reduce', got 'share'"),
@@ -57,7 +57,7 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
     ("precision", "bfloat16", TypeError, r"precision must be given as precision=Precision\(...\), got 'bfloat16' of"),
     *[(name, 10**30, ValueError, f"{name} must be at most 9223372036854775807") for name in ("seed", "warmup_steps")],
     *[(name, 10**400, ValueError, f"{name} must be a positive number, got 1000") for name in ("damping", "kl_clip")],
-    ("damping", np.ones(2), TypeError, r"damping must be a number, got array\(\[1., 1.\]\) of type ndarray"),
+    ("damping", np.ones(2), TypeError, r"damping must be a number or 'auto', got array\(\[1., 1.\]\) of type ndarray"),
     ("factor_every_n_steps", np.ones(2), TypeError, r"factor_every_n_steps must be a whole number, got array"),
     ("include", torch.tensor(3), TypeError, r"include takes glob patterns over module names.*got tensor\(3\) of"),
     ("seed", -1, ValueError, "seed must be at least 0, got -1"),
@@ -157,12 +157,14 @@ def test_a_schedule_that_raises_later_leaves_its_last_value_in_force() -> None:
 
 
 def test_a_setting_that_never_was_is_an_error_naming_it() -> None:
-    with pytest.raises(TypeError, match=r"^KFC has no setting 'dampng'"):
+    with pytest.raises(TypeError, match=r"^KFC has no setting 'dampng'. Did you mean 'damping'\?$"):
         KFC(nn.Linear(2, 2), dampng=0.1)
-    with pytest.raises(TypeError, match=r"^KFCCallback has no setting 'dampng'"):
-        KFCCallback(dampng=0.1)
-    with pytest.raises(TypeError, match=r"^Settings has no setting 'dampng'"):
-        Settings(dampng=0.1)  # type: ignore[call-arg]  # what is tested
+    with pytest.raises(TypeError, match=r"^KFCCallback has no setting 'warmup'. Did you mean 'warmup_steps'\?$"):
+        KFCCallback(warmup=3)
+    with pytest.raises(TypeError, match=r"^KFCCallback has no setting 'average'. Did you mean 'average_weights'\?$"):
+        KFCCallback(average=0.5)
+    with pytest.raises(TypeError, match=r"^Settings has no setting 'lr'. Its settings are: damping, ema_decay, "):
+        Settings(lr=0.1)  # type: ignore[call-arg]  # what is tested
 
 
 @pytest.mark.parametrize(

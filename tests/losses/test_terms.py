@@ -417,7 +417,7 @@ def test_a_loss_that_is_not_recognised_has_the_empirical_fisher_and_one_line_rep
         kfc.precondition(lr=0.1)
     (line,) = sources(log)
     assert "the gradient of the loss itself (its empirical Fisher)" in line
-    assert "seen in this step: none" in line
+    assert "(seen: none)" in line
     assert "output_of=" in line
     assert kfc.events.unrecognised_losses == 2
     chosen = observe(model, lambda: UNKNOWN[case](model(x)), fisher="empirical")
@@ -435,7 +435,7 @@ def test_a_recognised_function_that_is_no_part_of_the_loss_is_named(log: pytest.
         loss = F.multi_margin_loss(z, TARGET)
     kfc.update(loss)
     (line,) = sources(log)
-    assert "seen in this step: cross_entropy" in line
+    assert "(seen: cross_entropy)" in line
 
 
 def penalty(model: nn.Module) -> Tensor:

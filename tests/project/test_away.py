@@ -206,7 +206,7 @@ def test_the_table_has_medians_kfc_first_and_names_who_is_ahead() -> None:
         "| KFC | 20 / 2.0 |",
         "| KFC, averaged 0.8 | 20 / 2.0 |",
         "| KFC, averaged 0.9 | 20 / 2.0 |",
-        "| SGD | **7 / 0.7 (0.9)** |",
+        "| SGD | **7 / 0.70 (0.9)** |",
         "| Adam | - |",
     ]
     assert missed([record], ("kfc", "sgd", "adam"), (0, 1, 2)) == [

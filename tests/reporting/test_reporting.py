@@ -172,7 +172,7 @@ def test_the_report_has_what_was_run(run: Any) -> None:
     facts = dict(re.findall(r"<tr><th>(.*?)</th><td>(.*?)</td></tr>", run.html))
     assert facts["Optimizer steps"] == "24"
     assert facts["Ended"] == "as planned"
-    assert facts["Optimizer at the end"] == "SGD(lr=0.1)"
+    assert facts["Optimizer at the end"] == "SGD(lr=0.1, momentum=0.5)"
     assert facts["damping"] == "0.02  (set)"
     assert html.unescape(facts["kl_clip"]) == "'auto'"
     assert "All went as planned." in page.text["p"]
