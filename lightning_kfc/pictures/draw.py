@@ -51,6 +51,7 @@ UNITS: Mapping[str, str] = {
     "kfc/condition_G": "ratio",
     "kfc/effective_rank_A": "directions",
     "kfc/effective_rank_G": "directions",
+    "kfc/effective_rank_F": "directions",
 }
 #: The axis of the module's own metrics, whose units are unknown.
 UNITS_OF_OTHERS = "as logged"
