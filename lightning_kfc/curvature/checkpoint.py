@@ -117,7 +117,7 @@ def _load(
         # Moments belong to the basis of the inverse.
         moments = Moments(**_as(like, state["moments"])) if with_moments and "moments" in state else None
     averages = averages_of(state["factors"], like) if ownership.has_factors(layer) else {}
-    # Version 0.1 has none.
+    # A state has rows where they are known, and a damping of the layer where it is automatic.
     layer.restore(averages, inverse, moments, state.get("rows"), OwnDamping(**state.get("own_damping", {})))
     return None
 

@@ -231,8 +231,8 @@ def coverage_of(
     model: nn.Module,
     found: ModelLayers,
     inverse: type[Inverse],
-    kept: int = 0,
-    idle: Mapping[str, str] | None = None,
+    kept: int,
+    idle: Mapping[str, str],
 ) -> Coverage:
     """Make the coverage of a model from its layers; the model may have changed since.
 
@@ -243,7 +243,6 @@ def coverage_of(
         kept: The number of values per parameter that are held from step to step; counted as memory of the inverse.
         idle: Layers without curvature at present, by name, with the reason.
     """
-    idle = idle or {}
     owners: dict[int, list[Layer]] = {}
     own = set(map(id, model.parameters()))
     # Layers whose module or parameters were replaced are idle.

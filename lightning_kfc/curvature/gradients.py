@@ -10,12 +10,6 @@ from torch import Tensor, nn
 from lightning_kfc.distributed.process_group import is_sharded
 from lightning_kfc.distributed.sharded_tensors import part_of
 from lightning_kfc.layers import Adapter
-from lightning_kfc.utilities.torch_internals import values_of
-
-
-def is_zero(gradient: Tensor) -> bool:
-    """Whether all elements of a gradient are zero."""
-    return not bool(values_of(gradient).any())
 
 
 def gradients_of(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor] | None:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_kfc.curvature.gradients import is_zero
 from lightning_kfc.curvature.own_damping import OwnDamping
 from lightning_kfc.curvature.weight_scale import mean_square
 from lightning_kfc.distributed.process_group import is_sharded
@@ -21,6 +20,7 @@ from lightning_kfc.factors.running_average import StoredAverage
 from lightning_kfc.factors.statistics import Statistics, factor_dtype
 from lightning_kfc.layers import Adapter
 from lightning_kfc.utilities.load_balancing import factorisation_cost
+from lightning_kfc.utilities.torch_internals import values_of
 
 
 class Layer:
@@ -304,4 +304,6 @@ class Layer:
         """Whether all gradients of the layer's parameters are missing or zero."""
         parameters = {**self.adapter.parameters(), **self._shards}.values()
         # Other ranks may have nonzero parts of a sharded gradient.
-        return all(g is None or (type(g) is Tensor and is_zero(g)) for g in (p.grad for p in parameters))
+        return all(
+            g is None or (type(g) is Tensor and not bool(values_of(g).any())) for g in (p.grad for p in parameters)
+        )

@@ -71,8 +71,6 @@ class ProcessGroup:
 
     def all_agree(self, here: bool, device: torch.device) -> bool:
         """Whether ``here`` is true on every rank of the group. Collective: call on every rank."""
-        if self.size == 1:
-            return here
         return not bool(self.max(torch.tensor([0.0 if here else 1.0], device=device)).item())
 
 

@@ -34,7 +34,6 @@ class ReceivedUpdate(StepInverse):
     """
 
     update: Tensor
-    name: ClassVar[str] = "solved"
 
     def solve(self, gradient: Tensor) -> Tensor:
         """The received update."""

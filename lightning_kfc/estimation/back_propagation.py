@@ -158,28 +158,3 @@ def _factors(calls: Sequence[Call], scale: float, mean_fraction: float | None) -
 def _examples(call: Call) -> int:
     """The number of examples of a call, from its adapter."""
     return call.adapter.output_rows(torch.empty(call.output_shape, device="meta")).shape[0]
-
-
-def empirical_statistics(
-    seeds: Seeds,
-    calls: Sequence[Call],
-    *,
-    loss_fraction: float,
-    test: SelfTest | None,
-    examples: Mapping[str, ExampleGradients] | None = None,
-    on_failure: OnFailure = _raised,
-) -> dict[int, Statistics]:
-    r"""The empirical Fisher of a loss, or of a part of it, as a mean over examples.
-
-    With :math:`h = \frac{f}{N}\sum_i h_i`, f the loss's fraction of the optimizer step, the rows of h itself are
-    :math:`f/N` of those of the examples, so that :math:`G = (N/f)\sum_r g_r g_r^\top`, N the examples of each call.
-
-    Args:
-        seeds: The seeds of the loss, or of a part of it.
-        calls: The recorded calls.
-        loss_fraction: The loss's fraction of the optimizer step.
-        test: As in :func:`back_propagate`.
-        examples: As in :func:`back_propagate`.
-        on_failure: As in :func:`back_propagate`.
-    """
-    return back_propagate(iter([seeds]), calls, 1.0, test, examples, mean_fraction=loss_fraction, on_failure=on_failure)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_kfc.curvature.layer import Layer
-from lightning_kfc.estimation.back_propagation import added, back_propagate, empirical_statistics, reaches
+from lightning_kfc.estimation.back_propagation import added, back_propagate, reaches
 from lightning_kfc.estimation.example_gradients import ExampleGradients, StepExamples
 from lightning_kfc.estimation.recording import Call
 from lightning_kfc.estimation.rest import Rest
@@ -201,13 +201,23 @@ class LossStatistics:
         return found
 
     def _empirical(self, due: DueLoss, seeds: Seeds, failures: Failures) -> dict[int, Statistics]:
-        """The empirical Fisher of a loss, or of its rest."""
+        r"""The empirical Fisher of a loss, or of its rest, as a mean over examples.
+
+        With :math:`h = \frac{f}{N}\sum_i h_i`, f the loss's fraction of the optimizer step, the rows of h itself are
+        :math:`f/N` of those of the examples, so that :math:`G = (N/f)\sum_r g_r g_r^\top`, N the examples of each call.
+        """
         test = self._self_test.running
         if test is not None and self._fisher != "empirical":
             # Parts of this gradient, such as a penalty on weights, have no rows.
             test.strict = False
-        return empirical_statistics(
-            seeds, due.calls, loss_fraction=due.fraction, test=test, examples=due.examples, on_failure=failures.note
+        return back_propagate(
+            iter([seeds]),
+            due.calls,
+            1.0,
+            test,
+            due.examples,
+            mean_fraction=due.fraction,
+            on_failure=failures.note,
         )
 
     def report_no_gradient(self, step: int) -> None:

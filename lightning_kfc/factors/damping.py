@@ -18,16 +18,6 @@ def mean_diagonal(factor: Tensor) -> Tensor:
     return factor.diagonal(dim1=-2, dim2=-1).mean(-1)
 
 
-def mean_curvature(factors: Mapping[str, Tensor]) -> float:
-    """The mean diagonal entry of a layer's Fisher matrix, over all groups.
-
-    Args:
-        factors: ``A`` and ``G``, or ``F``; each dense ``(groups, d, d)`` or diagonal ``(groups, d)``.
-    """
-    values = [mean_diagonal(factor).double() for factor in factors.values()]
-    return float(torch.stack(values).prod(0).mean())
-
-
 def within_curvature(damping: float, factors: Mapping[str, Tensor]) -> float:
     """An automatic damping, limited to a range of multiples of a layer's mean curvature.
 
@@ -36,9 +26,11 @@ def within_curvature(damping: float, factors: Mapping[str, Tensor]) -> float:
 
     Args:
         damping: The damping, in units of the loss and the weights; at least 0.
-        factors: The layer's factors. Without curvature, the damping stays.
+        factors: ``A`` and ``G``, or ``F``; each dense ``(groups, d, d)`` or diagonal ``(groups, d)``. Without
+            curvature, the damping stays.
     """
-    mean = mean_curvature(factors)
+    # The mean diagonal entry of the layer's Fisher matrix, over all groups.
+    mean = float(torch.stack([mean_diagonal(factor).double() for factor in factors.values()]).prod(0).mean())
     limited = min(damping, LARGEST_DAMPING * mean) if mean > 0 else damping
     return max(limited, LEAST_DAMPING * mean, torch.finfo(torch.float32).tiny)
 

@@ -9,6 +9,7 @@ same to the last bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
@@ -18,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from lightning_kfc.layers.adapter import Adapter
-from lightning_kfc.layers.forward import Forward, ForwardHook
+from lightning_kfc.layers.forward import ForwardHook
 from lightning_kfc.layers.fused_modules import Watch
-from lightning_kfc.layers.linear import LinearAdapter, leading_rows
+from lightning_kfc.layers.linear import LinearAdapter
 from lightning_kfc.layers.options import AdapterOptions
 from lightning_kfc.layers.registry import register_adapter
 from lightning_kfc.layers.weight_sharing import WeightSharing
@@ -47,7 +48,8 @@ class ProjectionAdapter(LinearAdapter):
     module: nn.MultiheadAttention
 
     def __init__(self, module: nn.MultiheadAttention, options: AdapterOptions, watch: Watch, part: str) -> None:
-        super().__init__(module, options)
+        # Inside the attention function the batch is always the second axis.
+        super().__init__(module, replace(options, batch_axis=1))
         self.sharing = WeightSharing("expand", options.name, SHARING if options.weight_sharing == "reduce" else "")
         self._watch, self._part = watch, part
 
@@ -85,14 +87,6 @@ class ProjectionAdapter(LinearAdapter):
             own, names = parameters_of(self.module), {"weight": weight, "bias": "in_proj_bias"}
         found = {role: own.get(name) for role, name in names.items()}
         return {role: parameter for role, parameter in found.items() if parameter is not None}
-
-    def weight_input_rows(self, forward: Forward) -> Tensor:
-        """See :class:`LinearAdapter`; inside the attention function the batch is always the second axis."""
-        return leading_rows(forward.first(), batch_axis=1)
-
-    def output_rows(self, output_gradient: Tensor) -> Tensor:
-        """See :meth:`weight_input_rows`."""
-        return leading_rows(output_gradient, batch_axis=1)
 
     def select(self, role: str, tensor: Tensor) -> Tensor:
         """A third of a packed tensor; else the whole tensor."""

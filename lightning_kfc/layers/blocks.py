@@ -33,11 +33,6 @@ class BlocksAdapter(Adapter):
         self.unseen = inner.unseen  # type: ignore[misc]  # likewise
         self.pairs_rows = inner.pairs_rows  # type: ignore[misc]  # likewise
 
-    @property
-    def inner(self) -> Adapter:
-        """The adapter that reads the module."""
-        return self._inner
-
     def attach(self, hook: ForwardHook) -> RemovableHandle:
         """See :class:`Adapter`."""
         return self._inner.attach(hook)

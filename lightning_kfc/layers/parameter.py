@@ -22,7 +22,7 @@ class ParameterAdapter(Adapter):
 
     One step gives one such square for each coordinate. A coordinate with small draws would look flat and take a step
     that is far too large, so the tensor's mean counts as one more draw: :math:`(\bar f + n f)/(1 + n)` is inverted,
-    n being the number of draws in the running average f (1 at first, 39 in the end at the default decay). A single
+    n being the number of draws in the running average f (1 at first, 9 in the end at the default decay). A single
     number has no neighbours to average with; damping and KL clip bound its step. ``docs/decisions`` holds the
     measurement.
 

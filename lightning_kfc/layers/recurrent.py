@@ -10,6 +10,7 @@ same tensors, and only the first belongs to the due step.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -18,13 +19,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from lightning_kfc.layers.adapter import Adapter
-from lightning_kfc.layers.forward import Forward, ForwardHook
+from lightning_kfc.layers.forward import ForwardHook
 from lightning_kfc.layers.fused_modules import Watch
-from lightning_kfc.layers.linear import LinearAdapter, leading_rows
+from lightning_kfc.layers.linear import LinearAdapter
 from lightning_kfc.layers.options import AdapterOptions
 from lightning_kfc.layers.recurrent_cells import CELLS, SEQUENCES, one_step, packed, padded, suffix
 from lightning_kfc.layers.registry import register_adapter
-from lightning_kfc.layers.weight_sharing import WeightSharing
 from lightning_kfc.utilities.torch_internals import parameters_of, saved_tensor_hooks
 
 
@@ -48,8 +48,8 @@ class GateAdapter(LinearAdapter):
     module: nn.RNNBase | nn.RNNCellBase
 
     def __init__(self, module: nn.RNNBase | nn.RNNCellBase, options: AdapterOptions, watch: Watch, part: str) -> None:
-        super().__init__(module, options)
-        self.sharing = WeightSharing("expand", options.name)
+        # The batch is the second axis for any ``batch_first``.
+        super().__init__(module, replace(options, batch_axis=1, weight_sharing="expand"))
         self._watch, self._part = watch, part
 
     @classmethod
@@ -68,14 +68,6 @@ class GateAdapter(LinearAdapter):
     def attach(self, hook: ForwardHook) -> RemovableHandle:
         """See :class:`Adapter`."""
         return self._watch.attach(self._part, hook)
-
-    def weight_input_rows(self, forward: Forward) -> Tensor:
-        """See :class:`LinearAdapter`; the batch is the second axis for any ``batch_first``."""
-        return leading_rows(forward.first(), batch_axis=1)
-
-    def output_rows(self, output_gradient: Tensor) -> Tensor:
-        """See :meth:`weight_input_rows`."""
-        return leading_rows(output_gradient, batch_axis=1)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The product's weight and bias."""

@@ -29,6 +29,7 @@ class LossTerm:
         weigh_in_loss: Like ``weigh``, but without the curvature of the terms; None if ``weigh`` has no such factor.
         layout_of_weights: Turns weights shaped as ``logits`` into the shape of the tensor at the edges; None for
             ``layout``.
+        layouts: One layout for each edge, in the place of ``layout``; empty if one serves all edges.
     """
 
     likelihood: Likelihood

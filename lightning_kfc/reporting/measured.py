@@ -9,8 +9,6 @@ from torch import Tensor
 
 from lightning_kfc.monitoring.events import History
 
-#: The points of each series, steps with numbers, by key.
-Series = Mapping[str, Sequence[tuple[int, float]]]
 #: Numbers that differ by less than this share look the same in a chart.
 FLAT_SHARE = 1e-6
 

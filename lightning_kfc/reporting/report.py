@@ -98,8 +98,8 @@ class Report:
 
     def numbers(self, step: int, numbers: Mapping[str, float]) -> None:
         """Add numbers that are logged at a step to the report."""
-        # Of the layers' numbers only the median is drawn.
-        drawn = {k: v for k, v in numbers.items() if not k.endswith(("_min", "_max")) and _of_all(k)}
+        # Of the layers' numbers only the median is drawn; keys of single layers have a second slash.
+        drawn = {k: v for k, v in numbers.items() if not k.endswith(("_min", "_max")) and k.count("/") == 1}
         self.measured.numbers(step, drawn)
 
     def step_ends(self, step: int, outputs: object) -> None:
@@ -190,11 +190,6 @@ class Report:
         if self._watcher is None or not self._watcher.statistics():
             missing["autocorrelation"] = "No convolution over two dimensions was seen while statistics were taken."
         return missing
-
-
-def _of_all(key: str) -> bool:
-    """Whether a key names no layer."""
-    return key.count("/") == 1
 
 
 def _write(path: Path, content: bytes) -> bool:

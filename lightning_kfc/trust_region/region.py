@@ -277,17 +277,3 @@ class TrustRegion:
     def _changing(self) -> list[str]:
         names = ["loss", "review_next", "log_size", "growth"]
         return ["radius", *names] if self.automatic_radius else names
-
-
-def message_of_fixed(radius: float, reason: str) -> str:
-    """The message about the end of reviews.
-
-    Args:
-        radius: The fixed radius; NaN before the first loss.
-        reason: Why steps cannot be reviewed.
-    """
-    value = f"kl_clip={radius:.3g}" if math.isfinite(radius) else f"{FIXED_RADIUS:g} times the loss"
-    return (
-        f"kl_clip='auto' cannot review steps: {reason}. From now on it is fixed: {value}. "
-        "Set kl_clip to silence this message."
-    )

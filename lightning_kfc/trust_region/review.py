@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +21,7 @@ from lightning_kfc.distributed import process_group as distributed
 from lightning_kfc.monitoring.events import Events
 from lightning_kfc.trust_region.losses_seen import LossesSeen, SeenLoss
 from lightning_kfc.trust_region.next_slope import LastUpdates
-from lightning_kfc.trust_region.region import TrustRegion, Verdict, message_of_fixed
+from lightning_kfc.trust_region.region import FIXED_RADIUS, TrustRegion, Verdict
 from lightning_kfc.trust_region.replay_checks import replay_error, replayability, replayed_step
 from lightning_kfc.trust_region.scheduled_damping import ScheduledDamping
 from lightning_kfc.trust_region.snapshot import StepSnapshot
@@ -302,4 +303,12 @@ class StepReviewer:
         adapted = self.region.fix()
         self.forget_losses()
         self.last_updates.forget()
-        return message_of_fixed(self.region.radius, reason) if adapted else ""
+        if not adapted:
+            return ""
+        radius = self.region.radius
+        # Before the first loss it is NaN.
+        value = f"kl_clip={radius:.3g}" if math.isfinite(radius) else f"{FIXED_RADIUS:g} times the loss"
+        return (
+            f"kl_clip='auto' cannot review steps: {reason}. From now on it is fixed: {value}. "
+            "Set kl_clip to silence this message."
+        )

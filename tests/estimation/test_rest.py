@@ -110,7 +110,7 @@ def test_a_loss_without_a_rest_makes_no_further_back_propagation(monkeypatch: py
     def unexpected(*args: object, **kwargs: object) -> None:
         raise AssertionError("the rest was asked for")
 
-    monkeypatch.setattr(loss_statistics, "empirical_statistics", unexpected)
+    monkeypatch.setattr(loss_statistics.LossStatistics, "_empirical", unexpected)
     model, x = TwoHeads().double(), data(N, 4)
 
     def loss() -> Tensor:

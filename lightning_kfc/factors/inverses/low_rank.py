@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -48,7 +47,6 @@ class FewRows(StepInverse):
     G_inverse: Tensor
     whole: Inverse
     rows: int
-    name: ClassVar[str] = "few rows"
 
     def solve(self, gradient: Tensor) -> Tensor:
         """E5; see :class:`Inverse`."""
