@@ -60,17 +60,19 @@ def refuse_former(owner: str, names: Iterable[str], settings: Collection[str]) -
 
     Args:
         owner: The class in the message.
-        names: The names.
+        names: The names of what was given.
         settings: The settings of that class.
 
     Raises:
         TypeError: For the first name, with the most similar setting; for one of an earlier version with its
             replacement.
     """
-    for name in names:
+    for name in set(names).difference(settings):
+        if name in FORMER:
+            raise TypeError(FORMER[name])
         alike = get_close_matches(name, settings, n=1)
         way_out = f"Did you mean {alike[0]!r}?" if alike else f"Its settings are: {', '.join(sorted(settings))}."
-        raise TypeError(FORMER.get(name, f"{owner} has no setting {name!r}. {way_out}"))
+        raise TypeError(f"{owner} has no setting {name!r}. {way_out}")
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,7 @@ class Settings:
 
     def __new__(cls, *args: Any, **options: Any) -> Settings:
         """Refuse settings of earlier versions with the way out."""
-        refuse_former("Settings", set(options) - setting_names(), setting_names())
+        refuse_former("Settings", options, setting_names())
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -296,7 +298,7 @@ def settings_of(owner: str, settings: Settings | None, options: Mapping[str, Any
         TypeError: If there is no such setting, or it is of the wrong type.
         ValueError: If a setting is out of range.
     """
-    refuse_former(owner, set(options) - setting_names(), setting_names())
+    refuse_former(owner, options, setting_names())
     return replace(settings or Settings(), **options)
 
 

@@ -3,8 +3,7 @@
 Two epochs of 40 batches of 64 digits, with a constant rate. *While training* is the mean of the last five batches'
 losses; *afterwards* that of all batches by the weights that ``fit`` leaves, which for KFC are averaged. The column
 without growth has the damping of :mod:`lightning_kfc.trust_region.region` not grow; another one has a fixed damping,
-as a user may set it. Run it by
-``python -m benchmarks.accuracy.losses``.
+as a user may set it. Run it by ``python -m benchmarks.accuracy.losses``.
 """
 
 from __future__ import annotations

@@ -146,10 +146,10 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
         self._end()
         if self._average is not None:
             self._average.detach()
-        if counts := str(events := self.kfc.events):
-            usual = (
-                " A few undone or shortened steps are usual." if events.undone_steps + events.shortened_steps else ""
-            )
+        events = self.kfc.events
+        if counts := str(events):
+            shortened = events.undone_steps or events.shortened_steps
+            usual = " A few undone or shortened steps are usual." if shortened else ""
             rank_zero_info(f"KFC counted events: {counts}.{usual}")
         session.metrics.advise()
         if (path := session.report.write()) is not None:

@@ -106,7 +106,7 @@ def run_facts(kfc: KFC, trainer: Any, interrupted_by: BaseException | None) -> d
 
 def _described(optimizer: Optimizer) -> str:
     groups = [
-        ", ".join(f"{name}={group[name]:g}" for name in ("lr", "momentum") if group.get(name))
+        f"lr={group['lr']:g}" + (f", momentum={group['momentum']:g}" if group.get("momentum") else "")
         for group in optimizer.param_groups
     ]
     return f"{type(optimizer).__name__}({'; '.join(groups)})"

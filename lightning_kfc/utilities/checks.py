@@ -36,10 +36,8 @@ def check_positive(name: str, value: Any, *, otherwise: str = "") -> None:
 
 def check_positive_or_auto(name: str, value: Any) -> None:
     """Require a positive, finite number, or ``"auto"``."""
-    if not isinstance(value, str):
+    if not isinstance(value, str) or value != "auto":
         check_positive(name, value, otherwise=" or 'auto'")
-    elif value != "auto":
-        raise TypeError(f"{name} must be a number or 'auto', got {value!r} of type {type(value).__name__}.")
 
 
 def check_fraction(name: str, value: Any, *, otherwise: str = "") -> None:
