@@ -166,13 +166,13 @@ class Identity(DiagonalInverse):
     """No curvature; marks the layers whose step is matched to that of other layers."""
 
 
-def refreshed_by(rule: Rule | None, decay: float) -> Callable[[Layer, type[Inverse], float], Inverse]:
+def refreshed_by(rule: Rule | None, decay: float) -> Callable[[Layer, type[Inverse], float, float], Inverse]:
     """A rule in the place of :meth:`Layer.refreshed`."""
     original = Layer.refreshed
 
-    def refreshed(layer: Layer, inverse: type[Inverse], damping: float) -> Inverse:
+    def refreshed(layer: Layer, inverse: type[Inverse], damping: float, noise_damping: float) -> Inverse:
         if layer.adapter.treatment != "diagonal":
-            return original(layer, inverse, damping)
+            return original(layer, inverse, damping, noise_damping)
         average = layer.averages["F"]
         updates = round(math.log(max(1 - average.average.weight, 1e-300)) / math.log(decay))
         if rule is None:

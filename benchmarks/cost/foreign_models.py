@@ -1,7 +1,8 @@
 """The cost of a later step of models that others have built: ``python -m benchmarks.cost.foreign_models``.
 
-SGD and KFC at its defaults train each model on one batch, in turns: once in two Trainers, with and without the
-callback, and once in bare loops, in turns of one step. After the warm-up follow whole periods of the default schedule,
+SGD and KFC at its defaults train each model on the same batches, a new one at each step, in turns: once in two
+Trainers, with and without the callback, and once in bare loops, in turns of one step. On one batch the loss would fall
+to its rounding error, which reviews then judge. After the warm-up follow whole periods of the default schedule,
 with their statistics, inverses, reviews and averages of weights. The cost is the median over periods of the CPU time of
 a period, relative to the same steps of SGD. ``--profile`` prints profiles of the bare loop.
 """
@@ -47,6 +48,12 @@ def make_optimizer(network: nn.Module, *, with_kfc: bool) -> Optimizer:
     return torch.optim.SGD(network.parameters(), lr=0.5 if with_kfc else 1e-3, momentum=0.5)
 
 
+def make_batches(model: ForeignModel, number: int) -> Any:
+    """Batches of a model, always the same."""
+    torch.manual_seed(1)
+    return [model.batch() for _ in range(number)]
+
+
 class Training:
     """A model and its optimizer, with or without KFC.
 
@@ -59,20 +66,19 @@ class Training:
         torch.manual_seed(0)
         self._model = model
         self._network: nn.Module = model.make()
-        self._batch: Any = model.batch()
         self._optimizer = make_optimizer(self._network, with_kfc=with_kfc)
         self._kfc = KFC(self._network, **SHIPPED) if with_kfc else None
         self._averages = AveragedWeights(self._network, AVERAGED)
 
-    def step(self) -> None:
+    def step(self, batch: Any) -> None:
         """One step."""
         self._optimizer.zero_grad()
         if self._kfc is None:
-            self._model.loss(self._network, self._batch).backward()
+            self._model.loss(self._network, batch).backward()
             self._optimizer.step()
             return
         with self._kfc.capture():
-            loss = self._model.loss(self._network, self._batch)
+            loss = self._model.loss(self._network, batch)
         self._kfc.back_propagate(loss)
         loss.backward()
         self._kfc.precondition(optimizer=self._optimizer)
@@ -142,14 +148,13 @@ def in_trainers(model: ForeignModel, steps: int) -> list[list[float]]:
     turns = [Turn(*events), Turn(*reversed(events))]
     torch.manual_seed(0)
     modules = [UserModule(model, with_kfc=with_kfc) for with_kfc in (False, True)]
-    batch = model.batch()
+    batches = make_batches(model, steps)
 
     def fit(number: int) -> None:
         # A new thread has torch's default again.
         torch.set_num_threads(1)
         callbacks: list[Callback] = [KFCCallback(), turns[number]] if number else [turns[number]]
         trainer = quiet_trainer("cpu", max_steps=steps, callbacks=callbacks)
-        batches: Any = [batch] * steps
         trainer.fit(modules[number], DataLoader(batches, batch_size=None))
 
     with ThreadPoolExecutor(2) as threads:
@@ -162,10 +167,10 @@ def in_bare_loops(model: ForeignModel, steps: int) -> list[list[float]]:
     """The CPU seconds of each step without and with KFC."""
     pair = [Training(model, with_kfc=with_kfc) for with_kfc in (False, True)]
     taken: list[list[float]] = [[], []]
-    for number in range(steps):
+    for number, batch in enumerate(make_batches(model, steps)):
         for i in (0, 1) if number % 2 else (1, 0):
             started = time.process_time()
-            pair[i].step()
+            pair[i].step(batch)
             taken[i].append(time.process_time() - started)
     return taken
 
@@ -206,12 +211,13 @@ def table(numbers: dict[str, dict[str, dict[str, float]]]) -> str:
 def profile(model: ForeignModel, periods: int) -> None:
     """Print the functions that take the most time in KFC's later steps."""
     training = Training(model, with_kfc=True)
-    for _ in range(FIRST):
-        training.step()
     # CPU time: other processes do not enter.
     profiler = cProfile.Profile(time.process_time)
-    for _ in range(periods * PERIOD):
-        profiler.runcall(training.step)
+    for number, batch in enumerate(make_batches(model, FIRST + periods * PERIOD)):
+        if number < FIRST:
+            training.step(batch)
+        else:
+            profiler.runcall(training.step, batch)
     for order in ("tottime", "cumulative"):
         pstats.Stats(profiler).sort_stats(order).print_stats(50)
 

@@ -107,7 +107,7 @@ def pieces(title: str, *, cost_rule: bool) -> Pieces:
 
     def inverse() -> None:
         with torch.no_grad():
-            layer.take(layer.refreshed(CholeskyInverse, 0.01), step=0)
+            layer.take(layer.refreshed(CholeskyInverse, 0.01, 0.0), step=0)
 
     inverse()
 

@@ -12,6 +12,7 @@ from lightning_kfc.curvature.weight_scale import mean_square
 from lightning_kfc.distributed.process_group import is_sharded
 from lightning_kfc.distributed.remote import RemoteInverse
 from lightning_kfc.distributed.sharded_tensors import whole
+from lightning_kfc.factors.damping import inputs_per_row
 from lightning_kfc.factors.eigenbasis import Eigenbasis
 from lightning_kfc.factors.inverses import EighInverse, EkfacInverse, Inverse
 from lightning_kfc.factors.moments import Moments
@@ -222,10 +223,10 @@ class Layer:
         draws = min(average.draws for average in self.averages.values())
         return self.adapter.estimate(self.factors, draws)
 
-    def refreshed(self, inverse: type[Inverse], damping: float) -> Inverse:
+    def refreshed(self, inverse: type[Inverse], damping: float, noise_damping: float) -> Inverse:
         """A new inverse from the running factors, continuing the present one; raises as :meth:`Inverse.factorise`."""
         curvature = self.curvature()
-        own = self.own_damping.limited(damping, curvature)
+        own = self.own_damping.limited(damping, noise_damping * inputs_per_row(curvature, self.rows), curvature)
         fresh = self.inverse_type(inverse).factorise(curvature, own.of(damping)).continuing_from(self.inverse)
         # After a failure the damping stays that of the present inverse, as on the other ranks.
         self.take_damping(own)

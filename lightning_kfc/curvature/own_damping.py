@@ -34,17 +34,18 @@ class OwnDamping:
             return damping
         return damping / self.mean_square if self.automatic is None else self.automatic
 
-    def limited(self, damping: float, curvature: Mapping[str, Tensor]) -> OwnDamping:
+    def limited(self, damping: float, noise_damping: float, curvature: Mapping[str, Tensor]) -> OwnDamping:
         """The damping at a refresh.
 
         Args:
             damping: The user's damping, or the automatic one for weights of mean square 1.
+            noise_damping: The least automatic damping against noise, for weights of mean square 1.
             curvature: The layer's factors.
         """
         if self.mean_square is None:
             return self
         wanted = damping / self.mean_square
-        found = within_curvature(wanted, curvature)
+        found = within_curvature(wanted, noise_damping / self.mean_square, curvature)
         return replace(self, automatic=found, lowered=found < wanted)
 
     @property

@@ -108,5 +108,6 @@ class Refreshes:
         # Before the first nonzero loss an automatic damping has no unit; the inverses stay due.
         if not math.isnan(damping):
             due = set(self._inverses.outdated(dated, damping))
+            noise_damping = 0.0 if self._stages.estimator.saturates else self._reviewer.region.noise_damping
             with self._stages.times.phase("inverses"):
-                self._inverses([layer for layer in layers if layer.name in due], step, damping)
+                self._inverses([layer for layer in layers if layer.name in due], step, damping, noise_damping)

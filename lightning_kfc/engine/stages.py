@@ -143,6 +143,7 @@ class Stages:
             "dropped": dict(self.layers.dropped),
             "self_test_done": self.estimator.self_test.done,
             "never_negative": self.estimator.never_negative,
+            "saturates": self.estimator.saturates,
             "last_updates": self.reviewer.last_updates.state() if factors else [],
             **{name: part.state_dict() for name, part in self._with_state().items()},
         }
@@ -155,7 +156,9 @@ class Stages:
             if name in self.layers:
                 self.layers.drop(name, reason)
         self.estimator.restore(
-            self_test_done=bool(state["self_test_done"]), never_negative=bool(state.get("never_negative", False))
+            self_test_done=bool(state["self_test_done"]),
+            never_negative=bool(state.get("never_negative", False)),
+            saturates=bool(state.get("saturates", False)),
         )
         self.periods.load_state_dict(state.get("periods", {}))
         self.tracker.reschedule(self.periods.schedule)

@@ -98,10 +98,15 @@ class Estimator:
         """Whether all losses of the last step with statistics are bounded by 0."""
         return self._of_losses.never_negative
 
-    def restore(self, *, self_test_done: bool, never_negative: bool) -> None:
+    @property
+    def saturates(self) -> bool:
+        """Whether all curvature of the losses of that step falls to 0 with the loss."""
+        return self._of_losses.saturates
+
+    def restore(self, *, self_test_done: bool, never_negative: bool, saturates: bool) -> None:
         """Restore the state of the estimation."""
         self.self_test.restart(done=self_test_done)
-        self._of_losses.never_negative = never_negative
+        self._of_losses.never_negative, self._of_losses.saturates = never_negative, saturates
 
     @property
     def active(self) -> bool:
@@ -226,7 +231,7 @@ class Estimator:
             what = f"a loss function could not be read and is not recognised: {type(failure).__name__}: {failure}"
             self._events.report("failed_statistics", self._steps.number, what)
         if micro_batch == 0:
-            self._of_losses.never_negative = True
+            self._of_losses.never_negative = self._of_losses.saturates = True
         custom = CustomFunctions()
         try:
             with (

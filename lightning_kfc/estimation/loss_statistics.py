@@ -105,6 +105,7 @@ class LossStatistics:
 
     Attributes:
         never_negative: Whether all losses of the last step with statistics are bounded by 0.
+        saturates: Whether all their curvature falls to 0 with the loss.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class LossStatistics:
         self._events = events
         self._fisher = fisher
         self._likelihood = likelihood
-        self.never_negative = False
+        self.never_negative = self.saturates = False
 
     def __call__(self, due: DueLoss, failures: Failures) -> dict[int, Statistics]:
         """The statistics of a loss, by the number of the call; removes the loss's terms from ``due.losses``.
@@ -159,12 +160,13 @@ class LossStatistics:
         elif source is not None and not all_zero(kept):
             scale = 1.0 if fisher == "empirical" else seed_scale(kept)
             self.never_negative &= never_negative(due.loss, kept, due.scale)
+            self.saturates &= not mixed and all(weighted.term.likelihood.saturates for weighted in kept)
             passes = seed_passes(kept, fisher, source)
             found = back_propagate(passes, calls, scale, test, examples, on_failure=failures.note)
             functions = [weighted.term.function for weighted in kept]
             self._sources.note(functions, terms, rest if mixed else None, calls, due.step)
         else:
-            self.never_negative = mixed = False
+            self.never_negative = self.saturates = mixed = False
             found = self._of_whole_loss(due, rest, terms, failures)
         if mixed:
             found = added(found, self._empirical(due, rest.seeds(), failures))

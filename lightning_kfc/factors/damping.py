@@ -9,6 +9,8 @@ from torch import Tensor
 
 #: The least and the largest automatic damping, as multiples of a layer's mean curvature.
 LEAST_DAMPING, LARGEST_DAMPING = 1e-8, 100.0
+#: The largest damping against noise, likewise.
+LARGEST_NOISE_DAMPING = 10.0
 
 
 def mean_diagonal(factor: Tensor) -> Tensor:
@@ -18,7 +20,18 @@ def mean_diagonal(factor: Tensor) -> Tensor:
     return factor.diagonal(dim1=-2, dim2=-1).mean(-1)
 
 
-def within_curvature(damping: float, factors: Mapping[str, Tensor]) -> float:
+def inputs_per_row(factors: Mapping[str, Tensor], rows: int | None) -> float:
+    """The inputs of a layer with a dense factor A, as a multiple of the rows of a step; 0 for another layer.
+
+    Args:
+        factors: The layer's factors, dense ``(groups, d, d)`` or diagonal ``(groups, d)``.
+        rows: The rows of a step; None if unknown.
+    """
+    A = factors.get("A")
+    return A.shape[-1] / rows if rows and A is not None and A.ndim == 3 else 0.0
+
+
+def within_curvature(damping: float, noise_damping: float, factors: Mapping[str, Tensor]) -> float:
     """An automatic damping, limited to a range of multiples of a layer's mean curvature.
 
     A loss that is nearly 0 must not leave singular factors without damping. Far above the curvature, a step is that of
@@ -26,13 +39,16 @@ def within_curvature(damping: float, factors: Mapping[str, Tensor]) -> float:
 
     Args:
         damping: The damping, in units of the loss and the weights; at least 0.
+        noise_damping: The least damping against noise, in the same units; at least 0.
         factors: ``A`` and ``G``, or ``F``; each dense ``(groups, d, d)`` or diagonal ``(groups, d)``. Without
             curvature, the damping stays.
     """
     # The mean diagonal entry of the layer's Fisher matrix, over all groups.
     mean = float(torch.stack([mean_diagonal(factor).double() for factor in factors.values()]).prod(0).mean())
     limited = min(damping, LARGEST_DAMPING * mean) if mean > 0 else damping
-    return max(limited, LEAST_DAMPING * mean, torch.finfo(torch.float32).tiny)
+    return max(
+        limited, min(noise_damping, LARGEST_NOISE_DAMPING * mean), LEAST_DAMPING * mean, torch.finfo(torch.float32).tiny
+    )
 
 
 def balance(A: Tensor, G: Tensor) -> Tensor:

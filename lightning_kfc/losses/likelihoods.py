@@ -36,6 +36,8 @@ class Likelihood(ABC):
     name: ClassVar[str]
     #: Whether a term has a vector of outputs (categorical) or a single one.
     vector_valued: ClassVar[bool] = False
+    #: Whether the curvature of a term falls to 0 with the term itself, as that of sure and right labels.
+    saturates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -97,6 +99,7 @@ class Categorical(Likelihood):
 
     name: ClassVar[str] = "categorical"
     vector_valued: ClassVar[bool] = True
+    saturates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -154,6 +157,7 @@ class Bernoulli(_ElementwiseLikelihood):
     """
 
     name: ClassVar[str] = "bernoulli"
+    saturates: ClassVar[bool] = True
 
     def sampled_seed(self, logits: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
         """See :class:`Likelihood`."""

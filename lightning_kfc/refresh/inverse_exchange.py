@@ -53,12 +53,13 @@ class InverseExchange:
             return longest_first({layer.name: layer.cost() for layer in layers}, self._ownership.group.size)
         return {layer.name: self._ownership.owner(layer) or 0 for layer in layers}
 
-    def refreshed(self, layers: Sequence[Layer], damping: float) -> dict[str, Outcome]:
+    def refreshed(self, layers: Sequence[Layer], damping: float, noise_damping: float) -> dict[str, Outcome]:
         """New inverses of layers, each factorised by one rank. Collective: call on every rank.
 
         Args:
             layers: The layers that are due, the same on every rank.
             damping: The damping in force at this step.
+            noise_damping: See :class:`~lightning_kfc.trust_region.region.TrustRegion`.
 
         Returns:
             By layer: the inverse, a stand-in if another rank holds it, or the error of its factorisation.
@@ -68,7 +69,7 @@ class InverseExchange:
         own = [layer for layer in layers if owners[layer.name] == self._ownership.group.rank]
         # Later inverses take as long as the first, so their progress is not logged.
         for layer in own if self._any_refreshed else _with_progress(own):
-            made[layer.name] = self._attempt(layer, damping)
+            made[layer.name] = self._attempt(layer, damping, noise_damping)
         self._any_refreshed = True
         if self._ownership.group.size == 1:
             return made
@@ -86,9 +87,9 @@ class InverseExchange:
                 result[layer.name] = made.get(layer.name, failed)
         return result
 
-    def _attempt(self, layer: Layer, damping: float) -> Outcome:
+    def _attempt(self, layer: Layer, damping: float, noise_damping: float) -> Outcome:
         try:
-            return layer.refreshed(self._kind, damping)
+            return layer.refreshed(self._kind, damping, noise_damping)
         except FactorisationError as error:
             return error
         except Exception as error:

@@ -39,13 +39,20 @@ class InverseRefresh:
         """The dated layers whose inverses would change."""
         return [name for name in dated if self._tracker.inverse_outdated(name, damping)]
 
-    def __call__(self, layers: Sequence[Layer], step: int, damping: float) -> None:
-        """Refresh the inverses of layers with factors. Collective: call on every rank."""
+    def __call__(self, layers: Sequence[Layer], step: int, damping: float, noise_damping: float) -> None:
+        """Refresh the inverses of layers with factors. Collective: call on every rank.
+
+        Args:
+            layers: The layers that are due.
+            step: The optimizer step.
+            damping: The damping in force.
+            noise_damping: See :class:`~lightning_kfc.trust_region.region.TrustRegion`.
+        """
         due = [layer for layer in layers if layer.averages or not self._ownership.has_factors(layer)]
         if not due:
             return
         self._ownership.communication.begin("inverses")
-        outcomes = self._exchange.refreshed(due, damping)
+        outcomes = self._exchange.refreshed(due, damping, noise_damping)
         for layer in due:
             self._tracker.inverse_refreshed(layer.name, step, damping)
             outcome = outcomes[layer.name]

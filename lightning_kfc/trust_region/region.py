@@ -11,8 +11,13 @@ No constant has a unit. The radius starts at a share of the loss. The automatic 
 .. math:: \lambda = 3\cdot10^{-6}\; h(\theta) / \overline{w^2}
 
 with :math:`\overline{w^2}` the mean square of the layer's weights at the start of training, and at most 100 times the
-layer's mean curvature. While the radius shortens steps to less than :data:`MOST_SHORTENING` of their length, the
-damping grows: most of such a step is noise along directions of little curvature. The damping is not adapted by reviews:
+layer's mean curvature. It filters the noise of a batch less and less as the loss falls. That is right where the
+curvature falls as well, as with sure and right labels. Elsewhere, in a layer with a dense factor A of d inputs and with
+n rows in a step, the damping is at least
+
+.. math:: 3\cdot10^{-6}\; \frac dn \sqrt{h_0\,h(\theta)} / \overline{w^2}
+
+with the first loss :math:`h_0`, and at most 10 times the layer's mean curvature. The damping is not adapted by reviews:
 on the step's own batch a smaller damping looks better, since the step fits this batch alone. Radius and damping are
 covariant: a loss times c, and inputs or outputs in other units, give the same steps.
 """
@@ -33,10 +38,6 @@ START_RADIUS, FIXED_RADIUS = 0.04, 0.013
 SMALLEST_RADIUS, LARGEST_RADIUS = 1e-6, 10.0
 #: An automatic damping, as a share of the loss, for weights of mean square 1.
 DAMPING = 3e-6
-#: The share of a step that the radius leaves, below which the damping grows at a refresh; above twice this it falls.
-MOST_SHORTENING = 0.05
-#: The growth of the damping at a refresh, and its largest multiple.
-DAMPING_GROWTH, MOST_GROWTH = 1.3, 100.0
 #: The least ratio of a loss's magnitudes at two refreshes, for a loss that may be negative and so may come close to 0.
 SLOWEST_FALL = 0.5
 
@@ -141,7 +142,7 @@ class TrustRegion:
         loss: The magnitude of the loss at the last refresh; NaN before the first.
         review_next: Whether the next step is reviewed irrespective of its number.
         log_size: Running mean of the logarithm of a step's squared norm; NaN before there is one.
-        growth: The multiple of the damping, since the radius shortens steps a lot; 1 for none.
+        first_loss: The magnitude of the loss at the first refresh; NaN before.
     """
 
     adapts_radius: bool
@@ -150,7 +151,7 @@ class TrustRegion:
     loss: float = math.nan
     review_next: bool = False
     log_size: float = math.nan
-    growth: float = 1.0
+    first_loss: float = math.nan
 
     @classmethod
     def of(cls, settings: Settings) -> TrustRegion:
@@ -161,17 +162,15 @@ class TrustRegion:
     @property
     def damping(self) -> float:
         r"""The automatic damping for weights of mean square 1; NaN before the first loss."""
-        return DAMPING * self.growth * self.loss
+        return DAMPING * self.loss
 
-    def follow_shortening(self) -> None:
-        """Let the damping grow if the radius shortens steps a lot, and fall if it does not; call it at each refresh."""
-        if not self.adapts_radius or not (math.isfinite(self.radius) and math.isfinite(self.log_size)):
-            return
-        log_shortening = (math.log(self.radius) - self.log_size) / 2
-        if log_shortening < math.log(MOST_SHORTENING):
-            self.growth = min(self.growth * DAMPING_GROWTH, MOST_GROWTH)
-        elif log_shortening > math.log(2 * MOST_SHORTENING):
-            self.growth = max(self.growth / DAMPING_GROWTH, 1.0)
+    @property
+    def noise_damping(self) -> float:
+        """The least automatic damping against the noise of a batch; NaN before the first loss.
+
+        It is for weights of mean square 1, and a layer with as many inputs as rows in a step.
+        """
+        return DAMPING * math.sqrt(self.first_loss) * math.sqrt(self.loss)
 
     def note_loss(self, loss: float, *, never_negative: bool) -> None:
         """Set the present loss as the unit of radius and damping, unless it is 0 or not finite.
@@ -185,6 +184,8 @@ class TrustRegion:
             return
         known = math.isfinite(self.loss)
         self.loss = max(size, SLOWEST_FALL * self.loss) if known and not never_negative else size
+        if math.isnan(self.first_loss):
+            self.first_loss = self.loss
         if self.automatic_radius and math.isnan(self.radius):
             self.radius = (START_RADIUS if self.adapts_radius else FIXED_RADIUS) * self.loss
 
@@ -275,5 +276,5 @@ class TrustRegion:
                 setattr(self, name, type(getattr(self, name))(state[name]))
 
     def _changing(self) -> list[str]:
-        names = ["loss", "review_next", "log_size", "growth"]
+        names = ["loss", "first_loss", "review_next", "log_size"]
         return ["radius", *names] if self.automatic_radius else names

@@ -183,7 +183,6 @@ class StepReviewer:
             if not missing:
                 self.region.note_loss(loss, never_negative=never_negative)
         if self._scheduled is None:
-            self.region.follow_shortening()
             for layer in layers:
                 layer.measure_weights()
 

@@ -11,14 +11,14 @@ from torch.nn import functional as F
 
 from lightning_kfc import KFC
 from lightning_kfc.curvature.own_damping import LARGEST_CHANGE, OwnDamping
-from lightning_kfc.factors.damping import LARGEST_DAMPING
+from lightning_kfc.factors.damping import LARGEST_DAMPING, LARGEST_NOISE_DAMPING
 from lightning_kfc.factors.inverses import CholeskyInverse, FactorisationError, Inverse
 
 CURVATURE = {"A": torch.eye(3).unsqueeze(0), "G": 2 * torch.eye(2).unsqueeze(0)}
 
 
 def test_the_user_s_damping_is_never_limited() -> None:
-    own = OwnDamping().limited(1e6, CURVATURE)
+    own = OwnDamping().limited(1e6, 1e6, CURVATURE)
     assert own.of(1e6) == 1e6
     assert own.of(7.0) == 7.0
     assert own.largest_change == math.inf
@@ -27,7 +27,7 @@ def test_the_user_s_damping_is_never_limited() -> None:
 def test_an_automatic_damping_within_the_curvature_is_in_units_of_the_weights_and_bounds_no_update() -> None:
     own = OwnDamping(mean_square=0.01)
     assert own.of(0.5) == pytest.approx(50.0)
-    own = own.limited(0.5, CURVATURE)
+    own = own.limited(0.5, 0.0, CURVATURE)
     assert own.of(0.5) == pytest.approx(50.0)
     # The next loss is that of the next refresh.
     assert own.of(0.1) == pytest.approx(50.0)
@@ -35,10 +35,19 @@ def test_an_automatic_damping_within_the_curvature_is_in_units_of_the_weights_an
 
 
 def test_a_lowered_damping_bounds_the_change_of_the_weights_by_their_size() -> None:
-    own = OwnDamping(mean_square=0.01).limited(100.0, CURVATURE)
+    own = OwnDamping(mean_square=0.01).limited(100.0, 0.0, CURVATURE)
     assert own.of(100.0) == pytest.approx(LARGEST_DAMPING * 2.0)
     assert own.largest_change == pytest.approx(LARGEST_CHANGE * 0.1)
-    assert own.limited(0.5, CURVATURE).largest_change == math.inf
+    assert own.limited(0.5, 0.0, CURVATURE).largest_change == math.inf
+
+
+def test_a_damping_against_noise_is_in_units_of_the_weights_too_and_bounds_no_update() -> None:
+    own = OwnDamping(mean_square=0.01)
+    assert own.limited(0.05, 0.1, CURVATURE).of(0.05) == pytest.approx(10.0)
+    assert own.limited(0.2, 0.1, CURVATURE).of(0.2) == pytest.approx(20.0)
+    most = own.limited(0.05, 100.0, CURVATURE)
+    assert most.of(0.05) == pytest.approx(LARGEST_NOISE_DAMPING * 2.0)
+    assert most.largest_change == math.inf
 
 
 def test_a_failed_factorisation_leaves_the_damping_of_the_present_inverse(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,6 +67,6 @@ def test_a_failed_factorisation_leaves_the_damping_of_the_present_inverse(monkey
 
     monkeypatch.setattr(CholeskyInverse, "factorise", failing)
     with pytest.raises(FactorisationError):
-        layer.refreshed(CholeskyInverse, 1e-3 * kfc.damping)
+        layer.refreshed(CholeskyInverse, 1e-3 * kfc.damping, 0.0)
     # A failure is not sent to other ranks, which review with the damping that they have.
     assert layer.own_damping == before

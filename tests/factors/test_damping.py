@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_kfc.factors.damping import LARGEST_DAMPING, LEAST_DAMPING, split_damping, within_curvature
+from lightning_kfc.factors.damping import (
+    LARGEST_DAMPING,
+    LARGEST_NOISE_DAMPING,
+    LEAST_DAMPING,
+    inputs_per_row,
+    split_damping,
+    within_curvature,
+)
 from tests.helpers import oracles
 from tests.helpers.nets import data
 
@@ -100,17 +107,24 @@ def test_damping_that_is_not_positive_is_an_error(damping: float) -> None:
 @given(
     size=st.sampled_from([0.0, 1e-12, 1e-3, 1.0, 1e9]),
     damping=st.sampled_from([0.0, 1e-9, 1e-3, 1e6]),
+    noise_damping=st.sampled_from([0.0, 1e-2, 1e6]),
     groups=st.integers(1, 3),
 )
 def test_an_automatic_damping_is_within_multiples_of_the_mean_curvature(
-    size: float, damping: float, groups: int
+    size: float, damping: float, noise_damping: float, groups: int
 ) -> None:
     factors = {"A": psd(groups, 4, seed=1, scale=size), "G": psd(groups, 3, seed=2)}
     dense = torch.block_diag(*(torch.kron(A, G) for A, G in zip(factors["A"], factors["G"], strict=True)))
-    mean, found = float(dense.diagonal().mean()), within_curvature(damping, factors)
+    mean, found = float(dense.diagonal().mean()), within_curvature(damping, noise_damping, factors)
     assert found > 0
     if mean == 0:
         assert found == pytest.approx(damping, abs=1e-37)
     else:
-        least, largest = LEAST_DAMPING * mean, LARGEST_DAMPING * mean
-        assert found == pytest.approx(min(max(damping, least), largest))
+        least = max(LEAST_DAMPING * mean, min(noise_damping, LARGEST_NOISE_DAMPING * mean))
+        assert found == pytest.approx(min(max(damping, least), LARGEST_DAMPING * mean))
+
+
+def test_inputs_count_for_each_row_of_a_dense_factor_alone() -> None:
+    dense, diagonal = {"A": psd(2, 6, 1), "G": psd(2, 3, 2)}, {"A": torch.ones(1, 6), "G": psd(1, 3, 2)}
+    assert inputs_per_row(dense, 24) == 0.25
+    assert inputs_per_row(dense, None) == inputs_per_row(diagonal, 24) == inputs_per_row({"F": psd(1, 6, 1)}, 24) == 0

@@ -122,7 +122,7 @@ def test_a_coordinate_whose_only_draw_is_zero_does_not_take_the_step_of_a_flat_o
     layer = kfc.layers["position"]
     diagonal = layer.factors["F"]
     diagonal[0, 0] = 0
-    layer.take(layer.refreshed(type(layer.inverse), 1e-12), step=0)
+    layer.take(layer.refreshed(type(layer.inverse), 1e-12, 0.0), step=0)
     expected = 2 / float(diagonal.mean())
     found = float(layer.inverse.F_inverse[0, 0])
     assert found == pytest.approx(expected, rel=1e-5), f"found / expected = {found / expected:g}"

@@ -88,7 +88,7 @@ def test_an_inverse_is_made_from_the_latest_factors() -> None:
     step = next(s for s in range(20, 32) if training.run(1).inverted[s])
     (name, *_) = training.inverted[step]
     layer = training.kfc.layers[name]
-    expected = layer.refreshed(type(layer.inverse), 0.1)
+    expected = layer.refreshed(type(layer.inverse), 0.1, 0.0)
     for part, value in expected.state().items():
         assert torch.equal(torch.as_tensor(value), torch.as_tensor(layer.inverse.state()[part])), part
 

@@ -69,34 +69,16 @@ def test_radius_and_damping_begin_at_shares_of_the_loss():
     assert bound.damping == pytest.approx(5 * region_module.DAMPING)
 
 
-def test_the_damping_grows_while_the_radius_shortens_steps_a_lot_and_falls_when_it_does_not():
-    bound = region(radius=0.4)
-    plain, limit = bound.damping, 0.4 / region_module.MOST_SHORTENING**2
-    bound.follow_shortening()
-    assert bound.damping == plain  # No step yet.
-    bound.log_size = math.log(1.01 * limit)
-    bound.follow_shortening()
-    assert bound.damping == pytest.approx(region_module.DAMPING_GROWTH * plain)
-    bound.log_size = math.log(limit / 2)
-    bound.follow_shortening()
-    assert bound.damping == pytest.approx(region_module.DAMPING_GROWTH * plain)
-    bound.log_size = math.log(limit / 4.1)
-    for _ in range(3):
-        bound.follow_shortening()
-    assert bound.damping == plain
-    bound.log_size = math.log(100 * limit)
-    for _ in range(100):
-        bound.follow_shortening()
-    assert bound.damping == region_module.MOST_GROWTH * plain
+def test_the_damping_against_noise_falls_with_the_root_of_the_loss_from_the_first_one() -> None:
+    bound = TrustRegion(adapts_radius=True)
+    assert math.isnan(bound.noise_damping)
+    for loss in (-50.0, 2.0):
+        bound.note_loss(loss, never_negative=True)
+        assert bound.noise_damping == pytest.approx(region_module.DAMPING * (50 * abs(loss)) ** 0.5)
     again = TrustRegion(adapts_radius=True)
     again.load_state_dict(bound.state_dict())
-    assert again.damping == bound.damping
-
-
-def test_a_fixed_radius_leaves_the_damping():
-    bound = TrustRegion(adapts_radius=False, radius=1e-9, loss=1.0, log_size=0.0)
-    bound.follow_shortening()
-    assert bound.growth == 1
+    again.note_loss(3.0, never_negative=True)
+    assert again.noise_damping == pytest.approx(region_module.DAMPING * 150**0.5)
 
 
 def test_a_loss_that_crosses_zero_halves_its_magnitude_at_most():
