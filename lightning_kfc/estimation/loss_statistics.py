@@ -160,7 +160,7 @@ class LossStatistics:
         elif source is not None and not all_zero(kept):
             scale = 1.0 if fisher == "empirical" else seed_scale(kept)
             self.never_negative &= never_negative(due.loss, kept, due.scale)
-            self.saturates &= not mixed and all(weighted.term.likelihood.saturates for weighted in kept)
+            self.saturates &= not mixed and all(weighted.term.saturates for weighted in kept)
             passes = seed_passes(kept, fisher, source)
             found = back_propagate(passes, calls, scale, test, examples, on_failure=failures.note)
             functions = [weighted.term.function for weighted in kept]

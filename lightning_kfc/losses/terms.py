@@ -44,6 +44,17 @@ class LossTerm:
     layout_of_weights: Callable[[Tensor], Tensor] | None = None
     layouts: tuple[Callable[[Tensor], Tensor], ...] = ()
 
+    @property
+    def saturates(self) -> bool:
+        """Whether the curvature falls to 0 with the loss, as that of labels.
+
+        Logits of each example against all examples of the batch are those of a contrastive loss, which has no labels:
+        which similarities are large depends on the other examples.
+        """
+        shape = self.logits.shape
+        contrastive = self.likelihood.vector_valued and len(shape) == 2 and shape[0] == shape[1]
+        return self.likelihood.saturates and not contrastive
+
     def term_weights(self, derivative: Tensor) -> Tensor:
         """The weights c, shape ``(examples, *positions)`` (categorical) or as ``logits``.
 

@@ -42,6 +42,10 @@ def with_a_penalty(z: Tensor, y: Tensor) -> Tensor:
     return labels(z, y) + 0.1 * z.square().mean()
 
 
+def contrastive(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z @ y.T, torch.arange(len(z)))
+
+
 class Training:
     """A linear layer and its KFC, with new inverses at each step."""
 
@@ -103,7 +107,8 @@ def test_losses_of_labels_have_none(loss: Loss) -> None:
 
 @pytest.mark.parametrize(
     ("loss", "expected"),
-    [(labels, True), (bits, True), (probabilities, True), (both, False), (with_a_penalty, False), (by_hand, False)],
+    [(labels, True), (bits, True), (probabilities, True), (both, False), (with_a_penalty, False), (by_hand, False)]
+    + [(contrastive, False)],
 )
 def test_curvature_falls_with_the_loss_where_all_its_terms_are_of_labels(loss: Loss, expected: bool) -> None:
     training = Training(loss)
