@@ -46,9 +46,8 @@ def within_curvature(damping: float, noise_damping: float, factors: Mapping[str,
     # The mean diagonal entry of the layer's Fisher matrix, over all groups.
     mean = float(torch.stack([mean_diagonal(factor).double() for factor in factors.values()]).prod(0).mean())
     limited = min(damping, LARGEST_DAMPING * mean) if mean > 0 else damping
-    return max(
-        limited, min(noise_damping, LARGEST_NOISE_DAMPING * mean), LEAST_DAMPING * mean, torch.finfo(torch.float32).tiny
-    )
+    least = max(LEAST_DAMPING * mean, torch.finfo(torch.float32).tiny)
+    return max(limited, min(noise_damping, LARGEST_NOISE_DAMPING * mean), least)
 
 
 def balance(A: Tensor, G: Tensor) -> Tensor:
