@@ -107,8 +107,15 @@ def test_losses_of_labels_have_none(loss: Loss) -> None:
 
 @pytest.mark.parametrize(
     ("loss", "expected"),
-    [(labels, True), (bits, True), (probabilities, True), (both, False), (with_a_penalty, False), (by_hand, False)]
-    + [(contrastive, False)],
+    [
+        (labels, True),
+        (bits, True),
+        (probabilities, True),
+        (both, False),
+        (with_a_penalty, False),
+        (by_hand, False),
+        (contrastive, False),
+    ],
 )
 def test_curvature_falls_with_the_loss_where_all_its_terms_are_of_labels(loss: Loss, expected: bool) -> None:
     training = Training(loss)
