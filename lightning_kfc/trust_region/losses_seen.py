@@ -24,13 +24,12 @@ class SeenLoss:
     Attributes:
         value: The loss, without the factor of a gradient scaler.
         recorded: The loss on its tape; None if its forward was not recorded.
-        parameters: The parameters whose gradient may contain that of the loss, by ``id``; None for all that are
-            trainable, which are looked up where they are needed: most losses are those of one optimizer's next step.
+        parameters: The parameters whose gradient may contain that of the loss, by ``id``.
     """
 
     value: Tensor
     recorded: RecordedLoss | None
-    parameters: dict[int, Tensor] | None
+    parameters: dict[int, Tensor]
 
 
 class LossesSeen:
@@ -54,13 +53,12 @@ class LossesSeen:
         value = loss.detach() / loss_scale if loss_scale != 1 else loss.detach()
         if recorded is not None:
             recorded = replace(recorded, factor=recorded.factor / loss_scale)
-        several, node = len(self._optimizers) > 1, loss.grad_fn
-        self._losses.append(SeenLoss(value, recorded, _leaves(node) if several and node is not None else None))
+        self._losses.append(SeenLoss(value, recorded, self._trained_by(loss)))
 
     def of(self, parameters: Iterable[Tensor]) -> list[SeenLoss]:
         """The losses with a gradient in any of these parameters."""
         own = {id(parameter) for parameter in parameters}
-        return [seen for seen in self._losses if own and (seen.parameters is None or own & seen.parameters.keys())]
+        return [seen for seen in self._losses if not own.isdisjoint(seen.parameters)]
 
     def mean(self, parameters: Iterable[Tensor], device: torch.device, *, known: bool = True) -> tuple[float, bool]:
         """The loss of the coming step, a mean over ranks, and whether any rank has no loss. Collective.
@@ -85,24 +83,24 @@ class LossesSeen:
         own = {id(parameter) for parameter in parameters}
         if optimizer is not None:
             self._optimizers[id(optimizer)] = own
-        left = set().union(*self._optimizers.values()) - own
-        for seen in self._losses if left else ():
-            seen.parameters = {key: p for key, p in self._parameters_of(seen).items() if key in left}
-        self._losses = [seen for seen in self._losses if left and seen.parameters]
+        others: set[int] = set().union(*self._optimizers.values()) if self._optimizers else set()
+        for seen in self._losses:
+            seen.parameters = {key: p for key, p in seen.parameters.items() if key in others and key not in own}
+        self._losses = [seen for seen in self._losses if seen.parameters]
 
     def forget(self) -> None:
         """Drop all losses."""
         self._losses = []
 
-    def _parameters_of(self, seen: SeenLoss) -> dict[int, Tensor]:
-        if seen.parameters is not None:
-            return seen.parameters
+    def _trained_by(self, loss: Tensor) -> dict[int, Tensor]:
+        if len(self._optimizers) > 1 and loss.grad_fn is not None:
+            return _leaves(loss.grad_fn)
         own = (p for module in self._model.modules() for p in parameters_of(module).values())
         return {id(p): p for p in own if p is not None and p.requires_grad}
 
     def _drop_thrown_away(self) -> None:
         for seen in self._losses:
-            seen.parameters = _with_gradient(self._parameters_of(seen))
+            seen.parameters = _with_gradient(seen.parameters)
         self._losses = [seen for seen in self._losses if seen.parameters]
 
 

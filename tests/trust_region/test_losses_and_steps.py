@@ -409,3 +409,13 @@ def test_two_callbacks_hold_steps_against_the_gradient_of_the_loss(monkeypatch: 
     for used, true in slopes:
         assert used == pytest.approx(true, rel=1e-9)
     assert all(callback.kfc.reviewer.active for callback in callbacks)
+
+
+def test_a_parameter_that_was_frozen_at_a_loss_has_no_part_in_it_when_it_is_trainable_again() -> None:
+    first, second = nn.Linear(3, 2), nn.Linear(2, 1)
+    losses = LossesSeen(nn.Sequential(first, second))
+    second.requires_grad_(False)
+    losses.note(second(first(torch.randn(4, 3))).mean(), 1.0, None)
+    second.requires_grad_(True)
+    assert len(losses.of(first.parameters())) == 1
+    assert losses.of(second.parameters()) == []
