@@ -127,5 +127,5 @@ def _as(like: Tensor, saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _saved(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state for a checkpoint, without the gaps between aligned rows."""
+    """A state for a checkpoint, without the storage of other layers, whose moments may be views of the same."""
     return {name: own_storage(value) if isinstance(value, Tensor) else value for name, value in state.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -35,6 +36,17 @@ class Moments:
     def none(cls, gradient: Tensor) -> Self:
         """The moments before the first step."""
         return cls(torch.zeros_like(gradient), torch.zeros_like(gradient))
+
+    @classmethod
+    def stacked(cls, moments: Sequence[Self]) -> Self:
+        """The moments of layers of one shape and count, with an axis for the layers in front."""
+        momenta, squares = [own.momentum for own in moments], [own.second_moment for own in moments]
+        return cls(stack(momenta), stack(squares), moments[0].count)
+
+    def unstacked(self) -> list[Self]:
+        """The moments of each layer of :meth:`stacked`, as views."""
+        pairs = zip(self.momentum, self.second_moment, strict=True)
+        return [replace(self, momentum=momentum, second_moment=square) for momentum, square in pairs]
 
     def updated(self, gradient: Tensor) -> Self:
         """The moments after one more gradient."""
@@ -77,6 +89,11 @@ class Moments:
     def state_dict(self) -> dict[str, Tensor | int]:
         """Plain tensors and a number."""
         return {"momentum": self.momentum, "second_moment": self.second_moment, "count": self.count}
+
+
+def stack(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors with an axis in front; a single one is not copied."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 def eigenbasis(inverse: Inverse | None) -> Eigenbasis | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_kfc.factors.damping import add_diagonal, check_damping, split_damping
 from lightning_kfc.factors.inverses.base import FactorisationError, Factors, Inverse
 from lightning_kfc.factors.inverses.low_rank import TOLERANCE, FewRows, pays
-from lightning_kfc.factors.products import aligned, sandwich
+from lightning_kfc.factors.products import sandwich
 from lightning_kfc.factors.statistics import all_finite
 
 #: Attempts at a factorisation: whether in float64, and the factor on the damping. With a factor above 1, the rounding
@@ -74,9 +74,9 @@ class CholeskyInverse(Inverse):
     name: ClassVar[str] = "cholesky"
 
     def __post_init__(self) -> None:
-        """Align the rows, also of a checkpoint's tensors, so that a resumed run rounds alike."""
-        object.__setattr__(self, "A_inverse", aligned(self.A_inverse))
-        object.__setattr__(self, "G_inverse", aligned(self.G_inverse))
+        """Store the rows in order, also of a checkpoint's tensors, so that a resumed run rounds alike."""
+        object.__setattr__(self, "A_inverse", self.A_inverse.contiguous())
+        object.__setattr__(self, "G_inverse", self.G_inverse.contiguous())
 
     @classmethod
     def factorise(cls, factors: Factors, damping: float) -> Self:

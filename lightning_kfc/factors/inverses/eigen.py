@@ -12,7 +12,6 @@ from torch import Tensor
 from lightning_kfc.factors.damping import check_damping
 from lightning_kfc.factors.eigenbasis import Eigenbasis, moments_in_basis
 from lightning_kfc.factors.inverses.base import FactorisationError, Factors, Inverse
-from lightning_kfc.factors.products import aligned
 from lightning_kfc.factors.running_average import RunningAverage
 
 
@@ -66,9 +65,9 @@ class EighInverse(Inverse):
     name: ClassVar[str] = "eigh"
 
     def __post_init__(self) -> None:
-        """Align the rows, also of a checkpoint's tensors, so that a resumed run rounds alike."""
-        object.__setattr__(self, "A_vectors", aligned(self.A_vectors))
-        object.__setattr__(self, "G_vectors", aligned(self.G_vectors))
+        """Store the rows in order, also of a checkpoint's tensors, so that a resumed run rounds alike."""
+        object.__setattr__(self, "A_vectors", self.A_vectors.contiguous())
+        object.__setattr__(self, "G_vectors", self.G_vectors.contiguous())
 
     @property
     def basis(self) -> Eigenbasis:

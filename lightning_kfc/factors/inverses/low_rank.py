@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from lightning_kfc.factors.inverses.base import Inverse, StepInverse
-from lightning_kfc.factors.products import aligned_empty
 
 #: Columns beyond the rank, so that every direction of the range is found accurately.
 MORE_COLUMNS = 8
@@ -64,8 +63,7 @@ class FewRows(StepInverse):
         # Also for a gradient that is not finite: the whole product then has NaN, too.
         if not float(left.norm()) <= TOLERANCE[matrix.dtype] * float(probe.norm()):
             return None
-        half = torch.mm(basis.T @ matrix, self.A_inverse[0])
-        update = torch.mm(self.G_inverse[0] @ basis, half, out=aligned_empty(matrix, *matrix.shape))
+        update: Tensor = (self.G_inverse[0] @ basis) @ (basis.T @ matrix @ self.A_inverse[0])
         return update.unsqueeze(0).to(gradient.dtype)
 
 
