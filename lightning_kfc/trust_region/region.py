@@ -143,6 +143,7 @@ class TrustRegion:
         review_next: Whether the next step is reviewed irrespective of its number.
         log_size: Running mean of the logarithm of a step's squared norm; NaN before there is one.
         first_loss: The magnitude of the loss at the first refresh; NaN before.
+        poor: Whether the last reviewed step decreased the loss by much less than expected.
     """
 
     adapts_radius: bool
@@ -152,6 +153,7 @@ class TrustRegion:
     review_next: bool = False
     log_size: float = math.nan
     first_loss: float = math.nan
+    poor: bool = False
 
     @classmethod
     def of(cls, settings: Settings) -> TrustRegion:
@@ -259,11 +261,14 @@ class TrustRegion:
             elif ratio > GOOD:
                 self.radius = min(2 * self.radius, MOST_ROOM * size)
             self._limit_radius()
-        self.review_next = self.review_next or poor
+        # If new statistics have not helped, and the loss falls all the same, both wait for their dates.
+        hurry = poor and not (self.poor and growth < 0)
+        self.poor = poor
+        self.review_next = self.review_next or hurry
         # A step whose slope leads uphill, as with momentum, is kept unless the loss has grown.
         shorten = undo or (poor and outcome.slope < 0)
         kept_share = min(outcome.best_share(), 1.0) if shorten else 1.0
-        return Verdict(ratio, undo, poor, -outcome.expected, -growth, kept_share)
+        return Verdict(ratio, undo, hurry, -outcome.expected, -growth, kept_share)
 
     def state_dict(self) -> dict[str, float]:
         """All state that changes in training, as plain numbers."""
@@ -276,5 +281,5 @@ class TrustRegion:
                 setattr(self, name, type(getattr(self, name))(state[name]))
 
     def _changing(self) -> list[str]:
-        names = ["loss", "first_loss", "review_next", "log_size"]
+        names = ["loss", "first_loss", "review_next", "log_size", "poor"]
         return ["radius", *names] if self.automatic_radius else names

@@ -70,8 +70,7 @@ def test_projected_patches_are_the_patches_times_the_direction(
 
     geometry = Geometry.of(every(kernel), every(stride), every(padding), every(dilation), mode, groups)
     if upsampling > 1:
-        geometry = replace(geometry.without_padding(), padding=geometry.padding, stride=every(1))
-        geometry = replace(geometry, upsampling=every(upsampling))
+        geometry = replace(geometry, padding_mode="zeros", stride=every(1), upsampling=every(upsampling))
     images = data(2, 2 * groups, *(5, 6, 5)[:space])
     direction = data(groups, 2 * kernel**space)
     expected = torch.einsum("ntgi,gi->ntg", patch_rows(images, geometry), direction)

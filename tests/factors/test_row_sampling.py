@@ -94,7 +94,7 @@ def test_rows_whose_positions_lie_side_by_side_have_the_same_second_moment(posit
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_rows_of_inverses_lie_in_order_and_what_lies_between_a_checkpoints_enters_no_product(dtype: torch.dtype) -> None:
+def test_what_lies_between_the_rows_of_a_checkpoint_enters_no_product(dtype: torch.dtype) -> None:
     def padded(matrix: torch.Tensor) -> torch.Tensor:
         columns = matrix.shape[-1]
         return matrix.new_full((*matrix.shape[:-1], columns + 3), math.nan)[..., :columns].copy_(matrix)

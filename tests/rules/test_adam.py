@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch.nn import functional as F
 
 from lightning_kfc import KFC
 from lightning_kfc.curvature.gradients import gradients_of
-from lightning_kfc.factors.inverses import DiagonalInverse, EighInverse
+from lightning_kfc.factors.inverses import BlockInverse, DiagonalInverse, EighInverse, Inverse
 from lightning_kfc.rules.adam import LEARNING_RATE, Moments, adam_step, curvature_weights
 from lightning_kfc.trust_region.region import TrustRegion, Verdict
 from tests.curvature.test_state import Run
@@ -213,6 +215,54 @@ def test_an_update_that_is_not_finite_moves_nothing_and_is_not_remembered() -> N
     assert step.moments[1] is first.moments[1]
     assert math.isfinite(step.quadratic)
     assert step.tensors[0].any()
+
+
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 2), st.integers(2, 3), st.integers(2, 3)), min_size=1, max_size=6),
+    kinds=st.lists(st.sampled_from(["eigenbasis", "block", "embedding"]), min_size=6, max_size=6),
+    steps=st.lists(st.integers(0, 1), min_size=6, max_size=6),
+    largest=st.sampled_from([0, 9, 100]),
+)
+def test_layers_together_step_as_each_alone_whichever_are_stacked(
+    shapes: list[tuple[int, int, int]], kinds: list[str], steps: list[int], largest: int
+) -> None:
+    gradients = [data(*shape, seed=i) for i, shape in enumerate(shapes)]
+    curvatures = [curvature_of(kind, shape) for kind, shape in zip(kinds, shapes, strict=False)]
+    inverses = [inverse_type(curvature).factorise(curvature, 0.1) for curvature in curvatures]
+    moments = [
+        Moments.none(gradient).updated(2 * gradient) if made else None
+        for gradient, made in zip(gradients, steps, strict=False)
+    ]
+    rates = [0.1 * (i + 1) for i in range(len(shapes))]
+    with mock.patch("lightning_kfc.rules.adam.LARGEST_STACKED", largest):
+        together = adam_step(gradients, moments, inverses, curvatures, rates, None)
+    columns = zip(gradients, moments, inverses, curvatures, rates, strict=True)
+    alone = [adam_step(*([value] for value in column), None) for column in columns]
+    for update, own, step in zip(together.tensors, together.moments, alone, strict=True):
+        torch.testing.assert_close(update, step.tensors[0], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(own.momentum, step.moments[0].momentum, rtol=0, atol=1e-14)
+        torch.testing.assert_close(own.second_moment, step.moments[0].second_moment, rtol=0, atol=1e-14)
+        assert own.count == step.moments[0].count
+    assert together.quadratic == pytest.approx(sum(step.quadratic for step in alone), rel=1e-10)
+    slope = sum(rate * float((u * g).sum()) for rate, u, g in zip(rates, together.tensors, gradients, strict=True))
+    assert together.slope == pytest.approx(slope, rel=1e-9, abs=1e-12)
+
+
+def curvature_of(kind: str, shape: tuple[int, int, int]) -> dict[str, Tensor]:
+    """The factors of a layer of a kind."""
+    groups, d_out, d_in = shape
+    if kind == "block":
+        return {"F": torch.stack([spd(d_out * d_in, seed) for seed in range(groups)])}
+    A = torch.stack([spd(d_in, seed) for seed in range(groups)])
+    diagonal = kind == "embedding"
+    return {
+        "A": A.diagonal(dim1=-2, dim2=-1) if diagonal else A,
+        "G": torch.stack([spd(d_out, seed + 9) for seed in range(groups)]),
+    }
+
+
+def inverse_type(curvature: Mapping[str, Tensor]) -> type[Inverse]:
+    return BlockInverse if "F" in curvature else EighInverse
 
 
 # In the engine.

@@ -43,6 +43,20 @@ def test_a_poor_step_halves_the_radius_that_it_used_and_refreshes(ratio):
     assert bound.review_planned(step=1003)
 
 
+def test_a_second_poor_step_that_lowers_the_loss_waits_for_its_date_and_one_that_raises_it_does_not():
+    bound = region()
+    found = []
+    for ratio in (0.2, 0.2, 0.9, 0.2, -3.0, 0.2):
+        bound.note_size(1.0)
+        verdict = bound.judge(outcome(ratio), size=1.0)
+        found.append((verdict.refresh, bound.review_planned(step=1003)))
+    hurries, waits = (True, True), (False, False)
+    assert found == [hurries, waits, waits, hurries, hurries, waits]
+    resumed = region()
+    resumed.load_state_dict(bound.state_dict())
+    assert not resumed.judge(outcome(0.2), size=1.0).refresh
+
+
 def test_a_good_step_doubles_the_radius_only_where_it_came_near_to_it():
     used, unused = region(radius=0.4), region(radius=0.4)
     used.judge(outcome(0.9), size=5.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -138,18 +138,6 @@ class Geometry:
                 found.append(_AxisPhase(taps, step, (-start, end - (n - 1))))
         return found
 
-    def every(self, steps: Sequence[int], offsets: Sequence[int]) -> Geometry:
-        """Every k-th output location along each axis, from an offset on; for zero padding.
-
-        Args:
-            steps: The distance k of the locations, per axis.
-            offsets: The first location, per axis.
-        """
-        stride = tuple(s * step for s, step in zip(self.stride, steps, strict=True))
-        starts = zip(self.padding, self.stride, offsets, strict=True)
-        padding = tuple((before - s * offset, after) for (before, after), s, offset in starts)
-        return replace(self, stride=stride, padding=padding)
-
     def positions(self, space: Sequence[int]) -> int:
         """The number of output locations on an input of the given size."""
         return math.prod(self.outputs(axis, size) for axis, size in enumerate(space))
@@ -159,10 +147,6 @@ class Geometry:
         reach = self.dilation[axis] * (self.kernel_size[axis] - 1)
         spread_out = (size - 1) * self.upsampling[axis] + 1 + sum(self.padding[axis])
         return (spread_out - reach - 1) // self.stride[axis] + 1
-
-    def without_padding(self) -> Geometry:
-        """The same geometry for a padded input."""
-        return replace(self, padding=((0, 0),) * len(self.padding), padding_mode="zeros")
 
 
 def pad(images: Tensor, geometry: Geometry) -> Tensor:

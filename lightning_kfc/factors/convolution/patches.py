@@ -55,7 +55,10 @@ def patch_columns(images: Tensor, geometry: Geometry) -> Tensor:
     Neighbouring pixels are contiguous in this layout, so that making and multiplying it is several times faster, most
     of all with many groups.
     """
-    windows = patch_windows(images, geometry)
+    return _columns(patch_windows(images, geometry), geometry)
+
+
+def _columns(windows: Tensor, geometry: Geometry) -> Tensor:
     examples, channels = windows.shape[:2]
     n = len(geometry.kernel_size)
     order = (1, *range(2 + n, 2 + 2 * n), 0, *range(2, 2 + n))
@@ -129,14 +132,13 @@ def part_of_patch_second_moment(
         )
     space = images.shape[2:]
     rows = len(images) * geometry.positions(space)
-    if geometry.padding_mode != "zeros":
-        images, geometry = pad(images, geometry), geometry.without_padding()
-    steps = steps_along_axes(parts, [geometry.outputs(axis, size) for axis, size in enumerate(images.shape[2:])])
+    windows = patch_windows(images, geometry)
+    steps = steps_along_axes(parts, windows.shape[2 : 2 + len(space)])
     parts = math.prod(steps)
-    taken = [
-        patch_columns(images[j::parts], geometry.every(steps, offset)).flatten(2)
-        for j, offset in enumerate(offsets(steps))
-    ]
+    taken = []
+    for j, offset in enumerate(offsets(steps)):
+        locations = (slice(first, None, step) for first, step in zip(offset, steps, strict=True))
+        taken.append(_columns(windows[slice(j, None, parts), :, *locations], geometry).flatten(2))
     columns = torch.cat(taken, -1)
     total = gram(columns).mul_(rows / columns.shape[-1])
     if homogeneous:
