@@ -248,7 +248,7 @@ class KFC:
             self.reviewer.last_updates.follow({entry.layer.name: entry.gradient for entry in ready})
         kl_clip, most_decrease = self.kl_clip, None
         if rule.bounds_decrease:
-            bounded = stages.estimator.never_negative and directions(coming.optimizer) == {-1}
+            bounded = stages.estimator.traits.never_negative and directions(coming.optimizer) == {-1}
             most_decrease = self.reviewer.most_decrease(coming.parameters, never_negative=bounded)
         updates = rule.updates(ready, damping, kl_clip, most_decrease)
         if first:

@@ -101,13 +101,13 @@ class Refreshes:
             stages.pending.leave_out({layer.name: error for layer in layers}, step)
 
     def _refresh_inverses(self, layers: Sequence[Layer], dated: Sequence[str], *, expected: bool) -> None:
-        step = self._stages.steps.number
+        step, traits = self._stages.steps.number, self._stages.estimator.traits
         if expected or self._inverses.outdated(dated, self._reviewer.damping_at(step)):
-            self._reviewer.measure_units(layers, never_negative=self._stages.estimator.never_negative)
+            self._reviewer.measure_units(layers, never_negative=traits.never_negative)
         damping = self._reviewer.damping_at(step)
         # Before the first nonzero loss an automatic damping has no unit; the inverses stay due.
         if not math.isnan(damping):
             due = set(self._inverses.outdated(dated, damping))
-            noise_damping = 0.0 if self._stages.estimator.saturates else self._reviewer.region.noise_damping
+            noise_damping = 0.0 if traits.saturates else self._reviewer.region.noise_damping
             with self._stages.times.phase("inverses"):
                 self._inverses([layer for layer in layers if layer.name in due], step, damping, noise_damping)

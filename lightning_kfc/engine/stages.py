@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,7 @@ from lightning_kfc.curvature.ownership import LayerOwnership
 from lightning_kfc.distributed.agreement import check_agreement, facts_of
 from lightning_kfc.distributed.process_group import Communication, ProcessGroup
 from lightning_kfc.estimation.estimator import Estimator
+from lightning_kfc.estimation.loss_statistics import LossTraits
 from lightning_kfc.estimation.pending import PendingStatistics
 from lightning_kfc.factors.inverses import INVERSES
 from lightning_kfc.monitoring.events import Events
@@ -142,8 +144,7 @@ class Stages:
             "periods": self.periods.state_dict(),
             "dropped": dict(self.layers.dropped),
             "self_test_done": self.estimator.self_test.done,
-            "never_negative": self.estimator.never_negative,
-            "saturates": self.estimator.saturates,
+            **asdict(self.estimator.traits),
             "last_updates": self.reviewer.last_updates.state() if factors else [],
             **{name: part.state_dict() for name, part in self._with_state().items()},
         }
@@ -155,11 +156,8 @@ class Stages:
         for name, reason in state["dropped"].items():
             if name in self.layers:
                 self.layers.drop(name, reason)
-        self.estimator.restore(
-            self_test_done=bool(state["self_test_done"]),
-            never_negative=bool(state.get("never_negative", False)),
-            saturates=bool(state.get("saturates", False)),
-        )
+        traits = LossTraits(**{name: bool(state.get(name, False)) for name in asdict(LossTraits())})
+        self.estimator.restore(traits, self_test_done=bool(state["self_test_done"]))
         self.periods.load_state_dict(state.get("periods", {}))
         self.tracker.reschedule(self.periods.schedule)
         for name, part in self._with_state().items():

@@ -13,7 +13,7 @@ from lightning_kfc.distributed.process_group import ProcessGroup
 from lightning_kfc.estimation.custom_functions import CustomFunctions
 from lightning_kfc.estimation.example_gradients import StepExamples
 from lightning_kfc.estimation.graph import refuse_reentrant_checkpointing
-from lightning_kfc.estimation.loss_statistics import DueLoss, Failures, LossStatistics, StepStatistics
+from lightning_kfc.estimation.loss_statistics import DueLoss, Failures, LossStatistics, LossTraits, StepStatistics
 from lightning_kfc.estimation.random_streams import RandomStreams
 from lightning_kfc.estimation.recording import Call, ForwardRecorder, parameter_call
 from lightning_kfc.estimation.rest import Rest
@@ -94,19 +94,14 @@ class Estimator:
         return self._sources.last
 
     @property
-    def never_negative(self) -> bool:
-        """Whether all losses of the last step with statistics are bounded by 0."""
-        return self._of_losses.never_negative
+    def traits(self) -> LossTraits:
+        """What holds for the losses of the last step with statistics."""
+        return self._of_losses.traits
 
-    @property
-    def saturates(self) -> bool:
-        """Whether all curvature of the losses of that step falls to 0 with the loss."""
-        return self._of_losses.saturates
-
-    def restore(self, *, self_test_done: bool, never_negative: bool, saturates: bool) -> None:
+    def restore(self, traits: LossTraits, *, self_test_done: bool) -> None:
         """Restore the state of the estimation."""
         self.self_test.restart(done=self_test_done)
-        self._of_losses.never_negative, self._of_losses.saturates = never_negative, saturates
+        self._of_losses.traits = traits
 
     @property
     def active(self) -> bool:
@@ -231,7 +226,7 @@ class Estimator:
             what = f"a loss function could not be read and is not recognised: {type(failure).__name__}: {failure}"
             self._events.report("failed_statistics", self._steps.number, what)
         if micro_batch == 0:
-            self._of_losses.never_negative = self._of_losses.saturates = True
+            self._of_losses.traits = LossTraits(never_negative=True, saturates=True)
         custom = CustomFunctions()
         try:
             with (

@@ -91,6 +91,23 @@ class StepStatistics:
     failed: Mapping[str, Exception] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class LossTraits:
+    """What holds for all losses of a step.
+
+    Attributes:
+        never_negative: Whether they are bounded by 0.
+        saturates: Whether their curvature falls to 0 with them.
+    """
+
+    never_negative: bool = False
+    saturates: bool = False
+
+    def both(self, other: LossTraits) -> LossTraits:
+        """What holds for these losses and for others."""
+        return LossTraits(self.never_negative and other.never_negative, self.saturates and other.saturates)
+
+
 class LossStatistics:
     """Chooses the terms of a loss that count, and back-propagates their seeds.
 
@@ -104,8 +121,7 @@ class LossStatistics:
         likelihood: The likelihood of the loss, or ``"auto"``.
 
     Attributes:
-        never_negative: Whether all losses of the last step with statistics are bounded by 0.
-        saturates: Whether all their curvature falls to 0 with the loss.
+        traits: What holds for the losses of the last step with statistics.
     """
 
     def __init__(
@@ -125,7 +141,7 @@ class LossStatistics:
         self._events = events
         self._fisher = fisher
         self._likelihood = likelihood
-        self.never_negative = self.saturates = False
+        self.traits = LossTraits()
 
     def __call__(self, due: DueLoss, failures: Failures) -> dict[int, Statistics]:
         """The statistics of a loss, by the number of the call; removes the loss's terms from ``due.losses``.
@@ -159,14 +175,14 @@ class LossStatistics:
             found = {}
         elif source is not None and not all_zero(kept):
             scale = 1.0 if fisher == "empirical" else seed_scale(kept)
-            self.never_negative &= never_negative(due.loss, kept, due.scale)
-            self.saturates &= not mixed and all(weighted.term.saturates for weighted in kept)
+            saturates = not mixed and all(weighted.term.saturates for weighted in kept)
+            self.traits = self.traits.both(LossTraits(never_negative(due.loss, kept, due.scale), saturates))
             passes = seed_passes(kept, fisher, source)
             found = back_propagate(passes, calls, scale, test, examples, on_failure=failures.note)
             functions = [weighted.term.function for weighted in kept]
             self._sources.note(functions, terms, rest if mixed else None, calls, due.step)
         else:
-            self.never_negative = self.saturates = mixed = False
+            self.traits, mixed = LossTraits(), False
             found = self._of_whole_loss(due, rest, terms, failures)
         if mixed:
             found = added(found, self._empirical(due, rest.seeds(), failures))

@@ -110,10 +110,10 @@ def test_a_state_has_the_keys_of_version_1_but_for_the_triangles_of_its_factors(
     run = Run(name)
     run.train(0, BEFORE)
     state = run.kfc.state_dict()
-    # The units of automatic settings, what is known of the loss, and the last updates, are new.
+    # The units of automatic settings, the last review, what is known of the loss, and the last updates, are new.
     del state["last_updates"], state["saturates"]
-    for unit in ("loss", "first_loss"):
-        state["trust_region"].pop(unit)
+    for new in ("loss", "first_loss", "poor"):
+        state["trust_region"].pop(new)
     stored["trust_region"].pop("damping", None)
     for layer in state["layers"].values():
         layer.pop("own_damping", None)
