@@ -84,7 +84,8 @@ class TrainingStepCapture:
         """Warn about gradients from a backward that did not go through Lightning."""
         self._notices.warn(
             "KFCCallback does not see loss.backward(): its gradient gives no curvature and is not preconditioned. "
-            "Call self.manual_backward(loss) instead."
+            "Call self.manual_backward(loss) instead. To set gradients of your own, as gradient surgery does, call it "
+            "with the sum of the losses first, and set them then."
         )
 
     @contextlib.contextmanager

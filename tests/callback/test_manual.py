@@ -78,7 +78,23 @@ class Toggled(Manual):
             optimizer.step()
 
 
-@pytest.mark.parametrize("module_class", [Manual, WithClosure, Toggled])
+class OwnGradients(Manual):
+    """Overwrites its gradients after the backward, as gradient surgery between several losses does."""
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        loss = self.loss(batch)
+        parameters = list(self.head.parameters())
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+        self.manual_backward(loss)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.flip(0)
+        self.plain[-1] = head_gradient(self)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("module_class", [Manual, WithClosure, Toggled, OwnGradients])
 def test_every_form_of_a_manual_step_gets_the_dense_solve(module_class):
     module = module_class()
     trainer(KFCCallback(damping=0.01, fisher="exact", ema_decay=0.0, kl_clip=None)).fit(module, loader(vectors(), 4))
