@@ -358,6 +358,18 @@ class BareBackward(Manual):
         optimizer.step()
 
 
+class GradientsAlone(Manual):
+    """Sets gradients that no backward has accumulated."""
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        parameters = list(self.head.parameters())
+        for parameter, gradient in zip(parameters, torch.autograd.grad(self.loss(batch), parameters), strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+
+
 class BareForOne(Adversarial):
     """The discriminator's loss goes past Lightning."""
 
@@ -374,11 +386,12 @@ class BareForOne(Adversarial):
         return self.own
 
 
-def test_a_bare_backward_is_reported_once_and_trains_plainly():
+@pytest.mark.parametrize("module_class", [BareBackward, GradientsAlone])
+def test_a_bare_backward_is_reported_once_and_trains_plainly(module_class):
     runs = []
     for callbacks in ([KFCCallback(average_weights=None)], []):
         torch.manual_seed(2)
-        module = BareBackward()
+        module = module_class()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             trainer(*callbacks).fit(module, loader(vectors(12), 4))
@@ -386,6 +399,7 @@ def test_a_bare_backward_is_reported_once_and_trains_plainly():
     (ours, said), (theirs, _) = runs
     assert len(said) == 1, said
     assert "self.manual_backward(loss)" in said[0]
+    assert "gradients of your own" in said[0]
     assert torch.equal(ours, theirs)
 
 
