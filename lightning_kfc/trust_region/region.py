@@ -46,7 +46,10 @@ REVIEWED_AT_FIRST = 5
 REVIEW_EVERY_N_STEPS, LATER_REVIEWS = 10, 50
 #: The radius follows c, the slope of the last step on the next batch, by exp(NEXT_SLOPE c) a step.
 NEXT_SLOPE = 0.35
-
+#: A review doubles the radius only if the mean of c over recent steps is at least this. On a batch smaller than the
+#: number of parameters of a layer, a long step fits the batch, and its own loss alone would lengthen it for ever.
+LEAST_NEXT_SLOPE = 0.1
+NEXT_SLOPE_DECAY = 0.9
 POOR, GOOD = 0.25, 0.75
 #: The radius does not grow beyond this multiple of a step's size, where it bounds nothing.
 MOST_ROOM = 8.0
@@ -144,6 +147,8 @@ class TrustRegion:
         log_size: Running mean of the logarithm of a step's squared norm; NaN before there is one.
         first_loss: The magnitude of the loss at the first refresh; NaN before.
         poor: Whether the last reviewed step decreased the loss by much less than expected.
+        next_slopes: The decaying sum of c over recent steps.
+        next_slopes_weight: The weight of that sum; 0 before the first c.
     """
 
     adapts_radius: bool
@@ -154,6 +159,8 @@ class TrustRegion:
     log_size: float = math.nan
     first_loss: float = math.nan
     poor: bool = False
+    next_slopes: float = 0.0
+    next_slopes_weight: float = 0.0
 
     @classmethod
     def of(cls, settings: Settings) -> TrustRegion:
@@ -235,6 +242,8 @@ class TrustRegion:
         if not self.adapts_radius or not math.isfinite(self.radius):
             return
         share = min(max(share, -1.0), 1.0) if math.isfinite(share) else -1.0
+        self.next_slopes = NEXT_SLOPE_DECAY * self.next_slopes + share
+        self.next_slopes_weight = NEXT_SLOPE_DECAY * self.next_slopes_weight + 1
         if share > 0 and self.radius > MOST_ROOM * math.exp(self.log_size):
             return
         self.radius *= math.exp(NEXT_SLOPE * share)
@@ -258,7 +267,7 @@ class TrustRegion:
         if self.adapts_radius and math.isfinite(self.radius):
             if poor:
                 self.radius = 0.5 * min(self.radius, size)
-            elif ratio > GOOD:
+            elif ratio > GOOD and self.next_slopes >= LEAST_NEXT_SLOPE * self.next_slopes_weight:
                 self.radius = min(2 * self.radius, MOST_ROOM * size)
             self._limit_radius()
         # If new statistics have not helped, and the loss falls all the same, both wait for their dates.
@@ -281,5 +290,5 @@ class TrustRegion:
                 setattr(self, name, type(getattr(self, name))(state[name]))
 
     def _changing(self) -> list[str]:
-        names = ["loss", "first_loss", "review_next", "log_size", "poor"]
+        names = ["loss", "first_loss", "review_next", "log_size", "poor", "next_slopes", "next_slopes_weight"]
         return ["radius", *names] if self.automatic_radius else names

@@ -112,7 +112,7 @@ def test_a_state_has_the_keys_of_version_1_but_for_the_triangles_of_its_factors(
     state = run.kfc.state_dict()
     # The units of automatic settings, the last review, what is known of the loss, and the last updates, are new.
     del state["last_updates"], state["saturates"]
-    for new in ("loss", "first_loss", "poor"):
+    for new in ("loss", "first_loss", "poor", "next_slopes", "next_slopes_weight"):
         state["trust_region"].pop(new)
     stored["trust_region"].pop("damping", None)
     for layer in state["layers"].values():
