@@ -150,6 +150,7 @@ class KFC:
             self.batches.step_begins()
             self.reviewer.step_begins()
             self._stages.choose_periods()
+            self._stages.follow_frozen()
 
     def follow_structure(self) -> str | None:
         """Find modules and parameters that were added, replaced or removed; other layers keep their state.

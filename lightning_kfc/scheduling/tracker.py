@@ -33,6 +33,7 @@ class RefreshTracker:
         self._waiting: dict[str, int] = {}
         # The first step of each later layer, which has its own warm-up.
         self._own_starts: dict[str, int] = {}
+        self._frozen: set[str] = set()
         self._dates: tuple[int, int, dict[int | None, int]] | None = None
 
     def statistics_due(self, step: int) -> bool:
@@ -59,6 +60,17 @@ class RefreshTracker:
     def _warms_up(self, layer: str, step: int) -> bool:
         """Whether a step is in a layer's own warm-up, without its last step."""
         return layer in self._own_starts and step - self._own_starts[layer] < self._schedule.warmup_steps
+
+    def note_frozen(self, layer: str, step: int, *, frozen: bool) -> None:
+        """Note whether a layer without statistics is frozen; when it is not any more, its own warm-up begins.
+
+        Else it would step by its plain gradient until the next date.
+        """
+        if frozen:
+            self._frozen.add(layer)
+        elif layer in self._frozen:
+            self._frozen.discard(layer)
+            self._own_starts[layer] = step
 
     def factors_refreshed(self, layer: str, step: int) -> None:
         """Note that a layer's statistics were folded into its averages."""
@@ -150,6 +162,7 @@ class RefreshTracker:
         self._folded = {kept[name]: at for name, at in self._folded.items() if name in kept}
         self._factorised = {kept[name]: made for name, made in self._factorised.items() if name in kept}
         self._waiting = {kept[name]: at for name, at in self._waiting.items() if name in kept}
+        self._frozen = {kept[name] for name in self._frozen if name in kept}
         self._own_starts = {kept[name]: at for name, at in self._own_starts.items() if name in kept}
         self._own_starts |= dict.fromkeys(new, step)
         self._offsets.follow(kept)

@@ -28,6 +28,7 @@ class Traits:
         collective: Whether other ranks take part in it.
         seeded: Whether it draws random numbers.
         written: The positions and names of the arguments that it writes.
+        aliases: Whether its results may share memory with its arguments.
     """
 
     is_plain: bool
@@ -36,6 +37,7 @@ class Traits:
     collective: bool = False
     seeded: bool = False
     written: tuple[tuple[int, str], ...] = ()
+    aliases: bool = False
 
 
 @functools.cache
@@ -55,7 +57,8 @@ def traits_of(function: Any) -> Traits:
         or collective
     )
     seeded = torch.Tag.nondeterministic_seeded in function.tags
-    return Traits(True, name in REPOINTS, name in RESIZES, collective, seeded, written)
+    aliases = any(argument.alias_info is not None for argument in schema.arguments)
+    return Traits(True, name in REPOINTS, name in RESIZES, collective, seeded, written, aliases)
 
 
 def flat(value: Any) -> list[Any]:

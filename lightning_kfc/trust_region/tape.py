@@ -1,7 +1,8 @@
 """Record a forward as tensor operations, to replay it with other parameters.
 
 No Python code of the user runs in a replay. A replay takes parameters from its caller; batch, buffers, carried state
-and random numbers are those of the recording.
+and random numbers are those of the recording. So are tensors through which no gradient flows, such as ``x.detach()`` and
+what was computed under ``no_grad``: the gradient of the step belongs to a loss in which they are constants.
 """
 
 from __future__ import annotations
@@ -60,6 +61,10 @@ class Tape(TorchDispatchMode):
         # The numbers of the storages that a collective has filled, and that are unread since.
         self._unread: set[int] = set()
         self._scalars: dict[Node, tuple[Slot, Tensor]] | None = None
+        # By the number of a storage and the id of a tensor without gradient on it: a weak reference, and the slot of its
+        # content. Versions are no use: some operations write without a new one.
+        self._constants: dict[int, dict[int, tuple[weakref.ref[Tensor], Slot]]] = {}
+        self._keeps_constants = False
 
     # Recording.
 
@@ -73,6 +78,9 @@ class Tape(TorchDispatchMode):
             self._refuse(f"the higher-order operator {func} is not made of tensor operations")
             return func(*args, **kwargs)
         used: list[Slot] = []
+        # Without gradients, as in the forward of a custom function, operations may be a part of a differentiable result.
+        # A view of a copy would not follow later writes to the original.
+        self._keeps_constants = torch.is_grad_enabled() and not (traits.written or traits.aliases)
         recorded_args = [self._encoded(value, used, func) for value in args]
         recorded_kwargs = {name: self._encoded(value, used, func) for name, value in kwargs.items()} if kwargs else {}
         direct = len([value for value in recorded_args if type(value) is Slot])
@@ -108,7 +116,7 @@ class Tape(TorchDispatchMode):
         """End the recording; losses can still be located."""
         if self._scalars is None:
             self._scalars = self._scalar_results()
-            self._known = {}
+            self._known, self._constants = {}, {}
             self._storage_references.release()
 
     def locate(self, loss: Tensor) -> RecordedLoss | None:
@@ -167,7 +175,11 @@ class Tape(TorchDispatchMode):
         known = self._known.get(id(tensor))
         if known is not None and known[0]() is tensor and known[2] == address:
             slot = known[1]
-            if self._slot_storage[slot] not in self._trained and tensor.requires_grad:
+            storage = self._slot_storage[slot]
+            trained = storage in self._trained
+            if trained and self._keeps_constants and tensor.is_floating_point() and not tensor.requires_grad:
+                return self._constant(tensor, storage)
+            if not trained and tensor.requires_grad:
                 if tensor.grad_fn is not None:
                     self._refuse_hidden(tensor, function)
                 # The parameter was frozen before, as by a toggled optimizer.
@@ -182,6 +194,17 @@ class Tape(TorchDispatchMode):
         if number is None or (number in self._outside_storages and tensor.is_leaf and tensor.requires_grad):
             return self._from_outside(tensor, address, function)
         return self._aliasing(tensor, address, number)
+
+    def _constant(self, tensor: Tensor, number: int) -> Slot:
+        """The slot of the present content of a tensor that depends on parameters, but has no gradient."""
+        constants = self._constants.setdefault(number, {})
+        known = constants.get(id(tensor))
+        if known is not None and known[0]() is tensor:
+            return known[1]
+        content = tensor.detach().clone()
+        slot = self._from_outside(content, storage_address(content), None)
+        constants[id(tensor)] = weakref.ref(tensor), slot
+        return slot
 
     def _refuse_hidden(self, tensor: Tensor, function: Any) -> None:
         maker = tensor.grad_fn.name() if tensor.grad_fn is not None else "?"
@@ -272,6 +295,7 @@ class Tape(TorchDispatchMode):
                 return written
             number = self._storages[address]
             written.add(number)
+            self._constants.pop(number, None)
             if number in self._outside_storages and number not in self._overwritten:
                 # The whole storage: `.data`, `.detach()` and views write to the same memory.
                 self._overwritten[number] = tensor.untyped_storage().clone()  # type: ignore[no-untyped-call]  # torch leaves it unannotated

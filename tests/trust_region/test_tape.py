@@ -38,6 +38,7 @@ class World:
         self.buffer = draw()
         self.batch = draw()
         self.generator = torch.Generator().manual_seed(seed + 1)
+        self.writes_trained_alone = False
 
     def state(self) -> list[Tensor]:
         return [*self.parameters, self.teacher, self.buffer, self.batch]
@@ -48,6 +49,8 @@ Instruction = Callable[[World, list[Tensor], int, int], Tensor | None]
 
 def _inplace(change: Callable[[Tensor, Tensor], Any]) -> Instruction:
     def run(world: World, live: list[Tensor], i: int, j: int) -> None:
+        if world.writes_trained_alone and not live[i].requires_grad:
+            return
         # Without gradients, so that leaves may be written, too.
         with torch.no_grad():
             change(live[i], live[j].clone())
@@ -64,19 +67,36 @@ def _teacher(world: World, live: list[Tensor], i: int, j: int) -> Tensor:
     return world.teacher * live[i]
 
 
-INSTRUCTIONS: list[Instruction] = [
+def no_gradient(world: World, live: list[Tensor], i: int, j: int) -> Tensor:
+    with torch.no_grad():
+        return live[i].sin() * live[j]
+
+
+#: Instructions after which no gradient flows through a tensor that depends on parameters.
+STOPPING: list[Instruction] = [
+    lambda w, live, i, j: live[i].detach(),
+    lambda w, live, i, j: live[i].data,
+    lambda w, live, i, j: live[i].detach().t() * live[j],
+    lambda w, live, i, j: torch.where(live[i].detach() > 0, live[i], live[j]),
+    lambda w, live, i, j: live[i] + (live[j] - live[i]).detach(),
+    lambda w, live, i, j: live[i] / live[j].detach().square().mean(),
+    lambda w, live, i, j: (live[i] - live[i].detach()).exp() * live[j],
+    lambda w, live, i, j: copy.deepcopy(live[i].detach()),
+    lambda w, live, i, j: torch.mul(live[i].detach(), live[j].detach(), out=torch.empty(0, dtype=torch.float64)),
+    no_gradient,
+]
+#: Instructions that write such a tensor.
+WRITING: list[Instruction] = [_teacher, _exchange_data]
+OTHERS: list[Instruction] = [
     lambda w, live, i, j: live[i] + live[j],
     lambda w, live, i, j: live[i] * live[j].sin(),
     lambda w, live, i, j: live[i] @ live[j] / SIDE,
     lambda w, live, i, j: live[i].t(),
     lambda w, live, i, j: live[i].reshape(-1).view(SIDE, SIDE),
     lambda w, live, i, j: torch.cat([live[i][:2], live[j][2:]]),
-    lambda w, live, i, j: live[i].detach(),
-    lambda w, live, i, j: live[i].data,
     lambda w, live, i, j: torch.stack(live[i].unbind(1)),
-    lambda w, live, i, j: torch.where(live[i].detach() > 0, live[i], live[j]),
+    lambda w, live, i, j: torch.where(live[i] > 0, live[i], live[j]),
     lambda w, live, i, j: live[i][torch.arange(SIDE - 1, -1, -1)],
-    lambda w, live, i, j: copy.deepcopy(live[i].detach()),
     lambda w, live, i, j: F.dropout(live[i], 0.5),
     lambda w, live, i, j: live[i] + 0.1 * torch.randn_like(live[j]),
     lambda w, live, i, j: live[i] * torch.rand(SIDE, SIDE, dtype=torch.float64, generator=w.generator),
@@ -84,9 +104,8 @@ INSTRUCTIONS: list[Instruction] = [
     lambda w, live, i, j: live[i][:, torch.randperm(SIDE)],
     lambda w, live, i, j: torch.func.vmap(lambda row: row * row.sum())(live[i]),
     lambda w, live, i, j: checkpoint(torch.tanh, live[i], use_reentrant=False),
-    lambda w, live, i, j: torch.mul(live[i].detach(), live[j].detach(), out=torch.empty(0, dtype=torch.float64)),
-    _teacher,
-    _exchange_data,
+]
+INPLACE: list[Instruction] = [
     _inplace(lambda a, b: a.add_(b, alpha=0.1)),
     _inplace(lambda a, b: a.data.clamp_(-1, 1)),
     _inplace(lambda a, b: a.t().mul_(b)),
@@ -99,11 +118,14 @@ INSTRUCTIONS: list[Instruction] = [
 ]
 
 
+ALL = [*OTHERS, *INPLACE, *STOPPING, *WRITING]
+
+
 def run(world: World, program: list[tuple[int, int, int]]) -> Tensor:
     """Run a program; the loss depends on all tensors that it has made or written."""
     live = world.state()
     for which, i, j in program:
-        made = INSTRUCTIONS[which](world, live, i % len(live), j % len(live))
+        made = ALL[which](world, live, i % len(live), j % len(live))
         if made is not None:
             live.append(made)
     return torch.stack([tensor.tanh().mean() for tensor in live]).sum()
@@ -120,34 +142,84 @@ def recorded(loss_of: Callable[[], Tensor]) -> tuple[Tape, Tensor, RecordedLoss]
     return tape, loss, found
 
 
-programs = st.lists(
-    st.tuples(st.integers(0, len(INSTRUCTIONS) - 1), st.integers(0, 30), st.integers(0, 30)), max_size=12
-)
+def programs_of(instructions: list[Instruction]) -> st.SearchStrategy[list[tuple[int, int, int]]]:
+    numbers = [which for which, each in enumerate(ALL) if any(each is one for one in instructions)]
+    return st.lists(st.tuples(st.sampled_from(numbers), st.integers(0, 30), st.integers(0, 30)), max_size=12)
 
 
 @examples(150)
-@given(programs, st.integers(0, 99))
-def test_a_replay_equals_a_fresh_run_of_any_program_from_the_state_before(
+@given(programs_of(ALL), st.integers(0, 99))
+def test_a_replay_of_any_program_equals_its_run_and_leaves_no_trace(
     program: list[tuple[int, int, int]], seed: int
 ) -> None:
-    world, fresh = World(seed), World(seed)
+    world = World(seed)
     torch.manual_seed(seed)
     _, loss, found = recorded(lambda: run(world, program))
     after, stream = [t.detach().clone() for t in world.state()], torch.get_rng_state()
     own_stream = world.generator.get_state()
     assert found.replay({}, with_collectives=False) == pytest.approx(float(loss.detach()), rel=1e-12, abs=1e-15)
-    moved = {id(p): p.detach() + 0.3 * torch.randn(SIDE, SIDE, dtype=torch.float64) for p in world.parameters}
-    torch.set_rng_state(stream)
-    again = found.replay(moved, with_collectives=False)
-    # A replay leaves no trace.
+    found.replay({id(p): 2 * p.detach() for p in world.parameters}, with_collectives=False)
     assert all(torch.equal(a, b.detach()) for a, b in zip(after, world.state(), strict=True))
     assert torch.equal(torch.get_rng_state(), stream)
     assert torch.equal(world.generator.get_state(), own_stream)
+
+
+@examples(150)
+@given(programs_of([*OTHERS, *INPLACE]), st.integers(0, 99))
+def test_a_replay_equals_a_fresh_run_of_any_program_from_the_state_before(
+    program: list[tuple[int, int, int]], seed: int
+) -> None:
+    world, fresh = World(seed), World(seed)
+    world.writes_trained_alone = fresh.writes_trained_alone = True
+    torch.manual_seed(seed)
+    _, _, found = recorded(lambda: run(world, program))
+    moved = {id(p): p.detach() + 0.3 * torch.randn(SIDE, SIDE, dtype=torch.float64) for p in world.parameters}
+    again = found.replay(moved, with_collectives=False)
     with torch.no_grad():
         for own, parameter in zip(fresh.parameters, world.parameters, strict=True):
             own.copy_(moved[id(parameter)])
     torch.manual_seed(seed)
     assert again == pytest.approx(float(run(fresh, program).detach()), rel=1e-12, abs=1e-15)
+
+
+@examples(150)
+@given(programs_of([*OTHERS, *STOPPING]), st.integers(0, 99))
+def test_the_slope_of_a_replay_is_that_of_the_loss_where_gradients_are_stopped(
+    program: list[tuple[int, int, int]], seed: int
+) -> None:
+    world = World(seed)
+    torch.manual_seed(seed)
+    _, loss, found = recorded(lambda: run(world, program))
+    directions = [torch.randn(SIDE, SIDE, dtype=torch.float64) for _ in world.parameters]
+    gradients = torch.autograd.grad(loss, world.parameters, allow_unused=True)
+    slope = sum(float((g * d).sum()) for g, d in zip(gradients, directions, strict=True) if g is not None)
+
+    def at(distance: float) -> float:
+        pairs = zip(world.parameters, directions, strict=True)
+        return found.replay({id(p): p.detach() + distance * d for p, d in pairs}, with_collectives=False)
+
+    assert (at(1e-6) - at(-1e-6)) / 2e-6 == pytest.approx(slope, rel=1e-4, abs=1e-5)
+
+
+class SineByHand(torch.autograd.Function):
+    """Its forward runs without gradients, and its result has one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return (2 * x).sin()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * gradient * (2 * x).cos()
+
+
+def test_the_forward_of_a_custom_function_is_replayed_with_the_new_weights() -> None:
+    weight = torch.linspace(-1, 1, 5, dtype=torch.float64).requires_grad_()
+    _, _, found = recorded(lambda: SineByHand.apply(weight).exp().sum())
+    again = found.replay({id(weight): weight.detach() + 0.5}, with_collectives=False)
+    assert again == pytest.approx(float((2 * weight.detach() + 1).sin().exp().sum()))
 
 
 # Networks.
@@ -207,13 +279,11 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "batch norm, dropout, ReLU in place": (conv_net, pixels),
     "synchronised statistics in one process": (lambda: nn.Sequential(nn.SyncBatchNorm(2).eval()), pixels),
     "instance norm that tracks": (lambda: nn.InstanceNorm2d(2, affine=True, track_running_stats=True), pixels),
-    "teacher through .data": (Teacher, numbers),
     "encoder layer": (lambda: nn.TransformerEncoderLayer(6, 2, 12, batch_first=True), lambda: numbers()[None]),
     "LSTM": (lambda: OfSequences(nn.LSTM), symbols),
     "GRU": (lambda: OfSequences(nn.GRU), symbols),
     "checkpoint": (Checkpointed, numbers),
     "weight norm": (lambda: torch.nn.utils.parametrizations.weight_norm(nn.Linear(6, 3)), numbers),
-    "spectral norm": (lambda: torch.nn.utils.parametrizations.spectral_norm(nn.Linear(6, 3)), numbers),
     "random ReLU": (lambda: nn.Sequential(nn.Linear(6, 6), nn.RReLU()), numbers),
     "alpha dropout": (lambda: nn.Sequential(nn.Linear(6, 6), nn.AlphaDropout(0.2)), numbers),
 }
@@ -245,6 +315,25 @@ def test_a_replay_of_a_network_equals_its_run_with_other_weights(name: str, auto
         torch.set_rng_state(before)
         assert again == pytest.approx(float(loss_of(fresh).detach()), rel=1e-5)
         torch.set_rng_state(now)
+
+
+@pytest.mark.parametrize(
+    "make", [Teacher, lambda: torch.nn.utils.parametrizations.spectral_norm(nn.Linear(6, 3))], ids=["teacher", "norm"]
+)
+def test_the_slope_of_a_replay_is_that_of_the_loss_where_a_network_writes_what_it_does_not_train(
+    make: Callable[[], nn.Module],
+) -> None:
+    torch.manual_seed(0)
+    model, x = make().double(), numbers().double()
+    _, loss, found = recorded(lambda: model(x).square().mean())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    slope = sum(float(g.sum()) for g in torch.autograd.grad(loss, trained))
+
+    def at(distance: float) -> float:
+        return found.replay({id(p): p.detach() + distance for p in trained}, with_collectives=False)
+
+    assert at(0.0) == pytest.approx(float(loss.detach()), rel=1e-12)
+    assert (at(1e-6) - at(-1e-6)) / 2e-6 == pytest.approx(slope, rel=1e-6)
 
 
 # Where a loss is.
