@@ -62,8 +62,10 @@ class AveragedWeights:
         Args:
             optimizer: The optimizer, after its step and before its gradients are cleared.
         """
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if all(p.grad is None for p in parameters) or _was_skipped(optimizer):
+        # Another optimizer's parameters, such as those of a probe, have no average; nor has a step in a validation.
+        own = set(map(id, self._module.parameters()))
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if id(p) in own]
+        if self._set_aside is not None or all(p.grad is None for p in parameters) or _was_skipped(optimizer):
             return
         alike: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
         for p in parameters:

@@ -44,6 +44,12 @@ def refuse_optimizers(optimizers: Sequence[Any]) -> None:
                 "KFCCallback does not work with LBFGS: it evaluates several points in a step and estimates its own "
                 "curvature. Use SGD(lr=0.5, momentum=0.5), or train without the callback."
             )
+        for group in optimizer.param_groups:
+            if not isinstance(group.get("lr"), (int, float, torch.Tensor)):
+                raise ValueError(
+                    f"KFCCallback needs the learning rate of {type(optimizer).__name__}: a parameter group has "
+                    f"lr={group.get('lr')!r}. Give it a number, or use SGD(lr=0.5, momentum=0.5)."
+                )
 
 
 def refuse_shared_folder(folder: str | None, folders: Sequence[str | None]) -> None:
@@ -122,7 +128,8 @@ def _summary(kfc: KFC, *, save_factors: bool) -> str:
 
 def _advise(kfc: KFC, trainer: Any, pl_module: Any) -> None:
     found: dict[OptimizerWarning, None] = {}
-    steps = _planned_steps(trainer) - trainer.global_step
+    # A resumed run may plan fewer steps than were made.
+    steps = max(0.0, _planned_steps(trainer) - trainer.global_step)
     for optimizer in trainer.optimizers:
         covered = {id(p) for name in kfc.layers.learning_rates(optimizer) for p in kfc.layers[name].parameters()}
         groups = [group for group in optimizer.param_groups if covered & set(map(id, group["params"]))]

@@ -84,9 +84,14 @@ def curvature_line(norms: Mapping[str, float], terms: Sequence[LossTerm]) -> str
     if len(norms) == 1 or THE_REST not in norms:
         return f"curvature from {', '.join(norms)}."
     total = sum(norms.values()) or 1.0
-    shares = {name: f"{100 * norm / total:.2g} %" for name, norm in norms.items()}
+    shares = {name: _percent(norm / total) for name, norm in norms.items()}
     known = ", ".join(f"{name} ({share} of the gradient)" for name, share in shares.items() if name != THE_REST)
     return f"curvature from {known}, and from {THE_REST} ({shares[THE_REST]}; its empirical Fisher)."
+
+
+def _percent(share: float) -> str:
+    """A share in percent with two digits, and without an exponent."""
+    return "less than 0.1 %" if 0 < share < 0.001 else f"{float(f'{100 * share:.2g}'):g} %"
 
 
 def _seen(terms: Sequence[LossTerm]) -> str:

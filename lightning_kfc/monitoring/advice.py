@@ -97,11 +97,11 @@ def clip_sets_the_step(facts: Facts) -> str | None:
         return None
     found = (
         f"the KL clip shortened {100 * cut // len(factors)}% of the last {len(factors)} steps to less than "
-        f"{CUT_TO:g} of their length, so that the learning rate has no effect. Lower the learning rate"
+        f"{CUT_TO:g} of their length, so that the learning rate and its schedule have no effect"
     )
     if facts.automatic_kl_clip:
-        return f"{found} (kl_clip='auto' is {facts.kl_clip:.3g} now, set from the reviewed steps)."
-    return f"{found}, or raise kl_clip={facts.kl_clip:g}."
+        return f"{found} (kl_clip='auto' is {facts.kl_clip:.3g} now). If a schedule is to act, set kl_clip to a number."
+    return f"{found}. Raise kl_clip={facts.kl_clip:g}, or lower the learning rate."
 
 
 def gradient_clipping_sets_the_step(facts: Facts) -> str | None:
@@ -112,7 +112,7 @@ def gradient_clipping_sets_the_step(facts: Facts) -> str | None:
     bound = "kl_clip bounds every update" if facts.kl_clip is not None else "kl_clip='auto' bounds updates"
     return (
         f"gradient clipping shortened half of the last {len(factors)} updates to less than {median(factors):.2g} of "
-        f"their length. Leave gradient_clip_val out: {bound}."
+        f"their length. Leave gradient clipping out: {bound}."
     )
 
 
@@ -181,7 +181,7 @@ def small_coverage(facts: Facts) -> str | None:
     share = facts.covered_parameters / facts.trainable_parameters
     return (
         f"only {100 * share:.0f}% of the trainable parameters have Kronecker factors; the start-up table has the "
-        "reasons. Use modules such as nn.Linear for the other parameters, or register an adapter."
+        "reasons. Modules such as nn.Linear have them, without re-parametrised weights; for others register an adapter."
     )
 
 
@@ -202,8 +202,8 @@ def few_rows(facts: Facts) -> str | None:
     if rows is None or rows > FEW_ROWS or facts.steps < FIRST_STEPS:
         return None
     return (
-        f"the factors of {facts.layer_of_fewest_rows!r} come from {rows} row(s) a step, and are nearly singular. Set "
-        f"Trainer(accumulate_grad_batches={16 // rows}), or use larger batches."
+        f"the factors of {facts.layer_of_fewest_rows!r} come from {rows} row(s) a step, and are nearly singular. If it "
+        f"has a row for each example, set Trainer(accumulate_grad_batches={16 // rows}), or use larger batches."
     )
 
 

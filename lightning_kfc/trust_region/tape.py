@@ -1,8 +1,8 @@
 """Record a forward as tensor operations, to replay it with other parameters.
 
 No Python code of the user runs in a replay. A replay takes parameters from its caller; batch, buffers, carried state
-and random numbers are those of the recording. So are tensors through which no gradient flows, such as ``x.detach()`` and
-what was computed under ``no_grad``: the gradient of the step belongs to a loss in which they are constants.
+and random numbers are those of the recording. So are tensors through which no gradient flows, such as ``x.detach()``
+and what was computed under ``no_grad``: the gradient of the step belongs to a loss in which they are constants.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class Tape(TorchDispatchMode):
         # The numbers of the storages that a collective has filled, and that are unread since.
         self._unread: set[int] = set()
         self._scalars: dict[Node, tuple[Slot, Tensor]] | None = None
-        # By the number of a storage and the id of a tensor without gradient on it: a weak reference, and the slot of its
-        # content. Versions are no use: some operations write without a new one.
+        # By the number of a storage, and the id of a tensor without gradient on it: a weak reference, and the slot of
+        # its content. Versions are no use: some operations write without a new one.
         self._constants: dict[int, dict[int, tuple[weakref.ref[Tensor], Slot]]] = {}
         self._keeps_constants = False
 
@@ -78,8 +78,8 @@ class Tape(TorchDispatchMode):
             self._refuse(f"the higher-order operator {func} is not made of tensor operations")
             return func(*args, **kwargs)
         used: list[Slot] = []
-        # Without gradients, as in the forward of a custom function, operations may be a part of a differentiable result.
-        # A view of a copy would not follow later writes to the original.
+        # Without gradients, as in the forward of a custom function, operations may be a part of a differentiable
+        # result. A view of a copy would not follow later writes to the original.
         self._keeps_constants = torch.is_grad_enabled() and not (traits.written or traits.aliases)
         recorded_args = [self._encoded(value, used, func) for value in args]
         recorded_kwargs = {name: self._encoded(value, used, func) for name, value in kwargs.items()} if kwargs else {}

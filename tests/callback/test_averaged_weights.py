@@ -106,7 +106,8 @@ def line(**options):
 @pytest.mark.parametrize("make_optimizer", [sgd, torch.optim.AdamW])
 def test_validation_uses_the_average_of_all_steps_with_the_start_forgotten(decay, make_optimizer):
     module = line(lr=0.3, make_optimizer=make_optimizer)
-    fit(module, KFCCallback(average_weights=decay), max_epochs=2)
+    # Without reviews, which would undo a step of AdamW.
+    fit(module, KFCCallback(average_weights=decay, kl_clip=0.01), max_epochs=2)
     assert len(module.validated) == len(module.steps) == 20
     for count, seen in module.validated:
         assert_close(seen, averaged_by_hand(module.steps[:count], decay))
@@ -533,3 +534,36 @@ def test_after_a_fit_and_at_the_next_entry_after_an_exception_the_strategy_is_as
             fitted.fit(module, loader(vectors(40)), loader(vectors()))
         fitted.validate(module, loader(vectors()), verbose=False)
     assert "lightning_module_state_dict" not in vars(fitted.strategy)
+
+
+class Probing(Noted, ConvNet):
+    """Trains a copy of a part of itself in each validation, in batches of its own."""
+
+    def on_validation_start(self):
+        if not self.trainer.sanity_checking:
+            with torch.inference_mode(False), torch.enable_grad():
+                probe = nn.Linear(4, 2)
+                optimizer = torch.optim.SGD(probe.parameters(), lr=0.1)
+                for _ in range(3):
+                    optimizer.zero_grad()
+                    probe(torch.ones(3, 4)).sum().backward()
+                    optimizer.step()
+
+
+class NotProbing(Noted, ConvNet):
+    """The same without the probe."""
+
+
+def test_optimizers_of_other_weights_leave_the_averages_alone():
+    found = []
+    for module_class in (Probing, NotProbing):
+        torch.manual_seed(0)
+        module, callback = module_class().note(), KFCCallback()
+        fit = trainer(callback, max_epochs=2, limit_val_batches=1, val_check_interval=1)
+        fit.fit(module, loader(images(), 4), loader(images(), 4))
+        found.append((callback._average, weights(module)))
+        assert len(callback._average._averages) == len(list(module.parameters()))
+    assert same(found[0][1], found[1][1])
+    states = [average.state_dict() for average, _ in found]
+    assert states[0]["updates"] == states[1]["updates"]
+    assert same(states[0]["training"], states[1]["training"])

@@ -79,6 +79,23 @@ def test_lbfgs():
     refused(ValueError, said, KFCCallback(), Regression(make_optimizer=torch.optim.LBFGS))
 
 
+class WithoutRate(torch.optim.Optimizer):
+    """Finds its learning rate itself, as Adafactor does."""
+
+    def __init__(self, parameters, **defaults):
+        super().__init__(parameters, defaults)
+
+    def step(self, closure=None):
+        closure()
+
+
+@pytest.mark.parametrize("defaults", [{"lr": None}, {"alpha": 0.1}])
+def test_an_optimizer_without_a_learning_rate_is_refused(defaults):
+    said = ["needs the learning rate of WithoutRate", "lr=None", "SGD(lr=0.5, momentum=0.5)"]
+    module = Regression(make_optimizer=lambda parameters, lr: WithoutRate(parameters, **defaults))
+    refused(ValueError, said, KFCCallback(), module)
+
+
 @pytest.mark.parametrize("option", ["include", "exclude"])
 def test_a_pattern_that_matches_nothing(option):
     said = [f"{option} pattern 'hed*' matches no module", "body.0", "head"]

@@ -330,3 +330,12 @@ def test_a_training_step_that_runs_while_the_callback_is_taken_out_is_not_record
     hooks: list[int] = []
     trainer(KFCCallback(damping=0.01, kl_clip=0.03), WithoutOthers()).fit(Noting(), loader(vectors()))
     assert hooks == [0, 1, 1]
+
+
+def test_a_resumed_run_may_plan_fewer_steps_than_were_made(tmp_path):
+    first = trainer(KFCCallback(), max_epochs=2)
+    first.fit(Regression(), loader(vectors(20), 4))
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    resumed = trainer(KFCCallback(), max_epochs=3, accumulate_grad_batches=4)
+    resumed.fit(Regression(), loader(vectors(20), 4), ckpt_path=str(tmp_path / "last.ckpt"))
+    assert resumed.global_step > first.global_step

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from lightning_kfc import KFC, Bernoulli, Categorical, Gaussian, LossNotRecognisedError
 from lightning_kfc.estimation.seeds import seed_passes, weighted_terms
 from lightning_kfc.losses.recorder import LossRecorder
+from lightning_kfc.losses.selection import THE_REST, curvature_line
 from tests.helpers import oracles
 from tests.helpers.examples import examples
 from tests.helpers.nets import classes, data, double, engine, observe
@@ -424,6 +425,13 @@ def test_a_loss_that_is_not_recognised_has_the_empirical_fisher_and_one_line_rep
     assert chosen.events.unrecognised_losses == 0
     for name, layer in kfc.layers.items():
         oracles.assert_equal(layer.G, chosen.layers[name].G, what=f"G of {name}")
+
+
+@pytest.mark.parametrize(
+    ("rest", "said"), [(1.0, "50 % of the gradient"), (1e-6, "100 % of the gradient"), (1e-6, "(less than 0.1 %;")]
+)
+def test_shares_of_the_gradient_are_percents_without_exponents(rest: float, said: str) -> None:
+    assert said in curvature_line({"cross_entropy": 1.0, THE_REST: rest}, [])
 
 
 def test_a_recognised_function_that_is_no_part_of_the_loss_is_named(log: pytest.LogCaptureFixture) -> None:

@@ -50,7 +50,7 @@ def test_the_clip_rule_warns_from_95_of_the_last_100_steps_on(cut: int, steps: i
     assert (said is not None) == speaks
     if said is not None:
         assert f"{cut}% of the last 100 steps" in said
-        assert "Lower the learning rate, or raise kl_clip=0.03." in said
+        assert "Raise kl_clip=0.03, or lower the learning rate." in said
         automatic = clip_sets_the_step(replace(facts, automatic_kl_clip=True))
         assert automatic is not None
         assert "raise" not in automatic
@@ -70,7 +70,7 @@ def test_the_rule_of_clipped_gradients_warns_where_half_of_the_updates_lose_near
     assert (said is not None) == speaks
     if said is not None:
         assert "shortened half of the last 50 updates to less than 0.01 of their length" in said
-        assert "Leave gradient_clip_val out: kl_clip bounds every update." in said
+        assert "Leave gradient clipping out: kl_clip bounds every update." in said
         without = gradient_clipping_sets_the_step(replace(facts, kl_clip=None))
         assert without is not None
         assert "kl_clip='auto' bounds updates" in without
