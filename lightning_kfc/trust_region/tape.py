@@ -58,6 +58,9 @@ class Tape(TorchDispatchMode):
         self._outside_storages: set[int] = set()
         # The numbers of the storages whose content depends on tensors that require gradients.
         self._trained: set[int] = set()
+        # The numbers of the storages that depend on parameters by what ranks exchange: each rank has the gradient of
+        # its own part alone, and all parts move.
+        self._exchanged: set[int] = set()
         # The numbers of the storages that a collective has filled, and that are unread since.
         self._unread: set[int] = set()
         self._scalars: dict[Node, tuple[Slot, Tensor]] | None = None
@@ -101,8 +104,10 @@ class Tape(TorchDispatchMode):
         results = [result] if isinstance(result, Tensor) else flat(result)
         made = [self._slot_of_result(value) if isinstance(value, Tensor) else None for value in results]
         if not self._trained.isdisjoint(reads):
-            self._trained |= mutates
-            self._trained.update([self._slot_storage[slot] for slot in made if slot is not None])
+            affected = mutates | {self._slot_storage[slot] for slot in made if slot is not None}
+            self._trained |= affected
+            if traits.collective or not self._exchanged.isdisjoint(reads):
+                self._exchanged |= affected
         self._operations.append(
             Operation(func, recorded_args, recorded_kwargs, used, direct < len(used), made, reads, mutates, draw)
         )
@@ -177,7 +182,8 @@ class Tape(TorchDispatchMode):
             slot = known[1]
             storage = self._slot_storage[slot]
             trained = storage in self._trained
-            if trained and self._keeps_constants and tensor.is_floating_point() and not tensor.requires_grad:
+            stopped = trained and tensor.is_floating_point() and not tensor.requires_grad
+            if stopped and self._keeps_constants and storage not in self._exchanged:
                 return self._constant(tensor, storage)
             if not trained and tensor.requires_grad:
                 if tensor.grad_fn is not None:

@@ -561,9 +561,8 @@ def test_optimizers_of_other_weights_leave_the_averages_alone():
         module, callback = module_class().note(), KFCCallback()
         fit = trainer(callback, max_epochs=2, limit_val_batches=1, val_check_interval=1)
         fit.fit(module, loader(images(), 4), loader(images(), 4))
-        found.append((callback._average, weights(module)))
-        assert len(callback._average._averages) == len(list(module.parameters()))
-    assert same(found[0][1], found[1][1])
-    states = [average.state_dict() for average, _ in found]
-    assert states[0]["updates"] == states[1]["updates"]
-    assert same(states[0]["training"], states[1]["training"])
+        found.append((callback.state_dict()["averaged_weights"], weights(module)))
+    (probing, first), (alone, second) = found
+    assert same(first, second)
+    assert probing["updates"] == alone["updates"]
+    assert same(probing["training"], alone["training"])
