@@ -62,18 +62,19 @@ class AveragedWeights:
         Args:
             optimizer: The optimizer, after its step and before its gradients are cleared.
         """
-        # Another optimizer's parameters, such as those of a probe, have no average; nor has a step in a validation.
-        own = set(map(id, self._module.parameters()))
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if id(p) in own]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        # A step in a validation is that of other weights.
         if self._set_aside is not None or all(p.grad is None for p in parameters) or _was_skipped(optimizer):
             return
+        new = [p for p in parameters if p.grad is not None and not self._has_average(p)]
+        # Another optimizer's parameters, such as those of a probe, have no average. Most steps have none to look up.
+        own = set(map(id, self._module.parameters())) if new else set()
+        started = {id(p): _Average(p, p.detach().clone()) for p in new if id(p) in own}
         alike: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
         for p in parameters:
-            average = self._averages.get(id(p))
-            if average is None or not average.fits():
-                if p.grad is not None:
-                    self._averages[id(p)] = _Average(p, p.detach().clone())
+            if not self._has_average(p):
                 continue
+            average = self._averages[id(p)]
             average.updates += 1
             weight = newest_share(average.updates, self._decay)
             averages, values = alike[p.device, p.dtype, weight]
@@ -81,7 +82,13 @@ class AveragedWeights:
             values.append(p.detach())
         for (_, _, weight), (averages, values) in alike.items():
             interpolate(averages, values, weight)
-        self._statistics.update()
+        self._averages |= started
+        if alike or started:
+            self._statistics.update()
+
+    def _has_average(self, parameter: Tensor) -> bool:
+        average = self._averages.get(id(parameter))
+        return average is not None and average.fits()
 
     def follow_structure(self) -> None:
         """Include added batch norm layers, and forget removed parameters."""

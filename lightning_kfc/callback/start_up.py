@@ -44,12 +44,6 @@ def refuse_optimizers(optimizers: Sequence[Any]) -> None:
                 "KFCCallback does not work with LBFGS: it evaluates several points in a step and estimates its own "
                 "curvature. Use SGD(lr=0.5, momentum=0.5), or train without the callback."
             )
-        for group in optimizer.param_groups:
-            if not isinstance(group.get("lr"), (int, float, torch.Tensor)):
-                raise ValueError(
-                    f"KFCCallback needs the learning rate of {type(optimizer).__name__}: a parameter group has "
-                    f"lr={group.get('lr')!r}. Give it a number, or use SGD(lr=0.5, momentum=0.5)."
-                )
 
 
 def refuse_shared_folder(folder: str | None, folders: Sequence[str | None]) -> None:

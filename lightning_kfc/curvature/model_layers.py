@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -112,14 +113,18 @@ class ModelLayers(Mapping[str, Layer]):
         return {name: rate for name, (rate, _) in self.trained_by(optimizer).items()}
 
     def trained_by(self, optimizer: Optimizer) -> dict[str, tuple[float, dict[str, nn.Parameter]]]:
-        """The layers of :meth:`learning_rates`, each with its trainable parameters by role."""
+        """The layers of :meth:`learning_rates`, each with its trainable parameters by role.
+
+        Raises:
+            ValueError: If the optimizer has no number as the learning rate of a layer.
+        """
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         found = {}
         for name, layer in self.present().items():
             trained = layer.trained_parameters()
             own = [groups.get(id(parameter)) for parameter in trained.values()]
             if own and own[0] is not None and all(group is not None for group in own):
-                found[name] = float(own[0]["lr"]), trained
+                found[name] = _rate(own[0], optimizer), trained
         return found
 
     def stepped_by(self, optimizer: Optimizer | None) -> list[str]:
@@ -219,6 +224,16 @@ class ModelLayers(Mapping[str, Layer]):
             if reason is not None and name in fresh.layers:
                 self._dropped_as[layer.found_as] = self.dropped[name] = reason
                 _replace_by_parameters(fresh.layers, name, self._model, reason, self._settings)
+
+
+def _rate(group: Mapping[str, Any], optimizer: Optimizer) -> float:
+    rate = group.get("lr")
+    if rate is None:
+        raise ValueError(
+            f"KFC needs the learning rate of {type(optimizer).__name__}: a parameter group has lr=None. Give it a "
+            "number, or use SGD(lr=0.5, momentum=0.5)."
+        )
+    return float(rate)
 
 
 class _Costs(Mapping[str, float]):

@@ -133,14 +133,14 @@ class Stages:
             self.tracker.reschedule(self.periods.schedule)
             inform(chosen)
 
-    # State.
-
     def follow_frozen(self) -> None:
         """Let layers that were frozen from the start begin their statistics when they become trainable."""
         for name, layer in self.layers.items():
             if not self.tracker.has_statistics(name):
                 frozen = not layer.adapter.own_parameters()
                 self.tracker.note_frozen(name, self.steps.number, frozen=frozen)
+
+    # State.
 
     def state_dict(self, *, factors: bool) -> dict[str, Any]:
         """See :meth:`lightning_kfc.KFC.state_dict`."""

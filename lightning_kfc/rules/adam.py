@@ -214,8 +214,9 @@ class _Entry(NamedTuple):
 
 def _continued(moments: Moments | None, gradient: Tensor) -> Moments:
     """The moments, or new ones if there are none of the gradient's shape."""
-    fits = moments is not None and moments.momentum.shape == gradient.shape
-    return moments if fits and moments is not None else Moments.none(gradient)
+    if moments is None or moments.momentum.shape != gradient.shape:
+        return Moments.none(gradient)
+    return moments
 
 
 def _alike(entries: Sequence[_Entry]) -> Iterable[list[int]]:

@@ -50,6 +50,7 @@ NEXT_SLOPE = 0.35
 #: number of parameters of a layer, a long step fits the batch, and its own loss alone would lengthen it for ever.
 LEAST_NEXT_SLOPE = 0.1
 NEXT_SLOPE_DECAY = 0.9
+
 POOR, GOOD = 0.25, 0.75
 #: The radius does not grow beyond this multiple of a step's size, where it bounds nothing.
 MOST_ROOM = 8.0

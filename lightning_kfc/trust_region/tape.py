@@ -156,7 +156,7 @@ class Tape(TorchDispatchMode):
         """Stop recording, and drop the recording."""
         self.refusal = reason
         self._recording.clear()
-        self._known = {}
+        self._known, self._constants = {}, {}
 
     def _encoded(self, value: Any, used: list[Slot], function: Any) -> Any:
         if isinstance(value, Tensor):

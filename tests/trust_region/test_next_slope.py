@@ -172,15 +172,11 @@ def last_loss_of_logistic_regression(seed: int) -> float:
     optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.5), []
     for _ in range(200):
         batch = torch.randperm(2048)[:64]
-        optimizer.zero_grad()
-        with kfc.capture():
-            loss = F.cross_entropy(model(inputs[batch]), targets[batch])
-        kfc.update(loss)
-        loss.backward()
-        kfc.precondition(optimizer=optimizer)
+        with torch.no_grad():
+            losses.append(float(F.cross_entropy(model(inputs[batch]), targets[batch])))
+        make_step(kfc, model, optimizer, inputs[batch], targets[batch])
         optimizer.step()
         kfc.review(optimizer=optimizer)
-        losses.append(loss.item())
     return sum(losses[-20:]) / 20 / losses[0]
 
 

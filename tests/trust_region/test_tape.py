@@ -279,14 +279,18 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "batch norm, dropout, ReLU in place": (conv_net, pixels),
     "synchronised statistics in one process": (lambda: nn.Sequential(nn.SyncBatchNorm(2).eval()), pixels),
     "instance norm that tracks": (lambda: nn.InstanceNorm2d(2, affine=True, track_running_stats=True), pixels),
+    "teacher through .data": (Teacher, numbers),
     "encoder layer": (lambda: nn.TransformerEncoderLayer(6, 2, 12, batch_first=True), lambda: numbers()[None]),
     "LSTM": (lambda: OfSequences(nn.LSTM), symbols),
     "GRU": (lambda: OfSequences(nn.GRU), symbols),
     "checkpoint": (Checkpointed, numbers),
     "weight norm": (lambda: torch.nn.utils.parametrizations.weight_norm(nn.Linear(6, 3)), numbers),
+    "spectral norm": (lambda: torch.nn.utils.parametrizations.spectral_norm(nn.Linear(6, 3)), numbers),
     "random ReLU": (lambda: nn.Sequential(nn.Linear(6, 6), nn.RReLU()), numbers),
     "alpha dropout": (lambda: nn.Sequential(nn.Linear(6, 6), nn.AlphaDropout(0.2)), numbers),
 }
+#: Those with tensors that depend on parameters and have no gradient, which a replay keeps and a fresh run does not.
+STOPPED = ("teacher through .data", "spectral norm")
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16 by autocast"])
@@ -313,18 +317,16 @@ def test_a_replay_of_a_network_equals_its_run_with_other_weights(name: str, auto
                 own.copy_(moved.get(id(p), own))
         now = torch.get_rng_state()
         torch.set_rng_state(before)
-        assert again == pytest.approx(float(loss_of(fresh).detach()), rel=1e-5)
+        if name not in STOPPED:
+            assert again == pytest.approx(float(loss_of(fresh).detach()), rel=1e-5)
         torch.set_rng_state(now)
 
 
-@pytest.mark.parametrize(
-    "make", [Teacher, lambda: torch.nn.utils.parametrizations.spectral_norm(nn.Linear(6, 3))], ids=["teacher", "norm"]
-)
-def test_the_slope_of_a_replay_is_that_of_the_loss_where_a_network_writes_what_it_does_not_train(
-    make: Callable[[], nn.Module],
-) -> None:
+@pytest.mark.parametrize("name", STOPPED)
+def test_the_slope_of_a_replay_is_that_of_the_loss_where_a_network_writes_what_it_does_not_train(name: str) -> None:
     torch.manual_seed(0)
-    model, x = make().double(), numbers().double()
+    make, inputs = NETWORKS[name]
+    model, x = make().double(), inputs().double()
     _, loss, found = recorded(lambda: model(x).square().mean())
     trained = [p for p in model.parameters() if p.requires_grad]
     slope = sum(float(g.sum()) for g in torch.autograd.grad(loss, trained))
