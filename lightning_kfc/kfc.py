@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_kfc.curvature.coverage import Coverage, coverage_of, without_curvature
 from lightning_kfc.curvature.gradients import gradients_of
 from lightning_kfc.curvature.model_layers import ModelLayers
-from lightning_kfc.curvature.optimizer_step import OptimizerStep, directions
+from lightning_kfc.curvature.optimizer_step import OptimizerStep
 from lightning_kfc.distributed.process_group import ProcessGroup
 from lightning_kfc.engine.batches import Batches
 from lightning_kfc.engine.refreshes import Refreshes
@@ -120,7 +120,9 @@ class KFC:
 
     def coverage(self) -> Coverage:
         """Every parameter with its treatment and the reason; before the first step, the planned treatment."""
-        inverse, kept = INVERSES[self.settings.inverse], self._stages.rule.moments_per_parameter + self.reviewer.active
+        inverse, kept = INVERSES[self.settings.inverse], self._stages.rule.moments_per_parameter
+        # The last update, for its slope on the next batch.
+        kept += self.reviewer.region.adapts_radius
         idle = without_curvature(self.layers.values()) if self._stages.steps.any_made else {}
         return coverage_of(self._model, self.layers, inverse, kept, idle)
 
@@ -244,13 +246,11 @@ class KFC:
         gradients = {self.layers[name]: own for name, own in known.items()}
         stages.pending.before_step(gradients, step)
         ready = received_updates(stages.ownership, rule.ready(gradients, coming), damping)
+        most_decrease = self.reviewer.note_step_loss(coming, never_negative=stages.estimator.traits.never_negative)
         # SAM's second gradient, at other weights than those after the last step, does not measure that step.
         if first := not stages.steps.again:
             self.reviewer.last_updates.follow({entry.layer.name: entry.gradient for entry in ready})
-        kl_clip, most_decrease = self.kl_clip, None
-        if rule.bounds_decrease:
-            bounded = stages.estimator.traits.never_negative and directions(coming.optimizer) == {-1}
-            most_decrease = self.reviewer.most_decrease(coming.parameters, never_negative=bounded)
+        kl_clip = self.kl_clip
         updates = rule.updates(ready, damping, kl_clip, most_decrease)
         if first:
             rates = {entry.layer.name: entry.learning_rate for entry in ready}

@@ -87,7 +87,7 @@ def show_information() -> None:
 def _do_without_reviews(kfc: KFC, pl_module: Any) -> None:
     if not any(map(is_sharded, pl_module.parameters())):
         return
-    message = kfc.reviewer.end("the parameters of the model are sharded over ranks")
+    message = kfc.reviewer.end("the parameters of the model are sharded over ranks", fixed=True)
     if message:
         rank_zero_info(message)
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lightning_kfc.factors.damping import within_curvature
 
-#: The largest change of a layer's weights by one update, as a multiple of their size at the start of training.
+#: The largest change of weights by one update, as a multiple of their size at the start of training, in the sum over
+#: the layers whose damping was lowered.
 LARGEST_CHANGE = 2.0
 
 

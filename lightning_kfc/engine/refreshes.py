@@ -67,7 +67,7 @@ class Refreshes:
         # Most steps have nothing to refresh.
         due = dated is None or bool(self._inverses.outdated(dated, self._reviewer.damping_at(step)))
         # If messages follow, all ranks must take part.
-        if stages.group.size > 1 and (due or self._reviewer.active):
+        if stages.group.size > 1 and (due or self._reviewer.region.adapts_radius):
             finite = stages.group.all_agree(finite, next(stages.model.parameters()).device)
         if finite and due:
             self._refresh(names, dated)

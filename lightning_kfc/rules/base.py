@@ -70,8 +70,6 @@ class Rule(ABC, Generic[U]):
     :class:`~lightning_kfc.curvature.layer.Layer` holds moments.
     """
 
-    #: Whether :meth:`updates` uses ``most_decrease``, which costs a message between ranks.
-    bounds_decrease: ClassVar[bool] = False
     #: The number of values per parameter that are held from step to step.
     moments_per_parameter: ClassVar[int] = 0
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -51,8 +50,6 @@ class NaturalRule(Rule[NaturalUpdates]):
             no limit.
     """
 
-    bounds_decrease: ClassVar[bool] = True
-
     def __init__(self, highest_momentum: float | None = None) -> None:
         self._highest_momentum = highest_momentum
 
@@ -85,7 +82,7 @@ class NaturalRule(Rule[NaturalUpdates]):
         ]
         gradients, rates = [entry.gradient for entry in ready], [entry.learning_rate for entry in ready]
         # An owner that solves for other ranks clips nothing; the ranks that receive its update bound it after the clip.
-        largest = () if kl_clip is None else [_largest_norm(entry) for entry in ready]
+        largest = () if kl_clip is None else _largest_norms(ready)
         return natural_step(gradients, inverses, rates, kl_clip, fallbacks, most_decrease, largest)
 
     def write(
@@ -193,10 +190,15 @@ def natural_step(
     )
 
 
-def _largest_norm(entry: ReadyLayer) -> float:
-    """The largest norm of a layer's update, so that one step changes the weights by no more than the layer allows."""
-    change, rate = entry.layer.own_damping.largest_change, entry.learning_rate
-    return change * math.sqrt(entry.gradient.numel()) / rate if rate else math.inf
+def _largest_norms(ready: Sequence[ReadyLayer]) -> list[float]:
+    """The largest norm of each layer's update, so that one step changes the weights by no more than layers allow.
+
+    Changes multiply from layer to layer, so that the layers with a limit share it.
+    """
+    changes = [entry.layer.own_damping.largest_change for entry in ready]
+    limited = max(sum(map(math.isfinite, changes)), 1)
+    rated = zip(ready, changes, [entry.learning_rate for entry in ready], strict=True)
+    return [c / limited * math.sqrt(e.gradient.numel()) / rate if rate else math.inf for e, c, rate in rated]
 
 
 def _factors_on(updates: Sequence[Tensor], factor: float, largest: Sequence[float]) -> list[float]:

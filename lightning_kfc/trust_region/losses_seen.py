@@ -32,6 +32,19 @@ class SeenLoss:
     parameters: dict[int, Tensor]
 
 
+@dataclass(frozen=True)
+class StepLoss:
+    """The loss of one step, equal on all ranks.
+
+    Attributes:
+        value: The loss.
+        never_negative: Whether it is known on all ranks to be bounded below by 0.
+    """
+
+    value: float
+    never_negative: bool
+
+
 class LossesSeen:
     """The losses of the coming steps, one per backward."""
 
@@ -60,18 +73,18 @@ class LossesSeen:
         own = {id(parameter) for parameter in parameters}
         return [seen for seen in self._losses if not own.isdisjoint(seen.parameters)]
 
-    def mean(self, parameters: Iterable[Tensor], device: torch.device, *, known: bool = True) -> tuple[float, bool]:
-        """The loss of the coming step, a mean over ranks, and whether any rank has no loss. Collective.
+    def of_step(self, parameters: Iterable[Tensor], device: torch.device, *, never_negative: bool) -> StepLoss | None:
+        """The loss of the coming step, a mean over ranks; None if any rank has none. Collective.
 
         Args:
             parameters: The parameters that the step moves.
             device: A device from which the process group can send.
-            known: False counts this rank as one without a loss.
+            never_negative: Whether this rank's loss is known to be bounded below by 0.
         """
         losses = self.of(parameters)
         own = sum(float(seen.value) for seen in losses)
-        loss, missing = distributed.mean([own, float(not (known and losses))], device)
-        return loss, missing > 0
+        loss, missing, unbounded = distributed.mean([own, float(not losses), float(not never_negative)], device)
+        return None if missing else StepLoss(loss, never_negative=not unbounded)
 
     def stepped(self, parameters: Iterable[Tensor], optimizer: Optimizer | None) -> None:
         """Drop the losses that a step has used, unless other optimizers need them.

@@ -26,14 +26,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from lightning_kfc.monitoring.events import StepNumbers
 from lightning_kfc.scheduling.refresh_schedule import LATER_FROM
 from lightning_kfc.settings import Settings
+from lightning_kfc.trust_region.running_mean import RunningMean
 
-#: The first automatic radius, and the one without reviews, as shares of the loss.
-START_RADIUS, FIXED_RADIUS = 0.04, 0.013
+#: The first automatic radius, and the one from which it goes on without reviews, as shares of the loss.
+START_RADIUS, UNREVIEWED_RADIUS = 0.04, 0.013
 #: The smallest and the largest automatic radius, as shares of the loss.
 SMALLEST_RADIUS, LARGEST_RADIUS = 1e-6, 10.0
 #: An automatic damping, as a share of the loss, for weights of mean square 1.
@@ -49,13 +51,20 @@ NEXT_SLOPE = 0.35
 #: A review doubles the radius only if the mean of c over recent steps is at least this. On a batch smaller than the
 #: number of parameters of a layer, a long step fits the batch, and its own loss alone would lengthen it for ever.
 LEAST_NEXT_SLOPE = 0.1
-NEXT_SLOPE_DECAY = 0.9
+#: While that mean is smaller and the loss does not fall, c counts as at most this, since the steps fit noise.
+STALLED_SLOPE = -0.5
+#: The smallest radius to which this leads, as a share of the loss.
+SMALLEST_STALLED_RADIUS = 1e-3
+#: Decays of the running means: of c, and of the loss over recent and over earlier steps.
+RECENT_DECAY, EARLIER_DECAY = 0.9, 0.98
 
 POOR, GOOD = 0.25, 0.75
 #: The radius does not grow beyond this multiple of a step's size, where it bounds nothing.
 MOST_ROOM = 8.0
 #: A step is undone if the loss has grown by more than this share of the decrease that its slope predicted.
 TOLERATED_GROWTH = 0.1
+#: Undone steps in a row that end the reviews: if even so short a step leads uphill, the gradient is not the loss's.
+MOST_UNDONE = 8
 #: The largest slope of a step, as a multiple of a loss that cannot fall below 0. A quadratic model decreases by half of
 #: its slope until its minimum, so a larger slope predicts a decrease by more than the whole loss.
 MOST_PROMISED = 2.0
@@ -140,34 +149,40 @@ class TrustRegion:
     """The radius, the unit of radius and damping, and the dates of reviews.
 
     Attributes:
-        adapts_radius: Whether the radius is adapted (``kl_clip="auto"``).
-        automatic_radius: Whether the radius is not the user's. It is fixed if steps cannot be reviewed.
+        adapts_radius: Whether the radius is adapted (``kl_clip="auto"``): by reviews, and by c.
+        automatic_radius: Whether the radius is not the user's.
         radius: The bound on a step's squared norm in the Fisher metric; NaN before the first loss.
         loss: The magnitude of the loss at the last refresh; NaN before the first.
+        reviews: Whether steps are reviewed. If not, an adapted radius follows c alone.
         review_next: Whether the next step is reviewed irrespective of its number.
         log_size: Running mean of the logarithm of a step's squared norm; NaN before there is one.
         first_loss: The magnitude of the loss at the first refresh; NaN before.
         poor: Whether the last reviewed step decreased the loss by much less than expected.
-        next_slopes: The decaying sum of c over recent steps.
-        next_slopes_weight: The weight of that sum; 0 before the first c.
+        undone: The number of undone steps since the last reviewed step that was kept.
+        next_slopes: The mean of c over recent steps.
+        recent_losses: The mean loss of recent steps, each before the step.
+        earlier_losses: The mean loss over more steps.
     """
 
     adapts_radius: bool
     automatic_radius: bool = True
     radius: float = math.nan
     loss: float = math.nan
+    reviews: bool = True
     review_next: bool = False
     log_size: float = math.nan
     first_loss: float = math.nan
     poor: bool = False
-    next_slopes: float = 0.0
-    next_slopes_weight: float = 0.0
+    undone: int = 0
+    next_slopes: RunningMean = field(default_factory=lambda: RunningMean(RECENT_DECAY))
+    recent_losses: RunningMean = field(default_factory=lambda: RunningMean(RECENT_DECAY))
+    earlier_losses: RunningMean = field(default_factory=lambda: RunningMean(EARLIER_DECAY))
 
     @classmethod
     def of(cls, settings: Settings) -> TrustRegion:
         """The trust region at the start of training."""
         automatic = settings.kl_clip == "auto"
-        return cls(adapts_radius=automatic, automatic_radius=automatic)
+        return cls(adapts_radius=automatic, automatic_radius=automatic, reviews=automatic)
 
     @property
     def damping(self) -> float:
@@ -197,7 +212,13 @@ class TrustRegion:
         if math.isnan(self.first_loss):
             self.first_loss = self.loss
         if self.automatic_radius and math.isnan(self.radius):
-            self.radius = (START_RADIUS if self.adapts_radius else FIXED_RADIUS) * self.loss
+            self.radius = (START_RADIUS if self.reviews else UNREVIEWED_RADIUS) * self.loss
+
+    def note_step_loss(self, loss: float) -> None:
+        """Note the loss of a step, before the step, unless it is not finite."""
+        if math.isfinite(loss):
+            self.recent_losses = self.recent_losses.with_value(loss)
+            self.earlier_losses = self.earlier_losses.with_value(loss)
 
     def most_decrease(self, loss: float) -> float | None:
         """The largest slope of a step; None for no bound.
@@ -207,21 +228,25 @@ class TrustRegion:
         """
         return MOST_PROMISED * loss if self.adapts_radius and math.isfinite(loss) and loss > 0 else None
 
-    def fix(self) -> bool:
-        """Fix the radius from now on, at a share of the loss.
+    def end_reviews(self, *, fixed: bool) -> bool:
+        """Review no further steps, and set the radius to a share of the loss.
+
+        Args:
+            fixed: Whether the radius stays there. If not, it follows c.
 
         Returns:
-            Whether it was adapted before.
+            Whether steps were reviewed before.
         """
-        adapted, self.adapts_radius = self.adapts_radius, False
-        if adapted:
-            self.radius = FIXED_RADIUS * self.loss
-        return adapted
+        reviewed, self.reviews = self.reviews, False
+        self.adapts_radius = self.adapts_radius and not fixed
+        if reviewed:
+            self.radius = UNREVIEWED_RADIUS * self.loss
+        return reviewed
 
     def review_planned(self, step: int) -> bool:
         """Whether a step is due for review, so that its forward must be recorded."""
         every = REVIEW_EVERY_N_STEPS if step < LATER_FROM else LATER_REVIEWS
-        return self.review_next or step < REVIEWED_AT_FIRST or step % every == 0
+        return self.reviews and (self.review_next or step < REVIEWED_AT_FIRST or step % every == 0)
 
     def note_size(self, size: float) -> None:
         r"""Note the size of the coming step; plan a review if it is surprisingly large.
@@ -243,12 +268,17 @@ class TrustRegion:
         if not self.adapts_radius or not math.isfinite(self.radius):
             return
         share = min(max(share, -1.0), 1.0) if math.isfinite(share) else -1.0
-        self.next_slopes = NEXT_SLOPE_DECAY * self.next_slopes + share
-        self.next_slopes_weight = NEXT_SLOPE_DECAY * self.next_slopes_weight + 1
+        self.next_slopes = self.next_slopes.with_value(share)
+        if self._stalls():
+            share = min(share, STALLED_SLOPE if self.radius > SMALLEST_STALLED_RADIUS * self.loss else 0.0)
         if share > 0 and self.radius > MOST_ROOM * math.exp(self.log_size):
             return
         self.radius *= math.exp(NEXT_SLOPE * share)
         self._limit_radius()
+
+    def _stalls(self) -> bool:
+        """Whether steps leave no slope on the next batch, and the losses of new batches do not fall all the same."""
+        return self.next_slopes.value < LEAST_NEXT_SLOPE and self.recent_losses.value >= self.earlier_losses.value
 
     def _limit_radius(self) -> None:
         self.radius = min(max(self.radius, SMALLEST_RADIUS * self.loss), LARGEST_RADIUS * self.loss)
@@ -268,28 +298,33 @@ class TrustRegion:
         if self.adapts_radius and math.isfinite(self.radius):
             if poor:
                 self.radius = 0.5 * min(self.radius, size)
-            elif ratio > GOOD and self.next_slopes >= LEAST_NEXT_SLOPE * self.next_slopes_weight:
+            elif ratio > GOOD and not self.next_slopes.value < LEAST_NEXT_SLOPE:
                 self.radius = min(2 * self.radius, MOST_ROOM * size)
             self._limit_radius()
         # If new statistics have not helped, and the loss falls all the same, both wait for their dates.
         hurry = poor and not (self.poor and growth < 0)
         self.poor = poor
+        self.undone = self.undone + 1 if undo else 0
         self.review_next = self.review_next or hurry
         # A step whose slope leads uphill, as with momentum, is kept unless the loss has grown.
         shorten = undo or (poor and outcome.slope < 0)
         kept_share = min(outcome.best_share(), 1.0) if shorten else 1.0
         return Verdict(ratio, undo, hurry, -outcome.expected, -growth, kept_share)
 
-    def state_dict(self) -> dict[str, float]:
-        """All state that changes in training, as plain numbers."""
-        return {name: float(getattr(self, name)) for name in self._changing()}
+    def state_dict(self) -> dict[str, Any]:
+        """All state that changes in training, in plain containers."""
+        values = {name: getattr(self, name) for name in self._changing()}
+        return {n: v.state() if isinstance(v, RunningMean) else float(v) for n, v in values.items()}
 
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load a state of :meth:`state_dict`; fixed settings stay unchanged."""
         for name in self._changing():
+            own = getattr(self, name)
             if name in state:
-                setattr(self, name, type(getattr(self, name))(state[name]))
+                found = own.loaded(state[name]) if isinstance(own, RunningMean) else type(own)(state[name])
+                setattr(self, name, found)
 
     def _changing(self) -> list[str]:
-        names = ["loss", "first_loss", "review_next", "log_size", "poor", "next_slopes", "next_slopes_weight"]
-        return ["radius", *names] if self.automatic_radius else names
+        names = ["loss", "first_loss", "review_next", "log_size", "poor", "undone"]
+        means = ["next_slopes", "recent_losses", "earlier_losses"]
+        return ["radius", "reviews", *names, *means] if self.automatic_radius else [*names, *means]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +20,7 @@ from lightning_kfc.distributed import process_group as distributed
 from lightning_kfc.monitoring.events import Events
 from lightning_kfc.trust_region.losses_seen import LossesSeen, SeenLoss
 from lightning_kfc.trust_region.next_slope import LastUpdates
-from lightning_kfc.trust_region.region import FIXED_RADIUS, TrustRegion, Verdict
+from lightning_kfc.trust_region.region import MOST_UNDONE, UNREVIEWED_RADIUS, TrustRegion, Verdict
 from lightning_kfc.trust_region.replay_checks import replay_error, replayability, replayed_step
 from lightning_kfc.trust_region.scheduled_damping import ScheduledDamping
 from lightning_kfc.trust_region.snapshot import StepSnapshot
@@ -37,7 +36,7 @@ class StepReviewer:
 
     Args:
         model: The model.
-        region: The trust region; forwards are recorded only if it adapts its radius.
+        region: The trust region, whose radius the reviews adapt.
         damping: The user's damping: a number, a function of the step, or ``"auto"`` for the region's damping.
         kl_clip: The user's bound: a number, None for no bound, or ``"auto"`` for the region's radius.
         events: Counts missed, shortened and undone steps.
@@ -86,8 +85,8 @@ class StepReviewer:
 
     @property
     def active(self) -> bool:
-        """Whether the bound is set by reviews of steps."""
-        return self.region.adapts_radius
+        """Whether steps are reviewed."""
+        return self.region.reviews
 
     @property
     def _measures_losses(self) -> bool:
@@ -111,7 +110,7 @@ class StepReviewer:
     def record(self, step: int) -> Iterator[None]:
         """Record the forward inside this context, if the step is due for review."""
         self._tape = None
-        planned = self.region.adapts_radius and self.region.review_planned(step) and self._snapshot is None
+        planned = self.region.review_planned(step) and self._snapshot is None
         # The first forward of a lazy module makes its parameters, and cannot be replayed.
         if not planned or any(map(is_lazy, self._model.parameters())):
             yield
@@ -179,24 +178,32 @@ class StepReviewer:
         """
         if self._measures_losses:
             parameters = [parameter for layer in layers for parameter in layer.trained_parameters().values()]
-            loss, missing = self._losses.mean(parameters, self._device)
-            if not missing:
-                self.region.note_loss(loss, never_negative=never_negative)
+            loss = self._losses.of_step(parameters, self._device, never_negative=never_negative)
+            if loss is not None:
+                self.region.note_loss(loss.value, never_negative=loss.never_negative)
         if self._scheduled is None:
             for layer in layers:
                 layer.measure_weights()
 
-    def most_decrease(self, parameters: Iterable[Tensor], *, never_negative: bool) -> float | None:
-        """The largest slope of the coming step; None for no bound. Collective: call on every rank.
+    def note_step_loss(self, coming: OptimizerStep, *, never_negative: bool) -> float | None:
+        """Note the loss of the coming step. Collective: call on every rank.
 
         Args:
-            parameters: The parameters that the coming step moves.
+            coming: The coming step.
             never_negative: Whether the loss is known to be bounded below by 0.
+
+        Returns:
+            The largest slope of the step; None for no bound.
         """
         if not self.region.adapts_radius:
             return None
-        loss, missing = self._losses.mean(parameters, self._device, known=never_negative)
-        return None if missing else self.region.most_decrease(loss)
+        signs = directions(coming.optimizer)
+        bounded = never_negative and signs == {-1}
+        loss = self._losses.of_step(coming.parameters, self._device, never_negative=bounded)
+        if loss is None:
+            return None
+        self.region.note_step_loss(-loss.value if signs == {1} else loss.value)
+        return self.region.most_decrease(loss.value) if loss.never_negative else None
 
     def before_step(self, step: int, size: float, damping: float, coming: OptimizerStep) -> None:
         """Take a snapshot for the review of the coming step, if one is due. Collective: call on every rank.
@@ -278,6 +285,12 @@ class StepReviewer:
             self.last_updates.forget()
             self._events.count("undone_steps" if verdict.undo else "shortened_steps")
         self.last = verdict
+        if self.region.undone >= MOST_UNDONE:
+            self._end_with_warning(
+                f"the last {MOST_UNDONE} steps have raised the loss of their own batch, each bounded by half of the "
+                "one before. Their gradient is not that of the loss, as with gradient reversal, or the optimizer "
+                "lengthens the steps"
+            )
         return verdict
 
     # The end of reviews.
@@ -293,21 +306,23 @@ class StepReviewer:
         if message and distributed.rank() == 0:
             warnings.warn(message, stacklevel=2)
 
-    def end(self, reason: str) -> str:
+    def end(self, reason: str, *, fixed: bool = False) -> str:
         """End all reviews, for a given reason.
 
+        Args:
+            reason: The reason.
+            fixed: Whether to fix the bound. If not, it follows the slope of each step on the next batch.
+
         Returns:
-            A message for the user, with the bound in force; empty if the bound was not ``"auto"``.
+            A message for the user; empty if no steps were reviewed.
         """
-        adapted = self.region.fix()
-        self.forget_losses()
-        self.last_updates.forget()
-        if not adapted:
+        if not self.region.end_reviews(fixed=fixed):
             return ""
-        radius = self.region.radius
-        # Before the first loss it is NaN.
-        value = f"kl_clip={radius:.3g}" if math.isfinite(radius) else f"{FIXED_RADIUS:g} times the loss"
+        self.forget_losses()
+        consequence = f"is fixed at {UNREVIEWED_RADIUS:g} times the loss"
+        if not fixed:
+            consequence = "follows the slope of each step on the next batch alone"
         return (
-            f"kl_clip='auto' cannot review steps: {reason}. From now on it is fixed: {value}. "
+            f"kl_clip='auto' cannot review steps: {reason}. From now on it {consequence}. "
             "Set kl_clip to silence this message."
         )

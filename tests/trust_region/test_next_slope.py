@@ -1,7 +1,6 @@
 """The slope of the last step on the next batch, and the radius that follows it."""
 
 import math
-from statistics import median
 
 import pytest
 import torch
@@ -12,7 +11,18 @@ from torch.nn import functional as F
 
 from lightning_kfc import KFC
 from lightning_kfc.trust_region.next_slope import LastUpdates
-from lightning_kfc.trust_region.region import LARGEST_RADIUS, MOST_ROOM, NEXT_SLOPE, SMALLEST_RADIUS, TrustRegion
+from lightning_kfc.trust_region.region import (
+    EARLIER_DECAY,
+    LARGEST_RADIUS,
+    LEAST_NEXT_SLOPE,
+    MOST_ROOM,
+    NEXT_SLOPE,
+    RECENT_DECAY,
+    SMALLEST_RADIUS,
+    SMALLEST_STALLED_RADIUS,
+    STALLED_SLOPE,
+    TrustRegion,
+)
 
 
 def region(**changes):
@@ -37,6 +47,22 @@ def make_step(kfc, model, optimizer, x, y):
     kfc.back_propagate(loss)
     loss.backward()
     kfc.precondition(optimizer=optimizer)
+    return loss.item()
+
+
+def decayed_mean(values, decay):
+    weights = [decay**age for age in reversed(range(len(values)))]
+    return sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+
+
+def counted(shares, losses):
+    """What the last c counts as, given all of them and the losses of all steps."""
+    stalled = decayed_mean(losses, RECENT_DECAY) >= decayed_mean(losses, EARLIER_DECAY)
+    return (
+        min(shares[-1], STALLED_SLOPE)
+        if stalled and decayed_mean(shares, RECENT_DECAY) < LEAST_NEXT_SLOPE
+        else shares[-1]
+    )
 
 
 def slope_along(model, direction, x, y, h=1e-5):
@@ -61,17 +87,18 @@ def test_the_radius_follows_the_slope_of_the_last_update_on_the_next_batch(rule,
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=momentum)
     kfc = KFC(model, damping="auto", kl_clip="auto", rule=rule)
-    updates, own = [], math.nan
+    updates, shares, losses, own = [], [], [], math.nan
     kfc.inspect = lambda ready, tensors: updates.append(
         [rows for e, u in zip(ready, tensors, strict=True) for rows in (u[0, :, :-1].clone(), u[0, :, -1].clone())]
     )
-    for step in range(4):
+    for step in range(5):
         x, y = batch(step)
         now = slope_along(model, updates[-1], x, y) if updates else None
         radius = kfc.reviewer.region.radius
-        make_step(kfc, model, optimizer, x, y)
+        losses.append(make_step(kfc, model, optimizer, x, y))
         if step > 0:
-            share = min(max(now / own, -1.0), 1.0)
+            shares.append(min(max(now / own, -1.0), 1.0))
+            share = counted(shares, losses)
             assert kfc.reviewer.region.radius == pytest.approx(radius * math.exp(NEXT_SLOPE * share), rel=1e-6)
         own = slope_along(model, updates[-1], x, y)
         optimizer.step()
@@ -96,6 +123,43 @@ def test_a_share_that_is_not_finite_shortens_and_a_fixed_radius_stays():
     fixed = region(adapts_radius=False)
     fixed.follow_next_slope(-1.0)
     assert fixed.radius == 0.1
+
+
+@given(
+    st.lists(st.tuples(st.floats(-1, 1), st.floats(-2, 2)), min_size=1, max_size=60),
+    st.sampled_from([0.0, -1e3]),
+    st.sampled_from([1.0, -3.0]),
+)
+def test_small_shares_count_as_negative_ones_while_the_losses_do_not_fall(steps, offset, trend):
+    trust = region(radius=0.01, log_size=0.0)
+    shares, losses = [], []
+    for number, (share, loss) in enumerate(steps):
+        shares.append(share)
+        # The comparison needs no zero of the loss.
+        losses.append(loss + trend * number / 10 + offset)
+        before, trust.radius = 0.01, 0.01
+        trust.note_step_loss(losses[-1])
+        trust.follow_next_slope(share)
+        means = decayed_mean(losses, RECENT_DECAY), decayed_mean(losses, EARLIER_DECAY)
+        if abs(means[0] - means[1]) > 1e-9:
+            assert trust.radius == pytest.approx(before * math.exp(NEXT_SLOPE * counted(shares, losses)))
+
+
+def test_a_stalled_loss_shortens_steps_to_a_share_of_the_loss_and_then_lengthens_none():
+    trust = region()
+    for _ in range(60):
+        trust.note_step_loss(1.0)
+        trust.follow_next_slope(0.05)
+    assert SMALLEST_STALLED_RADIUS * math.exp(NEXT_SLOPE * STALLED_SLOPE) <= trust.radius <= SMALLEST_STALLED_RADIUS
+    radius = trust.radius
+    trust.follow_next_slope(-1.0)
+    assert trust.radius == pytest.approx(radius * math.exp(-NEXT_SLOPE))
+    # Losses that are not finite are no losses of steps.
+    trust.note_step_loss(math.nan)
+    for _ in range(100):
+        trust.note_step_loss(0.5)
+    trust.follow_next_slope(0.05)
+    assert trust.radius == pytest.approx(radius * math.exp(-0.95 * NEXT_SLOPE))
 
 
 def test_only_the_gradients_of_the_same_layers_are_compared():
@@ -162,8 +226,8 @@ def test_a_second_gradient_in_one_step_judges_nothing():
     assert kfc.reviewer.region.radius == radius
 
 
-def last_loss_of_logistic_regression(seed: int) -> float:
-    """The mean of the last losses relative to the first one, with five parameters for each example of a batch."""
+def last_losses_of_logistic_regression(seed: int, size: int) -> float:
+    """The mean of the last losses relative to the first one."""
     torch.manual_seed(seed)
     inputs = torch.randn(2048, 64)
     targets = ((inputs @ torch.randn(64, 64) / 4).tanh() @ torch.randn(64, 5) + 2 * torch.randn(2048, 5)).argmax(1)
@@ -171,15 +235,14 @@ def last_loss_of_logistic_regression(seed: int) -> float:
     kfc = KFC(model, damping="auto", kl_clip="auto")
     optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.5), []
     for _ in range(200):
-        batch = torch.randperm(2048)[:64]
-        with torch.no_grad():
-            losses.append(float(F.cross_entropy(model(inputs[batch]), targets[batch])))
-        make_step(kfc, model, optimizer, inputs[batch], targets[batch])
+        batch = torch.randperm(2048)[:size]
+        losses.append(make_step(kfc, model, optimizer, inputs[batch], targets[batch]))
         optimizer.step()
         kfc.review(optimizer=optimizer)
     return sum(losses[-20:]) / 20 / losses[0]
 
 
-def test_steps_grow_less_where_each_fits_its_own_small_batch() -> None:
-    # By reviews of own batches alone, the loss ends at 2.5 to 4.5 times the first one.
-    assert median(last_loss_of_logistic_regression(seed) for seed in range(4)) < 1.5
+@pytest.mark.parametrize("size", [16, 64])
+def test_noisy_labels_with_more_weights_than_examples_in_a_batch_are_learnt(size: int) -> None:
+    # By reviews of own batches alone, the loss ends at 2.5 to 4.5 times the first one; by c and reviews at 0.8 to 2.2.
+    assert max(last_losses_of_logistic_regression(seed, size) for seed in range(4)) < 0.8

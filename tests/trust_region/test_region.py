@@ -103,14 +103,31 @@ def test_a_loss_that_crosses_zero_halves_its_magnitude_at_most():
     assert found == [2.0, 1.5, 1.5, 1.5, 0.75, 0.4, 3.0]
 
 
-def test_a_fixed_region_has_its_share_of_the_loss_whether_or_not_that_was_known():
+@pytest.mark.parametrize("fixed", [False, True])
+def test_without_reviews_the_radius_is_a_share_of_the_loss_and_is_fixed_or_follows_the_next_batch(fixed):
     late, early = TrustRegion(adapts_radius=True), TrustRegion(adapts_radius=True)
     early.note_loss(2.0, never_negative=True)
-    assert early.fix()
-    assert late.fix()
-    assert not late.fix()
+    assert early.end_reviews(fixed=fixed)
+    assert late.end_reviews(fixed=fixed)
+    assert not late.end_reviews(fixed=fixed)
     late.note_loss(2.0, never_negative=True)
-    assert early.radius == late.radius == pytest.approx(2 * region_module.FIXED_RADIUS)
+    assert early.radius == late.radius == pytest.approx(2 * region_module.UNREVIEWED_RADIUS)
+    assert not any(late.review_planned(step) for step in range(100))
+    late.note_size(1.0)
+    late.follow_next_slope(1.0)
+    assert (late.radius == early.radius) == fixed
+
+
+def test_a_resumed_region_goes_on_with_its_means_and_without_reviews():
+    bound = region(log_size=0.0)
+    for number in range(5):
+        bound.note_step_loss(3.0 + number)
+        bound.follow_next_slope(0.3)
+    bound.judge(outcome(-3.0), size=1.0)
+    bound.end_reviews(fixed=False)
+    resumed = TrustRegion(adapts_radius=True)
+    resumed.load_state_dict(bound.state_dict())
+    assert resumed == bound
 
 
 @pytest.mark.parametrize(
@@ -384,7 +401,7 @@ def test_a_review_leaves_random_streams_and_batch_norm_as_they_were_and_repeats_
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
 
 
-def test_a_loop_without_reviews_is_warned_once_and_goes_on_with_the_fixed_values():
+def test_a_loop_without_reviews_is_warned_once_and_its_radius_follows_the_next_batches():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3))
     inputs, targets = torch.randn(16, 4), torch.randint(0, 3, (16,))
@@ -401,11 +418,12 @@ def test_a_loop_without_reviews_is_warned_once_and_goes_on_with_the_fixed_values
         optimizer.step()
 
     unreviewed()
-    with pytest.warns(UserWarning, match=r"kfc\.review\(optimizer=optimizer\) was not called.*it is fixed: kl_clip="):
+    with pytest.warns(UserWarning, match=r"kfc\.review\(optimizer=optimizer\) was not called.*the next batch alone"):
         unreviewed()
+    radius = kfc.kl_clip
     unreviewed()
     assert not kfc.reviewer.active
-    assert kfc.kl_clip > 0
+    assert kfc.kl_clip != radius
 
 
 @pytest.mark.usefixtures("ten_steps_reviewed")
