@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_kfc.callback.averaged_statistics import AveragedStatistics, newest_share
+from lightning_kfc.callback.notices import Notices
 from lightning_kfc.callback.options import KFCOptions
 from lightning_kfc.distributed.process_group import is_sharded
-from lightning_kfc.utilities.torch_internals import interpolate, plain_name, tree_map
+from lightning_kfc.monitoring.events import listed
+from lightning_kfc.utilities.torch_internals import interpolate, plain_name
 
 #: Callbacks of Lightning that average weights themselves; subclasses count.
 OTHER_AVERAGES = {"WeightAveraging", "StochasticWeightAveraging"}
@@ -29,8 +31,15 @@ class _Average:
 
     def fits(self) -> bool:
         """Whether the parameter has not been replaced in place by another one."""
-        own, other = self.parameter, self.value
-        return own.shape == other.shape and own.dtype == other.dtype and own.device == other.device
+        return _alike(self.parameter, self.value)
+
+
+class _SetAside(NamedTuple):
+    """A tensor of the module that holds its average, and the value that trains."""
+
+    tensor: Tensor
+    training: Tensor
+    average: Tensor
 
 
 class AveragedWeights:
@@ -51,9 +60,10 @@ class AveragedWeights:
         self._module, self._decay = module, decay
         self._averages: dict[int, _Average] = {}
         self._statistics = AveragedStatistics(module, decay)
-        # While the module holds averages: its tensors, each with the value that trains.
-        self._set_aside: list[tuple[Tensor, Tensor]] | None = None
-        self._detach: Callable[[], None] | None = None
+        # While the module holds averages.
+        self._set_aside: list[_SetAside] | None = None
+        self._replaced: list[tuple[Any, str, Any]] = []
+        self._notices = Notices()
 
     @torch.no_grad()
     def update(self, optimizer: Optimizer) -> None:
@@ -114,52 +124,75 @@ class AveragedWeights:
             pairs = [(a.parameter, a.value) for key, a in self._averages.items() if key in present and a.fits()]
             pairs += self._statistics.values()
             # Complete before the first write: an interrupt may come at any point.
-            self._set_aside = [(tensor, tensor.detach().clone()) for tensor, _ in pairs]
+            self._set_aside = [_SetAside(tensor, tensor.detach().clone(), value) for tensor, value in pairs]
             _write(pairs)
 
     def take_out(self) -> None:
-        """Restore the weights that train, bit for bit."""
-        if self._set_aside is not None:
-            with torch.inference_mode(False), torch.no_grad():
-                _write(self._set_aside)
-            self._set_aside = None
+        """Restore the weights that train, bit for bit.
 
-    def attach(self, strategy: Any, active: Callable[[], bool]) -> None:
-        """Replace the strategy's module state, which every checkpoint holds, by that of the averages.
-
-        Args:
-            strategy: The trainer's strategy.
-            active: Returns whether the callback is among the trainer's callbacks.
+        Weights that other code has written since :meth:`put_in` stay as they are, and begin a new average.
         """
-        original = strategy.lightning_module_state_dict
-
-        def averaged_state_dict() -> dict[str, Any]:
-            if self._set_aside is not None or not self._averages or not active():
-                return original()  # type: ignore[no-any-return]  # the strategy is Any
-            self.put_in()
-            try:
-                written = self._written()
-                state: dict[str, Any] = tree_map(lambda leaf: _own_copy(leaf, written), original())
-                return state
-            finally:
-                self.take_out()
-
-        strategy.lightning_module_state_dict = averaged_state_dict
-
-        def detach() -> None:
-            if strategy.__dict__.get("lightning_module_state_dict") is averaged_state_dict:
-                del strategy.lightning_module_state_dict
-
-        self._detach = detach
+        if self._set_aside is None:
+            return
+        written = self._written()
+        with torch.inference_mode(False), torch.no_grad():
+            _write([(each.tensor, each.training) for each in self._set_aside if id(each.tensor) not in written])
+        self._set_aside = None
+        if not written:
+            return
+        self._averages = {key: average for key, average in self._averages.items() if key not in written}
+        self._statistics = AveragedStatistics(self._module, self._decay)
+        names = [plain_name(name) for name, p in self._module.named_parameters() if id(p) in written]
+        self._notices.inform(
+            f"KFCCallback: other code wrote {listed(names)} while the module held averaged weights. Training goes on "
+            "from what was written, with a new average."
+        )
 
     def _written(self) -> set[int]:
-        return {_storage_of(tensor) for tensor, _ in self._set_aside or ()}
+        """The ids of tensors that other code has written since :meth:`put_in`."""
+        written = {id(each.tensor) for each in self._set_aside or () if not _holds(each.tensor, each.average)}
+        # Forwards in training mode write the statistics of batch norm alone, which is no return to other weights.
+        return written if written & self._averages.keys() else set()
+
+    def attach(self, trainer: Any, active: Callable[[], bool]) -> None:
+        """Have the module hold the averages during each validation and checkpoint, and from the end of training on.
+
+        The methods of the trainer are replaced, since hooks of other callbacks and of the module may run before and
+        after those of a callback: each swap of weights of their own begins and ends within ours.
+
+        Args:
+            trainer: The trainer.
+            active: Returns whether the callback is among the trainer's callbacks.
+        """
+        send, fit_loop = trainer.strategy.broadcast, trainer.fit_loop
+        self._replace(fit_loop.epoch_loop.val_loop, "run", active, send)
+        self._replace(fit_loop, "on_run_end", active, send, stays=True)
+        self._replace(trainer, "save_checkpoint", active)
+
+    def _replace(
+        self, owner: Any, name: str, active: Callable[[], bool], send: Any = None, *, stays: bool = False
+    ) -> None:
+        original = getattr(owner, name)
+
+        def with_averages(*args: Any, **kwargs: Any) -> Any:
+            if self._set_aside is not None or not active():
+                return original(*args, **kwargs)
+            try:
+                self.put_in(send)
+                return original(*args, **kwargs)
+            finally:
+                if not stays:
+                    self.take_out()
+
+        setattr(owner, name, with_averages)
+        self._replaced.append((owner, name, with_averages))
 
     def detach(self) -> None:
-        """Leave the strategy as it was."""
-        if self._detach is not None:
-            self._detach()
-            self._detach = None
+        """Leave the trainer as it was."""
+        for owner, name, replacement in self._replaced:
+            if vars(owner).get(name) is replacement:
+                delattr(owner, name)
+        self._replaced.clear()
 
     def checkpoint_bytes(self) -> int:
         """Bytes of the tensors in :meth:`state_dict`, once every trainable parameter has an average."""
@@ -177,14 +210,16 @@ class AveragedWeights:
         """The weights that train, and the steps of each average; a checkpoint's module state holds the averages."""
         if not self._averages:
             return {}
-        set_aside = {id(tensor): value for tensor, value in self._set_aside or ()}
-        named = {plain_name(name): p for name, p in self._module.named_parameters() if id(p) in self._averages}
-        running = {id(buffer) for buffer, _ in self._statistics.values()}
+        written = self._written()
+        set_aside = {id(each.tensor): each.training for each in self._set_aside or ()}
+        averaged = self._averages.keys() - written
+        named = {plain_name(name): p for name, p in self._module.named_parameters() if id(p) in averaged}
+        running = {id(buffer) for buffer, _ in self._statistics.values()} - written
         buffers = {plain_name(name): buffer for name, buffer in self._module.named_buffers() if id(buffer) in running}
         return {
             "updates": {name: self._averages[id(p)].updates for name, p in named.items()},
             "training": {name: set_aside.get(id(t), t.detach()) for name, t in {**named, **buffers}.items()},
-            "statistics": self._statistics.state_dict(),
+            "statistics": {} if written else self._statistics.state_dict(),
         }
 
     @torch.no_grad()
@@ -231,7 +266,7 @@ def averaged_weights(callback: KFCOptions, trainer: Any, module: nn.Module) -> A
         rank_zero_info(f"KFCCallback does not average the weights: {reason}.")
         return None
     average = AveragedWeights(module, decay)
-    average.attach(trainer.strategy, active=lambda: any(each is callback for each in trainer.callbacks))
+    average.attach(trainer, active=lambda: any(each is callback for each in trainer.callbacks))
     return average
 
 
@@ -257,12 +292,13 @@ def _write(pairs: list[tuple[Tensor, Tensor]]) -> None:
         tensor.data.copy_(value)
 
 
-def _storage_of(tensor: Tensor) -> int:
-    """The address of a tensor's storage."""
-    return int(tensor.untyped_storage().data_ptr())
+def _alike(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are of one shape, precision and device."""
+    return first.shape == second.shape and first.dtype == second.dtype and first.device == second.device
 
 
-def _own_copy(leaf: Any, written: set[int]) -> Any:
-    """A copy of a leaf that shares memory with overwritten weights; other leaves unchanged."""
-    shares = isinstance(leaf, Tensor) and _storage_of(leaf) in written
-    return leaf.clone() if shares else leaf
+def _holds(tensor: Tensor, value: Tensor) -> bool:
+    """Whether a tensor has exactly these elements; NaN equals NaN."""
+    if not _alike(tensor, value):
+        return False
+    return torch.equal(tensor, value) or torch.allclose(tensor, value, rtol=0, atol=0, equal_nan=True)

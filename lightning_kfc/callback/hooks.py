@@ -119,26 +119,18 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
             self._average.follow_structure()
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """During fit, validate the averaged weights."""
-        if not self._trains:
-            return
-        self._fit.report.measured.ignore()
-        if self._average is not None:
-            self._average.put_in(trainer.strategy.broadcast)
+        """During fit, leave the validation out of the times."""
+        if self._trains:
+            self._fit.report.measured.ignore()
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """During fit, restore the weights that train."""
-        if not self._trains:
-            return
-        self._fit.report.measured.validation_ends(logged_step(trainer))
-        if self._average is not None:
-            self._average.take_out()
+        """During fit, note the validation's numbers."""
+        if self._trains:
+            self._fit.report.measured.validation_ends(logged_step(trainer))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Leave the averaged weights in the module."""
+        """Note the last epoch's numbers."""
         self._fit.report.measured.epoch_ends(logged_step(trainer) - 1)
-        if self._average is not None:
-            self._average.put_in(trainer.strategy.broadcast)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Detach, and log the counted events, advice and the report's path."""

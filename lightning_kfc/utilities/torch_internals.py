@@ -15,9 +15,8 @@ from torch.nn import _reduction
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_map
 
-__all__ = ["AnyBatchNorm", "DisableTorchFunction", "TorchDispatchMode", "fused_recurrence", "tree_map"]
+__all__ = ["AnyBatchNorm", "DisableTorchFunction", "TorchDispatchMode", "fused_recurrence"]
 
 #: The base class of all batch norms.
 AnyBatchNorm = _BatchNorm

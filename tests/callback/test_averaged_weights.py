@@ -517,7 +517,7 @@ def test_a_decay_of_the_wrong_type_is_refused():
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError])
-def test_after_a_fit_and_at_the_next_entry_after_an_exception_the_strategy_is_as_it_was(error):
+def test_after_a_fit_and_at_the_next_entry_after_an_exception_the_trainer_is_as_it_was(error):
     class Failing(Line):
         def training_step(self, batch, batch_idx):
             if error is not None and len(self.losses) == 4:
@@ -533,7 +533,12 @@ def test_after_a_fit_and_at_the_next_entry_after_an_exception_the_strategy_is_as
         with pytest.raises(error):
             fitted.fit(module, loader(vectors(40)), loader(vectors()))
         fitted.validate(module, loader(vectors()), verbose=False)
-    assert "lightning_module_state_dict" not in vars(fitted.strategy)
+    for owner, name in (
+        (fitted, "save_checkpoint"),
+        (fitted.fit_loop, "on_run_end"),
+        (fitted.fit_loop.epoch_loop.val_loop, "run"),
+    ):
+        assert name not in vars(owner)
 
 
 class Probing(Conv):
@@ -562,3 +567,173 @@ def test_optimizers_of_other_weights_leave_the_averages_alone():
     assert probing["updates"] == alone["updates"]
     assert same(probing["training"], alone["training"])
     torch.testing.assert_close(probing["statistics"], alone["statistics"], rtol=0, atol=0)
+
+
+class OwnAverage:
+    """Swaps an average of its own in for each validation, as a callback or as the module itself."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.own = {}
+
+    def on_train_batch_end(self, *args):
+        for name, value in weights(self.model(*args)).items():
+            self.own[name] = self.own[name].lerp(value, 0.3) if name in self.own else value
+
+    def on_validation_start(self, *args):
+        self.kept = copy.deepcopy(self.model(*args).state_dict())
+        self.model(*args).load_state_dict(self.own, strict=False)
+
+    def on_validation_end(self, *args):
+        self.model(*args).load_state_dict(self.kept)
+
+
+class Swapping(OwnAverage, Callback):
+    def model(self, trainer, pl_module, *args):
+        return pl_module
+
+
+class SwappingItself(OwnAverage, Line):
+    def model(self, *args):
+        return self
+
+
+class SwappingInEvaluationMode(SwappingItself):
+    """Swaps where a schedule-free optimizer changes its mode."""
+
+    def on_validation_model_eval(self):
+        super().on_validation_model_eval()
+        OwnAverage.on_validation_start(self)
+
+    def on_validation_model_train(self):
+        super().on_validation_model_train()
+        OwnAverage.on_validation_end(self)
+
+    def on_validation_start(self):
+        pass
+
+    on_validation_end = on_validation_start
+
+
+@pytest.mark.parametrize(
+    ("module_class", "before", "after"),
+    [
+        (Line, [Swapping], []),
+        (Line, [], [Swapping]),
+        (SwappingItself, [], []),
+        (SwappingInEvaluationMode, [], []),
+    ],
+)
+def test_a_swap_of_other_code_is_validated_and_leaves_the_weights_that_train(module_class, before, after, caplog):
+    alone = line(make_optimizer=sgd)
+    fit(alone, KFCCallback(average_weights=None), max_epochs=2)
+    torch.manual_seed(3)
+    module = module_class(make_optimizer=sgd).note()
+    callback = KFCCallback()
+    with caplog.at_level(logging.INFO):
+        fit(module, *(c() for c in before), callback, *(c() for c in after), max_epochs=2)
+    assert "other code wrote" not in caplog.text
+    assert module.losses == alone.losses
+    assert_close(weights(module), averaged_by_hand(module.steps, 0.9))
+    own = {}
+    for (count, seen), step in zip(module.validated, module.steps, strict=True):
+        own = {name: own[name].lerp(value, 0.3) if own else value for name, value in step.items()}
+        assert count == 1 or same(seen, own)
+
+
+class Restoring(Callback):
+    """Returns to the weights of a former validation in one hook, once, and notes what it has written."""
+
+    def __init__(self, hook, at=5):
+        def restore(trainer, pl_module):
+            if trainer.sanity_checking:
+                return
+            self.calls += 1
+            if self.best is None:
+                self.best = {name: value + 1 for name, value in copy.deepcopy(pl_module.state_dict()).items()}
+            if self.calls == at:
+                pl_module.load_state_dict(self.best)
+
+        self.best, self.calls = None, 0
+        setattr(self, hook, restore)
+
+
+@pytest.mark.parametrize("hook", ["on_validation_epoch_end", "on_validation_end"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_return_to_the_best_weights_trains_from_there_with_a_new_average(hook, place, tmp_path, caplog):
+    module, restoring = Conv(make_optimizer=sgd).note(), Restoring(hook)
+    saving = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    callbacks = [KFCCallback(kl_clip=0.01)]
+    callbacks.insert(place, restoring)
+    started = []
+    module.on_train_batch_start = lambda *args: started.append(copy.deepcopy(module.state_dict()))
+    with caplog.at_level(logging.INFO):
+        fit(module, *callbacks, saving, max_epochs=2, enable_checkpointing=True)
+    assert caplog.text.count("KFCCallback: other code wrote 'head.weight', 'head.bias', 'body.0.weight'") == 1
+    assert same(started[5], restoring.best)
+    assert_close(weights(module), averaged_by_hand(module.steps[5:], 0.9))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_return_to_the_best_weights_at_the_end_of_training_lasts(place, tmp_path):
+    module, restoring, callback = line(make_optimizer=sgd), Restoring("on_train_end", at=1), KFCCallback()
+    callbacks = [callback]
+    callbacks.insert(place, restoring)
+    fitted = fit(module, *callbacks)
+    assert same(weights(module), restoring.best)
+    fitted.save_checkpoint(tmp_path / "best.ckpt")
+    resumed_module, _ = resumed(tmp_path / "best.ckpt", 0.9, vectors(40))
+    again = line(make_optimizer=sgd)
+    again.load_state_dict(module.state_dict())
+    loss = F.cross_entropy(again(vectors(40).tensors[0][:4]), vectors(40).tensors[1][:4])
+    assert resumed_module.losses[0] == loss.item()
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
+def test_a_checkpoint_of_what_a_validation_has_written_goes_on_from_there(tmp_path):
+    data = vectors(40)
+    module, restoring = line(make_optimizer=sgd), Restoring("on_validation_epoch_end", at=2)
+    saving = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=False)
+    options = {"data": data, "val_check_interval": None, "max_epochs": 3, "enable_checkpointing": True}
+    fit(module, KFCCallback(), restoring, saving, **options)
+    again = line(make_optimizer=sgd)
+    fitted = trainer(KFCCallback(), max_epochs=3)
+    fitted.fit(again, loader(data), loader(data), ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert again.losses == module.losses[20:]
+    assert same(weights(again), weights(module))
+
+
+def test_running_statistics_that_a_validation_moves_are_restored(caplog):
+    class Moving(Conv):
+        def validation_step(self, batch, batch_idx):
+            self.body[1].train()
+            super().validation_step(batch, batch_idx)
+
+    found = []
+    for module_class in (Conv, Moving):
+        torch.manual_seed(3)
+        module, started = module_class(make_optimizer=sgd).note(), []
+        module.on_train_batch_start = lambda *args, m=module, s=started: s.append(m.body[1].running_mean.clone())
+        with caplog.at_level(logging.INFO):
+            fit(module, KFCCallback(), num_sanity_val_steps=0)
+        found.append(started)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert "other code wrote" not in caplog.text
+
+
+class SavingItself(Line):
+    """Writes the weights of a checkpoint itself, as one does to leave out frozen ones."""
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["state_dict"] = {name: value.clone() for name, value in self.state_dict().items()}
+
+
+def test_a_checkpoint_whose_weights_are_written_by_the_module_holds_the_average(tmp_path):
+    torch.manual_seed(3)
+    module = SavingItself(make_optimizer=sgd).note()
+    saving = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    fit(module, KFCCallback(), saving, enable_checkpointing=True, limit_val_batches=0)
+    for number in range(1, 11):
+        saved = torch.load(tmp_path / f"step={number}.ckpt", weights_only=True)
+        assert_close(saved["state_dict"], averaged_by_hand(module.steps[:number], 0.9))
+        assert same(saved["callbacks"]["KFCCallback"]["averaged_weights"]["training"], module.steps[number - 1])
