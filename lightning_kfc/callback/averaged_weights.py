@@ -275,6 +275,10 @@ def _reason_against(trainer: Any, module: nn.Module) -> str | None:
     for callback in trainer.callbacks:
         if OTHER_AVERAGES & {cls.__name__ for cls in type(callback).__mro__}:
             return f"{type(callback).__name__} averages them"
+    for optimizer in trainer.optimizers:
+        # The convention of schedule-free optimizers, which swap their own average in and out.
+        if all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval")):
+            return f"{type(optimizer).__name__} averages them, between its eval() and train()"
     if any(map(is_sharded, module.parameters())):
         return "they are sharded over ranks"
     return None

@@ -328,6 +328,26 @@ def test_other_averages_of_weights_win_and_this_is_reported(other, caplog):
     assert "averaged_weights" not in callback.state_dict()
 
 
+class ScheduleFree(torch.optim.SGD):
+    """Has the two modes of a schedule-free optimizer."""
+
+    def eval(self):
+        """Would put its average in."""
+
+    def train(self):
+        """Would take it out."""
+
+
+def test_an_optimizer_with_modes_averages_itself_and_this_is_reported(caplog):
+    module, callback = line(make_optimizer=ScheduleFree), KFCCallback()
+    with caplog.at_level(logging.INFO):
+        fit(module, callback)
+    reason = "ScheduleFree averages them, between its eval() and train()."
+    assert caplog.text.count(f"KFCCallback does not average the weights: {reason}") == 1
+    assert "averaged_weights" not in callback.state_dict()
+    assert same(module.validated[-1][1], module.steps[-1])
+
+
 def test_of_several_callbacks_one_averages():
     module = Conv(make_optimizer=sgd).note()
     first, second = KFCCallback(include="body.*"), KFCCallback(include="head")
