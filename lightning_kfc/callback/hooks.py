@@ -82,11 +82,14 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
         """Find and prepare the layers; a second fit of the same module continues the first one."""
         self._end()
         start_up.refuse_optimizers(trainer.optimizers)
-        others = [callback for callback in trainer.callbacks if isinstance(callback, KFCOptions)]
-        start_up.refuse_shared_folder(self.logging.report_dir, [each.logging.report_dir for each in others])
+        together = [callback for callback in trainer.callbacks if isinstance(callback, KFCHooks)]
+        start_up.refuse_shared_folder(self.logging.report_dir, [each.logging.report_dir for each in together])
         previous = self._kfc.state_dict() if self._kfc is not None and self._module is pl_module else None
         self._kfc = KFC(pl_module, settings=self._settings, process_group=data_parallel_group(trainer.strategy))
         self._module = pl_module
+        # The engines of the callbacks after this one are not made yet.
+        if together[-1] is self:
+            start_up.refuse_overlap(pl_module, [(each.state_key, each.kfc) for each in together])
         if previous is not None:
             self._take_over(previous)
         self._session = FitSession(self, self._kfc, trainer, pl_module, self.logging)

@@ -19,6 +19,7 @@ from lightning_kfc.distributed.process_group import is_sharded
 from lightning_kfc.kfc import KFC
 from lightning_kfc.monitoring.events import listed
 from lightning_kfc.monitoring.messages import LOGGER
+from lightning_kfc.utilities.torch_internals import plain_name
 
 #: Strategies that run their own backward or hold parameters in flat buffers, with the way out.
 REFUSED_STRATEGIES = {
@@ -55,6 +56,25 @@ def refuse_shared_folder(folder: str | None, folders: Sequence[str | None]) -> N
     """
     if folder is not None and folders.count(folder) > 1:
         raise ValueError(f"two KFCCallbacks have logging.report_dir={folder!r}. Give each its own folder.")
+
+
+def refuse_overlap(module: Any, engines: Sequence[tuple[str, KFC]]) -> None:
+    """Raise a ValueError where two callbacks would precondition the same parameter.
+
+    Args:
+        module: The module that is trained.
+        engines: The engines of all callbacks of the trainer, each with the callback's name.
+    """
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    owners: dict[int, str] = {}
+    for callback, kfc in engines:
+        own = {id(parameter) for layer in kfc.layers.values() for parameter in layer.parameters()}
+        for key in names:
+            if key in own and owners.setdefault(key, callback) != callback:
+                raise ValueError(
+                    f"{owners[key]} and {callback} would both precondition {plain_name(names[key])!r}. Leave it to one "
+                    "of them, by `include` or `exclude` of the other."
+                )
 
 
 def announce(kfc: KFC, trainer: Any, pl_module: Any, *, save_factors: bool, average: AveragedWeights | None) -> None:

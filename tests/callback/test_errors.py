@@ -5,6 +5,7 @@ From that step on a loss may look like anything: training goes on, and what cann
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import pytest
@@ -167,6 +168,18 @@ def test_a_schedule_out_of_range(start, end, steps):
 def test_two_callbacks_for_the_same_layers_are_refused_by_lightning():
     with pytest.raises(RuntimeError, match="Found more than one stateful callback of type `KFCCallback`"):
         trainer(KFCCallback(), KFCCallback())
+
+
+@pytest.mark.parametrize("turn", [slice(None), slice(None, None, -1)])
+def test_two_callbacks_that_share_a_parameter_are_refused_by_name(turn):
+    callbacks = [KFCCallback(), KFCCallback(include="head")][turn]
+    first, second = (re.escape(callback.state_key) for callback in callbacks)
+    said = rf"^{first} and {second} would both precondition 'head.weight'\. Leave it to one of them, by `include` or"
+    with pytest.raises(ValueError, match=said):
+        trainer(*callbacks).fit(ConvNet(), loader(images()))
+    apart = [KFCCallback(exclude="head"), KFCCallback(include="head")][turn]
+    trainer(*apart).fit(ConvNet(), loader(images()))
+    assert [list(callback.kfc.layers) for callback in apart] == [["body.0", "body.1"], ["head"]][turn]
 
 
 # From the first optimizer step on, no loss is an error, and the callback does not stop the training.
