@@ -12,7 +12,7 @@ from lightning_kfc.callback import start_up
 from lightning_kfc.callback.averaged_weights import AveragedWeights, averaged_weights
 from lightning_kfc.callback.lightning_internals import accumulates, data_parallel_group, logged_step, resumed_from
 from lightning_kfc.callback.loss_scale import gradient_scale, gradient_scaler, loss_scale
-from lightning_kfc.callback.options import KFCOptions
+from lightning_kfc.callback.options import STATE_KEY, KFCOptions
 from lightning_kfc.callback.session import FitSession
 from lightning_kfc.kfc import KFC
 from lightning_kfc.monitoring.events import History, listed
@@ -256,6 +256,20 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
                     f"KFCCallback: {listed(unknown)} of the checkpoint are not in the model or have another shape. "
                     "The model's own values are trained."
                 )
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Take over the state of callbacks that this run does not have, such as one with another ``include``.
+
+        Else the weights that train would be lost with it. Of several callbacks the last one does, which averages.
+        """
+        together = [callback for callback in trainer.callbacks if isinstance(callback, KFCHooks)]
+        if together[-1] is not self:
+            return
+        present, states = {callback.state_key for callback in together}, checkpoint["callbacks"]
+        for key in [key for key in states if key.startswith(STATE_KEY) and key not in present]:
+            # The own state, if there is one, comes first. Lightning loads the states after this hook.
+            states[self.state_key] = {**states[key], **states.get(self.state_key, {})}
+            rank_zero_info(f"KFCCallback: {self.state_key} takes over the state of {key}, which this run has not.")
 
     def state_dict(self) -> dict[str, Any]:
         """The preconditioner's state in plain tensors, numbers, strings, dicts and lists."""

@@ -13,6 +13,8 @@ from lightning_kfc.settings import Precision, RefreshTiming, Settings, refuse_fo
 from lightning_kfc.utilities.checks import check_flag, check_fraction, check_instance, plain_number
 
 DEFAULT_LOGGING = Logging()
+#: How the names of callbacks' states begin in a checkpoint.
+STATE_KEY = "KFCCallback"
 
 
 class KFCOptions:
@@ -138,4 +140,4 @@ class KFCOptions:
     def state_key(self) -> str:
         """The name of this callback's state in checkpoints; two callbacks of one trainer differ in ``include``."""
         include = self._settings.include
-        return "KFCCallback" if include is None else f"KFCCallback{{include={list(include)!r}}}"
+        return STATE_KEY if include is None else f"{STATE_KEY}{{include={list(include)!r}}}"

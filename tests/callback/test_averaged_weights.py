@@ -88,11 +88,11 @@ def sgd(parameters, lr):
     return torch.optim.SGD(parameters, lr=lr, momentum=0.5)
 
 
-def fit(module, *callbacks, data=None, valid=None, **options):
+def fit(module, *callbacks, data=None, valid=None, ckpt_path=None, **options):
     torch.manual_seed(7)
     data = data or (images(40) if isinstance(module, ConvNet) else vectors(40))
     fitted = trainer(*callbacks, **{"val_check_interval": 1, **options})
-    fitted.fit(module, loader(data), loader(valid or data))
+    fitted.fit(module, loader(data), loader(valid or data), ckpt_path=ckpt_path)
     return fitted
 
 
@@ -316,6 +316,35 @@ def test_training_goes_on_bit_for_bit_whether_averages_were_on_or_are(tmp_path, 
     steps = whole.steps if saved_with else whole.steps[10:]
     expected = averaged_by_hand(steps, 0.9) if resumed_with else whole.steps[-1]
     assert_close(weights(module), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
+@pytest.mark.filterwarnings("ignore:KFCCallback. layer 'body.[01]' of the checkpoint is not in the model")
+@pytest.mark.filterwarnings("ignore:KFCCallback. layer '.*' is not in the checkpoint and starts anew")
+@pytest.mark.parametrize(
+    ("saved_with", "resumed_with"),
+    [
+        ([None], ["*"]),
+        ([None], ["head"]),
+        (["head"], [None]),
+        (["body.*", "head"], ["body.*"]),
+        (["body.*", "head"], [None]),
+        ([None], ["body.*", "head"]),
+    ],
+)
+@pytest.mark.parametrize("decay", [0.9, None])
+def test_training_goes_on_from_the_weights_that_train_with_other_layers(saved_with, resumed_with, decay, tmp_path):
+    data = images(40)
+    module = Conv(make_optimizer=sgd).note()
+    fitted = fit(module, *(KFCCallback(include=include) for include in saved_with), data=data)
+    fitted.save_checkpoint(tmp_path / "a.ckpt")
+    again, started = Conv(make_optimizer=sgd).note(), []
+    again.on_train_epoch_start = lambda: started.append(weights(again))
+    callbacks = [KFCCallback(include=include, average_weights=decay) for include in resumed_with]
+    fit(again, *callbacks, data=data, max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
+    assert same(started[0], module.steps[-1])
+    expected = averaged_by_hand([*module.steps, *again.steps], decay) if decay else again.steps[-1]
+    assert_close(weights(again), expected)
 
 
 @pytest.mark.parametrize("other", [EMAWeightAveraging(decay=0.9), StochasticWeightAveraging(swa_lrs=0.1)])
