@@ -246,7 +246,7 @@ class KFC:
         gradients = {self.layers[name]: own for name, own in known.items()}
         stages.pending.before_step(gradients, step)
         ready = received_updates(stages.ownership, rule.ready(gradients, coming), damping)
-        most_decrease = self.reviewer.note_step_loss(coming, never_negative=stages.estimator.traits.never_negative)
+        most_decrease = self.reviewer.note_step_loss(coming, stages.estimator.traits)
         # SAM's second gradient, at other weights than those after the last step, does not measure that step.
         if first := not stages.steps.again:
             self.reviewer.last_updates.follow({entry.layer.name: entry.gradient for entry in ready})

@@ -103,7 +103,7 @@ class Refreshes:
     def _refresh_inverses(self, layers: Sequence[Layer], dated: Sequence[str], *, expected: bool) -> None:
         step, traits = self._stages.steps.number, self._stages.estimator.traits
         if expected or self._inverses.outdated(dated, self._reviewer.damping_at(step)):
-            self._reviewer.measure_units(layers, never_negative=traits.never_negative)
+            self._reviewer.measure_units(layers, traits)
         damping = self._reviewer.damping_at(step)
         # Before the first nonzero loss an automatic damping has no unit; the inverses stay due.
         if not math.isnan(damping):

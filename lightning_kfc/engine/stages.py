@@ -14,9 +14,9 @@ from lightning_kfc.curvature.ownership import LayerOwnership
 from lightning_kfc.distributed.agreement import check_agreement, facts_of
 from lightning_kfc.distributed.process_group import Communication, ProcessGroup
 from lightning_kfc.estimation.estimator import Estimator
-from lightning_kfc.estimation.loss_statistics import LossTraits
 from lightning_kfc.estimation.pending import PendingStatistics
 from lightning_kfc.factors.inverses import INVERSES
+from lightning_kfc.losses.traits import LossTraits
 from lightning_kfc.monitoring.events import Events
 from lightning_kfc.monitoring.messages import inform
 from lightning_kfc.monitoring.timing import StepTimes
@@ -163,7 +163,7 @@ class Stages:
         for name, reason in state["dropped"].items():
             if name in self.layers:
                 self.layers.drop(name, reason)
-        traits = LossTraits(**{name: bool(state.get(name, False)) for name in asdict(LossTraits())})
+        traits = LossTraits(**{name: type(own)(state.get(name, own)) for name, own in asdict(LossTraits()).items()})
         self.estimator.restore(traits, self_test_done=bool(state["self_test_done"]))
         self.periods.load_state_dict(state.get("periods", {}))
         self.tracker.reschedule(self.periods.schedule)

@@ -13,7 +13,7 @@ from lightning_kfc.distributed.process_group import ProcessGroup
 from lightning_kfc.estimation.custom_functions import CustomFunctions
 from lightning_kfc.estimation.example_gradients import StepExamples
 from lightning_kfc.estimation.graph import refuse_reentrant_checkpointing
-from lightning_kfc.estimation.loss_statistics import DueLoss, Failures, LossStatistics, LossTraits, StepStatistics
+from lightning_kfc.estimation.loss_statistics import DueLoss, Failures, LossStatistics, StepStatistics
 from lightning_kfc.estimation.random_streams import RandomStreams
 from lightning_kfc.estimation.recording import Call, ForwardRecorder, parameter_call
 from lightning_kfc.estimation.rest import Rest
@@ -24,6 +24,7 @@ from lightning_kfc.factors.statistics import Statistics
 from lightning_kfc.losses.likelihoods import Likelihood
 from lightning_kfc.losses.recorder import LossRecorder
 from lightning_kfc.losses.selection import attach_named_output
+from lightning_kfc.losses.traits import LossTraits
 from lightning_kfc.monitoring.events import Events
 from lightning_kfc.monitoring.timing import StepTimes
 from lightning_kfc.scheduling.step_counter import StepCounter

@@ -16,6 +16,7 @@ from lightning_kfc.estimation.rest import Rest
 from lightning_kfc.estimation.seeds import (
     Seeds,
     all_zero,
+    cancelling_weight,
     never_negative,
     seed_passes,
     seed_scale,
@@ -29,6 +30,7 @@ from lightning_kfc.losses.likelihoods import Likelihood
 from lightning_kfc.losses.recorder import LossRecorder
 from lightning_kfc.losses.selection import THE_LOSS_ITSELF, LossNotRecognisedError, unrecognised, wanted_terms
 from lightning_kfc.losses.terms import LossTerm
+from lightning_kfc.losses.traits import LossTraits
 from lightning_kfc.monitoring.events import Events
 
 
@@ -89,23 +91,6 @@ class StepStatistics:
     by_layer: Mapping[str, Statistics] = field(default_factory=dict)
     unexplained: Mapping[str, str] = field(default_factory=dict)
     failed: Mapping[str, Exception] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class LossTraits:
-    """What holds for all losses of a step.
-
-    Attributes:
-        never_negative: Whether they are bounded by 0.
-        saturates: Whether their curvature falls to 0 with them.
-    """
-
-    never_negative: bool = False
-    saturates: bool = False
-
-    def both(self, other: LossTraits) -> LossTraits:
-        """What holds for these losses and for others."""
-        return LossTraits(self.never_negative and other.never_negative, self.saturates and other.saturates)
 
 
 class LossStatistics:
@@ -176,7 +161,8 @@ class LossStatistics:
         elif source is not None and not all_zero(kept):
             scale = 1.0 if fisher == "empirical" else seed_scale(kept)
             saturates = not mixed and all(weighted.term.saturates for weighted in kept)
-            self.traits = self.traits.both(LossTraits(never_negative(due.loss, kept, due.scale), saturates))
+            traits = LossTraits(never_negative(due.loss, kept, due.scale), saturates, cancelling_weight(kept))
+            self.traits = self.traits.both(traits)
             passes = seed_passes(kept, fisher, source)
             found = back_propagate(passes, calls, scale, test, examples, on_failure=failures.note)
             functions = [weighted.term.function for weighted in kept]

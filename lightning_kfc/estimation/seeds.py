@@ -102,6 +102,12 @@ def never_negative(loss: Tensor, terms: Sequence[WeightedTerm], loss_scale: floa
     return bool(terms) and bool(whole - total >= -ROUNDING * whole.abs())
 
 
+def cancelling_weight(terms: Sequence[WeightedTerm]) -> float:
+    """The sum of the absolute weights of results with both signs, as log-probabilities have in a policy gradient."""
+    both = [w.derivative for w in terms if bool((w.derivative > 0).any()) and bool((w.derivative < 0).any())]
+    return sum(float(derivative.abs().sum()) for derivative in both)
+
+
 def all_zero(terms: Sequence[WeightedTerm]) -> bool:
     """Whether there are terms with examples, and all have the weight 0."""
     weights = [weighted.weights for weighted in terms if weighted.weights.numel()]

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_kfc.distributed import process_group as distributed
 from lightning_kfc.factors.sparse import dense
+from lightning_kfc.losses.traits import LossTraits
 from lightning_kfc.trust_region.replay import RecordedLoss
 from lightning_kfc.utilities.autograd_graph import nodes_from
 from lightning_kfc.utilities.torch_internals import parameters_of
@@ -39,10 +40,12 @@ class StepLoss:
     Attributes:
         value: The loss.
         never_negative: Whether it is known on all ranks to be bounded below by 0.
+        magnitude: Its absolute value, or the sum of those of its terms' weights if terms cancel and it is larger.
     """
 
     value: float
     never_negative: bool
+    magnitude: float
 
 
 class LossesSeen:
@@ -73,18 +76,19 @@ class LossesSeen:
         own = {id(parameter) for parameter in parameters}
         return [seen for seen in self._losses if not own.isdisjoint(seen.parameters)]
 
-    def of_step(self, parameters: Iterable[Tensor], device: torch.device, *, never_negative: bool) -> StepLoss | None:
+    def of_step(self, parameters: Iterable[Tensor], device: torch.device, traits: LossTraits) -> StepLoss | None:
         """The loss of the coming step, a mean over ranks; None if any rank has none. Collective.
 
         Args:
             parameters: The parameters that the step moves.
             device: A device from which the process group can send.
-            never_negative: Whether this rank's loss is known to be bounded below by 0.
+            traits: What this rank knows of the loss.
         """
         losses = self.of(parameters)
         own = sum(float(seen.value) for seen in losses)
-        loss, missing, unbounded = distributed.mean([own, float(not losses), float(not never_negative)], device)
-        return None if missing else StepLoss(loss, never_negative=not unbounded)
+        values = [own, float(not losses), float(not traits.never_negative), traits.cancelling_weight]
+        loss, missing, unbounded, weight = distributed.mean(values, device)
+        return None if missing else StepLoss(loss, never_negative=not unbounded, magnitude=max(abs(loss), weight))
 
     def stepped(self, parameters: Iterable[Tensor], optimizer: Optimizer | None) -> None:
         """Drop the losses that a step has used, unless other optimizers need them.

@@ -63,7 +63,7 @@ POOR, GOOD = 0.25, 0.75
 MOST_ROOM = 8.0
 #: A step is undone if the loss has grown by more than this share of the decrease that its slope predicted.
 TOLERATED_GROWTH = 0.1
-#: Undone steps in a row that end the reviews: if even so short a step leads uphill, the gradient is not the loss's.
+#: Undone steps in a row that end the reviews: if even so short a step leads uphill, they do not find the right length.
 MOST_UNDONE = 8
 #: The largest slope of a step, as a multiple of a loss that cannot fall below 0. A quadratic model decreases by half of
 #: its slope until its minimum, so a larger slope predicts a decrease by more than the whole loss.
@@ -198,7 +198,7 @@ class TrustRegion:
         return DAMPING * math.sqrt(self.first_loss) * math.sqrt(self.loss)
 
     def note_loss(self, loss: float, *, never_negative: bool) -> None:
-        """Set the present loss as the unit of radius and damping, unless it is 0 or not finite.
+        """Set the magnitude of a loss as the unit of radius and damping, unless it is 0 or not finite.
 
         Args:
             loss: The loss of a step.

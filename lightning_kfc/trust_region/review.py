@@ -17,6 +17,7 @@ from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.curvature.optimizer_step import OptimizerStep, directions
 from lightning_kfc.curvature.ownership import LayerOwnership
 from lightning_kfc.distributed import process_group as distributed
+from lightning_kfc.losses.traits import LossTraits
 from lightning_kfc.monitoring.events import Events
 from lightning_kfc.trust_region.losses_seen import LossesSeen, SeenLoss
 from lightning_kfc.trust_region.next_slope import LastUpdates
@@ -169,28 +170,28 @@ class StepReviewer:
         if self._measures_losses:
             self._losses.stepped(parameters, optimizer)
 
-    def measure_units(self, layers: Sequence[Layer], *, never_negative: bool) -> None:
+    def measure_units(self, layers: Sequence[Layer], traits: LossTraits) -> None:
         """Take the loss of the coming step, and the layers' weights, as units. Collective: call on every rank.
 
         Args:
             layers: The layers that the coming step moves.
-            never_negative: Whether the loss is known to be bounded below by 0.
+            traits: What is known of the loss.
         """
         if self._measures_losses:
             parameters = [parameter for layer in layers for parameter in layer.trained_parameters().values()]
-            loss = self._losses.of_step(parameters, self._device, never_negative=never_negative)
+            loss = self._losses.of_step(parameters, self._device, traits)
             if loss is not None:
-                self.region.note_loss(loss.value, never_negative=loss.never_negative)
+                self.region.note_loss(loss.magnitude, never_negative=loss.never_negative)
         if self._scheduled is None:
             for layer in layers:
                 layer.measure_weights()
 
-    def note_step_loss(self, coming: OptimizerStep, *, never_negative: bool) -> float | None:
+    def note_step_loss(self, coming: OptimizerStep, traits: LossTraits) -> float | None:
         """Note the loss of the coming step. Collective: call on every rank.
 
         Args:
             coming: The coming step.
-            never_negative: Whether the loss is known to be bounded below by 0.
+            traits: What is known of the loss.
 
         Returns:
             The largest slope of the step; None for no bound.
@@ -198,12 +199,11 @@ class StepReviewer:
         if not self.region.adapts_radius:
             return None
         signs = directions(coming.optimizer)
-        bounded = never_negative and signs == {-1}
-        loss = self._losses.of_step(coming.parameters, self._device, never_negative=bounded)
+        loss = self._losses.of_step(coming.parameters, self._device, traits)
         if loss is None:
             return None
         self.region.note_step_loss(-loss.value if signs == {1} else loss.value)
-        return self.region.most_decrease(loss.value) if loss.never_negative else None
+        return self.region.most_decrease(loss.value) if loss.never_negative and signs == {-1} else None
 
     def before_step(self, step: int, size: float, damping: float, coming: OptimizerStep) -> None:
         """Take a snapshot for the review of the coming step, if one is due. Collective: call on every rank.
@@ -288,8 +288,8 @@ class StepReviewer:
         if self.region.undone >= MOST_UNDONE:
             self._end_with_warning(
                 f"the last {MOST_UNDONE} steps have raised the loss of their own batch, each bounded by half of the "
-                "one before. Their gradient is not that of the loss, as with gradient reversal, or the optimizer "
-                "lengthens the steps"
+                "one before, as if their gradient were not that of the loss (gradient reversal), or the optimizer "
+                "lengthened them"
             )
         return verdict
 

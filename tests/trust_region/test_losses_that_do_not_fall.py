@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributions import Categorical
 from torch.nn import functional as F
 
 from lightning_kfc import KFC
@@ -95,6 +96,7 @@ class HardRouting(nn.Module):
         return out
 
 
+@pytest.mark.filterwarnings("ignore:.*a batch without examples is left out")
 def test_experts_behind_a_hard_gate_learn_without_reviews() -> None:
     torch.manual_seed(0)
     model = HardRouting()
@@ -103,6 +105,28 @@ def test_experts_behind_a_hard_gate_learn_without_reviews() -> None:
         kfc, losses = train(model, lambda x, y: F.cross_entropy(model(x), y), steps=200, noise=0.5)
     assert not kfc.reviewer.active
     assert sum(losses[-20:]) / 20 < 0.3 * CHANCE
+
+
+# Ratios of rare actions grow exponentially, so that reviews may end.
+@pytest.mark.filterwarnings("ignore:.*cannot review steps. the last")
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_a_policy_gradient_whose_loss_is_always_0_is_learnt(scale: float) -> None:
+    # GRPO with one update of each batch (Shao et al. 2024, arXiv:2402.03300): the ratio is 1, and advantages sum to 0.
+    torch.manual_seed(0)
+    model, rewards = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 5)), []
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        policy = Categorical(logits=model(x))
+        actions = policy.sample((8,))
+        reward = (actions == y).float()
+        rewards.append(float(reward.mean()))
+        advantage = (reward - reward.mean(0)) / (reward.std(0) + 1e-4)
+        chosen = policy.log_prob(actions)
+        return -scale * ((chosen - chosen.detach()).exp() * advantage).mean()
+
+    _, losses = train(model, loss, steps=100)
+    assert max(map(abs, losses)) < 1e-6
+    assert sum(rewards[-10:]) / 10 > 0.8
 
 
 @pytest.mark.slow
