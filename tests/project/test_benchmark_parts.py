@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.accuracy import damping_limit, damping_unit, next_slope, variants
+from benchmarks.accuracy import damping_limit, damping_unit, next_slope, noisy, variants
 from benchmarks.accuracy.parameter_rule import NETS, RULES, Identity, iterations, refreshed_by
 from benchmarks.away.tasks import AWAY, CHOOSING
 from benchmarks.contest.tasks import TASKS, Task
@@ -90,6 +90,26 @@ def test_a_table_of_variants_has_a_row_for_each_task_that_chooses_and_a_dash_whe
     lines = (tmp_path / "made_up.md").read_text("utf-8").splitlines()
     assert lines[:3] == ["Iterations to the hardest target, made up; medians of 3 seeds.", "", "| task | one | two |"]
     assert lines[4:] == [f"| {task.label} | 30 | - |" for task in (*(AWAY[n] for n in CHOOSING), TASKS["resnet"])]
+
+
+@pytest.mark.filterwarnings("ignore:KFC at step .*|ignore:.*cannot review steps")
+@pytest.mark.parametrize("name", noisy.SITUATIONS)
+def test_each_noisy_training_is_measured_with_and_without_the_rule_of_a_stalled_loss(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = noisy.measured(noisy.SITUATIONS[name], seeds=1, steps=3)
+    assert all(math.isfinite(value) for own in found for value in own)
+    seen: list[tuple[bool, float]] = []
+
+    def train(*_: object, with_kfc: bool, **__: object) -> float:
+        seen.append((with_kfc, region.STALLED_SLOPE))
+        return float(len(seen))
+
+    before = region.STALLED_SLOPE
+    monkeypatch.setattr(noisy, "train", train)
+    assert noisy.measured(noisy.SITUATIONS[name], seeds=1, steps=3) == [[1.0], [2.0], [3.0]]
+    assert seen == [(True, before), (True, 1.0), (False, before)]
+    assert noisy.row("made up", [[1.0, 3.0, 2.0]]) == "| made up | 2 / 3 |"
 
 
 def test_variants_change_constants_that_the_package_has_and_leave_them_as_they_were(
