@@ -92,7 +92,8 @@ def test_a_table_of_variants_has_a_row_for_each_task_that_chooses_and_a_dash_whe
     assert lines[4:] == [f"| {task.label} | 30 | - |" for task in (*(AWAY[n] for n in CHOOSING), TASKS["resnet"])]
 
 
-@pytest.mark.filterwarnings("ignore:KFC at step .*|ignore:.*cannot review steps")
+@pytest.mark.filterwarnings("ignore:KFC at step")
+@pytest.mark.filterwarnings("ignore:.*cannot review steps")
 @pytest.mark.parametrize("name", noisy.SITUATIONS)
 def test_each_noisy_training_is_measured_with_and_without_the_rule_of_a_stalled_loss(
     name: str, monkeypatch: pytest.MonkeyPatch
