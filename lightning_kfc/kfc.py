@@ -25,7 +25,7 @@ from lightning_kfc.rules.base import Inspection
 from lightning_kfc.rules.update_exchange import received_updates
 from lightning_kfc.scheduling.refresh_schedule import RefreshSchedule
 from lightning_kfc.settings import Options, Settings, settings_of
-from lightning_kfc.trust_region.region import Verdict
+from lightning_kfc.trust_region.outcome import Verdict
 from lightning_kfc.utilities.isolation import full_precision
 
 

@@ -22,7 +22,7 @@ from benchmarks.contest.pieces import parser_of_pieces
 from benchmarks.contest.report import Results
 from benchmarks.contest.tasks import TASKS
 from lightning_kfc import KFC
-from lightning_kfc.trust_region.region import Outcome, Verdict
+from lightning_kfc.trust_region.outcome import Outcome, Verdict
 
 #: Two losses, with and without batch norm and noise; those whose runs are short.
 ON = (("conv", 512), ("conv_autoencoder", 512), ("resnet", 128))

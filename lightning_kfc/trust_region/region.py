@@ -26,12 +26,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_kfc.monitoring.events import StepNumbers
 from lightning_kfc.scheduling.refresh_schedule import LATER_FROM
 from lightning_kfc.settings import Settings
+from lightning_kfc.trust_region.outcome import Outcome, Verdict
 from lightning_kfc.trust_region.running_mean import RunningMean
 
 #: The first automatic radius, and the one from which it goes on without reviews, as shares of the loss.
@@ -73,77 +73,6 @@ SURPRISE = 3.0
 SIZE_DECAY = 0.9
 
 
-@dataclass(frozen=True)
-class Outcome:
-    r"""The losses before and after a step, and the expected change.
-
-    Attributes:
-        loss_before: :math:`h(\theta)` on the step's batch.
-        loss_after: :math:`h(\theta+\delta)` on the same batch.
-        slope: :math:`\langle\nabla h, \delta\rangle`, momentum and weight decay included in :math:`\delta`.
-        curvature: :math:`\tfrac12\delta^\top F\delta` by the factors.
-        penalty: :math:`\tfrac\lambda2\|\delta\|^2`, summed over the layers whose update was damped.
-    """
-
-    loss_before: float
-    loss_after: float
-    slope: float
-    curvature: float
-    penalty: float
-
-    @property
-    def expected(self) -> float:
-        r""":math:`M(\delta)`, the expected change of the loss."""
-        return self.slope + self.curvature + self.penalty
-
-    @property
-    def ratio(self) -> float:
-        r""":math:`\rho`, 1 for a step as expected; NaN if no change was expected."""
-        expected = self.expected
-        return (self.loss_after - self.loss_before) / expected if expected else math.nan
-
-    def best_share(self) -> float:
-        r"""The share of the step at which the loss is least, by a parabola.
-
-        The parabola has the values :math:`h(\theta)` and :math:`h(\theta+\delta)`, and the slope of the step. The
-        share is 0 if the loss is not finite or the step leads uphill; it exceeds 1 if the step was too short.
-        """
-        bend = self.loss_after - self.loss_before - self.slope
-        if not (math.isfinite(bend) and self.slope < 0):
-            return 0.0
-        return -self.slope / (2 * bend) if bend > 0 else math.inf
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The consequences of a review.
-
-    Attributes:
-        ratio: The reduction ratio.
-        undo: Whether the loss has increased by more than the tolerance.
-        refresh: Whether to refresh statistics and inverses at the next step.
-        predicted_decrease: The loss's decrease by the quadratic model; NaN if unknown.
-        actual_decrease: The loss's decrease; negative if it grew.
-        kept_share: The kept share of the step: 1 for the whole step, 0 for none.
-    """
-
-    ratio: float
-    undo: bool
-    refresh: bool
-    predicted_decrease: float = math.nan
-    actual_decrease: float = math.nan
-    kept_share: float = 1.0
-
-    def added_to(self, numbers: StepNumbers) -> StepNumbers:
-        """Add the numbers of this review to those of a step."""
-        return replace(
-            numbers,
-            reduction_ratio=self.ratio,
-            predicted_decrease=self.predicted_decrease,
-            actual_decrease=self.actual_decrease,
-        )
-
-
 @dataclass
 class TrustRegion:
     """The radius, the unit of radius and damping, and the dates of reviews.
@@ -159,7 +88,7 @@ class TrustRegion:
         first_loss: The magnitude of the loss at the first refresh; NaN before.
         poor: Whether the last reviewed step decreased the loss by much less than expected.
         undone: The number of undone steps since the last reviewed step that was kept.
-        next_slopes: The mean of c over recent steps.
+        recent_slopes: The mean of c over recent steps.
         recent_losses: The mean loss of recent steps, each before the step.
         earlier_losses: The mean loss over more steps.
     """
@@ -174,7 +103,7 @@ class TrustRegion:
     first_loss: float = math.nan
     poor: bool = False
     undone: int = 0
-    next_slopes: RunningMean = field(default_factory=lambda: RunningMean(RECENT_DECAY))
+    recent_slopes: RunningMean = field(default_factory=lambda: RunningMean(RECENT_DECAY))
     recent_losses: RunningMean = field(default_factory=lambda: RunningMean(RECENT_DECAY))
     earlier_losses: RunningMean = field(default_factory=lambda: RunningMean(EARLIER_DECAY))
 
@@ -268,7 +197,7 @@ class TrustRegion:
         if not self.adapts_radius or not math.isfinite(self.radius):
             return
         share = min(max(share, -1.0), 1.0) if math.isfinite(share) else -1.0
-        self.next_slopes = self.next_slopes.with_value(share)
+        self.recent_slopes = self.recent_slopes.with_value(share)
         if self._stalls():
             share = min(share, STALLED_SLOPE if self.radius > SMALLEST_STALLED_RADIUS * self.loss else 0.0)
         if share > 0 and self.radius > MOST_ROOM * math.exp(self.log_size):
@@ -278,7 +207,7 @@ class TrustRegion:
 
     def _stalls(self) -> bool:
         """Whether steps leave no slope on the next batch, and the losses of new batches do not fall all the same."""
-        return self.next_slopes.value < LEAST_NEXT_SLOPE and self.recent_losses.value >= self.earlier_losses.value
+        return self.recent_slopes.value < LEAST_NEXT_SLOPE and self.recent_losses.value >= self.earlier_losses.value
 
     def _limit_radius(self) -> None:
         self.radius = min(max(self.radius, SMALLEST_RADIUS * self.loss), LARGEST_RADIUS * self.loss)
@@ -298,7 +227,7 @@ class TrustRegion:
         if self.adapts_radius and math.isfinite(self.radius):
             if poor:
                 self.radius = 0.5 * min(self.radius, size)
-            elif ratio > GOOD and not self.next_slopes.value < LEAST_NEXT_SLOPE:
+            elif ratio > GOOD and not self.recent_slopes.value < LEAST_NEXT_SLOPE:
                 self.radius = min(2 * self.radius, MOST_ROOM * size)
             self._limit_radius()
         # If new statistics have not helped, and the loss falls all the same, both wait for their dates.
@@ -326,5 +255,8 @@ class TrustRegion:
 
     def _changing(self) -> list[str]:
         names = ["loss", "first_loss", "review_next", "log_size", "poor", "undone"]
-        means = ["next_slopes", "recent_losses", "earlier_losses"]
-        return ["radius", "reviews", *names, *means] if self.automatic_radius else [*names, *means]
+        names += ["recent_slopes", "recent_losses", "earlier_losses"]
+        if self.automatic_radius:
+            names.append("radius")
+        # A fixed radius, of sharded parameters, is no reason against reviews in a resumed run without them.
+        return [*names, "reviews"] if self.adapts_radius else names

@@ -21,7 +21,8 @@ from lightning_kfc.losses.traits import LossTraits
 from lightning_kfc.monitoring.events import Events
 from lightning_kfc.trust_region.losses_seen import LossesSeen, SeenLoss
 from lightning_kfc.trust_region.next_slope import LastUpdates
-from lightning_kfc.trust_region.region import MOST_UNDONE, UNREVIEWED_RADIUS, TrustRegion, Verdict
+from lightning_kfc.trust_region.outcome import Verdict
+from lightning_kfc.trust_region.region import MOST_UNDONE, UNREVIEWED_RADIUS, TrustRegion
 from lightning_kfc.trust_region.replay_checks import replay_error, replayability, replayed_step
 from lightning_kfc.trust_region.scheduled_damping import ScheduledDamping
 from lightning_kfc.trust_region.snapshot import StepSnapshot

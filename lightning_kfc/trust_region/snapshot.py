@@ -13,7 +13,7 @@ from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.curvature.optimizer_step import OptimizerStep, directions
 from lightning_kfc.factors.sparse import dense
 from lightning_kfc.trust_region.losses_seen import SeenLoss
-from lightning_kfc.trust_region.region import Outcome
+from lightning_kfc.trust_region.outcome import Outcome
 
 #: The names of momentum in the state of optimizers.
 MOMENTA = ("momentum_buffer", "exp_avg", "momentum")

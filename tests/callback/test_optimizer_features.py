@@ -15,7 +15,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_kfc import KFCCallback
-from lightning_kfc.trust_region.region import TrustRegion, Verdict
+from lightning_kfc.trust_region.outcome import Verdict
+from lightning_kfc.trust_region.region import TrustRegion
 from tests.helpers.harness import QUIET as HARNESS_QUIET
 from tests.helpers.harness import Classifier, fit
 from tests.helpers.lightning_nets import (

@@ -15,7 +15,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_kfc import KFCCallback
 from lightning_kfc.trust_region import region
-from lightning_kfc.trust_region.region import TrustRegion, Verdict
+from lightning_kfc.trust_region.outcome import Verdict
+from lightning_kfc.trust_region.region import TrustRegion
 from tests.helpers.lightning_nets import CLASSES, QUIET, ConvNet, Manual, Regression, images, loader, trainer, vectors
 
 pytestmark = QUIET

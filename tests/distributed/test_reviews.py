@@ -12,7 +12,8 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from lightning_kfc import KFCCallback
-from lightning_kfc.trust_region.region import Outcome, TrustRegion, Verdict
+from lightning_kfc.trust_region.outcome import Outcome, Verdict
+from lightning_kfc.trust_region.region import TrustRegion
 from lightning_kfc.trust_region.snapshot import StepSnapshot
 from tests.distributed.nets import EXACT, Net, dense_net, images, loader, trainer
 from tests.distributed.pool import Ranks

@@ -17,7 +17,8 @@ from torch.utils.data import TensorDataset
 
 from lightning_kfc import KFC, KFCCallback
 from lightning_kfc.factors.inverses import INVERSES, CholeskyInverse, Factors
-from lightning_kfc.trust_region.region import Outcome, TrustRegion, Verdict
+from lightning_kfc.trust_region.outcome import Outcome, Verdict
+from lightning_kfc.trust_region.region import TrustRegion
 from lightning_kfc.trust_region.snapshot import StepSnapshot
 from tests.helpers.harness import QUIET, Classifier, Watch, conv_net, dense_net, fit, images, loader, trainer, weights
 

@@ -31,7 +31,7 @@ from benchmarks.contest.tuning import Trial, Tuning
 from benchmarks.cost import step_cost
 from lightning_kfc import KFCCallback
 from lightning_kfc.scheduling.refresh_schedule import RefreshSchedule
-from lightning_kfc.trust_region.region import Outcome
+from lightning_kfc.trust_region.outcome import Outcome
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_kfc import KFC, RefreshTiming
-from lightning_kfc.trust_region.region import Verdict
+from lightning_kfc.trust_region.outcome import Verdict
 from lightning_kfc.utilities.load_balancing import factorisation_cost
 from tests.helpers.nets import classes, data, double, engine, train_step
 

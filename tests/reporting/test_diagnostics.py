@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from lightning_kfc import KFC, KFCCallback, Logging, RefreshTiming
 from lightning_kfc.reporting.diagnostics import LOGGED, Diagnostics, bytes_held, summary
-from lightning_kfc.trust_region.region import Outcome, TrustRegion
+from lightning_kfc.trust_region.outcome import Outcome
+from lightning_kfc.trust_region.region import TrustRegion
 from tests.helpers.harness import QUIET, Classifier, conv_net, dense_net, fit, images, loader, weights
 
 pytestmark = [pytest.mark.filterwarnings(entry) for entry in QUIET]

@@ -18,7 +18,8 @@ from lightning_kfc import KFC
 from lightning_kfc.curvature.gradients import gradients_of
 from lightning_kfc.factors.inverses import BlockInverse, DiagonalInverse, EighInverse, Inverse
 from lightning_kfc.rules.adam import LEARNING_RATE, Moments, adam_step, curvature_weights
-from lightning_kfc.trust_region.region import TrustRegion, Verdict
+from lightning_kfc.trust_region.outcome import Verdict
+from lightning_kfc.trust_region.region import TrustRegion
 from tests.curvature.test_state import Run
 from tests.helpers.nets import classes, data, double, engine, small_conv_net, train_step
 

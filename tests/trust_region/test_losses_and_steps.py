@@ -14,7 +14,8 @@ from torch.optim import SGD, Optimizer
 
 from lightning_kfc import KFC, KFCCallback
 from lightning_kfc.trust_region.losses_seen import LossesSeen
-from lightning_kfc.trust_region.region import Outcome, TrustRegion
+from lightning_kfc.trust_region.outcome import Outcome
+from lightning_kfc.trust_region.region import TrustRegion
 from lightning_kfc.trust_region.snapshot import StepSnapshot
 from tests.helpers.lightning_nets import QUIET, Manual, Regression, loader, trainer, vectors
 

@@ -12,7 +12,8 @@ from torch.distributions import Categorical
 from torch.nn import functional as F
 
 from lightning_kfc import KFC
-from lightning_kfc.trust_region.region import MOST_UNDONE, Outcome, TrustRegion
+from lightning_kfc.trust_region.outcome import Outcome
+from lightning_kfc.trust_region.region import MOST_UNDONE, TrustRegion
 
 #: The loss of labels that are told apart by chance.
 CHANCE = torch.tensor(5.0).log().item()

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from lightning_kfc import KFC
 from lightning_kfc.factors.quadratic_form import quadratic_form
 from lightning_kfc.trust_region import region as region_module
-from lightning_kfc.trust_region.region import Outcome, TrustRegion
+from lightning_kfc.trust_region.outcome import Outcome
+from lightning_kfc.trust_region.region import TrustRegion
 from tests.helpers.oracles import dense_fisher, kron
 
 
