@@ -4,7 +4,9 @@ The radius r bounds :math:`\alpha^2\langle V, \nabla\bar W\rangle`, twice the KL
 matrix (:math:`\kappa` of E7). A step :math:`\delta` is *reviewed* by the reduction ratio
 :math:`\rho = (h(\theta+\delta) - h(\theta)) / M(\delta)`, both losses on the step's own batch, with
 :math:`M(\delta) = \langle\nabla h, \delta\rangle + \tfrac12\delta^\top F\delta + \tfrac\lambda2\|\delta\|^2`
-(Martens & Grosse 2015, arXiv:1503.05671, sec. 6.4 and 6.5).
+(Martens & Grosse 2015, arXiv:1503.05671, sec. 6.4 and 6.5). Between reviews, and where there are none, the radius
+follows c, the slope of the last step on the next batch (:mod:`~lightning_kfc.trust_region.next_slope`). c near 0 while
+the losses of new batches do not fall is noise, and shortens the steps.
 
 No constant has a unit. The radius starts at a share of the loss. The automatic damping of a layer is
 
