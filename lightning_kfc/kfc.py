@@ -246,9 +246,10 @@ class KFC:
         gradients = {self.layers[name]: own for name, own in known.items()}
         stages.pending.before_step(gradients, step)
         ready = received_updates(stages.ownership, rule.ready(gradients, coming), damping)
-        most_decrease = self.reviewer.note_step_loss(coming, stages.estimator.traits)
         # SAM's second gradient, at other weights than those after the last step, does not measure that step.
-        if first := not stages.steps.again:
+        first = not stages.steps.again
+        most_decrease = self.reviewer.note_step_loss(coming, stages.estimator.traits, first=first)
+        if first:
             self.reviewer.last_updates.follow({entry.layer.name: entry.gradient for entry in ready})
         kl_clip = self.kl_clip
         updates = rule.updates(ready, damping, kl_clip, most_decrease)

@@ -231,7 +231,7 @@ def train(situation: Situation, seed: int, *, with_kfc: bool, steps: int) -> flo
 def measured(situation: Situation, seeds: int, steps: int) -> list[list[float]]:
     """The results of all seeds: KFC, KFC with c as it is, and AdamW."""
     kfc = [train(situation, seed, with_kfc=True, steps=steps) for seed in range(seeds)]
-    with mock.patch.object(region, "STALLED_SLOPE", 1.0):
+    with mock.patch.multiple(region, STALLED_SLOPE=1.0, SMALLEST_STALLED_RADIUS=0.0):
         plain = [train(situation, seed, with_kfc=True, steps=steps) for seed in range(seeds)]
     adamw = [train(situation, seed, with_kfc=False, steps=steps) for seed in range(seeds)]
     return [kfc, plain, adamw]

@@ -31,7 +31,7 @@ class _Average:
 
     def fits(self) -> bool:
         """Whether the parameter has not been replaced in place by another one."""
-        return _alike(self.parameter, self.value)
+        return _alike(self.parameter, self.value) and self.parameter.device == self.value.device
 
 
 class _SetAside(NamedTuple):
@@ -175,7 +175,8 @@ class AveragedWeights:
         original = getattr(owner, name)
 
         def with_averages(*args: Any, **kwargs: Any) -> Any:
-            if self._set_aside is not None or not active():
+            # Other code may have wrapped a replacement, which then outlives the fit.
+            if self._set_aside is not None or not (self._replaced and active()):
                 return original(*args, **kwargs)
             try:
                 self.put_in(send)
@@ -297,12 +298,14 @@ def _write(pairs: list[tuple[Tensor, Tensor]]) -> None:
 
 
 def _alike(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors are of one shape, precision and device."""
-    return first.shape == second.shape and first.dtype == second.dtype and first.device == second.device
+    """Whether two tensors are of one shape and precision."""
+    return first.shape == second.shape and first.dtype == second.dtype
 
 
 def _holds(tensor: Tensor, value: Tensor) -> bool:
-    """Whether a tensor has exactly these elements; NaN equals NaN."""
+    """Whether a tensor has exactly these elements, on any device; NaN equals NaN."""
     if not _alike(tensor, value):
         return False
+    # Lightning moves the module to the CPU after the fit.
+    value = value.to(tensor.device)
     return torch.equal(tensor, value) or torch.allclose(tensor, value, rtol=0, atol=0, equal_nan=True)

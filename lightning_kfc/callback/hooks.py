@@ -87,9 +87,6 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
         previous = self._kfc.state_dict() if self._kfc is not None and self._module is pl_module else None
         self._kfc = KFC(pl_module, settings=self._settings, process_group=data_parallel_group(trainer.strategy))
         self._module = pl_module
-        # The engines of the callbacks after this one are not made yet.
-        if together[-1] is self:
-            start_up.refuse_overlap(pl_module, [(each.state_key, each.kfc) for each in together])
         if previous is not None:
             self._take_over(previous)
         self._session = FitSession(self, self._kfc, trainer, pl_module, self.logging)
@@ -100,6 +97,10 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
         self._fit.capture.training = True
         # The module's own on_fit_start runs after ours, and may change layers.
         self.kfc.follow_structure()
+        together = [callback for callback in trainer.callbacks if isinstance(callback, KFCHooks)]
+        # The callbacks after this one have not followed the module yet.
+        if together[-1] is self:
+            start_up.refuse_overlap(pl_module, [(each.state_key, each.kfc) for each in together])
         self._average = self._fit.capture.average = averaged_weights(self, trainer, pl_module)
         if self._loaded is not None:
             self._take_over(self._loaded)
@@ -260,16 +261,22 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Take over the state of callbacks that this run does not have, such as one with another ``include``.
 
-        Else the weights that train would be lost with it. Of several callbacks the last one does, which averages.
+        Else the weights that train would be lost with it. Of several callbacks the last one does, which averages, with
+        the factors of its own layers.
         """
         together = [callback for callback in trainer.callbacks if isinstance(callback, KFCHooks)]
         if together[-1] is not self:
             return
         present, states = {callback.state_key for callback in together}, checkpoint["callbacks"]
-        for key in [key for key in states if key.startswith(STATE_KEY) and key not in present]:
-            # The own state, if there is one, comes first. Lightning loads the states after this hook.
-            states[self.state_key] = {**states[key], **states.get(self.state_key, {})}
+        named = [key for key in states if key == STATE_KEY or key.startswith(f"{STATE_KEY}{{")]
+        taken: dict[str, Any] = {}
+        for key in [key for key in named if key not in present]:
+            layers = {**(taken.get("layers") or {}), **(states[key].get("layers") or {})}
+            taken = {**taken, **states[key], "layers": layers or None}
             rank_zero_info(f"KFCCallback: {self.state_key} takes over the state of {key}, which this run has not.")
+        if taken:
+            # The own state, if there is one, comes first. Lightning loads the states after this hook.
+            states[self.state_key] = {**taken, **states.get(self.state_key, {})}
 
     def state_dict(self) -> dict[str, Any]:
         """The preconditioner's state in plain tensors, numbers, strings, dicts and lists."""

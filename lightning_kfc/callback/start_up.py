@@ -68,7 +68,7 @@ def refuse_overlap(module: Any, engines: Sequence[tuple[str, KFC]]) -> None:
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     owners: dict[int, str] = {}
     for callback, kfc in engines:
-        own = {id(parameter) for layer in kfc.layers.values() for parameter in layer.parameters()}
+        own = {id(parameter) for layer in kfc.layers.values() for parameter in layer.trained_parameters().values()}
         for key in names:
             if key in own and owners.setdefault(key, callback) != callback:
                 raise ValueError(

@@ -169,6 +169,8 @@ class Stages:
         self.tracker.reschedule(self.periods.schedule)
         for name, part in self._with_state().items():
             part.load_state_dict(state.get(name, {}))
+        if self.reviewer.region.automatic_radius and not self.reviewer.active:
+            inform("KFC: reviews of steps had ended before this state was saved, and do not begin again.")
         self.reviewer.last_updates.load(state.get("last_updates", ()), next(self.model.parameters()).device)
         if state["layers"] is None:
             self.tracker.restart(self.steps.number)

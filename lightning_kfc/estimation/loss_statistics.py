@@ -16,10 +16,10 @@ from lightning_kfc.estimation.rest import Rest
 from lightning_kfc.estimation.seeds import (
     Seeds,
     all_zero,
-    cancelling_weight,
     never_negative,
     seed_passes,
     seed_scale,
+    signed_weights,
     unusable_seeds,
     weighted_terms,
 )
@@ -161,7 +161,7 @@ class LossStatistics:
         elif source is not None and not all_zero(kept):
             scale = 1.0 if fisher == "empirical" else seed_scale(kept)
             saturates = not mixed and all(weighted.term.saturates for weighted in kept)
-            traits = LossTraits(never_negative(due.loss, kept, due.scale), saturates, cancelling_weight(kept))
+            traits = LossTraits(never_negative(due.loss, kept, due.scale), saturates, *signed_weights(kept))
             self.traits = self.traits.both(traits)
             passes = seed_passes(kept, fisher, source)
             found = back_propagate(passes, calls, scale, test, examples, on_failure=failures.note)

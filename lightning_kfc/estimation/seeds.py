@@ -102,10 +102,10 @@ def never_negative(loss: Tensor, terms: Sequence[WeightedTerm], loss_scale: floa
     return bool(terms) and bool(whole - total >= -ROUNDING * whole.abs())
 
 
-def cancelling_weight(terms: Sequence[WeightedTerm]) -> float:
-    """The sum of the absolute weights of results with both signs, as log-probabilities have in a policy gradient."""
-    both = [w.derivative for w in terms if bool((w.derivative > 0).any()) and bool((w.derivative < 0).any())]
-    return sum(float(derivative.abs().sum()) for derivative in both)
+def signed_weights(terms: Sequence[WeightedTerm]) -> tuple[float, float]:
+    """The sum of the positive weights of results in the loss, and that of the negative ones without their sign."""
+    weights = [weighted.derivative.double() for weighted in terms]
+    return sum(float(w.clamp(min=0).sum()) for w in weights), sum(float(-w.clamp(max=0).sum()) for w in weights)
 
 
 def all_zero(terms: Sequence[WeightedTerm]) -> bool:

@@ -12,15 +12,24 @@ class LossTraits:
     Attributes:
         never_negative: Whether they are bounded by 0.
         saturates: Whether their curvature falls to 0 with them.
-        cancelling_weight: The sum of the absolute weights of terms of both signs, as in a policy gradient. It is the
-            magnitude of such a loss, whose value is near 0 for any network.
+        added: The sum of the positive weights of their recognised terms.
+        subtracted: The sum of the absolute values of the negative ones.
     """
 
     never_negative: bool = False
     saturates: bool = False
-    cancelling_weight: float = 0.0
+    added: float = 0.0
+    subtracted: float = 0.0
+
+    @property
+    def cancelling_weight(self) -> float:
+        """The sum of absolute weights if terms have both signs, as in a policy gradient; else 0.
+
+        It is the magnitude of such a loss, whose value may be near 0 for any network.
+        """
+        return self.added + self.subtracted if self.added and self.subtracted else 0.0
 
     def both(self, other: LossTraits) -> LossTraits:
         """What holds for these losses and for others."""
         bounded, saturates = self.never_negative and other.never_negative, self.saturates and other.saturates
-        return LossTraits(bounded, saturates, self.cancelling_weight + other.cancelling_weight)
+        return LossTraits(bounded, saturates, self.added + other.added, self.subtracted + other.subtracted)

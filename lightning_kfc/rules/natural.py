@@ -195,10 +195,11 @@ def _largest_norms(ready: Sequence[ReadyLayer]) -> list[float]:
 
     Changes multiply from layer to layer, so that the layers with a limit share it.
     """
-    changes = [entry.layer.own_damping.largest_change for entry in ready]
-    limited = max(sum(map(math.isfinite, changes)), 1)
-    rated = zip(ready, changes, [entry.learning_rate for entry in ready], strict=True)
-    return [c / limited * math.sqrt(e.gradient.numel()) / rate if rate else math.inf for e, c, rate in rated]
+    # A learning rate of 0 moves nothing.
+    changes = [e.layer.own_damping.largest_change if e.learning_rate else math.inf for e in ready]
+    limited = sum(map(math.isfinite, changes))
+    longest = [math.sqrt(e.gradient.numel()) / e.learning_rate if e.learning_rate else math.inf for e in ready]
+    return [change / max(limited, 1) * norm for change, norm in zip(changes, longest, strict=True)]
 
 
 def _factors_on(updates: Sequence[Tensor], factor: float, largest: Sequence[float]) -> list[float]:

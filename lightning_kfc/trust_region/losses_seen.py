@@ -105,6 +105,11 @@ class LossesSeen:
             seen.parameters = {key: p for key, p in seen.parameters.items() if key in others and key not in own}
         self._losses = [seen for seen in self._losses if seen.parameters]
 
+    @property
+    def of_several_optimizers(self) -> bool:
+        """Whether several optimizers have stepped, whose losses cannot be compared."""
+        return len(self._optimizers) > 1
+
     def forget(self) -> None:
         """Drop all losses."""
         self._losses = []

@@ -65,8 +65,8 @@ POOR, GOOD = 0.25, 0.75
 MOST_ROOM = 8.0
 #: A step is undone if the loss has grown by more than this share of the decrease that its slope predicted.
 TOLERATED_GROWTH = 0.1
-#: Undone steps in a row that end the reviews: if even so short a step leads uphill, they do not find the right length.
-MOST_UNDONE = 8
+#: Reviewed steps in a row with a growing loss that end the reviews, which do not find a length that lowers it.
+MOST_RAISED = 8
 #: The largest slope of a step, as a multiple of a loss that cannot fall below 0. A quadratic model decreases by half of
 #: its slope until its minimum, so a larger slope predicts a decrease by more than the whole loss.
 MOST_PROMISED = 2.0
@@ -89,7 +89,7 @@ class TrustRegion:
         log_size: Running mean of the logarithm of a step's squared norm; NaN before there is one.
         first_loss: The magnitude of the loss at the first refresh; NaN before.
         poor: Whether the last reviewed step decreased the loss by much less than expected.
-        undone: The number of undone steps since the last reviewed step that was kept.
+        raised: The number of reviewed steps in a row that raised the loss beyond the tolerance.
         recent_slopes: The mean of c over recent steps.
         recent_losses: The mean loss of recent steps, each before the step.
         earlier_losses: The mean loss over more steps.
@@ -104,7 +104,7 @@ class TrustRegion:
     log_size: float = math.nan
     first_loss: float = math.nan
     poor: bool = False
-    undone: int = 0
+    raised: int = 0
     recent_slopes: RunningMean = field(default_factory=lambda: RunningMean(RECENT_DECAY))
     recent_losses: RunningMean = field(default_factory=lambda: RunningMean(RECENT_DECAY))
     earlier_losses: RunningMean = field(default_factory=lambda: RunningMean(EARLIER_DECAY))
@@ -145,9 +145,16 @@ class TrustRegion:
         if self.automatic_radius and math.isnan(self.radius):
             self.radius = (START_RADIUS if self.reviews else UNREVIEWED_RADIUS) * self.loss
 
-    def note_step_loss(self, loss: float) -> None:
-        """Note the loss of a step, before the step, unless it is not finite."""
-        if math.isfinite(loss):
+    def note_step_loss(self, loss: float, *, comparable: bool) -> None:
+        """Note the loss of a step, before the step, unless it is not finite.
+
+        Args:
+            loss: The loss.
+            comparable: Whether it is the same loss at all steps; if not, means of it say nothing.
+        """
+        if not comparable:
+            self.recent_losses, self.earlier_losses = RunningMean(RECENT_DECAY), RunningMean(EARLIER_DECAY)
+        elif math.isfinite(loss):
             self.recent_losses = self.recent_losses.with_value(loss)
             self.earlier_losses = self.earlier_losses.with_value(loss)
 
@@ -235,7 +242,7 @@ class TrustRegion:
         # If new statistics have not helped, and the loss falls all the same, both wait for their dates.
         hurry = poor and not (self.poor and growth < 0)
         self.poor = poor
-        self.undone = self.undone + 1 if undo else 0
+        self.raised = self.raised + 1 if undo else 0
         self.review_next = self.review_next or hurry
         # A step whose slope leads uphill, as with momentum, is kept unless the loss has grown.
         shorten = undo or (poor and outcome.slope < 0)
@@ -256,9 +263,6 @@ class TrustRegion:
                 setattr(self, name, found)
 
     def _changing(self) -> list[str]:
-        names = ["loss", "first_loss", "review_next", "log_size", "poor", "undone"]
+        names = ["loss", "first_loss", "review_next", "log_size", "poor", "raised"]
         names += ["recent_slopes", "recent_losses", "earlier_losses"]
-        if self.automatic_radius:
-            names.append("radius")
-        # A fixed radius, of sharded parameters, is no reason against reviews in a resumed run without them.
-        return [*names, "reviews"] if self.adapts_radius else names
+        return ["radius", "reviews", *names] if self.automatic_radius else names

@@ -22,7 +22,7 @@ from lightning_kfc.monitoring.events import Events
 from lightning_kfc.trust_region.losses_seen import LossesSeen, SeenLoss
 from lightning_kfc.trust_region.next_slope import LastUpdates
 from lightning_kfc.trust_region.outcome import Verdict
-from lightning_kfc.trust_region.region import MOST_UNDONE, UNREVIEWED_RADIUS, TrustRegion
+from lightning_kfc.trust_region.region import MOST_RAISED, UNREVIEWED_RADIUS, TrustRegion
 from lightning_kfc.trust_region.replay_checks import replay_error, replayability, replayed_step
 from lightning_kfc.trust_region.scheduled_damping import ScheduledDamping
 from lightning_kfc.trust_region.snapshot import StepSnapshot
@@ -187,12 +187,13 @@ class StepReviewer:
             for layer in layers:
                 layer.measure_weights()
 
-    def note_step_loss(self, coming: OptimizerStep, traits: LossTraits) -> float | None:
+    def note_step_loss(self, coming: OptimizerStep, traits: LossTraits, *, first: bool) -> float | None:
         """Note the loss of the coming step. Collective: call on every rank.
 
         Args:
             coming: The coming step.
             traits: What is known of the loss.
+            first: Whether this is the first gradient of the step.
 
         Returns:
             The largest slope of the step; None for no bound.
@@ -203,7 +204,9 @@ class StepReviewer:
         loss = self._losses.of_step(coming.parameters, self._device, traits)
         if loss is None:
             return None
-        self.region.note_step_loss(-loss.value if signs == {1} else loss.value)
+        if first:
+            value = -loss.value if signs == {1} else loss.value
+            self.region.note_step_loss(value, comparable=not self._losses.of_several_optimizers)
         return self.region.most_decrease(loss.value) if loss.never_negative and signs == {-1} else None
 
     def before_step(self, step: int, size: float, damping: float, coming: OptimizerStep) -> None:
@@ -286,11 +289,11 @@ class StepReviewer:
             self.last_updates.forget()
             self._events.count("undone_steps" if verdict.undo else "shortened_steps")
         self.last = verdict
-        if self.region.undone >= MOST_UNDONE:
+        if self.region.raised >= MOST_RAISED:
             self._end_with_warning(
-                f"the last {MOST_UNDONE} steps have raised the loss of their own batch, each bounded by half of the "
-                "one before, as if their gradient were not that of the loss (gradient reversal), or the optimizer "
-                "lengthened them"
+                f"the last {MOST_RAISED} reviewed steps have raised the loss of their own batch, although the bound "
+                "was lowered after each, as if their gradient were not that of the loss (gradient reversal), or the "
+                "optimizer lengthened them"
             )
         return verdict
 

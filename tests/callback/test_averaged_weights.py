@@ -336,13 +336,20 @@ def test_training_goes_on_bit_for_bit_whether_averages_were_on_or_are(tmp_path, 
 def test_training_goes_on_from_the_weights_that_train_with_other_layers(saved_with, resumed_with, decay, tmp_path):
     data = images(40)
     module = Conv(make_optimizer=sgd).note()
-    fitted = fit(module, *(KFCCallback(include=include) for include in saved_with), data=data)
-    fitted.save_checkpoint(tmp_path / "a.ckpt")
-    again, started = Conv(make_optimizer=sgd).note(), []
-    again.on_train_epoch_start = lambda: started.append(weights(again))
+    before = [KFCCallback(include=include) for include in saved_with]
+    fit(module, *before, data=data).save_checkpoint(tmp_path / "a.ckpt")
+    again, started, known = Conv(make_optimizer=sgd).note(), [], []
     callbacks = [KFCCallback(include=include, average_weights=decay) for include in resumed_with]
+
+    def starts():
+        started.append(weights(again))
+        known.append({name for name, layer in callbacks[-1].kfc.layers.items() if layer.inverse is not None})
+
+    again.on_train_epoch_start = starts
     fit(again, *callbacks, data=data, max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
     assert same(started[0], module.steps[-1])
+    # The last callback has the factors of all of its layers that any callback had.
+    assert known[0] == set(callbacks[-1].kfc.layers) & {name for callback in before for name in callback.kfc.layers}
     expected = averaged_by_hand([*module.steps, *again.steps], decay) if decay else again.steps[-1]
     assert_close(weights(again), expected)
 

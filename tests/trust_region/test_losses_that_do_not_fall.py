@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from lightning_kfc import KFC
 from lightning_kfc.trust_region.outcome import Outcome
-from lightning_kfc.trust_region.region import MOST_UNDONE, TrustRegion
+from lightning_kfc.trust_region.region import MOST_RAISED, TrustRegion
 
 #: The loss of labels that are told apart by chance.
 CHANCE = torch.tensor(5.0).log().item()
@@ -55,16 +56,18 @@ class Reversal(torch.autograd.Function):
         return -gradient
 
 
-def test_undone_steps_in_a_row_end_the_reviews() -> None:
+def test_a_step_that_lowers_the_loss_begins_the_count_of_raised_losses_anew() -> None:
     region = TrustRegion(adapts_radius=True, radius=1.0, loss=1.0)
     raised = Outcome(1.0, 2.0, slope=-1.0, curvature=0.0, penalty=0.0)
-    for _ in range(MOST_UNDONE - 1):
+    for _ in range(MOST_RAISED - 1):
         region.judge(raised, size=1.0)
+    assert region.raised == MOST_RAISED - 1
     region.judge(Outcome(1.0, 0.5, slope=-0.5, curvature=0.0, penalty=0.0), size=1.0)
-    assert region.undone == 0
+    assert region.raised == 0
 
 
-def test_a_gradient_that_leads_uphill_is_named_and_the_training_goes_on() -> None:
+def test_a_gradient_that_leads_uphill_is_named_and_the_training_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     torch.manual_seed(0)
     features, domain = nn.Linear(20, 16), nn.Linear(16, 2)
     model = nn.Sequential(features, domain)
@@ -77,6 +80,10 @@ def test_a_gradient_that_leads_uphill_is_named_and_the_training_goes_on() -> Non
         kfc, losses = train(model, loss, steps=60)
     assert not kfc.reviewer.active
     assert kfc.events.undone_steps + kfc.events.shortened_steps < 30
+    resumed = KFC(model, damping="auto", kl_clip="auto")
+    resumed.load_state_dict(kfc.state_dict())
+    assert "had ended before this state was saved" in caplog.text
+    assert not resumed.reviewer.active
     assert max(losses) < 10
 
 
