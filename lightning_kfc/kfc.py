@@ -251,8 +251,7 @@ class KFC:
         most_decrease = self.reviewer.note_step_loss(coming, stages.estimator.traits, first=first)
         if first:
             self.reviewer.last_updates.follow({entry.layer.name: entry.gradient for entry in ready})
-        kl_clip = self.kl_clip
-        updates = rule.updates(ready, damping, kl_clip, most_decrease)
+        updates = rule.updates(ready, damping, kl_clip := self.kl_clip, most_decrease)
         if first:
             rates = {entry.layer.name: entry.learning_rate for entry in ready}
             self.reviewer.last_updates.keep(rates, updates.tensors, updates.slope)

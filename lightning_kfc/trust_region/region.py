@@ -65,8 +65,8 @@ POOR, GOOD = 0.25, 0.75
 MOST_ROOM = 8.0
 #: A step is undone if the loss has grown by more than this share of the decrease that its slope predicted.
 TOLERATED_GROWTH = 0.1
-#: Reviewed steps in a row with a growing loss that end the reviews, which do not find a length that lowers it.
-MOST_RAISED = 8
+#: Reviewed steps in a row with a growing loss that end the reviews: a radius 4,000 times smaller does not help either.
+MOST_RAISED = 12
 #: The largest slope of a step, as a multiple of a loss that cannot fall below 0. A quadratic model decreases by half of
 #: its slope until its minimum, so a larger slope predicts a decrease by more than the whole loss.
 MOST_PROMISED = 2.0
