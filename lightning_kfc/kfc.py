@@ -120,11 +120,10 @@ class KFC:
 
     def coverage(self) -> Coverage:
         """Every parameter with its treatment and the reason; before the first step, the planned treatment."""
-        inverse, kept = INVERSES[self.settings.inverse], self._stages.rule.moments_per_parameter
-        # The last update, for its slope on the next batch.
-        kept += self.reviewer.region.adapts_radius
+        # The last update is kept for its slope on the next batch.
+        kept = self._stages.rule.moments_per_parameter + self.reviewer.region.adapts_radius
         idle = without_curvature(self.layers.values()) if self._stages.steps.any_made else {}
-        return coverage_of(self._model, self.layers, inverse, kept, idle)
+        return coverage_of(self._model, self.layers, INVERSES[self.settings.inverse], kept, idle)
 
     def ages(self, layer: str) -> tuple[int | None, int | None]:
         """Steps since the last refresh of a layer's statistics and of its inverse; None without one."""
@@ -251,7 +250,8 @@ class KFC:
         most_decrease = self.reviewer.note_step_loss(coming, stages.estimator.traits, first=first)
         if first:
             self.reviewer.last_updates.follow({entry.layer.name: entry.gradient for entry in ready})
-        updates = rule.updates(ready, damping, kl_clip := self.kl_clip, most_decrease)
+        kl_clip = self.kl_clip
+        updates = rule.updates(ready, damping, kl_clip, most_decrease)
         if first:
             rates = {entry.layer.name: entry.learning_rate for entry in ready}
             self.reviewer.last_updates.keep(rates, updates.tensors, updates.slope)

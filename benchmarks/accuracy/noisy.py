@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical
 from torch.nn import functional as F
 
+from benchmarks.contest.optimizers import BatchLoss, KFCStepper, PlainStepper, Stepper
 from benchmarks.paths import RESULTS
 from lightning_kfc import KFC
 from lightning_kfc.trust_region import region
@@ -201,30 +202,22 @@ def train(situation: Situation, seed: int, *, with_kfc: bool, steps: int) -> flo
     targets = (scores + situation.noise * torch.randn(EXAMPLES, CLASSES, generator=generator)).argmax(1)
     torch.manual_seed(seed)
     case, found = situation.make(), []
-    kfc = KFC(case, damping="auto", kl_clip="auto") if with_kfc else None
-    optimizer: torch.optim.Optimizer = (
-        torch.optim.SGD(case.parameters(), lr=0.5, momentum=0.5)
-        if with_kfc
-        else torch.optim.AdamW(case.parameters(), lr=1e-3)
-    )
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        value, reported = case.scored(x, y)
+        found.append(reported)
+        return value
+
+    if with_kfc:
+        optimizer = torch.optim.SGD(case.parameters(), lr=0.5, momentum=0.5)
+        stepper: Stepper = KFCStepper(KFC(case, damping="auto", kl_clip="auto"), optimizer)
+    else:
+        stepper = PlainStepper(torch.optim.AdamW(case.parameters(), lr=1e-3))
     shuffled = itertools.chain.from_iterable(
         torch.randperm(EXAMPLES, generator=generator).split(situation.batch) for _ in itertools.count()
     )
     for batch in itertools.islice(shuffled, steps):
-        optimizer.zero_grad()
-        if kfc is None:
-            loss, reported = case.scored(inputs[batch], targets[batch])
-            loss.backward()
-            optimizer.step()
-        else:
-            with kfc.capture():
-                loss, reported = case.scored(inputs[batch], targets[batch])
-            kfc.update(loss)
-            loss.backward()
-            kfc.precondition(optimizer=optimizer)
-            optimizer.step()
-            kfc.review(optimizer=optimizer)
-        found.append(reported)
+        stepper.step(BatchLoss(nn.Identity(), loss, inputs[batch], targets[batch]))
     return mean(found[-LAST:])
 
 

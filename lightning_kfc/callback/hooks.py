@@ -82,7 +82,7 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
         """Find and prepare the layers; a second fit of the same module continues the first one."""
         self._end()
         start_up.refuse_optimizers(trainer.optimizers)
-        together = [callback for callback in trainer.callbacks if isinstance(callback, KFCHooks)]
+        together = _together(trainer)
         start_up.refuse_shared_folder(self.logging.report_dir, [each.logging.report_dir for each in together])
         previous = self._kfc.state_dict() if self._kfc is not None and self._module is pl_module else None
         self._kfc = KFC(pl_module, settings=self._settings, process_group=data_parallel_group(trainer.strategy))
@@ -97,7 +97,7 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
         self._fit.capture.training = True
         # The module's own on_fit_start runs after ours, and may change layers.
         self.kfc.follow_structure()
-        together = [callback for callback in trainer.callbacks if isinstance(callback, KFCHooks)]
+        together = _together(trainer)
         # The callbacks after this one have not followed the module yet.
         if together[-1] is self:
             start_up.refuse_overlap(pl_module, [(each.state_key, each.kfc) for each in together])
@@ -223,7 +223,7 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
 
     def _share_gradients(self, trainer: Any, optimizer: Optimizer) -> None:
         """Give all callbacks a copy of the loss's gradient, since the first of them replaces it."""
-        together = [callback for callback in trainer.callbacks if isinstance(callback, KFCHooks)]
+        together = _together(trainer)
         if len(together) < 2 or together[0] is not self:
             return
         if not any(callback.kfc.reviewer.recording for callback in together):
@@ -264,7 +264,7 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
         Else the weights that train would be lost with it. Of several callbacks the last one does, which averages, with
         the factors of its own layers.
         """
-        together = [callback for callback in trainer.callbacks if isinstance(callback, KFCHooks)]
+        together = _together(trainer)
         if together[-1] is not self:
             return
         present, states = {callback.state_key for callback in together}, checkpoint["callbacks"]
@@ -294,3 +294,8 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
             self._take_over(state_dict)
         else:
             self._loaded = state_dict
+
+
+def _together(trainer: Any) -> list[KFCHooks]:
+    """All callbacks of this package among a trainer's, in their order."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, KFCHooks)]
