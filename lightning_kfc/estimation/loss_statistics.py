@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -43,6 +44,7 @@ class DueLoss:
         step: The optimizer step.
         scale: The factor that a gradient scaler has multiplied ``loss`` by.
         fraction: The share of ``loss`` in the optimizer step, for terms without a known weight.
+        usual_loss: A magnitude of the step's loss, equal on all ranks; NaN before there is one.
         losses: The loss functions that were called in the forward.
         calls: The calls of layers in the forward.
         examples: Collect the gradients of single examples, by layer.
@@ -53,10 +55,17 @@ class DueLoss:
     step: int
     scale: float
     fraction: float
+    usual_loss: float
     losses: LossRecorder
     calls: Sequence[Call]
     examples: dict[str, ExampleGradients]
     generator: Callable[[torch.device], torch.Generator]
+
+    @property
+    def magnitude(self) -> float:
+        """The usual magnitude of the loss, or its present one; 1 without either."""
+        own = abs(float(self.loss.detach())) / self.scale / self.fraction
+        return next((value for value in (self.usual_loss, own) if math.isfinite(value) and value > 0), 1.0)
 
 
 @dataclass
@@ -209,6 +218,9 @@ class LossStatistics:
 
         With :math:`h = \frac{f}{N}\sum_i h_i`, f the loss's fraction of the optimizer step, the rows of h itself are
         :math:`f/N` of those of the examples, so that :math:`G = (N/f)\sum_r g_r g_r^\top`, N the examples of each call.
+
+        Its unit is the loss's square. Half of it over the loss has the unit of a curvature: for a square of one number
+        it is the generalised Gauss-Newton matrix.
         """
         test = self._self_test.running
         if test is not None and self._fisher != "empirical":
@@ -220,7 +232,7 @@ class LossStatistics:
             1.0,
             test,
             due.examples,
-            mean_fraction=due.fraction,
+            mean_fraction=2 * due.magnitude * due.fraction,
             on_failure=failures.note,
         )
 

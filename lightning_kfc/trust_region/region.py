@@ -65,7 +65,8 @@ POOR, GOOD = 0.25, 0.75
 MOST_ROOM = 8.0
 #: A step is undone if the loss has grown by more than this share of the decrease that its slope predicted.
 TOLERATED_GROWTH = 0.1
-#: Reviewed steps in a row with a growing loss that end the reviews: a radius 4,000 times smaller does not help either.
+#: Reviewed steps in a row with a growing loss that end the reviews, if the losses of new batches do not fall: a radius
+#: 4,000 times smaller does not help either. Where they fall, as near a kink of the loss, the kept shares of steps help.
 MOST_RAISED = 12
 #: The largest slope of a step, as a multiple of a loss that cannot fall below 0. A quadratic model decreases by half of
 #: its slope until its minimum, so a larger slope predicts a decrease by more than the whole loss.
@@ -89,7 +90,8 @@ class TrustRegion:
         log_size: Running mean of the logarithm of a step's squared norm; NaN before there is one.
         first_loss: The magnitude of the loss at the first refresh; NaN before.
         poor: Whether the last reviewed step decreased the loss by much less than expected.
-        raised: The number of reviewed steps in a row that raised the loss beyond the tolerance.
+        raised: The number of reviewed steps in a row that raised the loss beyond the tolerance, while the losses of new
+            batches did not fall either.
         recent_slopes: The mean of c over recent steps.
         recent_losses: The mean loss of recent steps, each before the step.
         earlier_losses: The mean loss over more steps.
@@ -126,7 +128,12 @@ class TrustRegion:
 
         It is for weights of mean square 1, and a layer with as many inputs as rows in a step.
         """
-        return DAMPING * math.sqrt(self.first_loss) * math.sqrt(self.loss)
+        return DAMPING * self.usual_loss
+
+    @property
+    def usual_loss(self) -> float:
+        """The geometric mean of the first and the present loss; NaN before the first."""
+        return math.sqrt(self.first_loss) * math.sqrt(self.loss)
 
     def note_loss(self, loss: float, *, never_negative: bool) -> None:
         """Set the magnitude of a loss as the unit of radius and damping, unless it is 0 or not finite.
@@ -242,7 +249,8 @@ class TrustRegion:
         # If new statistics have not helped, and the loss falls all the same, both wait for their dates.
         hurry = poor and not (self.poor and growth < 0)
         self.poor = poor
-        self.raised = self.raised + 1 if undo else 0
+        falls = self.recent_losses.value < self.earlier_losses.value
+        self.raised = self.raised + (not falls) if undo else 0
         self.review_next = self.review_next or hurry
         # A step whose slope leads uphill, as with momentum, is kept unless the loss has grown.
         shorten = undo or (poor and outcome.slope < 0)

@@ -91,11 +91,6 @@ class StepReviewer:
         return self.region.reviews
 
     @property
-    def _measures_losses(self) -> bool:
-        """Whether the damping or the bound is a share of the loss."""
-        return self._scheduled is None or self.region.automatic_radius
-
-    @property
     def recording(self) -> bool:
         """Whether the present forward is recorded, or was recorded last."""
         return self._tape is not None
@@ -145,7 +140,7 @@ class StepReviewer:
             loss_scale: The factor of a gradient scaler.
         """
         # An optimizer that calls its closure again has already moved the weights.
-        if self._measures_losses and self._snapshot is None:
+        if self._snapshot is None:
             self._losses.note(loss, loss_scale, self._tape.locate(loss) if self._tape is not None else None)
 
     def forget_losses(self) -> None:
@@ -168,8 +163,7 @@ class StepReviewer:
             parameters: The parameters that were stepped.
             optimizer: The optimizer; None if it is unknown.
         """
-        if self._measures_losses:
-            self._losses.stepped(parameters, optimizer)
+        self._losses.stepped(parameters, optimizer)
 
     def measure_units(self, layers: Sequence[Layer], traits: LossTraits) -> None:
         """Take the loss of the coming step, and the layers' weights, as units. Collective: call on every rank.
@@ -178,11 +172,10 @@ class StepReviewer:
             layers: The layers that the coming step moves.
             traits: What is known of the loss.
         """
-        if self._measures_losses:
-            parameters = [parameter for layer in layers for parameter in layer.trained_parameters().values()]
-            loss = self._losses.of_step(parameters, self._device, traits)
-            if loss is not None:
-                self.region.note_loss(loss.magnitude, never_negative=loss.never_negative)
+        parameters = [parameter for layer in layers for parameter in layer.trained_parameters().values()]
+        loss = self._losses.of_step(parameters, self._device, traits)
+        if loss is not None:
+            self.region.note_loss(loss.magnitude, never_negative=loss.never_negative)
         if self._scheduled is None:
             for layer in layers:
                 layer.measure_weights()

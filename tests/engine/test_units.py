@@ -88,12 +88,17 @@ def usual_losses(*, bias: bool = True) -> list[float]:
 def _loss(outputs: Tensor, targets: Tensor, name: str) -> Tensor:
     if name == "cross_entropy":
         return F.cross_entropy(outputs, targets)
+    hinges = (1 + outputs - outputs.gather(1, targets[:, None])).relu().mean()
+    if name == "hinges by hand":
+        return hinges
+    if name == "mixed":
+        return F.cross_entropy(outputs, targets) + hinges
     # It crosses zero, as a density above 1 does.
     return F.gaussian_nll_loss(outputs[:, 0], targets.double(), F.softplus(outputs[:, 1]) + 0.01)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss_of", ["cross_entropy", "gaussian_nll"])
+@pytest.mark.parametrize("loss_of", ["cross_entropy", "gaussian_nll", "hinges by hand", "mixed"])
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3, 1e6])
 def test_a_loss_times_c_gives_the_same_training(scale: float, loss_of: str) -> None:
     plain, scaled = losses(net(), loss_of=loss_of), losses(net(), loss_scale=scale, loss_of=loss_of)

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_kfc import Categorical
+from lightning_kfc.curvature.layer import Layer
+from lightning_kfc.trust_region.region import SLOWEST_FALL
 from tests.helpers import oracles
-from tests.helpers.nets import classes, data, double, engine, observe, small_conv_net
+from tests.helpers.nets import classes, data, double, engine, observe, small_conv_net, train_step
 
 
 def per_call_output_gradients(model: nn.Module, layer: str, x: Tensor, target: Tensor) -> Tensor:
@@ -171,20 +173,53 @@ def test_an_unrecognised_loss_has_an_empirical_fisher_as_a_mean_over_examples(un
         out = model[3](model[1](hidden).reshape(-1))
         g.append(torch.autograd.grad(by_hand(out, torch.zeros(2).double()), hidden)[0].flatten(1))
     expected = sum(rows @ rows.T for rows in g) / len(batch)
-    oracles.assert_equal(kfc.layers["0"].G, expected, what="G")
+    loss = float(by_hand(model(x), y).detach())
+    oracles.assert_equal(kfc.layers["0"].G, expected / (2 * loss), what="G")
 
 
 def test_an_unrecognised_loss_accumulated_in_parts_has_the_empirical_fisher_of_the_whole() -> None:
     model, x, y = double(nn.Linear(3, 2)), data(6, 3), data(6, 2, seed=5)
-    whole = observe(model, lambda: by_hand(model(x), y), fisher="empirical").layers["0"]
-    kfc = engine(model, fisher="empirical")
-    for part in range(3):
-        with kfc.capture():
-            loss = by_hand(model(x[2 * part : 2 * part + 2]), y[2 * part : 2 * part + 2]) / 3
-        kfc.update(loss, accumulate=part < 2, loss_fraction=1 / 3)
-        loss.backward()
-    oracles.assert_equal(kfc.layers["0"].A, whole.A, what="A")
-    oracles.assert_equal(kfc.layers["0"].G, whole.G, what="G")
+
+    def observed(parts: int) -> Layer:
+        """After a step with the whole batch, which begins the unit."""
+        kfc, size = engine(model, fisher="empirical"), 6 // parts
+        train_step(kfc, torch.optim.SGD(model.parameters(), lr=0.0), lambda: by_hand(model(x), y))
+        for rows in range(0, 6, size):
+            with kfc.capture():
+                loss = by_hand(model(x[rows : rows + size]), y[rows : rows + size]) / parts
+            kfc.update(loss, accumulate=rows + size < 6, loss_fraction=1 / parts)
+            loss.backward()
+        return kfc.layers["0"]
+
+    whole, in_parts = observed(1), observed(3)
+    oracles.assert_equal(in_parts.A, whole.A, what="A")
+    oracles.assert_equal(in_parts.G, whole.G, what="G")
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_squares_by_hand_with_residuals_of_one_size_have_the_curvature_of_the_mean_squared_error(scale: float) -> None:
+    model, x = double(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)), data(6, 3)
+    y = model(x).detach() + 0.3 * torch.tensor([[1.0], [-1.0]]).double().repeat(3, 1)
+    by_hand = observe(model, lambda: scale * (model(x) - y).square().mean())
+    recognised = observe(model, lambda: scale * F.mse_loss(model(x), y))
+    for name in ("0", "2"):
+        oracles.assert_equal(by_hand.layers[name].G, recognised.layers[name].G, what=f"G of {name}")
+
+
+@pytest.mark.parametrize("ratio", [0.01, 4.0])
+def test_an_empirical_fisher_is_in_units_of_the_mean_of_the_first_and_the_last_known_loss(ratio: float) -> None:
+    model, x = double(nn.Linear(3, 2)), data(6, 3)
+    kfc, optimizer = engine(model, ema_decay=0.5), torch.optim.SGD(model.parameters(), lr=0.0)
+    found = []
+    for factor in (1.0, ratio, ratio):
+        train_step(kfc, optimizer, lambda factor=factor: factor * model(x).cosh().mean())
+        found.append(kfc.layers["0"].G.clone())
+    # Debiased averages with a decay of 1/2: the second step has two thirds, the third one four sevenths.
+    second, third = (3 * found[1] - found[0]) / 2, (7 * found[2] - 3 * found[1]) / 4
+    # The unit is that before the step: at the second step the first loss, at the third the mean of both.
+    fall = max(ratio, SLOWEST_FALL)
+    oracles.assert_equal(second, ratio**2 * found[0], what="the second step's")
+    oracles.assert_equal(third, ratio**2 / fall**0.5 * found[0], what="the third step's")
 
 
 def test_empirical_needs_a_recognised_loss_or_none() -> None:

@@ -1,7 +1,7 @@
 """Recognised terms keep their curvature; the rest of the gradient adds an empirical Fisher matrix.
 
 Every matrix is held against one that is built here: JᵀHJ of the recognised terms, H by autograd, and the second moment
-of the rest's derivatives by each example.
+of the rest's derivatives by each example, in the unit of the loss.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class TwoHeads(nn.Module):
         return s, self.policy(h), self.value(h)[:, 0]
 
 
-def by_example(gradient: Tensor) -> Tensor:
-    """N Σ u uᵀ over the examples of the derivative of a mean."""
-    return len(gradient) * gradient.T @ gradient
+def by_example(gradient: Tensor, loss: Tensor) -> Tensor:
+    """N Σ u uᵀ over the examples of the derivative of a mean, in the unit of the whole loss."""
+    return len(gradient) * gradient.T @ gradient / (2 * loss.detach().abs())
 
 
 Parts = tuple[Callable[[Tensor, Tensor, Tensor], Tensor], Callable[[Tensor, Tensor, Tensor], Tensor]]
@@ -96,9 +96,9 @@ def test_every_layer_has_the_sum_of_what_reaches_it(case: str, penalty: float, s
     h = leaf.tanh()
     z, v = model.policy(h), model.value(h)[:, 0]
     found = torch.autograd.grad(rest(leaf, z, v), [z, v, leaf], materialize_grads=True, allow_unused=True)
-    expected["policy"] = expected["policy"] + by_example(found[0])
-    expected["value"] = expected["value"] + by_example(found[1][:, None])
-    expected["body"] = expected["body"] + by_example(found[2])
+    expected["policy"] = expected["policy"] + by_example(found[0], loss)
+    expected["value"] = expected["value"] + by_example(found[1][:, None], loss)
+    expected["body"] = expected["body"] + by_example(found[2], loss)
     for name, matrix in expected.items():
         oracles.assert_equal(kfc.layers[name].G, matrix, rtol=1e-8, what=f"G of {name}")
     assert kronecker_layers(kfc) == ["body", "policy", "value"]
@@ -185,7 +185,7 @@ def test_a_target_with_a_gradient_of_its_own_is_a_part_of_the_rest() -> None:
     (u,) = torch.autograd.grad(loss(own, z), own)
     H = oracles.logits_hessian(lambda z: loss(s.detach(), z), z).reshape(N, 3, N, 3)
     J = model.policy.weight.detach().unsqueeze(0) * (1 - s.detach().tanh().square()).unsqueeze(1)
-    expected = torch.einsum("nia,ninj,njb->ab", J, H, J) + by_example(u)
+    expected = torch.einsum("nia,ninj,njb->ab", J, H, J) + by_example(u, loss(s, z))
     oracles.assert_equal(kfc.layers["body"].G, expected, rtol=1e-8, what="G of the body")
 
 
