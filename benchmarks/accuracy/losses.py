@@ -3,8 +3,9 @@
 Two epochs of 40 batches of 64 digits, with a constant rate. The network has one hidden layer, or what the name of the
 case says. *While training* is the mean of the last five batches' losses; *afterwards* that of all batches by the
 weights that ``fit`` leaves, which for KFC are averaged. One column has no damping against noise
-(:mod:`lightning_kfc.trust_region.region`); another one has a fixed damping, as a user may set it. Run it by
-``python -m benchmarks.accuracy.losses``.
+(:mod:`lightning_kfc.trust_region.region`); another one has a fixed damping, as a user may set it. The last one is how
+soon KFC has AdamW's last loss, as a mean of five batches: its steps, of AdamW's 80, and its share of AdamW's time. Run
+it by ``python -m benchmarks.accuracy.losses``.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ import argparse
 import functools
 import itertools
 import logging
+import math
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from statistics import mean, median
 from unittest import mock
 
@@ -32,6 +36,8 @@ from lightning_kfc import KFCCallback
 from lightning_kfc.factors import damping
 
 EXAMPLES, BATCH, EPOCHS = 2560, 64, 2
+#: The batches whose mean is the loss while training.
+LAST = 5
 #: The fixed damping.
 FIXED = 0.1
 #: A loss of the network's outputs, the pixels and the classes.
@@ -203,13 +209,15 @@ class Classes(LightningModule):
         self._with_kfc = with_kfc
         self.network = NETWORKS.get(name.split(", ")[-1], functools.partial(hidden_layers, 1))(outputs)
         self.losses: list[float] = []
+        self.seconds: list[float] = []
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         """The loss of a batch."""
         return self._loss(self.network, x, y)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Note the loss."""
+        """Note the loss and the time."""
+        self.seconds.append(time.process_time())
         loss = self.loss(*batch)
         self.losses.append(float(loss.detach()))
         return loss
@@ -221,8 +229,28 @@ class Classes(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
-def fit(name: str, seed: int, *callbacks: KFCCallback) -> tuple[float, float]:
-    """The loss while training and afterwards, with KFC or AdamW."""
+@dataclass(frozen=True)
+class Fit:
+    """A training.
+
+    Attributes:
+        losses: The mean of five batches' losses, from the fifth step on.
+        seconds: The time from the first step to each of these.
+        afterwards: The loss of all batches by the weights that ``fit`` leaves.
+    """
+
+    losses: Sequence[float]
+    seconds: Sequence[float]
+    afterwards: float
+
+    def reach(self, loss: float) -> tuple[float, float]:
+        """The steps and seconds to a loss; infinity if it was not reached."""
+        found = ((LAST + i, self.seconds[i]) for i, own in enumerate(self.losses) if own <= loss)
+        return next(found, (math.inf, math.inf))
+
+
+def fit(name: str, seed: int, *callbacks: KFCCallback) -> Fit:
+    """A training with KFC or AdamW."""
     data = mnist()
     x, y = data.train_inputs[:EXAMPLES].flatten(1), data.train_targets[:EXAMPLES]
     torch.manual_seed(seed)
@@ -233,35 +261,40 @@ def fit(name: str, seed: int, *callbacks: KFCCallback) -> tuple[float, float]:
     torch.manual_seed(99)
     with torch.no_grad():
         afterwards = mean(float(module.loss(a, b)) for a, b in zip(x.split(BATCH), y.split(BATCH), strict=True))
-    return mean(module.losses[-5:]), afterwards
+    ends = range(LAST, len(module.losses) + 1)
+    means, seconds = [mean(module.losses[end - LAST : end]) for end in ends], module.seconds
+    return Fit(means, [seconds[end - 1] - seconds[0] for end in ends], afterwards)
 
 
-def measured(name: str, seeds: int) -> list[tuple[float, float]]:
-    """The medians over seeds: KFC, without damping against noise, with a fixed damping, and AdamW."""
-    kfc = [fit(name, seed, KFCCallback()) for seed in range(seeds)]
-    with mock.patch.object(damping, "LARGEST_NOISE_DAMPING", 0.0):
-        plain = [fit(name, seed, KFCCallback()) for seed in range(seeds)]
-    fixed = [fit(name, seed, KFCCallback(damping=FIXED)) for seed in range(seeds)]
-    adamw = [fit(name, seed) for seed in range(seeds)]
-    return [(median(v for v, _ in runs), median(v for _, v in runs)) for runs in (kfc, plain, fixed, adamw)]
+def measured(name: str, seeds: int) -> list[list[Fit]]:
+    """All seeds: KFC, without damping against noise, with a fixed damping, and AdamW."""
+    found: list[list[Fit]] = []
+    for seed in range(seeds):
+        kfc, adamw = fit(name, seed, KFCCallback()), fit(name, seed)
+        with mock.patch.object(damping, "LARGEST_NOISE_DAMPING", 0.0):
+            plain = fit(name, seed, KFCCallback())
+        found.append([kfc, plain, fit(name, seed, KFCCallback(damping=FIXED)), adamw])
+    return [list(runs) for runs in zip(*found, strict=True)]
 
 
-def table(found: dict[str, list[tuple[float, float]]], seeds: int) -> str:
-    """The losses as a markdown table."""
-    lines = [
-        f"Loss while training / afterwards; medians of {seeds} seeds; bold: above AdamW's.",
-        "",
-        f"| loss | KFC, defaults | without damping against noise | damping={FIXED:g} | AdamW, 0.001 |",
-        "|---|---|---|---|---|",
+def sooner(kfc: Sequence[Fit], adamw: Sequence[Fit]) -> str:
+    """The median of the steps of KFC to AdamW's median last loss, and its share of AdamW's time."""
+    goal = median(run.losses[-1] for run in adamw)
+    steps, seconds = (median(numbers) for numbers in zip(*(run.reach(goal) for run in kfc), strict=True))
+    if not math.isfinite(steps):
+        return "**never**"
+    share = seconds / median(run.seconds[-1] for run in adamw)
+    return f"{steps:g} / {share:.2f}" if share <= 1 else f"{steps:g} / **{share:.2f}**"
+
+
+def row(name: str, found: Sequence[Sequence[Fit]]) -> str:
+    """A row of the table."""
+    columns = [(median(run.losses[-1] for run in runs), median(run.afterwards for run in runs)) for runs in found]
+    cells = [
+        " / ".join(f"**{v:.3g}**" if v > other else f"{v:.3g}" for v, other in zip(pair, columns[-1], strict=True))
+        for pair in columns
     ]
-    for name, columns in found.items():
-        adamw = columns[-1]
-        cells = [
-            " / ".join(f"**{v:.3g}**" if v > other else f"{v:.3g}" for v, other in zip(pair, adamw, strict=True))
-            for pair in columns
-        ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return f"| {name} | " + " | ".join([*cells, sooner(found[0], found[-1])]) + " |"
 
 
 def main() -> None:
@@ -272,11 +305,17 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    found: dict[str, list[tuple[float, float]]] = {}
+    lines = [
+        f"Loss while training / afterwards; medians of {options.seeds} seeds; bold: above AdamW's.",
+        "",
+        f"| loss | KFC, defaults | without damping against noise | damping={FIXED:g} | AdamW, 0.001 "
+        "| AdamW's last loss: steps of 80 / time |",
+        "|---|---|---|---|---|---|",
+    ]
     for name in LOSSES:
-        found[name] = measured(name, options.seeds)
-        (RESULTS / "losses.md").write_text(table(found, options.seeds))
-        print(table({name: found[name]}, options.seeds).splitlines()[-1], flush=True)
+        lines.append(row(name, measured(name, options.seeds)))
+        (RESULTS / "losses.md").write_text("\n".join(lines) + "\n")
+        print(lines[-1], flush=True)
 
 
 if __name__ == "__main__":
