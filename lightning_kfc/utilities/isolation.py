@@ -67,7 +67,7 @@ def leaving_no_trace(model: nn.Module) -> Iterator[None]:
     Under activation checkpointing, the back-propagation runs forwards again, which update buffers and draw random
     numbers.
     """
-    with _buffers_kept(model), _random_streams_kept(model), _parameter_hooks_set_aside(model):
+    with _buffers_kept(model), _random_streams_kept(model), _parameter_hooks_set_aside(model), _as_by_fabric():
         yield
 
 
@@ -151,6 +151,21 @@ def _random_streams_kept(model: nn.Module) -> Iterator[None]:
         random.setstate(python_state)
         if numpy_random is not None:
             numpy_random.set_state(numpy_state)
+
+
+@contextlib.contextmanager
+def _as_by_fabric() -> Iterator[None]:
+    """Let Fabric's hooks on outputs pass, which in mixed precision refuse what ``fabric.backward`` did not begin."""
+    flag = "_in_fabric_backward"
+    wrappers = [sys.modules.get(f"{name}.wrappers") for name in ("lightning.fabric", "lightning_fabric")]
+    before = [(module, getattr(module, flag)) for module in wrappers if hasattr(module, flag)]
+    for module, _ in before:
+        setattr(module, flag, True)
+    try:
+        yield
+    finally:
+        for module, value in before:
+            setattr(module, flag, value)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric import Fabric
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,6 +22,7 @@ from lightning_kfc.trust_region.outcome import Outcome, Verdict
 from lightning_kfc.trust_region.region import TrustRegion
 from lightning_kfc.trust_region.snapshot import StepSnapshot
 from tests.helpers.harness import QUIET, Classifier, Watch, conv_net, dense_net, fit, images, loader, trainer, weights
+from tests.helpers.nets import classes, data, kronecker_layers
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
 
@@ -316,3 +318,30 @@ def test_reviews_replay_the_loss_in_every_precision(precision: str, monkeypatch:
     assert kfc.kfc.events.missed_reviews == 0
     for outcome, expected in zip(outcomes, fresh, strict=True):
         assert outcome.loss_after == pytest.approx(expected, rel=RELATIVE_ERROR[precision])
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_fabric_trains_in_every_precision_and_its_hooks_still_refuse_a_plain_backward(precision: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
+    fabric = Fabric(accelerator="cpu", devices=1, precision=precision)  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.5)
+    wrapped, stepped = fabric.setup(model, optimizer)
+    kfc, losses = KFC(model, damping="auto", kl_clip="auto"), []
+    x, y = data(64, 6).float(), classes(64, count=3)
+    for _ in range(20):
+        stepped.zero_grad()
+        with kfc.capture():
+            loss = F.cross_entropy(wrapped(x), y)
+        kfc.back_propagate(loss)
+        if precision == "bf16-mixed":
+            with pytest.raises(RuntimeError, match=r"fabric\.backward"):
+                loss.backward(retain_graph=True)
+        fabric.backward(loss)
+        kfc.precondition(optimizer=optimizer)
+        stepped.step()
+        kfc.review(optimizer=optimizer)
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.5 * losses[0]
+    assert len(kronecker_layers(kfc)) == 2
+    assert kfc.reviewer.active
