@@ -82,6 +82,7 @@ class Training:
         self._kfc.back_propagate(loss)
         loss.backward()
         self._kfc.precondition(optimizer=self._optimizer)
+        self._averages.step_begins(self._optimizer)
         self._optimizer.step()
         self._kfc.review(optimizer=self._optimizer)
         self._averages.update(self._optimizer)

@@ -139,6 +139,8 @@ class Training(TakesTurns):
         for group in self._optimizer.param_groups:
             group["lr"] = self.lr * self.recipe.schedule(self._done / self.total)
         inputs, targets = next(self._batches)
+        begun = time.process_time()
+        self._average.step_begins(self._optimizer)
         started = time.process_time()
         try:
             self.stepper.step(BatchLoss(self.model, self.recipe.loss, inputs, targets))
@@ -146,7 +148,7 @@ class Training(TakesTurns):
             self._diverged = True
         stepped = time.process_time()
         self._average.update(self._optimizer)
-        self._average_seconds += time.process_time() - stepped
+        self._average_seconds += time.process_time() - stepped + started - begun
         self.step_seconds += stepped - started
         self._done += 1
         if self._done % self._spacing == 0 or self.over():

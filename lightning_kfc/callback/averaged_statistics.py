@@ -35,9 +35,11 @@ def newest_share(steps: Steps, decay: float, power: int = POWER) -> Steps:
 class AveragedStatistics:
     """Averages of every batch norm's batch statistics, with the weights of the averaged parameters.
 
-    The statistics of a step's batches are computed from the change of the running statistics. Means and standard
-    deviations are averaged, since both scale with the weights before the layer. The averages depend neither on the
-    layer's momentum nor on its initial statistics. Instance norm and statistics of half precision are left alone.
+    The batches of a step are those of the weights before it: the statistics of step k + 1 enter with the share of the
+    weights of step k, and those of the initial weights are dropped. They are computed from the change of the running
+    statistics. Means and standard deviations are averaged, since both scale with the weights before the layer.
+    The averages depend neither on the layer's momentum nor on its initial statistics. Instance norm and statistics of
+    half precision are left alone.
 
     Args:
         module: The module; layers that are added later are left out.
@@ -51,6 +53,11 @@ class AveragedStatistics:
             if _has_statistics(layer):
                 groups[layer.running_mean.device, layer.running_mean.dtype][plain_name(name)] = layer
         self._groups = [_Group(layers, decay) for layers in groups.values()]
+
+    @property
+    def any(self) -> bool:
+        """Whether there are layers."""
+        return bool(self._groups)
 
     def update(self) -> None:
         """Mix in the batches since the last optimizer step; their number may differ between layers."""
@@ -111,7 +118,8 @@ class _Group:
         kept = torch.where(self._momentum.isnan(), 1 - batches / total, (1 - self._momentum) ** batches)
         moved = (batches > 0) & (kept < 1)
         self.updates += moved
-        weights = torch.where(moved, newest_share(self.updates, self._decay), 0)[self._layer_of]
+        newest = newest_share((self.updates - 1).clamp(min=1), self._decay)
+        weights = torch.where(moved, newest, 0)[self._layer_of]
         beyond = torch.where(moved, kept / (1 - kept), 0)[self._layer_of]
         self.mean.lerp_(mean + beyond * (mean - mean_before), weights)
         of_batches = variance + beyond * (variance - variance_before)

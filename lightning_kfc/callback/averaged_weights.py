@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,6 +28,8 @@ class _Average:
     parameter: Tensor
     value: Tensor
     updates: int = 1
+    #: Whether the parameter enters the average when its next step begins.
+    waits: bool = False
 
     def fits(self) -> bool:
         """Whether the parameter has not been replaced in place by another one."""
@@ -48,8 +50,9 @@ class AveragedWeights:
     After an optimizer's k-th step, its parameters enter their averages with weight
     :math:`\max(10/(k + 9), 1 - \text{decay})`: the initial weights do not count, the first steps are soon forgotten.
     A parameter that is added later starts at its own value. Parameters without an optimizer, such as those of a
-    teacher, are not averaged. Batch norm gets the statistics of the averaged steps
-    (:class:`~lightning_kfc.callback.averaged_statistics.AveragedStatistics`).
+    teacher, are not averaged. Batch norm gets the statistics of the averaged weights
+    (:class:`~lightning_kfc.callback.averaged_statistics.AveragedStatistics`). Those of the newest weights are known
+    after the next forward alone, so that in a module with batch norm weights enter the average one step later.
 
     Args:
         module: The module that trains.
@@ -66,8 +69,18 @@ class AveragedWeights:
         self._notices = Notices()
 
     @torch.no_grad()
+    def step_begins(self, optimizer: Optimizer) -> None:
+        """Mix the weights that wait for an optimizer's next step into the averages.
+
+        Args:
+            optimizer: The optimizer, before its step.
+        """
+        if self._set_aside is None:
+            self._mix([p for group in optimizer.param_groups for p in group["params"] if self._waits(p)])
+
+    @torch.no_grad()
     def update(self, optimizer: Optimizer) -> None:
-        """Mix the weights after an optimizer's step into the averages, unless the step was skipped.
+        """Mix the weights after an optimizer's step into the averages, or let them wait; skipped steps do not count.
 
         Args:
             optimizer: The optimizer, after its step and before its gradients are cleared.
@@ -80,21 +93,30 @@ class AveragedWeights:
         # Another optimizer's parameters, such as those of a probe, have no average. Most steps have none to look up.
         own = set(map(id, self._module.parameters())) if new else set()
         started = {id(p): _Average(p, p.detach().clone()) for p in new if id(p) in own}
+        known = [p for p in parameters if self._has_average(p)]
+        for p in known:
+            average = self._averages[id(p)]
+            average.updates, average.waits = average.updates + 1, self._statistics.any
+        if not self._statistics.any:
+            self._mix(known)
+        self._averages |= started
+        if known or started:
+            self._statistics.update()
+
+    def _mix(self, parameters: Iterable[Tensor]) -> None:
+        """Mix parameters into their averages."""
         alike: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
         for p in parameters:
-            if not self._has_average(p):
-                continue
             average = self._averages[id(p)]
-            average.updates += 1
-            weight = newest_share(average.updates, self._decay)
-            averages, values = alike[p.device, p.dtype, weight]
+            average.waits = False
+            averages, values = alike[p.device, p.dtype, newest_share(average.updates, self._decay)]
             averages.append(average.value)
             values.append(p.detach())
         for (_, _, weight), (averages, values) in alike.items():
             interpolate(averages, values, weight)
-        self._averages |= started
-        if alike or started:
-            self._statistics.update()
+
+    def _waits(self, parameter: Tensor) -> bool:
+        return self._has_average(parameter) and self._averages[id(parameter)].waits
 
     def _has_average(self, parameter: Tensor) -> bool:
         average = self._averages.get(id(parameter))
@@ -219,6 +241,7 @@ class AveragedWeights:
         buffers = {plain_name(name): buffer for name, buffer in self._module.named_buffers() if id(buffer) in running}
         return {
             "updates": {name: self._averages[id(p)].updates for name, p in named.items()},
+            "waits": [name for name, p in named.items() if self._averages[id(p)].waits],
             "training": {name: set_aside.get(id(t), t.detach()) for name, t in {**named, **buffers}.items()},
             "statistics": {} if written else self._statistics.state_dict(),
         }
@@ -242,7 +265,8 @@ class AveragedWeights:
                 problems.append(name)
                 continue
             if name in own:
-                self._averages[id(tensor)] = _Average(tensor, tensor.detach().clone(), updates[name])
+                waits = name in state.get("waits", ())
+                self._averages[id(tensor)] = _Average(tensor, tensor.detach().clone(), updates[name], waits)
             pairs.append((tensor, value))
         _write(pairs)
         self._statistics.load_state_dict(state["statistics"])

@@ -37,7 +37,7 @@ class TrainingStepCapture:
         self._kfc = kfc
         self._report = report
         self._notices = notices
-        #: Updated after each optimizer step; None for no average.
+        #: Updated before and after each optimizer step; None for no average.
         self.average: AveragedWeights | None = None
         #: Whether training has started: the state of a sharded optimizer is loaded earlier, by a step of zero.
         self.training = False
@@ -124,6 +124,8 @@ class TrainingStepCapture:
             self.warn_of_unseen_backward()
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self.average is not None and not self._stepping and self._active():
+            self.average.step_begins(optimizer)
         self._stepping.append(optimizer)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_kfc.curvature.layer import Layer
+from lightning_kfc.curvature.loss_magnitude import LossMagnitude
 from lightning_kfc.curvature.own_damping import OwnDamping
 from lightning_kfc.curvature.ownership import LayerOwnership
 from lightning_kfc.distributed.remote import RemoteInverse
@@ -94,6 +96,8 @@ def _state(layer: Layer) -> dict[str, Any]:
         state["rows"] = layer.rows
     if layer.own_damping.mean_square is not None:
         state["own_damping"] = asdict(layer.own_damping)
+    if math.isfinite(layer.loss.last):
+        state["loss"] = asdict(layer.loss)
     return state
 
 
@@ -117,8 +121,9 @@ def _load(
         # Moments belong to the basis of the inverse.
         moments = Moments(**_as(like, state["moments"])) if with_moments and "moments" in state else None
     averages = averages_of(state["factors"], like) if ownership.has_factors(layer) else {}
-    # A state has rows where they are known, and a damping of the layer where it is automatic.
-    layer.restore(averages, inverse, moments, state.get("rows"), OwnDamping(**state.get("own_damping", {})))
+    # A state has rows and a loss where they are known, and a damping of the layer where it is automatic.
+    damping, loss = OwnDamping(**state.get("own_damping", {})), LossMagnitude(**state.get("loss", {}))
+    layer.restore(averages, inverse, moments, state.get("rows"), damping, loss)
     return None
 
 

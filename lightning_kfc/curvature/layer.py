@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_kfc.curvature.loss_magnitude import LossMagnitude
 from lightning_kfc.curvature.own_damping import OwnDamping
 from lightning_kfc.curvature.weight_scale import mean_square
 from lightning_kfc.distributed.process_group import is_sharded
@@ -50,6 +51,8 @@ class Layer:
         self.pending: Statistics | None = None
         self.factorised_at = -1
         self.own_damping = OwnDamping()
+        #: The magnitude of the loss that trains the layer.
+        self.loss = LossMagnitude()
         #: The most rows of a step, a bound on the rank of the gradient; None if unknown.
         self.rows: int | None = None
         #: The roles of the parameters in factors and inverse; parameters may be frozen or unfrozen later.
@@ -196,9 +199,11 @@ class Layer:
         moments: Moments | None,
         rows: int | None,
         own_damping: OwnDamping,
+        loss: LossMagnitude,
     ) -> None:
         """Restore the parts of a checkpoint, for the parameters that are trainable now."""
-        self.averages, self.moments, self.rows, self.own_damping = averages, moments, rows, own_damping
+        self.averages, self.moments, self.rows = averages, moments, rows
+        self.own_damping, self.loss = own_damping, loss
         self.roles = tuple(self.adapter.own_parameters())
         self.previous_inverse = None
         self.inverse = None if inverse is None else inverse.in_precision(self.inverse_dtype)
@@ -231,6 +236,10 @@ class Layer:
         # After a failure the damping stays that of the present inverse, as on the other ranks.
         self.take_damping(own)
         return fresh
+
+    def note_loss(self, loss: float, *, never_negative: bool) -> None:
+        """Note the loss of a step; see :class:`~lightning_kfc.curvature.loss_magnitude.LossMagnitude`."""
+        self.loss = self.loss.with_loss(loss, never_negative=never_negative)
 
     def measure_weights(self) -> None:
         """Note the mean square of the weights, the unit of the automatic damping, once. Collective if sharded."""

@@ -96,7 +96,6 @@ class Batches:
                 self.losses,
                 loss_scale=loss_scale,
                 loss_fraction=loss_fraction,
-                usual_loss=self._reviewer.region.usual_loss,
                 unseen=self._pending.unseen,
             )
         except Exception as error:

@@ -60,7 +60,7 @@ def back_propagate(
     test: SelfTest | None = None,
     examples: Mapping[str, ExampleGradients] | None = None,
     *,
-    mean_fraction: float | None = None,
+    mean_fractions: Sequence[float] | None = None,
     on_failure: OnFailure = _raised,
 ) -> dict[int, Statistics]:
     """The statistics of every call that the seeds reach.
@@ -71,15 +71,15 @@ def back_propagate(
         scale: From :func:`seed_scale`; undone here.
         test: The self-test of the layers that wait for it, or None.
         examples: The collectors of single examples' gradients, by layer.
-        mean_fraction: The loss's fraction of the optimizer step, if the seeds are those of a whole loss that is a mean
-            over examples; None for seeds of terms.
+        mean_fractions: For each call, the loss's fraction of the optimizer step times the unit of the products, if the
+            seeds are those of a whole loss that is a mean over examples; None for seeds of terms.
         on_failure: Called with the name of a layer whose statistics could not be formed, and with the error.
 
     Returns:
         Statistics by the position of the call.
     """
     edges = [call.edge for call in calls]
-    factors = _factors(calls, scale, mean_fraction)
+    factors = _factors(calls, scale, mean_fractions)
     reached: dict[int, Statistics] = {}
     jointly: dict[str, list[tuple[int, Call, Tensor]]] = {}
 
@@ -145,14 +145,19 @@ def gradient_norm(seeds: Seeds, calls: Sequence[Call]) -> float:
     return math.sqrt(sum(squares))
 
 
-def _factors(calls: Sequence[Call], scale: float, mean_fraction: float | None) -> list[float]:
+def _factors(calls: Sequence[Call], scale: float, mean_fractions: Sequence[float] | None) -> list[float]:
     """The factor on products of two derivatives at each call's output."""
-    if mean_fraction is None:
+    if mean_fractions is None:
         return [1.0 / scale**2] * len(calls)
-    sizes = {index: _examples(call) for index, call in enumerate(calls) if call.adapter.has_rows}
-    # A parameter that no call explains has no batch.
-    batch = max(sizes.values(), default=1)
-    return [sizes.get(index, batch) / mean_fraction / scale**2 for index in range(len(calls))]
+    # A parameter that no call explains has no batch of its own.
+    batch = examples(calls)
+    sizes = [_examples(call) if call.adapter.has_rows else batch for call in calls]
+    return [size / fraction / scale**2 for size, fraction in zip(sizes, mean_fractions, strict=True)]
+
+
+def examples(calls: Sequence[Call]) -> int:
+    """The number of examples of a batch, the largest of its calls; 1 if no call has rows."""
+    return max((_examples(call) for call in calls if call.adapter.has_rows), default=1)
 
 
 def _examples(call: Call) -> int:

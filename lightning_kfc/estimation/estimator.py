@@ -200,7 +200,6 @@ class Estimator:
         *,
         loss_scale: float,
         loss_fraction: float,
-        usual_loss: float,
         unseen: Set[str],
     ) -> StepStatistics:
         """Back-propagate the seeds of a loss, while its graph lives. Call between :meth:`pause` and :meth:`resume`.
@@ -210,7 +209,6 @@ class Estimator:
             micro_batch: The number of earlier losses of this step.
             loss_scale: The factor that a gradient scaler has multiplied ``loss`` by.
             loss_fraction: The share of ``loss`` in the optimizer step, for terms without a known weight.
-            usual_loss: A magnitude of the step's loss, equal on all ranks; NaN before there is one.
             unseen: Layers whose examples are not collected.
 
         Raises:
@@ -239,7 +237,7 @@ class Estimator:
                 sinks_at_rest(loss),
                 custom.kept(loss) if loss.requires_grad else contextlib.nullcontext(),
             ):
-                return self._statistics(loss, micro_batch, loss_scale, loss_fraction, usual_loss, unseen, failures)
+                return self._statistics(loss, micro_batch, loss_scale, loss_fraction, unseen, failures)
         except Exception as error:
             if custom.failed is None:
                 raise
@@ -257,7 +255,6 @@ class Estimator:
         micro_batch: int,
         loss_scale: float,
         loss_fraction: float,
-        usual_loss: float,
         unseen: Set[str],
         failures: Failures,
     ) -> StepStatistics:
@@ -271,7 +268,7 @@ class Estimator:
             refuse_reentrant_checkpointing(loss)
             self._graph_checked = True
         generator = self._streams.generator(step, micro_batch)
-        due = DueLoss(loss, step, loss_scale, loss_fraction, usual_loss, self._losses, calls, examples, generator)
+        due = DueLoss(loss, step, loss_scale, loss_fraction, self._losses, calls, examples, generator)
         test = self.self_test.running
         found = self._of_losses(due, failures)
         unexplained = {} if test is None else self.self_test.concluded(test)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from lightning_kfc.curvature.layer import Layer
-from lightning_kfc.estimation.back_propagation import added, back_propagate, reaches
+from lightning_kfc.estimation.back_propagation import added, back_propagate, examples, reaches
 from lightning_kfc.estimation.example_gradients import ExampleGradients, StepExamples
 from lightning_kfc.estimation.recording import Call
 from lightning_kfc.estimation.rest import Rest
 from lightning_kfc.estimation.seeds import (
     Seeds,
+    WeightedTerm,
     all_zero,
     never_negative,
     seed_passes,
@@ -44,7 +45,6 @@ class DueLoss:
         step: The optimizer step.
         scale: The factor that a gradient scaler has multiplied ``loss`` by.
         fraction: The share of ``loss`` in the optimizer step, for terms without a known weight.
-        usual_loss: A magnitude of the step's loss, equal on all ranks; NaN before there is one.
         losses: The loss functions that were called in the forward.
         calls: The calls of layers in the forward.
         examples: Collect the gradients of single examples, by layer.
@@ -55,17 +55,10 @@ class DueLoss:
     step: int
     scale: float
     fraction: float
-    usual_loss: float
     losses: LossRecorder
     calls: Sequence[Call]
     examples: dict[str, ExampleGradients]
     generator: Callable[[torch.device], torch.Generator]
-
-    @property
-    def magnitude(self) -> float:
-        """The usual magnitude of the loss, or its present one; 1 without either."""
-        own = abs(float(self.loss.detach())) / self.scale / self.fraction
-        return next((value for value in (self.usual_loss, own) if math.isfinite(value) and value > 0), 1.0)
 
 
 @dataclass
@@ -180,7 +173,7 @@ class LossStatistics:
             self.traits, mixed = LossTraits(), False
             found = self._of_whole_loss(due, rest, terms, failures)
         if mixed:
-            found = added(found, self._empirical(due, rest.seeds(), failures))
+            found = added(found, self._empirical(due, rest.seeds(), failures, outputs=_outputs(kept, calls)))
         # A term outside this loss may belong to a later loss of the same training step.
         due.losses.terms[:] = [term for term in terms if all(term is not w.term for w in kept)]
         return found
@@ -213,14 +206,23 @@ class LossStatistics:
             self._events.count("unrecognised_losses")
         return found
 
-    def _empirical(self, due: DueLoss, seeds: Seeds, failures: Failures) -> dict[int, Statistics]:
-        r"""The empirical Fisher of a loss, or of its rest, as a mean over examples.
+    def _empirical(
+        self, due: DueLoss, seeds: Seeds, failures: Failures, *, outputs: float = 0.5
+    ) -> dict[int, Statistics]:
+        r"""The empirical Fisher of a loss, or of its rest, as a mean over examples, in the unit of the loss.
 
         With :math:`h = \frac{f}{N}\sum_i h_i`, f the loss's fraction of the optimizer step, the rows of h itself are
         :math:`f/N` of those of the examples, so that :math:`G = (N/f)\sum_r g_r g_r^\top`, N the examples of each call.
 
-        Its unit is the loss's square. Half of it over the loss has the unit of a curvature: for a square of one number
-        it is the generalised Gauss-Newton matrix.
+        The unit of G is the loss's square, that of a curvature the loss. For the square of one number, half of G over
+        the loss is the generalised Gauss-Newton matrix. For a sum of several squares it is too small by their number.
+
+        Args:
+            due: The loss.
+            seeds: Those of the loss or of its rest.
+            failures: Takes the errors of layers.
+            outputs: The factor on G over the loss: 1/2 for a whole loss. For a rest, which is taken as half of the
+                loss, the number of recognised terms for each example.
         """
         test = self._self_test.running
         if test is not None and self._fisher != "empirical":
@@ -232,11 +234,23 @@ class LossStatistics:
             1.0,
             test,
             due.examples,
-            mean_fraction=2 * due.magnitude * due.fraction,
+            mean_fractions=[unit * due.fraction / outputs for unit in self._units(due)],
             on_failure=failures.note,
         )
+
+    def _units(self, due: DueLoss) -> list[float]:
+        """By call, the usual magnitude of the loss that trains its layer; that of this loss before there is one."""
+        own = abs(float(due.loss.detach())) / due.scale / due.fraction
+        usual = [self._layers[call.layer].loss.usual if call.layer in self._layers else math.nan for call in due.calls]
+        # A loss of 0 has no gradient.
+        return [unit if math.isfinite(unit) else own or 1.0 for unit in usual]
 
     def report_no_gradient(self, step: int) -> None:
         """Report a loss without a gradient, or with a zero one."""
         what = "no statistics are taken of this loss: its gradient is zero, or it has none"
         self._events.report("losses_without_gradient", step, what)
+
+
+def _outputs(terms: Sequence[WeightedTerm], calls: Sequence[Call]) -> float:
+    """The number of terms with a weight for each example of the calls, at least 1."""
+    return max(1.0, sum(int((own.weights > 0).sum()) for own in terms) / examples(calls))

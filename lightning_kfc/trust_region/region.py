@@ -31,6 +31,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning_kfc.curvature.loss_magnitude import LossMagnitude
 from lightning_kfc.scheduling.refresh_schedule import LATER_FROM
 from lightning_kfc.settings import Settings
 from lightning_kfc.trust_region.outcome import Outcome, Verdict
@@ -42,8 +43,6 @@ START_RADIUS, UNREVIEWED_RADIUS = 0.04, 0.013
 SMALLEST_RADIUS, LARGEST_RADIUS = 1e-6, 10.0
 #: An automatic damping, as a share of the loss, for weights of mean square 1.
 DAMPING = 3e-6
-#: The least ratio of a loss's magnitudes at two refreshes, for a loss that may be negative and so may come close to 0.
-SLOWEST_FALL = 0.5
 
 #: The number of first steps that are all reviewed, the period of reviews afterwards, and that from step LATER_FROM on.
 REVIEWED_AT_FIRST = 5
@@ -65,8 +64,8 @@ POOR, GOOD = 0.25, 0.75
 MOST_ROOM = 8.0
 #: A step is undone if the loss has grown by more than this share of the decrease that its slope predicted.
 TOLERATED_GROWTH = 0.1
-#: Reviewed steps in a row with a growing loss that end the reviews, if the losses of new batches do not fall: a radius
-#: 4,000 times smaller does not help either. Where they fall, as near a kink of the loss, the kept shares of steps help.
+#: Reviewed steps in a row with a growing loss that end the reviews, if it has not halved since the first: a radius
+#: 4,000 times smaller does not help either.
 MOST_RAISED = 12
 #: The largest slope of a step, as a multiple of a loss that cannot fall below 0. A quadratic model decreases by half of
 #: its slope until its minimum, so a larger slope predicts a decrease by more than the whole loss.
@@ -90,8 +89,8 @@ class TrustRegion:
         log_size: Running mean of the logarithm of a step's squared norm; NaN before there is one.
         first_loss: The magnitude of the loss at the first refresh; NaN before.
         poor: Whether the last reviewed step decreased the loss by much less than expected.
-        raised: The number of reviewed steps in a row that raised the loss beyond the tolerance, while the losses of new
-            batches did not fall either.
+        raised: The number of reviewed steps in a row that raised the loss beyond the tolerance, while it did not halve.
+        raised_from: The loss before the first of these.
         recent_slopes: The mean of c over recent steps.
         recent_losses: The mean loss of recent steps, each before the step.
         earlier_losses: The mean loss over more steps.
@@ -107,6 +106,7 @@ class TrustRegion:
     first_loss: float = math.nan
     poor: bool = False
     raised: int = 0
+    raised_from: float = math.nan
     recent_slopes: RunningMean = field(default_factory=lambda: RunningMean(RECENT_DECAY))
     recent_losses: RunningMean = field(default_factory=lambda: RunningMean(RECENT_DECAY))
     earlier_losses: RunningMean = field(default_factory=lambda: RunningMean(EARLIER_DECAY))
@@ -128,12 +128,7 @@ class TrustRegion:
 
         It is for weights of mean square 1, and a layer with as many inputs as rows in a step.
         """
-        return DAMPING * self.usual_loss
-
-    @property
-    def usual_loss(self) -> float:
-        """The geometric mean of the first and the present loss; NaN before the first."""
-        return math.sqrt(self.first_loss) * math.sqrt(self.loss)
+        return DAMPING * LossMagnitude(self.first_loss, self.loss).usual
 
     def note_loss(self, loss: float, *, never_negative: bool) -> None:
         """Set the magnitude of a loss as the unit of radius and damping, unless it is 0 or not finite.
@@ -142,13 +137,8 @@ class TrustRegion:
             loss: The loss of a step.
             never_negative: Whether the loss is known to be bounded below by 0.
         """
-        size = abs(loss)
-        if not math.isfinite(size) or size == 0:
-            return
-        known = math.isfinite(self.loss)
-        self.loss = max(size, SLOWEST_FALL * self.loss) if known and not never_negative else size
-        if math.isnan(self.first_loss):
-            self.first_loss = self.loss
+        noted = LossMagnitude(self.first_loss, self.loss).with_loss(loss, never_negative=never_negative)
+        self.first_loss, self.loss = noted.first, noted.last
         if self.automatic_radius and math.isnan(self.radius):
             self.radius = (START_RADIUS if self.reviews else UNREVIEWED_RADIUS) * self.loss
 
@@ -249,8 +239,11 @@ class TrustRegion:
         # If new statistics have not helped, and the loss falls all the same, both wait for their dates.
         hurry = poor and not (self.poor and growth < 0)
         self.poor = poor
-        falls = self.recent_losses.value < self.earlier_losses.value
-        self.raised = self.raised + (not falls) if undo else 0
+        # Near a kink of the loss each step is shortened, and the shortened steps bring it to its minimum.
+        halved = self.raised_from - outcome.loss_before > 0.5 * abs(self.raised_from)
+        if not undo or not self.raised or halved:
+            self.raised, self.raised_from = 0, outcome.loss_before
+        self.raised += undo
         self.review_next = self.review_next or hurry
         # A step whose slope leads uphill, as with momentum, is kept unless the loss has grown.
         shorten = undo or (poor and outcome.slope < 0)
@@ -271,6 +264,6 @@ class TrustRegion:
                 setattr(self, name, found)
 
     def _changing(self) -> list[str]:
-        names = ["loss", "first_loss", "review_next", "log_size", "poor", "raised"]
+        names = ["loss", "first_loss", "review_next", "log_size", "poor", "raised", "raised_from"]
         names += ["recent_slopes", "recent_losses", "earlier_losses"]
         return ["radius", "reviews", *names] if self.automatic_radius else names

@@ -176,8 +176,10 @@ class StepReviewer:
         loss = self._losses.of_step(parameters, self._device, traits)
         if loss is not None:
             self.region.note_loss(loss.magnitude, never_negative=loss.never_negative)
-        if self._scheduled is None:
-            for layer in layers:
+        for layer in layers:
+            if loss is not None:
+                layer.note_loss(loss.magnitude, never_negative=loss.never_negative)
+            if self._scheduled is None:
                 layer.measure_weights()
 
     def note_step_loss(self, coming: OptimizerStep, traits: LossTraits, *, first: bool) -> float | None:

@@ -194,3 +194,31 @@ def test_a_deep_network_without_normalisation_leaves_the_plateau_of_its_first_st
 
     # 44.3 is the loss of a constant output, on which the training stays if the damping is a share of the loss alone.
     assert min(trained(model, codes_of_four(), loss)[-5:]) < 35
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+@pytest.mark.parametrize("first", ["actor", "critic"])
+def test_a_loss_by_hand_has_its_own_unit_beside_that_of_another_optimizer(first: str, scale: float) -> None:
+    def actor_losses(scale: float) -> list[float]:
+        torch.manual_seed(0)
+        model = nn.ModuleDict({name: nn.Linear(6, 3) for name in ("actor", "critic")}).double()
+        kfc = KFC(model, damping=0.1, kl_clip=None)
+        optimizers = {name: torch.optim.SGD(part.parameters(), lr=0.5) for name, part in model.items()}
+        found = []
+        for x, y in itertools.islice(patterns(), 12):
+            x = x.flatten(1)[:, :6]
+            for name in sorted(model, key=lambda name: name != first):
+                optimizers[name].zero_grad()
+                with kfc.capture():
+                    log_p = model[name](x).log_softmax(1)
+                    loss = -(F.one_hot(y, 3) * log_p).sum(1).mean() * (scale if name == "critic" else 1.0)
+                kfc.back_propagate(loss)
+                loss.backward()
+                kfc.refresh(optimizers[name])
+                kfc.precondition(optimizer=optimizers[name])
+                optimizers[name].step()
+                if name == "actor":
+                    found.append(float(loss.detach()))
+        return found
+
+    assert actor_losses(scale) == actor_losses(1.0)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lightning_kfc import Categorical
 from lightning_kfc.curvature.layer import Layer
-from lightning_kfc.trust_region.region import SLOWEST_FALL
+from lightning_kfc.curvature.loss_magnitude import SLOWEST_FALL
 from tests.helpers import oracles
 from tests.helpers.nets import classes, data, double, engine, observe, small_conv_net, train_step
 

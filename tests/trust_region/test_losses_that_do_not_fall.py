@@ -66,6 +66,21 @@ def test_a_step_that_lowers_the_loss_begins_the_count_of_raised_losses_anew() ->
     assert region.raised == 0
 
 
+@pytest.mark.parametrize(("kept", "ends"), [(0.4, False), (0.97, True)])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_shortened_steps_that_halve_the_loss_begin_the_count_of_raised_losses_anew(
+    kept: float, ends: bool, sign: float
+) -> None:
+    # As near a kink, where each whole step raises the loss, and its kept share lowers it.
+    region, loss = TrustRegion(adapts_radius=True, radius=1.0, loss=1.0), sign
+    counts = []
+    for _ in range(3 * MOST_RAISED):
+        region.judge(Outcome(loss, loss + 1.0, slope=-1.0, curvature=0.0, penalty=0.0), size=1.0)
+        counts.append(region.raised)
+        loss -= (1 - kept) * abs(loss)
+    assert (max(counts) >= MOST_RAISED) == ends
+
+
 def test_a_gradient_that_leads_uphill_is_named_and_the_training_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     torch.manual_seed(0)
