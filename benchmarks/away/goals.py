@@ -230,7 +230,7 @@ def report(folder: Path = RESULTS) -> str:
         *rows_of_named(groups["home"], AVERAGES, BEST),
         *rows_of_recipes(recipes),
         *rows_of_costs(numbers["later_steps"]),
-        _row("recognised loss times 1e-6 to 1e6", "the same training", "`tests/engine/test_units.py`, to 1e-6", True),
+        _row("loss times 1e-6 to 1e6", "the same training", "`tests/engine/test_units.py`, to 1e-6", True),
         row_of_evaluation(numbers["evaluation_mode"]),
         row_of_divergences((r for records in groups.values() for r in records.values()), recipes),
     ]

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from lightning_kfc.utilities.autograd_graph import nodes_from
-from lightning_kfc.utilities.torch_internals import buffers_of, hooks_of, is_sink, set_hooks, set_sink_waits, sink_waits
+from lightning_kfc.utilities.torch_internals import (
+    buffers_of,
+    hooks_of,
+    is_sink,
+    set_fabric_backward,
+    set_hooks,
+    set_sink_waits,
+    sink_waits,
+)
 
 
 class _EagerStance:
@@ -156,16 +164,11 @@ def _random_streams_kept(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _as_by_fabric() -> Iterator[None]:
     """Let Fabric's hooks on outputs pass, which in mixed precision refuse what ``fabric.backward`` did not begin."""
-    flag = "_in_fabric_backward"
-    wrappers = [sys.modules.get(f"{name}.wrappers") for name in ("lightning.fabric", "lightning_fabric")]
-    before = [(module, getattr(module, flag)) for module in wrappers if hasattr(module, flag)]
-    for module, _ in before:
-        setattr(module, flag, True)
+    before = set_fabric_backward(True)
     try:
         yield
     finally:
-        for module, value in before:
-            setattr(module, flag, value)
+        set_fabric_backward(before)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
-"""All private names of torch that the package uses."""
+"""All private names of torch that the package uses, and that of Lightning Fabric."""
 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -239,3 +240,21 @@ def mark_as_stepped(optimizer: Any) -> None:
     """Keep schedulers from warning that they step before an optimizer, whose step must take attributes."""
     optimizer._opt_called = True
     optimizer.step._wrapped_by_lr_sched = True
+
+
+# Lightning Fabric, if it is imported.
+
+
+def set_fabric_backward(under_way: bool) -> bool:
+    """Set whether Fabric's hooks on outputs take a back-propagation for that of ``fabric.backward``.
+
+    Returns:
+        The former value.
+    """
+    before = False
+    for package in ("lightning.fabric", "lightning_fabric"):
+        module: Any = sys.modules.get(f"{package}.wrappers")
+        if module is not None:
+            before = before or bool(getattr(module, "_in_fabric_backward", False))
+            module._in_fabric_backward = under_way
+    return before

@@ -112,11 +112,21 @@ def test_a_state_has_the_keys_of_version_1_but_for_the_triangles_of_its_factors(
     state = run.kfc.state_dict()
     # The units of automatic settings, the last review, what is known of the loss, and the last updates, are new.
     del state["last_updates"], state["saturates"], state["added"], state["subtracted"]
-    for new in ("loss", "first_loss", "poor", "raised", "recent_slopes", "recent_losses", "earlier_losses"):
+    for new in (
+        "loss",
+        "first_loss",
+        "poor",
+        "raised",
+        "raised_from",
+        "recent_slopes",
+        "recent_losses",
+        "earlier_losses",
+    ):
         del state["trust_region"][new]
     state["trust_region"].pop("reviews", None)
     stored["trust_region"].pop("damping", None)
     for layer in state["layers"].values():
         layer.pop("own_damping", None)
+        layer.pop("loss", None)
     assert keys({**state, "events": {}}) == keys({**stored, "events": {}})
     assert stored["events"].keys() <= state["events"].keys()

@@ -324,7 +324,7 @@ def test_reviews_replay_the_loss_in_every_precision(precision: str, monkeypatch:
 def test_fabric_trains_in_every_precision_and_its_hooks_still_refuse_a_plain_backward(precision: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
-    fabric = Fabric(accelerator="cpu", devices=1, precision=precision)  # type: ignore[arg-type]
+    fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.5)
     wrapped, stepped = fabric.setup(model, optimizer)
     kfc, losses = KFC(model, damping="auto", kl_clip="auto"), []
