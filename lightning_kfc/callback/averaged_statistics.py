@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any, TypeVar
 
 import torch
@@ -59,10 +59,18 @@ class AveragedStatistics:
         """Whether there are layers."""
         return bool(self._groups)
 
-    def update(self) -> None:
-        """Mix in the batches since the last optimizer step; their number may differ between layers."""
+    def update(self, stepped: Set[int], averaged: Set[int]) -> None:
+        """Mix in the batches since the last step of each layer's optimizer; their number may differ between layers.
+
+        A layer in evaluation mode keeps its own statistics, as a teacher's. One whose parameters are not averaged is
+        mixed at each step.
+
+        Args:
+            stepped: The parameters that the present step moved, by ``id``.
+            averaged: All that are averaged.
+        """
         for group in self._groups:
-            group.update()
+            group.update(stepped, averaged)
 
     def broadcast(self, send: Callable[[Tensor], Tensor]) -> None:
         """Replace the averages by those of another rank. Collective: call on every rank."""
@@ -75,8 +83,13 @@ class AveragedStatistics:
         """Each running statistic, with its average."""
         return [pair for group in self._groups for pair in group.values()]
 
+    def checkpoint_bytes(self) -> int:
+        """Bytes of the tensors in :meth:`state_dict`, and of the running statistics that train."""
+        running = (group.running() for group in self._groups)
+        return sum(3 * (mean.nbytes + variance.nbytes) + seen.nbytes for mean, variance, seen in running)
+
     def state_dict(self) -> dict[str, Any]:
-        """By layer: ``mean``, ``deviation`` and the number of ``updates``."""
+        """By layer: ``mean``, ``deviation``, the number of ``updates``, and the running statistics ``before``."""
         return {name: state for group in self._groups for name, state in group.state().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -105,10 +118,18 @@ class _Group:
         means, variances = [layer.running_mean for layer in layers], [layer.running_var for layer in layers]
         return torch.cat(means), torch.cat(variances), torch.stack([layer.num_batches_tracked for layer in layers])
 
-    def update(self) -> None:
+    def update(self, stepped: Set[int], averaged: Set[int]) -> None:
         mean, variance, seen = self.running()
         mean_before, variance_before, seen_before = self.before
-        self.before = mean, variance, seen
+        own = [averaged & {id(p) for p in layer.parameters()} for layer in self._layers.values()]
+        due = [
+            layer.training and (not ids or not ids.isdisjoint(stepped))
+            for layer, ids in zip(self._layers.values(), own, strict=True)
+        ]
+        now = torch.tensor(due).to(seen.device)
+        channels = now[self._layer_of]
+        means, variances = torch.where(channels, mean, mean_before), torch.where(channels, variance, variance_before)
+        self.before = means, variances, torch.where(now, seen, seen_before)
         batches, total = (seen - seen_before).to(mean.dtype), seen.clamp(min=1).to(mean.dtype)
         momenta = [layer.momentum for layer in self._layers.values()]
         if momenta != self._momenta:
@@ -116,7 +137,7 @@ class _Group:
             self._momenta = momenta
             self._momentum = mean.new_tensor([float("nan") if m is None else m for m in momenta])
         kept = torch.where(self._momentum.isnan(), 1 - batches / total, (1 - self._momentum) ** batches)
-        moved = (batches > 0) & (kept < 1)
+        moved = now & (batches > 0) & (kept < 1)
         self.updates += moved
         newest = newest_share((self.updates - 1).clamp(min=1), self._decay)
         weights = torch.where(moved, newest, 0)[self._layer_of]
@@ -138,20 +159,24 @@ class _Group:
         ]
 
     def state(self) -> dict[str, Any]:
-        parts = zip(self._layers, self._split(self.mean), self._split(self.deviation), strict=True)
+        means, variances, seen = self.before
+        parts = zip(self._layers, *map(self._split, (self.mean, self.deviation, means, variances)), seen, strict=True)
         return {
-            name: {"mean": mean, "deviation": deviation, "updates": int(updates)}
-            for (name, mean, deviation), updates in zip(parts, self.updates.tolist(), strict=True)
+            name: {"mean": mean, "deviation": deviation, "updates": int(updates), "before": before}
+            for (name, mean, deviation, *before), updates in zip(parts, self.updates.tolist(), strict=True)
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        rows = zip(self._layers, self._split(self.mean), self._split(self.deviation), strict=True)
-        for number, (name, mean, deviation) in enumerate(rows):
+        self.before = self.running()
+        means, variances, seen = self.before
+        rows = zip(self._layers, *map(self._split, (self.mean, self.deviation, means, variances)), seen, strict=True)
+        for number, (name, mean, deviation, *before) in enumerate(rows):
             if name in state and state[name]["mean"].shape == mean.shape:
                 mean.copy_(state[name]["mean"])
                 deviation.copy_(state[name]["deviation"])
+                for own, saved in zip(before, state[name].get("before", ()), strict=False):
+                    own.copy_(saved)
                 self.updates[number] = state[name]["updates"]
-        self.before = self.running()
 
     def _split(self, channels: Tensor) -> tuple[Tensor, ...]:
         return torch.split_with_sizes(channels, self._sizes)

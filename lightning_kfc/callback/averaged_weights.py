@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,8 +28,6 @@ class _Average:
     parameter: Tensor
     value: Tensor
     updates: int = 1
-    #: Whether the parameter enters the average when its next step begins.
-    waits: bool = False
 
     def fits(self) -> bool:
         """Whether the parameter has not been replaced in place by another one."""
@@ -52,7 +50,7 @@ class AveragedWeights:
     A parameter that is added later starts at its own value. Parameters without an optimizer, such as those of a
     teacher, are not averaged. Batch norm gets the statistics of the averaged weights
     (:class:`~lightning_kfc.callback.averaged_statistics.AveragedStatistics`). Those of the newest weights are known
-    after the next forward alone, so that in a module with batch norm weights enter the average one step later.
+    after the next forward alone, so that in a module with batch norm weights enter the average with the next step.
 
     Args:
         module: The module that trains.
@@ -62,6 +60,8 @@ class AveragedWeights:
     def __init__(self, module: nn.Module, decay: float) -> None:
         self._module, self._decay = module, decay
         self._averages: dict[int, _Average] = {}
+        # With batch norm, the weights of the last forward, until the step that follows it.
+        self._begun: dict[int, Tensor] = {}
         self._statistics = AveragedStatistics(module, decay)
         # While the module holds averages.
         self._set_aside: list[_SetAside] | None = None
@@ -70,22 +70,27 @@ class AveragedWeights:
 
     @torch.no_grad()
     def step_begins(self, optimizer: Optimizer) -> None:
-        """Mix the weights that wait for an optimizer's next step into the averages.
+        """With batch norm, keep the weights before an optimizer's step, whose statistics the last forward has told.
 
         Args:
             optimizer: The optimizer, before its step.
         """
-        if self._set_aside is None:
-            self._mix([p for group in optimizer.param_groups for p in group["params"] if self._waits(p)])
+        if self._set_aside is None and self._statistics.any:
+            averaged = [p for group in optimizer.param_groups for p in group["params"] if self._has_average(p)]
+            # An optimizer that evaluates its closure again has already moved the weights.
+            self._begun |= {id(p): p.detach().clone() for p in averaged if id(p) not in self._begun}
 
     @torch.no_grad()
     def update(self, optimizer: Optimizer) -> None:
-        """Mix the weights after an optimizer's step into the averages, or let them wait; skipped steps do not count.
+        """Mix the weights after an optimizer's step into the averages, with batch norm those before it.
+
+        Skipped steps do not count.
 
         Args:
             optimizer: The optimizer, after its step and before its gradients are cleared.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        begun = {id(p): self._begun.pop(id(p)) for p in parameters if id(p) in self._begun}
         # A step in a validation is that of other weights.
         if self._set_aside is not None or all(p.grad is None for p in parameters) or _was_skipped(optimizer):
             return
@@ -93,30 +98,22 @@ class AveragedWeights:
         # Another optimizer's parameters, such as those of a probe, have no average. Most steps have none to look up.
         own = set(map(id, self._module.parameters())) if new else set()
         started = {id(p): _Average(p, p.detach().clone()) for p in new if id(p) in own}
-        known = [p for p in parameters if self._has_average(p)]
-        for p in known:
-            average = self._averages[id(p)]
-            average.updates, average.waits = average.updates + 1, self._statistics.any
-        if not self._statistics.any:
-            self._mix(known)
-        self._averages |= started
-        if known or started:
-            self._statistics.update()
-
-    def _mix(self, parameters: Iterable[Tensor]) -> None:
-        """Mix parameters into their averages."""
         alike: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
         for p in parameters:
+            if not self._has_average(p):
+                continue
             average = self._averages[id(p)]
-            average.waits = False
-            averages, values = alike[p.device, p.dtype, newest_share(average.updates, self._decay)]
+            # The weights before the k-th step are those of the step before.
+            weight = newest_share(average.updates + (id(p) not in begun), self._decay)
+            average.updates += 1
+            averages, values = alike[p.device, p.dtype, weight]
             averages.append(average.value)
-            values.append(p.detach())
+            values.append(begun.get(id(p), p.detach()))
         for (_, _, weight), (averages, values) in alike.items():
             interpolate(averages, values, weight)
-
-    def _waits(self, parameter: Tensor) -> bool:
-        return self._has_average(parameter) and self._averages[id(parameter)].waits
+        self._averages |= started
+        if alike or started:
+            self._statistics.update({id(p) for p in parameters}, self._averages.keys())
 
     def _has_average(self, parameter: Tensor) -> bool:
         average = self._averages.get(id(parameter))
@@ -220,7 +217,7 @@ class AveragedWeights:
     def checkpoint_bytes(self) -> int:
         """Bytes of the tensors in :meth:`state_dict`, once every trainable parameter has an average."""
         parameters = sum(p.nbytes for p in self._module.parameters() if p.requires_grad and not nn.parameter.is_lazy(p))
-        return parameters + 2 * sum(buffer.nbytes for buffer, _ in self._statistics.values())
+        return parameters + self._statistics.checkpoint_bytes()
 
     def description(self) -> str:
         """A sentence for the start-up report."""
@@ -231,7 +228,7 @@ class AveragedWeights:
 
     def state_dict(self) -> dict[str, Any]:
         """The weights that train, and the steps of each average; a checkpoint's module state holds the averages."""
-        if not self._averages:
+        if not (self._averages or self._statistics.any):
             return {}
         written = self._written()
         set_aside = {id(each.tensor): each.training for each in self._set_aside or ()}
@@ -241,7 +238,6 @@ class AveragedWeights:
         buffers = {plain_name(name): buffer for name, buffer in self._module.named_buffers() if id(buffer) in running}
         return {
             "updates": {name: self._averages[id(p)].updates for name, p in named.items()},
-            "waits": [name for name, p in named.items() if self._averages[id(p)].waits],
             "training": {name: set_aside.get(id(t), t.detach()) for name, t in {**named, **buffers}.items()},
             "statistics": {} if written else self._statistics.state_dict(),
         }
@@ -265,8 +261,7 @@ class AveragedWeights:
                 problems.append(name)
                 continue
             if name in own:
-                waits = name in state.get("waits", ())
-                self._averages[id(tensor)] = _Average(tensor, tensor.detach().clone(), updates[name], waits)
+                self._averages[id(tensor)] = _Average(tensor, tensor.detach().clone(), updates[name])
             pairs.append((tensor, value))
         _write(pairs)
         self._statistics.load_state_dict(state["statistics"])

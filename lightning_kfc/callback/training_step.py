@@ -79,6 +79,8 @@ class TrainingStepCapture:
     def step_begins(self, optimizer: Optimizer) -> None:
         """Note an optimizer step that Lightning's hooks have announced."""
         self._announced.add(id(optimizer))
+        if self.average is not None:
+            self.average.step_begins(optimizer)
 
     def warn_of_unseen_backward(self) -> None:
         """Warn about gradients from a backward that did not go through Lightning."""
@@ -124,8 +126,6 @@ class TrainingStepCapture:
             self.warn_of_unseen_backward()
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self.average is not None and not self._stepping and self._active():
-            self.average.step_begins(optimizer)
         self._stepping.append(optimizer)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

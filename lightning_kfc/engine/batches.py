@@ -154,6 +154,8 @@ class Batches:
         self._stages.factors.discard(layers)
         self._reviewer.forget_losses()
         self._reviewer.resume()
+        # As after a resume, whose sampled targets depend on this count.
+        self.losses = 0
 
     def follow_gradients(self) -> None:
         """Drop the statistics of gradients that were zeroed; call it just before each backward.

@@ -15,7 +15,7 @@ from lightning_kfc.factors.sparse import dense
 from lightning_kfc.losses.traits import LossTraits
 from lightning_kfc.trust_region.replay import RecordedLoss
 from lightning_kfc.utilities.autograd_graph import nodes_from
-from lightning_kfc.utilities.torch_internals import parameters_of
+from lightning_kfc.utilities.torch_internals import parameters_of, plain_name
 
 
 @dataclass
@@ -54,8 +54,8 @@ class LossesSeen:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._losses: list[SeenLoss] = []
-        # The ids of each stepped optimizer's parameters, by the id of the optimizer.
-        self._optimizers: dict[int, set[int]] = {}
+        # The ids of each stepped optimizer's parameters.
+        self._optimizers: list[set[int]] = []
 
     def note(self, loss: Tensor, loss_scale: float, recorded: RecordedLoss | None) -> None:
         """Add a loss whose backward follows; drop those with a zeroed gradient.
@@ -99,8 +99,8 @@ class LossesSeen:
         """
         own = {id(parameter) for parameter in parameters}
         if optimizer is not None:
-            self._optimizers[id(optimizer)] = own
-        others: set[int] = set().union(*self._optimizers.values()) if self._optimizers else set()
+            self._optimizers = [other for other in self._optimizers if other.isdisjoint(own)] + [own]
+        others: set[int] = set().union(*self._optimizers)
         for seen in self._losses:
             seen.parameters = {key: p for key, p in seen.parameters.items() if key in others and key not in own}
         self._losses = [seen for seen in self._losses if seen.parameters]
@@ -113,6 +113,17 @@ class LossesSeen:
     def forget(self) -> None:
         """Drop all losses."""
         self._losses = []
+
+    def optimizers(self) -> list[list[str]]:
+        """The names of the parameters of each stepped optimizer, if there are several."""
+        named = self._model.named_parameters(remove_duplicate=False) if self.of_several_optimizers else ()
+        names = {id(p): plain_name(name) for name, p in named}
+        return [sorted(names[key] for key in own if key in names) for own in self._optimizers if names]
+
+    def load_optimizers(self, found: Iterable[Iterable[str]]) -> None:
+        """Know the stepped optimizers by what :meth:`optimizers` returned."""
+        ids = {plain_name(name): id(p) for name, p in self._model.named_parameters(remove_duplicate=False)}
+        self._optimizers = [{ids[name] for name in names if name in ids} for names in found]
 
     def _trained_by(self, loss: Tensor) -> dict[int, Tensor]:
         if len(self._optimizers) > 1 and loss.grad_fn is not None:

@@ -74,6 +74,14 @@ class StepReviewer:
         self.last: Verdict | None = None
         self.last_updates = LastUpdates(region)
 
+    def optimizers(self) -> list[list[str]]:
+        """See :meth:`~lightning_kfc.trust_region.losses_seen.LossesSeen.optimizers`."""
+        return self._losses.optimizers()
+
+    def load_optimizers(self, found: Iterable[Iterable[str]]) -> None:
+        """See :meth:`~lightning_kfc.trust_region.losses_seen.LossesSeen.load_optimizers`."""
+        self._losses.load_optimizers(found)
+
     # Damping and bound in force.
 
     def damping_at(self, step: int) -> float:

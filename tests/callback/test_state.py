@@ -63,6 +63,48 @@ def test_a_run_resumed_at_any_step_is_the_uninterrupted_one_bit_for_bit(tmp_path
     assert tried == steps
 
 
+class BodyAndHead(ConvNet):
+    """Manual optimization: one backward, after which two optimizers step."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), lr=0.5, momentum=0.5) for part in (self.body, self.head)]
+
+    def training_step(self, batch, batch_idx):
+        self.zero_grad()
+        self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+
+class Broken(ConvNet):
+    """Some losses are NaN, whose steps are skipped."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * torch.nan if self.current_epoch in (0, 3, 4, 7) else loss
+
+
+@pytest.mark.filterwarnings("ignore:KFCCallback skips this optimizer step")
+@pytest.mark.parametrize("kind", [BodyAndHead, Broken])
+def test_runs_of_two_optimizers_and_of_skipped_steps_are_resumed_bit_for_bit(kind, tmp_path):
+    def fitted(*callbacks, path=None):
+        torch.manual_seed(3)
+        module, callback = kind(), KFCCallback()
+        torch.manual_seed(7)
+        used = trainer(callback, *callbacks, max_epochs=12, enable_checkpointing=True)
+        used.fit(module, loader(images(16), batch_size=16), ckpt_path=path)
+        return module, callback
+
+    whole = fitted(ModelCheckpoint(dirpath=tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}"))
+    for epoch in range(11):
+        again = fitted(path=tmp_path / f"epoch={epoch}.ckpt")
+        assert_same(*again, *whole)
+
+
 @pytest.mark.slow
 def test_a_run_that_was_killed_in_any_hook_is_resumed_bit_for_bit(tmp_path):
     hooks = ["on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward"]
