@@ -614,6 +614,7 @@ def test_a_teacher_keeps_its_own_statistics_of_batch_norm():
     assert module.seen == [True] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*training_step. returned .None")
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
 def test_averages_go_on_bit_for_bit_after_a_skipped_step(tmp_path):

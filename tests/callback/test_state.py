@@ -88,6 +88,7 @@ class Broken(ConvNet):
         return loss * torch.nan if self.current_epoch in (0, 3, 4, 7) else loss
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:KFCCallback skips this optimizer step")
 @pytest.mark.parametrize("kind", [BodyAndHead, Broken])
 def test_runs_of_two_optimizers_and_of_skipped_steps_are_resumed_bit_for_bit(kind, tmp_path):
