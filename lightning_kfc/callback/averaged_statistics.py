@@ -104,13 +104,17 @@ class _Group:
     def __init__(self, layers: dict[str, AnyBatchNorm], decay: float) -> None:
         self._layers, self._decay = layers, decay
         self._sizes = [layer.num_features for layer in layers.values()]
+        self._parameters = [{id(parameter) for parameter in layer.parameters()} for layer in layers.values()]
         self.before = self.running()
         first = self.before[0]
         self._layer_of = torch.arange(len(layers)).repeat_interleave(torch.tensor(self._sizes)).to(first.device)
         self.mean, self.deviation = torch.zeros_like(first), torch.zeros_like(first)
         self.updates = first.new_zeros(len(layers))
+        # What a step has in common with the one before.
         self._momenta: list[float | None] = []
         self._momentum = first
+        self._due: list[bool] = []
+        self._now = self._layer_of
 
     def running(self) -> tuple[Tensor, Tensor, Tensor]:
         """Means and variances of all channels, and each layer's number of batches."""
@@ -121,13 +125,13 @@ class _Group:
     def update(self, stepped: Set[int], averaged: Set[int]) -> None:
         mean, variance, seen = self.running()
         mean_before, variance_before, seen_before = self.before
-        own = [averaged & {id(p) for p in layer.parameters()} for layer in self._layers.values()]
         due = [
-            layer.training and (not ids or not ids.isdisjoint(stepped))
-            for layer, ids in zip(self._layers.values(), own, strict=True)
+            layer.training and (averaged.isdisjoint(own) or not own.isdisjoint(stepped))
+            for layer, own in zip(self._layers.values(), self._parameters, strict=True)
         ]
-        now = torch.tensor(due).to(seen.device)
-        channels = now[self._layer_of]
+        if due != self._due:
+            self._due, self._now = due, torch.tensor(due).to(seen.device)
+        now, channels = self._now, self._now[self._layer_of]
         means, variances = torch.where(channels, mean, mean_before), torch.where(channels, variance, variance_before)
         self.before = means, variances, torch.where(now, seen, seen_before)
         batches, total = (seen - seen_before).to(mean.dtype), seen.clamp(min=1).to(mean.dtype)

@@ -94,14 +94,14 @@ class AveragedWeights:
         # A step in a validation is that of other weights.
         if self._set_aside is not None or all(p.grad is None for p in parameters) or _was_skipped(optimizer):
             return
-        new = [p for p in parameters if p.grad is not None and not self._has_average(p)]
+        known = [p for p in parameters if self._has_average(p)]
+        known_ids = set(map(id, known))
+        new = [p for p in parameters if p.grad is not None and id(p) not in known_ids]
         # Another optimizer's parameters, such as those of a probe, have no average. Most steps have none to look up.
         own = set(map(id, self._module.parameters())) if new else set()
         started = {id(p): _Average(p, p.detach().clone()) for p in new if id(p) in own}
         alike: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
-        for p in parameters:
-            if not self._has_average(p):
-                continue
+        for p in known:
             average = self._averages[id(p)]
             # The weights before the k-th step are those of the step before.
             weight = newest_share(average.updates + (id(p) not in begun), self._decay)
@@ -113,7 +113,7 @@ class AveragedWeights:
             interpolate(averages, values, weight)
         self._averages |= started
         if alike or started:
-            self._statistics.update({id(p) for p in parameters}, self._averages.keys())
+            self._statistics.update(set(map(id, parameters)), self._averages.keys())
 
     def _has_average(self, parameter: Tensor) -> bool:
         average = self._averages.get(id(parameter))

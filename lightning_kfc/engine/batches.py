@@ -79,7 +79,7 @@ class Batches:
             loss_scale: The factor that a gradient scaler has multiplied ``loss`` by.
             loss_fraction: The share of ``loss`` in the optimizer step, for terms without a known weight.
         """
-        self._reviewer.note_loss(loss, loss_scale)
+        self._reviewer.note_loss(loss, loss_scale, statistics=self._estimator.active)
         if not self._estimator.active:
             return
         # In manual optimization the forward is still being recorded.

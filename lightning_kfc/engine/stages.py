@@ -153,7 +153,7 @@ class Stages:
             "self_test_done": self.estimator.self_test.done,
             **asdict(self.estimator.traits),
             "last_updates": self.reviewer.last_updates.state() if factors else [],
-            "optimizers": self.reviewer.optimizers(),
+            "optimizers": self.reviewer.losses.state(),
             **{name: part.state_dict() for name, part in self._with_state().items()},
         }
 
@@ -173,7 +173,7 @@ class Stages:
         if self.reviewer.region.automatic_radius and not self.reviewer.active:
             inform("KFC: reviews of steps had ended before this state was saved, and do not begin again.")
         self.reviewer.last_updates.load(state.get("last_updates", ()), next(self.model.parameters()).device)
-        self.reviewer.load_optimizers(state.get("optimizers", ()))
+        self.reviewer.losses.load(state.get("optimizers", ()))
         if state["layers"] is None:
             self.tracker.restart(self.steps.number)
             return ["the state holds no factors: curvature is estimated anew, beginning with a warm-up"]

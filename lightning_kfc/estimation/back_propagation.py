@@ -149,17 +149,17 @@ def _factors(calls: Sequence[Call], scale: float, mean_fractions: Sequence[float
     """The factor on products of two derivatives at each call's output."""
     if mean_fractions is None:
         return [1.0 / scale**2] * len(calls)
-    # A parameter that no call explains has no batch of its own.
-    batch = examples(calls)
-    sizes = [_examples(call) if call.adapter.has_rows else batch for call in calls]
-    return [size / fraction / scale**2 for size, fraction in zip(sizes, mean_fractions, strict=True)]
+    pairs = zip(numbers_of_examples(calls), mean_fractions, strict=True)
+    return [number / fraction / scale**2 for number, fraction in pairs]
 
 
-def examples(calls: Sequence[Call]) -> int:
-    """The number of examples of a batch, the largest of its calls; 1 if no call has rows."""
-    return max((_examples(call) for call in calls if call.adapter.has_rows), default=1)
-
-
-def _examples(call: Call) -> int:
-    """The number of examples of a call, from its adapter."""
-    return call.adapter.output_rows(torch.empty(call.output_shape, device="meta")).shape[0]
+def numbers_of_examples(calls: Sequence[Call]) -> list[int]:
+    """The number of examples of each call, from its adapter; of a call without rows the largest, 1 without any."""
+    found = [
+        call.adapter.output_rows(torch.empty(call.output_shape, device="meta")).shape[0]
+        if call.adapter.has_rows
+        else None
+        for call in calls
+    ]
+    largest = max((number for number in found if number is not None), default=1)
+    return [largest if number is None else number for number in found]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_kfc.curvature.layer import Layer
-from lightning_kfc.estimation.back_propagation import added, back_propagate, examples, reaches
+from lightning_kfc.estimation.back_propagation import added, back_propagate, numbers_of_examples, reaches
 from lightning_kfc.estimation.example_gradients import ExampleGradients, StepExamples
 from lightning_kfc.estimation.recording import Call
 from lightning_kfc.estimation.rest import Rest
@@ -173,7 +173,7 @@ class LossStatistics:
             self.traits, mixed = LossTraits(), False
             found = self._of_whole_loss(due, rest, terms, failures)
         if mixed:
-            found = added(found, self._empirical(due, rest.seeds(), failures, outputs=_outputs(kept, calls)))
+            found = added(found, self._empirical(due, rest.seeds(), failures, factor=_terms_per_example(kept, calls)))
         # A term outside this loss may belong to a later loss of the same training step.
         due.losses.terms[:] = [term for term in terms if all(term is not w.term for w in kept)]
         return found
@@ -207,7 +207,7 @@ class LossStatistics:
         return found
 
     def _empirical(
-        self, due: DueLoss, seeds: Seeds, failures: Failures, *, outputs: float = 0.5
+        self, due: DueLoss, seeds: Seeds, failures: Failures, *, factor: float = 0.5
     ) -> dict[int, Statistics]:
         r"""The empirical Fisher of a loss, or of its rest, as a mean over examples, in the unit of the loss.
 
@@ -221,7 +221,7 @@ class LossStatistics:
             due: The loss.
             seeds: Those of the loss or of its rest.
             failures: Takes the errors of layers.
-            outputs: The factor on G over the loss: 1/2 for a whole loss. For a rest, which is taken as half of the
+            factor: The factor on G over the loss: 1/2 for a whole loss. For a rest, which is taken as half of the
                 loss, the number of recognised terms for each example.
         """
         test = self._self_test.running
@@ -234,7 +234,7 @@ class LossStatistics:
             1.0,
             test,
             due.examples,
-            mean_fractions=[unit * due.fraction / outputs for unit in self._units(due)],
+            mean_fractions=[unit * due.fraction / factor for unit in self._units(due)],
             on_failure=failures.note,
         )
 
@@ -251,6 +251,7 @@ class LossStatistics:
         self._events.report("losses_without_gradient", step, what)
 
 
-def _outputs(terms: Sequence[WeightedTerm], calls: Sequence[Call]) -> float:
+def _terms_per_example(terms: Sequence[WeightedTerm], calls: Sequence[Call]) -> float:
     """The number of terms with a weight for each example of the calls, at least 1."""
-    return max(1.0, sum(int((own.weights > 0).sum()) for own in terms) / examples(calls))
+    number = sum(int((own.weights > 0).sum()) for own in terms)
+    return max(1.0, number / max(numbers_of_examples(calls), default=1))

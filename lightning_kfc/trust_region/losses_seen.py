@@ -114,14 +114,14 @@ class LossesSeen:
         """Drop all losses."""
         self._losses = []
 
-    def optimizers(self) -> list[list[str]]:
+    def state(self) -> list[list[str]]:
         """The names of the parameters of each stepped optimizer, if there are several."""
         named = self._model.named_parameters(remove_duplicate=False) if self.of_several_optimizers else ()
         names = {id(p): plain_name(name) for name, p in named}
         return [sorted(names[key] for key in own if key in names) for own in self._optimizers if names]
 
-    def load_optimizers(self, found: Iterable[Iterable[str]]) -> None:
-        """Know the stepped optimizers by what :meth:`optimizers` returned."""
+    def load(self, found: Iterable[Iterable[str]]) -> None:
+        """Know the stepped optimizers by what :meth:`state` returned."""
         ids = {plain_name(name): id(p) for name, p in self._model.named_parameters(remove_duplicate=False)}
         self._optimizers = [{ids[name] for name in names if name in ids} for names in found]
 

@@ -46,6 +46,7 @@ class StepReviewer:
 
     Attributes:
         region: The trust region.
+        losses: The losses of the coming steps.
         last: The last verdict.
         last_updates: The last updates, whose slopes on the next batch adjust the radius.
     """
@@ -66,21 +67,13 @@ class StepReviewer:
         self._events = events
         self._ownership = ownership
         self._tape: Tape | None = None
-        self._losses = LossesSeen(model)
+        self.losses = LossesSeen(model)
         self._snapshot: StepSnapshot | None = None
         # Whether the first review of the fit has checked that a replay reproduces the loss.
         self._checked = False
         self._misses = 0
         self.last: Verdict | None = None
         self.last_updates = LastUpdates(region)
-
-    def optimizers(self) -> list[list[str]]:
-        """See :meth:`~lightning_kfc.trust_region.losses_seen.LossesSeen.optimizers`."""
-        return self._losses.optimizers()
-
-    def load_optimizers(self, found: Iterable[Iterable[str]]) -> None:
-        """See :meth:`~lightning_kfc.trust_region.losses_seen.LossesSeen.load_optimizers`."""
-        self._losses.load_optimizers(found)
 
     # Damping and bound in force.
 
@@ -140,20 +133,22 @@ class StepReviewer:
         if self._tape is not None:
             self._tape.paused = False
 
-    def note_loss(self, loss: Tensor, loss_scale: float) -> None:
-        """Note a loss whose backward follows.
+    def note_loss(self, loss: Tensor, loss_scale: float, *, statistics: bool) -> None:
+        """Note a loss whose backward follows, if its magnitude is needed.
 
         Args:
             loss: The loss, multiplied by ``loss_scale``.
             loss_scale: The factor of a gradient scaler.
+            statistics: Whether statistics of this loss are taken, whose unit may be a magnitude of the loss.
         """
+        needed = statistics or self._scheduled is None or self.region.automatic_radius
         # An optimizer that calls its closure again has already moved the weights.
-        if self._snapshot is None:
-            self._losses.note(loss, loss_scale, self._tape.locate(loss) if self._tape is not None else None)
+        if needed and self._snapshot is None:
+            self.losses.note(loss, loss_scale, self._tape.locate(loss) if self._tape is not None else None)
 
     def forget_losses(self) -> None:
         """Drop the noted losses and the snapshot."""
-        self._losses.forget()
+        self.losses.forget()
         self._snapshot = None
 
     def cancel(self) -> None:
@@ -171,7 +166,7 @@ class StepReviewer:
             parameters: The parameters that were stepped.
             optimizer: The optimizer; None if it is unknown.
         """
-        self._losses.stepped(parameters, optimizer)
+        self.losses.stepped(parameters, optimizer)
 
     def measure_units(self, layers: Sequence[Layer], traits: LossTraits) -> None:
         """Take the loss of the coming step, and the layers' weights, as units. Collective: call on every rank.
@@ -181,7 +176,7 @@ class StepReviewer:
             traits: What is known of the loss.
         """
         parameters = [parameter for layer in layers for parameter in layer.trained_parameters().values()]
-        loss = self._losses.of_step(parameters, self._device, traits)
+        loss = self.losses.of_step(parameters, self._device, traits)
         if loss is not None:
             self.region.note_loss(loss.magnitude, never_negative=loss.never_negative)
         for layer in layers:
@@ -204,12 +199,12 @@ class StepReviewer:
         if not self.region.adapts_radius:
             return None
         signs = directions(coming.optimizer)
-        loss = self._losses.of_step(coming.parameters, self._device, traits)
+        loss = self.losses.of_step(coming.parameters, self._device, traits)
         if loss is None:
             return None
         if first:
             value = -loss.value if signs == {1} else loss.value
-            self.region.note_step_loss(value, comparable=not self._losses.of_several_optimizers)
+            self.region.note_step_loss(value, comparable=not self.losses.of_several_optimizers)
         return self.region.most_decrease(loss.value) if loss.never_negative and signs == {-1} else None
 
     def before_step(self, step: int, size: float, damping: float, coming: OptimizerStep) -> None:
@@ -230,7 +225,7 @@ class StepReviewer:
         if len(directions(coming.optimizer)) > 1:
             self._end_with_warning("the optimizer has maximize=True in some parameter groups alone")
             return
-        losses = self._losses.of(coming.parameters)
+        losses = self.losses.of(coming.parameters)
         found = replayability(self._tape, losses, self._device)
         losses = [seen for seen in losses if seen.recorded is not None]
         if found.refused:

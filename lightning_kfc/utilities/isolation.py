@@ -73,7 +73,7 @@ def leaving_no_trace(model: nn.Module) -> Iterator[None]:
     """Protect buffers, random streams and hooks on parameters from an extra back-propagation.
 
     Under activation checkpointing, the back-propagation runs forwards again, which update buffers and draw random
-    numbers.
+    numbers. Fabric takes it for its own.
     """
     with _buffers_kept(model), _random_streams_kept(model), _parameter_hooks_set_aside(model), _as_by_fabric():
         yield
