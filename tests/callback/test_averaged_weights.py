@@ -234,6 +234,18 @@ def test_outside_of_fit_nothing_is_exchanged():
     assert same(weights(module), after)
 
 
+def test_a_test_sees_the_weights_that_fit_leaves():
+    class Tested(Line):
+        def test_step(self, batch, batch_idx):
+            seen.append(weights(self))
+
+    torch.manual_seed(3)
+    module, seen = Tested().note(), []
+    fit(module, KFCCallback()).test(module, loader(vectors(8)), verbose=False)
+    assert_close(seen[-1], averaged_by_hand(module.steps, 0.9))
+    assert same(seen[-1], weights(module))
+
+
 def validation_loss(module, data):
     with torch.no_grad():
         return F.cross_entropy(module(data.tensors[0]), data.tensors[1]).item()
