@@ -856,7 +856,7 @@ def test_parts_of_the_engine_are_switched_off_in_the_ablation_alone() -> None:
         stepper = (ablation.DEFAULT if name == "kfc" else names[name]).make(model, 0.5, 0)
         assert isinstance(stepper, KFCStepper)
         reviewer = stepper.kfc.reviewer
-        reviewer.note_loss(torch.tensor(3.0), 1.0)
+        reviewer.note_loss(torch.tensor(3.0), 1.0, statistics=True)
         shares[name] = (
             *(reviewer.region.judge(outcome, 1.0).kept_share for outcome in (poor, grown)),
             reviewer.region.most_decrease(3.0),
