@@ -82,7 +82,8 @@ def _difference(
 
     The curvature of other losses than squares is :math:`\rho'(r)/r`, as in iteratively reweighted least squares. It
     belongs to the parabola that touches :math:`\rho` at the residuals r and -r from above. In a quadratic zone it is
-    the second derivative; in a linear zone it is positive and decreases with the residual.
+    the second derivative; in a linear zone it is positive and decreases with the residual. The L1 loss has no quadratic
+    zone and gets one.
 
     Args:
         function: The loss function's name.
@@ -92,7 +93,7 @@ def _difference(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         weight: The weights of the terms.
         weighted_mean: Whether a mean is divided by the sum of the weights instead of their number.
-        curvature: Returns :math:`\rho'(r)/(2r)`, relative to the square's curvature, from the absolute residuals.
+        curvature: Returns the curvature relative to the square's from the absolute residuals.
     """
     sides = sides_of(input, target)
     if not sides or input.is_complex() or target.is_complex():
@@ -110,14 +111,17 @@ def _difference(
 
 
 def _absolute(residuals: Tensor) -> Tensor:
-    """The curvature of absolute residuals r relative to a square's: 1/(2r), at most its value at their mean.
+    """The curvature of absolute residuals r relative to a square's: 1/(2m) up to their mean m, and 0 beyond.
 
-    The bound makes the sum of curvatures finite, in the units of the residuals. It is near the curvature of the
-    expected loss, 2 p(0) for residuals of density p, which is 1 over the mean for Laplace's density. If all residuals
-    are 0, there is no gradient, and the curvature is 0.
+    It is the second derivative of Huber's loss with a quadratic zone of m, which has the units of the residuals. Its
+    mean estimates the curvature of the expected loss, twice the density of residuals at 0. If all residuals are 0,
+    there is no gradient, and the curvature is 0.
     """
-    bounds = torch.maximum(residuals, residuals.mean()) if residuals.numel() else residuals
-    return torch.where(bounds > 0, 1 / (2 * bounds), torch.where(bounds == 0, 0.0, bounds))
+    if not residuals.numel():
+        return residuals
+    # A mean of equal numbers may be rounded to below all of them.
+    zone = torch.maximum(residuals.mean(), residuals.min())
+    return torch.where((residuals <= zone) & (zone > 0), 1 / (2 * zone), 0.0 * zone)
 
 
 def sides_of(input: Tensor, target: Tensor) -> list[tuple[Tensor, float]]:
