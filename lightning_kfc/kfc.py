@@ -249,12 +249,12 @@ class KFC:
         first = not stages.steps.again
         most_decrease = self.reviewer.note_step_loss(coming, stages.estimator.traits, first=first)
         if first:
-            self.reviewer.last_updates.follow({entry.layer.name: entry.gradient for entry in ready})
+            self.reviewer.follow_next_slope({entry.layer.name: entry.gradient for entry in ready})
         kl_clip = self.kl_clip
         updates = rule.updates(ready, damping, kl_clip, most_decrease)
         if first:
             rates = {entry.layer.name: entry.learning_rate for entry in ready}
-            self.reviewer.last_updates.keep(rates, updates.tensors, updates.slope)
+            self.reviewer.keep_update(rates, updates.tensors, updates.slope)
         # Before the updates are written: .grad is still the gradient of the loss.
         self.reviewer.before_step(step, updates.quadratic, damping, coming)
         if self.inspect is not None:

@@ -60,7 +60,9 @@ class Refreshes:
         Returns:
             Whether all gradients are finite, on all ranks if messages follow.
         """
+        parameters = list(parameters)
         stages, step = self._stages, self._stages.steps.number
+        self._reviewer.regions.select(parameters)
         finite = all_finite([p.grad for p in parameters if p.grad is not None])
         # New statistics change the dates, which are then found after them.
         dated = None if self._factors.expects(names) else self._inverses.dated(names, step)
@@ -71,6 +73,7 @@ class Refreshes:
             finite = stages.group.all_agree(finite, next(stages.model.parameters()).device)
         if finite and due:
             self._refresh(names, dated)
+        self._reviewer.regions.give_unit()
         return finite
 
     def __call__(self, names: Collection[str]) -> None:

@@ -29,7 +29,6 @@ from lightning_kfc.scheduling.staggering import StaggeredDates
 from lightning_kfc.scheduling.step_counter import StepCounter
 from lightning_kfc.scheduling.tracker import RefreshTracker
 from lightning_kfc.settings import Settings
-from lightning_kfc.trust_region.region import TrustRegion
 from lightning_kfc.trust_region.review import StepReviewer
 
 
@@ -86,9 +85,7 @@ class Stages:
         self.factors = FactorRefresh(settings.ema_decay, self.tracker, self.events, self.ownership)
         self.inverses = InverseRefresh(kind, self.tracker, self.events, self.ownership)
         self.rule: Rule[Any] = make_rule(settings)
-        self.reviewer = StepReviewer(
-            model, TrustRegion.of(settings), settings.damping, settings.kl_clip, self.events, self.ownership
-        )
+        self.reviewer = StepReviewer(model, settings, self.events, self.ownership)
         self._ranks_agree = False
 
     def require_agreement(self) -> None:
@@ -187,4 +184,4 @@ class Stages:
 
     def _with_state(self) -> dict[str, Any]:
         """The objects that are restored after the periods, by their names in a state."""
-        return {"due": self.tracker, "events": self.events, "trust_region": self.reviewer.region}
+        return {"due": self.tracker, "events": self.events, "trust_region": self.reviewer.regions}

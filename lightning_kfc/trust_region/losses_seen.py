@@ -54,7 +54,7 @@ class LossesSeen:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._losses: list[SeenLoss] = []
-        # The ids of each stepped optimizer's parameters.
+        # The ids of each stepped optimizer's parameters, in the order of their first steps.
         self._optimizers: list[set[int]] = []
 
     def note(self, loss: Tensor, loss_scale: float, recorded: RecordedLoss | None) -> None:
@@ -97,18 +97,31 @@ class LossesSeen:
             parameters: The parameters that were stepped.
             optimizer: The optimizer that stepped them; None if it is unknown.
         """
+        parameters = list(parameters)
         own = {id(parameter) for parameter in parameters}
+        others_unknown = False
         if optimizer is not None:
-            self._optimizers = [other for other in self._optimizers if other.isdisjoint(own)] + [own]
+            number = self.optimizer_of(parameters)
+            # Beside a new optimizer there may be another one that has not stepped yet.
+            others_unknown = number == len(self._optimizers)
+            self._optimizers = [other - own for other in self._optimizers]
+            self._optimizers[number : number + 1] = [own]
         others: set[int] = set().union(*self._optimizers)
         for seen in self._losses:
-            seen.parameters = {key: p for key, p in seen.parameters.items() if key in others and key not in own}
+            kept = ((key, p) for key, p in seen.parameters.items() if others_unknown or key in others)
+            seen.parameters = {key: p for key, p in kept if key not in own}
         self._losses = [seen for seen in self._losses if seen.parameters]
+
+    def optimizer_of(self, parameters: Iterable[Tensor]) -> int:
+        """The number of the optimizer that has stepped one of these parameters; else the next number."""
+        # Usually the first parameter of the first optimizer.
+        found = (i for p in parameters for i, known in enumerate(self._optimizers) if id(p) in known)
+        return next(found, len(self._optimizers))
 
     @property
     def of_several_optimizers(self) -> bool:
         """Whether several optimizers have stepped, whose losses cannot be compared."""
-        return len(self._optimizers) > 1
+        return sum(map(bool, self._optimizers)) > 1
 
     def forget(self) -> None:
         """Drop all losses."""
@@ -126,7 +139,7 @@ class LossesSeen:
         self._optimizers = [{ids[name] for name in names if name in ids} for names in found]
 
     def _trained_by(self, loss: Tensor) -> dict[int, Tensor]:
-        if len(self._optimizers) > 1 and loss.grad_fn is not None:
+        if self.of_several_optimizers and loss.grad_fn is not None:
             return _leaves(loss.grad_fn)
         own = (p for module in self._model.modules() for p in parameters_of(module).values())
         return {id(p): p for p in own if p is not None and p.requires_grad}

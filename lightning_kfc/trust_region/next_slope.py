@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from lightning_kfc.factors.quadratic_form import inner_product
-from lightning_kfc.trust_region.region import TrustRegion
 
 
 @dataclass(frozen=True)
@@ -50,26 +49,19 @@ class LastUpdate:
 
 
 class LastUpdates:
-    """Holds the last update of each optimizer until its next step, if the radius is automatic.
+    """Holds the last update of each optimizer until its next step."""
 
-    Args:
-        region: The trust region, whose radius follows c.
-    """
-
-    def __init__(self, region: TrustRegion) -> None:
-        self._region = region
+    def __init__(self) -> None:
         self._kept: list[LastUpdate] = []
 
-    def follow(self, gradients: Mapping[str, Tensor]) -> None:
-        """Adjust the radius by c of the last step of these layers, from the present batch.
+    def next_share(self, gradients: Mapping[str, Tensor]) -> float | None:
+        """Return c of the last step of these layers, from the present batch; None if there is none.
 
         Args:
             gradients: By layer, shape ``(groups, d_out, d_in)``.
         """
         shares = (last.next_share(gradients) for last in self._kept)
-        share = next((share for share in shares if share is not None), None)
-        if share is not None:
-            self._region.follow_next_slope(share)
+        return next((share for share in shares if share is not None), None)
 
     def keep(self, rates: Mapping[str, float], updates: Sequence[Tensor], slope: float) -> None:
         """Replace the held updates of the same layers by those of a new step.
@@ -80,8 +72,7 @@ class LastUpdates:
             slope: The slope on the step's own batch; a step without a positive one has no c.
         """
         self._kept = [last for last in self._kept if last.updates.keys().isdisjoint(rates)]
-        if self._region.adapts_radius:
-            self._kept.append(LastUpdate(rates, dict(zip(rates, updates, strict=True)), slope))
+        self._kept.append(LastUpdate(rates, dict(zip(rates, updates, strict=True)), slope))
 
     def forget(self) -> None:
         """Drop c of the last step, which was changed or undone."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +18,12 @@ from lightning_kfc.curvature.ownership import LayerOwnership
 from lightning_kfc.distributed import process_group as distributed
 from lightning_kfc.losses.traits import LossTraits
 from lightning_kfc.monitoring.events import Events
+from lightning_kfc.settings import Settings
 from lightning_kfc.trust_region.losses_seen import LossesSeen, SeenLoss
 from lightning_kfc.trust_region.next_slope import LastUpdates
 from lightning_kfc.trust_region.outcome import Verdict
 from lightning_kfc.trust_region.region import MOST_RAISED, UNREVIEWED_RADIUS, TrustRegion
+from lightning_kfc.trust_region.regions import TrustRegions
 from lightning_kfc.trust_region.replay_checks import replay_error, replayability, replayed_step
 from lightning_kfc.trust_region.scheduled_damping import ScheduledDamping
 from lightning_kfc.trust_region.snapshot import StepSnapshot
@@ -38,15 +39,13 @@ class StepReviewer:
 
     Args:
         model: The model.
-        region: The trust region, whose radius the reviews adapt.
-        damping: The user's damping: a number, a function of the step, or ``"auto"`` for the region's damping.
-        kl_clip: The user's bound: a number, None for no bound, or ``"auto"`` for the region's radius.
+        settings: The settings; ``"auto"`` for ``damping`` or ``kl_clip`` stands for the region's damping or radius.
         events: Counts missed, shortened and undone steps.
         ownership: The ranks that hold each layer's factors.
 
     Attributes:
-        region: The trust region.
         losses: The losses of the coming steps.
+        regions: The trust region of each optimizer, whose radius the reviews adapt.
         last: The last verdict.
         last_updates: The last updates, whose slopes on the next batch adjust the radius.
     """
@@ -54,26 +53,29 @@ class StepReviewer:
     def __init__(
         self,
         model: nn.Module,
-        region: TrustRegion,
-        damping: float | Callable[[int], float] | Literal["auto"],
-        kl_clip: float | Literal["auto"] | None,
+        settings: Settings,
         events: Events,
         ownership: LayerOwnership,
     ) -> None:
         self._model = model
-        self.region = region
-        self._scheduled = None if damping == "auto" else ScheduledDamping(damping, events)
-        self._kl_clip = kl_clip
+        self._scheduled = None if settings.damping == "auto" else ScheduledDamping(settings.damping, events)
+        self._kl_clip = settings.kl_clip
         self._events = events
         self._ownership = ownership
         self._tape: Tape | None = None
         self.losses = LossesSeen(model)
+        self.regions = TrustRegions(settings, self.losses)
         self._snapshot: StepSnapshot | None = None
         # Whether the first review of the fit has checked that a replay reproduces the loss.
         self._checked = False
         self._misses = 0
         self.last: Verdict | None = None
-        self.last_updates = LastUpdates(region)
+        self.last_updates = LastUpdates()
+
+    @property
+    def region(self) -> TrustRegion:
+        """The trust region of the present step's optimizer."""
+        return self.regions.present
 
     # Damping and bound in force.
 
@@ -89,7 +91,7 @@ class StepReviewer:
     @property
     def active(self) -> bool:
         """Whether steps are reviewed."""
-        return self.region.reviews
+        return self.regions.reviewing
 
     @property
     def recording(self) -> bool:
@@ -108,7 +110,7 @@ class StepReviewer:
     def record(self, step: int) -> Iterator[None]:
         """Record the forward inside this context, if the step is due for review."""
         self._tape = None
-        planned = self.region.review_planned(step) and self._snapshot is None
+        planned = self.regions.review_planned(step) and self._snapshot is None
         # The first forward of a lazy module makes its parameters, and cannot be replayed.
         if not planned or any(map(is_lazy, self._model.parameters())):
             yield
@@ -207,6 +209,21 @@ class StepReviewer:
             self.region.note_step_loss(value, comparable=not self.losses.of_several_optimizers)
         return self.region.most_decrease(loss.value) if loss.never_negative and signs == {-1} else None
 
+    def follow_next_slope(self, gradients: Mapping[str, Tensor]) -> None:
+        """Adjust the radius by c of the last step of these layers, from the present batch.
+
+        Args:
+            gradients: By layer, shape ``(groups, d_out, d_in)``.
+        """
+        share = self.last_updates.next_share(gradients)
+        if share is not None:
+            self.region.follow_next_slope(share)
+
+    def keep_update(self, rates: Mapping[str, float], updates: Sequence[Tensor], slope: float) -> None:
+        """Hold the updates of a step until the next one, if the radius follows c; see :meth:`LastUpdates.keep`."""
+        if self.region.adapts_radius:
+            self.last_updates.keep(rates, updates, slope)
+
     def before_step(self, step: int, size: float, damping: float, coming: OptimizerStep) -> None:
         """Take a snapshot for the review of the coming step, if one is due. Collective: call on every rank.
 
@@ -253,7 +270,7 @@ class StepReviewer:
     # The review.
 
     def review(self, layers: Iterable[Layer], optimizer: Optimizer | None) -> Verdict | None:
-        """Replay the losses, adjust the region, and shorten a bad step. Collective.
+        """Replay the losses, adjust the step's region, and shorten a bad step. Collective.
 
         Args:
             layers: The layers.
@@ -276,7 +293,8 @@ class StepReviewer:
             return None
         self._misses = 0
         outcome = replace(outcome, curvature=self._ownership.sum(outcome.curvature))
-        verdict = self.region.judge(outcome, before.size)
+        region = self.regions.select(before.parameters)
+        verdict = region.judge(outcome, before.size)
         if verdict.kept_share < 1 and not before.can_shorten:
             verdict = replace(verdict, undo=False, kept_share=1.0)
         if verdict.kept_share < 1:
@@ -287,11 +305,12 @@ class StepReviewer:
             self.last_updates.forget()
             self._events.count("undone_steps" if verdict.undo else "shortened_steps")
         self.last = verdict
-        if self.region.raised >= MOST_RAISED:
+        if region.raised >= MOST_RAISED:
             self._end_with_warning(
                 f"the last {MOST_RAISED} reviewed steps have raised the loss of their own batch, although the bound "
                 "was lowered after each, as if their gradient were not that of the loss (gradient reversal), or the "
-                "optimizer lengthened them"
+                "optimizer lengthened them",
+                region,
             )
         return verdict
 
@@ -303,24 +322,26 @@ class StepReviewer:
         if self._misses >= MISSES_ALLOWED:
             self._end_with_warning(reason)
 
-    def _end_with_warning(self, reason: str) -> None:
-        message = self.end(reason)
+    def _end_with_warning(self, reason: str, region: TrustRegion | None = None) -> None:
+        message = self.end(reason, region=region)
         if message and distributed.rank() == 0:
             warnings.warn(message, stacklevel=2)
 
-    def end(self, reason: str, *, fixed: bool = False) -> str:
+    def end(self, reason: str, *, fixed: bool = False, region: TrustRegion | None = None) -> str:
         """End all reviews, for a given reason.
 
         Args:
             reason: The reason.
             fixed: Whether to fix the bound. If not, it follows the slope of each step on the next batch.
+            region: The region of the only optimizer whose reviews end; None for all.
 
         Returns:
             A message for the user; empty if no steps were reviewed.
         """
-        if not self.region.end_reviews(fixed=fixed):
+        if not (region or self.regions).end_reviews(fixed=fixed):
             return ""
-        self.forget_losses()
+        if not self.active:
+            self.forget_losses()
         consequence = f"is fixed at {UNREVIEWED_RADIUS:g} times the loss"
         if not fixed:
             consequence = "follows the slope of each step on the next batch alone"

@@ -163,55 +163,44 @@ def test_a_stalled_loss_shortens_steps_to_a_share_of_the_loss_and_then_lengthens
 
 
 def test_only_the_gradients_of_the_same_layers_are_compared():
-    trust = region()
-    last = LastUpdates(trust)
+    last = LastUpdates()
     ones = torch.ones(1, 2, 2, dtype=torch.float64)
     last.keep({"a": 0.5}, [ones], 2.0)
     for gradients in ({"b": ones}, {"a": ones, "b": ones}, {"a": torch.ones(1, 2, 3)}, {}):
-        last.follow(gradients)
-        assert trust.radius == 0.1
+        assert last.next_share(gradients) is None
     # 0.5 * <1, -1> / 2.
-    last.follow({"a": -ones})
-    assert trust.radius == pytest.approx(0.1 * math.exp(-NEXT_SLOPE))
+    assert last.next_share({"a": -ones}) == -1.0
 
 
 def test_two_optimizers_have_a_last_step_each():
-    trust = region()
-    last = LastUpdates(trust)
+    last = LastUpdates()
     ones = torch.ones(1, 2, 2)
     last.keep({"a": 1.0}, [ones], 4.0)
     last.keep({"b": 1.0}, [ones], 4.0)
     assert last.nbytes() == 2 * 4 * 4
-    last.follow({"a": ones / 2})
-    last.follow({"b": -ones / 2})
-    assert trust.radius == pytest.approx(0.1)
+    assert last.next_share({"a": ones / 2}) == 0.5
+    assert last.next_share({"b": -ones / 2}) == -0.5
     # The same layers in other company take the place of both.
     last.keep({"a": 1.0, "b": 1.0}, [ones, ones], 8.0)
     assert last.nbytes() == 2 * 4 * 4
-    last.follow({"a": ones})
-    assert trust.radius == pytest.approx(0.1)
+    assert last.next_share({"a": ones}) is None
 
 
 @pytest.mark.parametrize("slope", [0.0, -1.0, math.nan, math.inf])
 def test_a_step_that_does_not_lead_downhill_has_no_share(slope):
-    trust = region()
-    last = LastUpdates(trust)
+    last = LastUpdates()
     last.keep({"a": 1.0}, [torch.ones(1, 1, 1)], slope)
-    last.follow({"a": torch.ones(1, 1, 1)})
-    assert trust.radius == 0.1
+    assert last.next_share({"a": torch.ones(1, 1, 1)}) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_step_that_was_shortened_has_no_share_and_a_state_goes_on_in_any_precision(dtype):
-    trust, other = region(), region()
-    last, loaded = LastUpdates(trust), LastUpdates(other)
+    last, loaded = LastUpdates(), LastUpdates()
     last.keep({"a": 1.0}, [torch.ones(1, 1, 1)], 2.0)
     loaded.load(last.state(), torch.device("cpu"))
     last.forget()
-    last.follow({"a": torch.ones(1, 1, 1, dtype=dtype)})
-    loaded.follow({"a": torch.ones(1, 1, 1, dtype=dtype)})
-    assert trust.radius == 0.1
-    assert other.radius == pytest.approx(0.1 * math.exp(NEXT_SLOPE / 2))
+    assert last.next_share({"a": torch.ones(1, 1, 1, dtype=dtype)}) is None
+    assert loaded.next_share({"a": torch.ones(1, 1, 1, dtype=dtype)}) == 0.5
 
 
 def test_a_second_gradient_in_one_step_judges_nothing():
