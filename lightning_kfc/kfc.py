@@ -187,7 +187,8 @@ class KFC:
         """
         self.batches.require_capture()
         self.back_propagate(loss, loss_scale=loss_scale, loss_fraction=loss_fraction)
-        if not accumulate:
+        # With several optimizers, the one that steps refreshes its layers in precondition().
+        if not accumulate and not self.reviewer.losses.of_several_optimizers:
             self.refresh()
 
     def back_propagate(self, loss: Tensor, *, loss_scale: float = 1.0, loss_fraction: float = 1.0) -> None:

@@ -142,16 +142,9 @@ class TrustRegion:
         if self.automatic_radius and math.isnan(self.radius):
             self.radius = (START_RADIUS if self.reviews else UNREVIEWED_RADIUS) * self.loss
 
-    def note_step_loss(self, loss: float, *, comparable: bool) -> None:
-        """Note the loss of a step, before the step, unless it is not finite.
-
-        Args:
-            loss: The loss.
-            comparable: Whether it is the same loss at all steps; if not, means of it say nothing.
-        """
-        if not comparable:
-            self.recent_losses, self.earlier_losses = RunningMean(RECENT_DECAY), RunningMean(EARLIER_DECAY)
-        elif math.isfinite(loss):
+    def note_step_loss(self, loss: float) -> None:
+        """Note the loss of a step, before the step, unless it is not finite."""
+        if math.isfinite(loss):
             self.recent_losses = self.recent_losses.with_value(loss)
             self.earlier_losses = self.earlier_losses.with_value(loss)
 

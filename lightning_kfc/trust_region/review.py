@@ -205,8 +205,7 @@ class StepReviewer:
         if loss is None:
             return None
         if first:
-            value = -loss.value if signs == {1} else loss.value
-            self.region.note_step_loss(value, comparable=not self.losses.of_several_optimizers)
+            self.region.note_step_loss(-loss.value if signs == {1} else loss.value)
         return self.region.most_decrease(loss.value) if loss.never_negative and signs == {-1} else None
 
     def follow_next_slope(self, gradients: Mapping[str, Tensor]) -> None:

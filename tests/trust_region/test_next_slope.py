@@ -138,7 +138,7 @@ def test_small_shares_count_as_negative_ones_while_the_losses_do_not_fall(steps,
         # The comparison needs no zero of the loss.
         losses.append(loss + trend * number / 10 + offset)
         before, trust.radius = 0.01, 0.01
-        trust.note_step_loss(losses[-1], comparable=True)
+        trust.note_step_loss(losses[-1])
         trust.follow_next_slope(share)
         means = decayed_mean(losses, RECENT_DECAY), decayed_mean(losses, EARLIER_DECAY)
         if abs(means[0] - means[1]) > 1e-9:
@@ -148,16 +148,16 @@ def test_small_shares_count_as_negative_ones_while_the_losses_do_not_fall(steps,
 def test_a_stalled_loss_shortens_steps_to_a_share_of_the_loss_and_then_lengthens_none():
     trust = region()
     for _ in range(60):
-        trust.note_step_loss(1.0, comparable=True)
+        trust.note_step_loss(1.0)
         trust.follow_next_slope(0.05)
     assert SMALLEST_STALLED_RADIUS * math.exp(NEXT_SLOPE * STALLED_SLOPE) <= trust.radius <= SMALLEST_STALLED_RADIUS
     radius = trust.radius
     trust.follow_next_slope(-1.0)
     assert trust.radius == pytest.approx(radius * math.exp(-NEXT_SLOPE))
     # Losses that are not finite are no losses of steps.
-    trust.note_step_loss(math.nan, comparable=True)
+    trust.note_step_loss(math.nan)
     for _ in range(100):
-        trust.note_step_loss(0.5, comparable=True)
+        trust.note_step_loss(0.5)
     trust.follow_next_slope(0.05)
     assert trust.radius == pytest.approx(radius * math.exp(-0.95 * NEXT_SLOPE))
 

@@ -122,7 +122,7 @@ def test_without_reviews_the_radius_is_a_share_of_the_loss_and_is_fixed_or_follo
 def test_a_resumed_region_goes_on_with_its_means_and_without_reviews():
     bound = region(log_size=0.0)
     for number in range(5):
-        bound.note_step_loss(3.0 + number, comparable=True)
+        bound.note_step_loss(3.0 + number)
         bound.follow_next_slope(0.3)
     bound.judge(outcome(-3.0), size=1.0)
     bound.end_reviews(fixed=False)
