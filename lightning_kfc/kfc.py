@@ -255,6 +255,8 @@ class KFC:
         updates = rule.updates(ready, damping, kl_clip, most_decrease)
         if first:
             rates = {entry.layer.name: entry.learning_rate for entry in ready}
+            if kl_clip is not None:
+                rule.follow_rates(ready, self.reviewer.last_updates.rates, coming.optimizer)
             self.reviewer.keep_update(rates, updates.tensors, updates.slope)
         # Before the updates are written: .grad is still the gradient of the loss.
         self.reviewer.before_step(step, updates.quadratic, damping, coming)

@@ -105,6 +105,17 @@ class Rule(ABC, Generic[U]):
             most_decrease: The bound on the slope of the step; None for no bound.
         """
 
+    def follow_rates(self, ready: Sequence[ReadyLayer], last: Mapping[str, float], optimizer: Optimizer | None) -> None:
+        """Prepare the optimizer's momentum for the rates of this step, if steps are bounded.
+
+        A rule that takes the momentum out needs nothing.
+
+        Args:
+            ready: The layers.
+            last: The rule's learning rates of the last step, by layer.
+            optimizer: The optimizer of the step; None if unknown.
+        """
+
     @abstractmethod
     def write(
         self,

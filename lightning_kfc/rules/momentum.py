@@ -81,6 +81,20 @@ def limit_momentum(optimizer: Optimizer, parameters: Iterable[nn.Parameter], lim
     _convert(optimizer, parameters, loss_scale, shares)
 
 
+def shrink_momentum(optimizer: Optimizer, shares: Mapping[int, float]) -> None:
+    """Multiply SGD's momentum buffers.
+
+    Args:
+        optimizer: An optimizer of :func:`is_sgd`.
+        shares: The factors, by the ``id`` of a parameter.
+    """
+    with torch.no_grad():
+        for parameter, state in optimizer.state.items():
+            buffer = state.get("momentum_buffer")
+            if buffer is not None and id(parameter) in shares:
+                buffer.mul_(shares[id(parameter)])
+
+
 def lengthening(momentum: float, limit: float) -> float:
     """The factor by which a momentum lengthens steps that keep their direction more than the limit does."""
     return max(1.0, (1 - limit) / (1 - momentum))

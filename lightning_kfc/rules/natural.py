@@ -15,7 +15,7 @@ from lightning_kfc.factors.inverses import CholeskyInverse, FewRows, Inverse
 from lightning_kfc.factors.quadratic_form import inner_product
 from lightning_kfc.monitoring.events import Events, listed
 from lightning_kfc.rules.base import ReadyLayer, Rule, Updates, write_update, written_parameters
-from lightning_kfc.rules.momentum import lengthening, limit_momentum, momenta, of_layers
+from lightning_kfc.rules.momentum import is_sgd, lengthening, limit_momentum, momenta, of_layers, shrink_momentum
 
 #: The widest layers in a batch: with wider ones, a copy of the inverses costs more than separate products.
 LARGEST_BATCHED = 512
@@ -84,6 +84,19 @@ class NaturalRule(Rule[NaturalUpdates]):
         # An owner that solves for other ranks clips nothing; the ranks that receive its update bound it after the clip.
         largest = () if kl_clip is None else _largest_norms(ready)
         return natural_step(gradients, inverses, rates, kl_clip, fallbacks, most_decrease, largest)
+
+    def follow_rates(self, ready: Sequence[ReadyLayer], last: Mapping[str, float], optimizer: Optimizer | None) -> None:
+        """Shrink the momentum of layers whose rate has risen, which then moves them no further than at the last rate.
+
+        Updates enter the momentum within the bound at the rate of their own step. At a rate near 0 that is no bound.
+        """
+        risen = {}
+        for entry in ready:
+            now, before = entry.learning_rate, last.get(entry.layer.name, math.inf)
+            if now > before:
+                risen.update(dict.fromkeys(map(id, entry.parameters.values()), before / now))
+        if risen and optimizer is not None and is_sgd(optimizer):
+            shrink_momentum(optimizer, risen)
 
     def write(
         self,

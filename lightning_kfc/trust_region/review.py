@@ -219,9 +219,8 @@ class StepReviewer:
             self.region.follow_next_slope(share)
 
     def keep_update(self, rates: Mapping[str, float], updates: Sequence[Tensor], slope: float) -> None:
-        """Hold the updates of a step until the next one, if the radius follows c; see :meth:`LastUpdates.keep`."""
-        if self.region.adapts_radius:
-            self.last_updates.keep(rates, updates, slope)
+        """Hold a step's rates until the next one, and if the radius follows c its updates; see :class:`LastUpdates`."""
+        self.last_updates.keep(rates, updates if self.region.adapts_radius else (), slope)
 
     def before_step(self, step: int, size: float, damping: float, coming: OptimizerStep) -> None:
         """Take a snapshot for the review of the coming step, if one is due. Collective: call on every rank.
