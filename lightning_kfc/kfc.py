@@ -111,12 +111,12 @@ class KFC:
     @property
     def damping(self) -> float:
         """The damping in force at this step."""
-        return self.reviewer.damping_at(self.step)
+        return self.reviewer.regions.damping_at(self.step)
 
     @property
     def kl_clip(self) -> float | None:
         """The bound on the squared norm of this step; None for no bound."""
-        return self.reviewer.kl_clip
+        return self.reviewer.regions.kl_clip
 
     def coverage(self) -> Coverage:
         """Every parameter with its treatment and the reason; before the first step, the planned treatment."""
@@ -187,8 +187,7 @@ class KFC:
         """
         self.batches.require_capture()
         self.back_propagate(loss, loss_scale=loss_scale, loss_fraction=loss_fraction)
-        # With several optimizers, the one that steps refreshes its layers in precondition().
-        if not accumulate and not self.reviewer.losses.of_several_optimizers:
+        if not (accumulate or self.reviewer.losses.of_several_optimizers):  # precondition() then refreshes its own.
             self.refresh()
 
     def back_propagate(self, loss: Tensor, *, loss_scale: float = 1.0, loss_fraction: float = 1.0) -> None:
@@ -241,28 +240,26 @@ class KFC:
         return True
 
     def _replace_gradients(self, coming: OptimizerStep) -> None:
-        stages, rule, step, damping = self._stages, self._stages.rule, self.step, self.damping
+        stages, regions, step, damping = self._stages, self.reviewer.regions, self.step, self.damping
         known = {name: own for name, trained in coming.trained.items() if (own := gradients_of(trained)) is not None}
         gradients = {self.layers[name]: own for name, own in known.items()}
         stages.pending.before_step(gradients, step)
-        ready = received_updates(stages.ownership, rule.ready(gradients, coming), damping)
+        ready = received_updates(stages.ownership, stages.rule.ready(gradients, coming), damping)
         # SAM's second gradient, at other weights than those after the last step, does not measure that step.
         first = not stages.steps.again
         most_decrease = self.reviewer.note_step_loss(coming, stages.estimator.traits, first=first)
         if first:
-            self.reviewer.follow_next_slope({entry.layer.name: entry.gradient for entry in ready})
+            regions.follow_next_slope({entry.layer.name: entry.gradient for entry in ready})
         kl_clip = self.kl_clip
-        updates = rule.updates(ready, damping, kl_clip, most_decrease)
+        updates = stages.rule.updates(ready, damping, kl_clip, most_decrease)
         if first:
-            rates = {entry.layer.name: entry.learning_rate for entry in ready}
-            if kl_clip is not None:
-                rule.follow_rates(ready, self.reviewer.last_updates.rates, coming.optimizer)
-            self.reviewer.keep_update(rates, updates.tensors, updates.slope)
+            stages.rule.follow_rates(ready, regions.last_rates, coming.optimizer)
+            regions.keep_update({e.layer.name: e.learning_rate for e in ready}, updates.tensors, updates.slope)
         # Before the updates are written: .grad is still the gradient of the loss.
         self.reviewer.before_step(step, updates.quadratic, damping, coming)
         if self.inspect is not None:
             self.inspect(ready, updates.tensors)
-        rule.write(ready, updates, coming.optimizer, coming.loss_scale, step, self.events)
+        stages.rule.write(ready, updates, coming.optimizer, coming.loss_scale, step, self.events)
         numbers = StepNumbers(step, damping, updates.clip, updates.quadratic / 2, kl_clip)
         self.last_step = numbers if self.reviewer.last is None else self.reviewer.last.added_to(numbers)
 

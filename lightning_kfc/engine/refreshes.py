@@ -67,7 +67,7 @@ class Refreshes:
         # New statistics change the dates, which are then found after them.
         dated = None if self._factors.expects(names) else self._inverses.dated(names, step)
         # Most steps have nothing to refresh.
-        due = dated is None or bool(self._inverses.outdated(dated, self._reviewer.damping_at(step)))
+        due = dated is None or bool(self._inverses.outdated(dated, self._reviewer.regions.damping_at(step)))
         # If messages follow, all ranks must take part.
         if stages.group.size > 1 and (due or self._reviewer.region.adapts_radius):
             finite = stages.group.all_agree(finite, next(stages.model.parameters()).device)
@@ -105,9 +105,9 @@ class Refreshes:
 
     def _refresh_inverses(self, layers: Sequence[Layer], dated: Sequence[str], *, expected: bool) -> None:
         step, traits = self._stages.steps.number, self._stages.estimator.traits
-        if expected or self._inverses.outdated(dated, self._reviewer.damping_at(step)):
+        if expected or self._inverses.outdated(dated, self._reviewer.regions.damping_at(step)):
             self._reviewer.measure_units(layers, traits)
-        damping = self._reviewer.damping_at(step)
+        damping = self._reviewer.regions.damping_at(step)
         # Before the first nonzero loss an automatic damping has no unit; the inverses stay due.
         if not math.isnan(damping):
             due = set(self._inverses.outdated(dated, damping))

@@ -149,7 +149,7 @@ class Stages:
             "dropped": dict(self.layers.dropped),
             "self_test_done": self.estimator.self_test.done,
             **asdict(self.estimator.traits),
-            "last_updates": self.reviewer.last_updates.state() if factors else [],
+            "last_updates": self.reviewer.regions.last_updates.state() if factors else [],
             "optimizers": self.reviewer.losses.state(),
             **{name: part.state_dict() for name, part in self._with_state().items()},
         }
@@ -169,7 +169,7 @@ class Stages:
             part.load_state_dict(state.get(name, {}))
         if self.reviewer.region.automatic_radius and not self.reviewer.active:
             inform("KFC: reviews of steps had ended before this state was saved, and do not begin again.")
-        self.reviewer.last_updates.load(state.get("last_updates", ()), next(self.model.parameters()).device)
+        self.reviewer.regions.last_updates.load(state.get("last_updates", ()), next(self.model.parameters()).device)
         self.reviewer.losses.load(state.get("optimizers", ()))
         if state["layers"] is None:
             self.tracker.restart(self.steps.number)

@@ -251,7 +251,7 @@ def summary(by_layer: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 def bytes_held(kfc: KFC) -> int:
     """Bytes of factors, present and former inverses, Adam's moments and the last updates on this rank."""
-    held = kfc.reviewer.last_updates.nbytes()
+    held = kfc.reviewer.regions.last_updates.nbytes()
     for layer in kfc.layers.values():
         held += sum(average.nbytes for average in layer.averages.values())
         held += sum(inverse.nbytes() for inverse in (layer.inverse, layer.previous_inverse) if inverse is not None)

@@ -3,31 +3,68 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from lightning_kfc.monitoring.events import Events
 from lightning_kfc.settings import Settings
 from lightning_kfc.trust_region.losses_seen import LossesSeen
+from lightning_kfc.trust_region.next_slope import LastUpdates
 from lightning_kfc.trust_region.region import TrustRegion
+from lightning_kfc.trust_region.scheduled_damping import ScheduledDamping
 
 
 class TrustRegions:
-    """The trust regions of all optimizers, of which one is that of the present step.
+    """The trust regions of all optimizers, of which one is that of the present step; damping and bound in force.
 
     Args:
-        settings: The settings.
+        settings: The settings; ``"auto"`` for ``damping`` or ``kl_clip`` stands for the region's damping or radius.
         losses: The losses of the coming steps, which know the optimizers.
+        events: Counts invalid dampings.
 
     Attributes:
         present: The region of the present step, or else of the last one.
+        last_updates: The last updates, whose slopes on the next batch adjust the radius.
+        scheduled_damping: The user's damping; None for an automatic one.
     """
 
-    def __init__(self, settings: Settings, losses: LossesSeen) -> None:
+    def __init__(self, settings: Settings, losses: LossesSeen, events: Events) -> None:
         self._settings, self._losses = settings, losses
         self.present = TrustRegion.of(settings)
         self._all = [self.present]
+        self.last_updates = LastUpdates()
+        self.scheduled_damping = None if settings.damping == "auto" else ScheduledDamping(settings.damping, events)
+
+    def damping_at(self, step: int) -> float:
+        """The damping in force at a step."""
+        return self.present.damping if self.scheduled_damping is None else self.scheduled_damping.at(step)
+
+    @property
+    def kl_clip(self) -> float | None:
+        """The present bound on the squared norm of a step; None for no bound."""
+        bound = self._settings.kl_clip
+        return self.present.radius if bound == "auto" else bound
+
+    @property
+    def last_rates(self) -> Mapping[str, float]:
+        """The learning rate of each layer's last step, by name; empty without a bound."""
+        return {} if self.kl_clip is None else self.last_updates.rates
+
+    def follow_next_slope(self, gradients: Mapping[str, Tensor]) -> None:
+        """Adjust the present radius by c of the last step of these layers, from the present batch.
+
+        Args:
+            gradients: By layer, shape ``(groups, d_out, d_in)``.
+        """
+        share = self.last_updates.next_share(gradients)
+        if share is not None:
+            self.present.follow_next_slope(share)
+
+    def keep_update(self, rates: Mapping[str, float], updates: Sequence[Tensor], slope: float) -> None:
+        """Hold a step's rates until the next one, and if the radius follows c its updates; see :class:`LastUpdates`."""
+        self.last_updates.keep(rates, updates if self.present.adapts_radius else (), slope)
 
     def __iter__(self) -> Iterator[TrustRegion]:
         return iter(self._all)

@@ -20,12 +20,10 @@ from lightning_kfc.losses.traits import LossTraits
 from lightning_kfc.monitoring.events import Events
 from lightning_kfc.settings import Settings
 from lightning_kfc.trust_region.losses_seen import LossesSeen, SeenLoss
-from lightning_kfc.trust_region.next_slope import LastUpdates
 from lightning_kfc.trust_region.outcome import Verdict
 from lightning_kfc.trust_region.region import MOST_RAISED, UNREVIEWED_RADIUS, TrustRegion
 from lightning_kfc.trust_region.regions import TrustRegions
 from lightning_kfc.trust_region.replay_checks import replay_error, replayability, replayed_step
-from lightning_kfc.trust_region.scheduled_damping import ScheduledDamping
 from lightning_kfc.trust_region.snapshot import StepSnapshot
 from lightning_kfc.trust_region.tape import Tape
 from lightning_kfc.utilities.isolation import eager_compiled_code, full_precision
@@ -35,11 +33,11 @@ MISSES_ALLOWED = 5
 
 
 class StepReviewer:
-    """Holds the damping and the bound in force, and adjusts the bound by reviews of steps.
+    """Holds the losses and trust regions of the optimizers, and adjusts their radii by reviews of steps.
 
     Args:
         model: The model.
-        settings: The settings; ``"auto"`` for ``damping`` or ``kl_clip`` stands for the region's damping or radius.
+        settings: The settings.
         events: Counts missed, shortened and undone steps.
         ownership: The ranks that hold each layer's factors.
 
@@ -47,7 +45,6 @@ class StepReviewer:
         losses: The losses of the coming steps.
         regions: The trust region of each optimizer, whose radius the reviews adapt.
         last: The last verdict.
-        last_updates: The last updates, whose slopes on the next batch adjust the radius.
     """
 
     def __init__(
@@ -58,35 +55,21 @@ class StepReviewer:
         ownership: LayerOwnership,
     ) -> None:
         self._model = model
-        self._scheduled = None if settings.damping == "auto" else ScheduledDamping(settings.damping, events)
-        self._kl_clip = settings.kl_clip
         self._events = events
         self._ownership = ownership
         self._tape: Tape | None = None
         self.losses = LossesSeen(model)
-        self.regions = TrustRegions(settings, self.losses)
+        self.regions = TrustRegions(settings, self.losses, events)
         self._snapshot: StepSnapshot | None = None
         # Whether the first review of the fit has checked that a replay reproduces the loss.
         self._checked = False
         self._misses = 0
         self.last: Verdict | None = None
-        self.last_updates = LastUpdates()
 
     @property
     def region(self) -> TrustRegion:
         """The trust region of the present step's optimizer."""
         return self.regions.present
-
-    # Damping and bound in force.
-
-    def damping_at(self, step: int) -> float:
-        """The damping in force at a step."""
-        return self.region.damping if self._scheduled is None else self._scheduled.at(step)
-
-    @property
-    def kl_clip(self) -> float | None:
-        """The present bound on the squared norm of a step; None for no bound."""
-        return self.region.radius if self._kl_clip == "auto" else self._kl_clip
 
     @property
     def active(self) -> bool:
@@ -143,7 +126,7 @@ class StepReviewer:
             loss_scale: The factor of a gradient scaler.
             statistics: Whether statistics of this loss are taken, whose unit may be a magnitude of the loss.
         """
-        needed = statistics or self._scheduled is None or self.region.automatic_radius
+        needed = statistics or self.regions.scheduled_damping is None or self.region.automatic_radius
         # An optimizer that calls its closure again has already moved the weights.
         if needed and self._snapshot is None:
             self.losses.note(loss, loss_scale, self._tape.locate(loss) if self._tape is not None else None)
@@ -184,7 +167,7 @@ class StepReviewer:
         for layer in layers:
             if loss is not None:
                 layer.note_loss(loss.magnitude, never_negative=loss.never_negative)
-            if self._scheduled is None:
+            if self.regions.scheduled_damping is None:
                 layer.measure_weights()
 
     def note_step_loss(self, coming: OptimizerStep, traits: LossTraits, *, first: bool) -> float | None:
@@ -207,20 +190,6 @@ class StepReviewer:
         if first:
             self.region.note_step_loss(-loss.value if signs == {1} else loss.value)
         return self.region.most_decrease(loss.value) if loss.never_negative and signs == {-1} else None
-
-    def follow_next_slope(self, gradients: Mapping[str, Tensor]) -> None:
-        """Adjust the radius by c of the last step of these layers, from the present batch.
-
-        Args:
-            gradients: By layer, shape ``(groups, d_out, d_in)``.
-        """
-        share = self.last_updates.next_share(gradients)
-        if share is not None:
-            self.region.follow_next_slope(share)
-
-    def keep_update(self, rates: Mapping[str, float], updates: Sequence[Tensor], slope: float) -> None:
-        """Hold a step's rates until the next one, and if the radius follows c its updates; see :class:`LastUpdates`."""
-        self.last_updates.keep(rates, updates if self.region.adapts_radius else (), slope)
 
     def before_step(self, step: int, size: float, damping: float, coming: OptimizerStep) -> None:
         """Take a snapshot for the review of the coming step, if one is due. Collective: call on every rank.
@@ -300,7 +269,7 @@ class StepReviewer:
             if not self._reproduces(before.losses, before.values_by_id, with_collectives=before.with_collectives):
                 return None
             before.shorten(verdict.kept_share)
-            self.last_updates.forget()
+            self.regions.last_updates.forget()
             self._events.count("undone_steps" if verdict.undo else "shortened_steps")
         self.last = verdict
         if region.raised >= MOST_RAISED:

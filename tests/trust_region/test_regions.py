@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.optim import SGD
 
 from lightning_kfc import KFC
+from lightning_kfc.monitoring.events import Events
 from lightning_kfc.settings import Settings
 from lightning_kfc.trust_region.losses_seen import LossesSeen
 from lightning_kfc.trust_region.outcome import Outcome
@@ -67,7 +68,7 @@ def regions() -> tuple[TrustRegions, LossesSeen, list[nn.Linear]]:
     """The regions of two layers with an optimizer each, which have stepped."""
     layers = [nn.Linear(2, 2), nn.Linear(2, 2)]
     losses = LossesSeen(nn.ModuleList(layers))
-    found = TrustRegions(Settings(kl_clip="auto"), losses)
+    found = TrustRegions(Settings(kl_clip="auto"), losses, Events())
     for layer, loss in zip(layers, (1.0, 100.0), strict=True):
         found.select(layer.parameters()).note_loss(loss, never_negative=True)
         losses.stepped(layer.parameters(), SGD(layer.parameters(), lr=0.5))
@@ -112,7 +113,7 @@ def test_an_optimizer_that_takes_over_parameters_goes_on_with_their_region() -> 
 
 def test_a_state_holds_the_regions_of_all_optimizers() -> None:
     found, losses, (first, second) = regions()
-    again = TrustRegions(Settings(kl_clip="auto"), losses)
+    again = TrustRegions(Settings(kl_clip="auto"), losses, Events())
     again.load_state_dict(found.state_dict())
     for layer in (first, second):
         assert str(again.select(layer.parameters()).state_dict()) == str(found.select(layer.parameters()).state_dict())
