@@ -53,6 +53,7 @@ class Facts:
         undone_steps: Steps that were undone.
         covered_parameters: Trainable parameters with Kronecker factors or blocks.
         trainable_parameters: All trainable parameters, without those of layers that wait for statistics.
+        plain_parameters: Trainable parameters without any curvature, which the KL clip does not bound.
         chosen_layers: Whether `include` or `exclude` is given.
         nonfinite_steps: Steps that were skipped for gradients that are not finite.
         gradient_scaler: Whether a gradient scaler is active (float16).
@@ -80,6 +81,7 @@ class Facts:
     undone_steps: int = 0
     covered_parameters: int = 1
     trainable_parameters: int = 1
+    plain_parameters: int = 0
     chosen_layers: bool = False
     nonfinite_steps: int = 0
     gradient_scaler: bool = False
@@ -164,9 +166,11 @@ def longer_period(period: int, share: float, wanted: float) -> int:
 
 
 def many_undone_steps(facts: Facts) -> str | None:
-    """Reviews undo many steps."""
+    """Reviews undo many steps, and the learning rate has a part in their length."""
     undone = facts.undone_steps
     if undone < MANY or undone < MANY_UNDONE_SHARE * facts.steps:
+        return None
+    if facts.clip_factors and median(facts.clip_factors) < CUT_TO and not facts.plain_parameters:
         return None
     return (
         f"{undone} of {facts.steps} steps increased the loss of their own batch, and were undone or shortened. Lower "

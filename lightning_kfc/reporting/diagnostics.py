@@ -221,6 +221,7 @@ class Diagnostics:
             covered_parameters=sum(row.numel for row in trainable if row.treatment in ("kfc", "block")),
             # Another module or adapter would not help layers that only wait for statistics.
             trainable_parameters=sum(row.numel for row in trainable if row.reason not in IDLE),
+            plain_parameters=sum(row.numel for row in trainable if row.treatment == "plain"),
             chosen_layers=kfc.settings.include is not None or kfc.settings.exclude is not None,
             nonfinite_steps=self._events_since("nonfinite_gradients"),
             gradient_scaler=gradient_scaler,

@@ -120,6 +120,14 @@ def test_five_undone_steps_and_a_tenth_of_all_are_many(undone: int, steps: int, 
     assert (many_undone_steps(Facts(undone_steps=undone, steps=steps)) is not None) == speaks
 
 
+def test_undone_steps_are_not_blamed_on_a_learning_rate_without_effect() -> None:
+    facts = Facts(undone_steps=9, steps=21, clip_factors=[0.006] * 11 + [1.0] * 10)
+    assert many_undone_steps(facts) is None
+    # Plain gradients are not clipped.
+    assert many_undone_steps(replace(facts, plain_parameters=1)) is not None
+    assert many_undone_steps(replace(facts, clip_factors=[0.006] * 10 + [1.0] * 11)) is not None
+
+
 def test_less_than_half_of_the_parameters_is_a_small_coverage() -> None:
     facts = Facts(covered_parameters=49, trainable_parameters=100)
     assert "only 49%" in str(small_coverage(facts))
