@@ -62,6 +62,7 @@ def back_propagate(
     *,
     mean_fractions: Sequence[float] | None = None,
     on_failure: OnFailure = _raised,
+    only_loose: bool = False,
 ) -> dict[int, Statistics]:
     """The statistics of every call that the seeds reach.
 
@@ -74,16 +75,19 @@ def back_propagate(
         mean_fractions: For each call, the loss's fraction of the optimizer step times the unit of the products, if the
             seeds are those of a whole loss that is a mean over examples; None for seeds of terms.
         on_failure: Called with the name of a layer whose statistics could not be formed, and with the error.
+        only_loose: Whether to leave out the calls that have rows.
 
     Returns:
         Statistics by the position of the call.
     """
-    edges = [call.edge for call in calls]
+    wanted = [index for index, call in enumerate(calls) if not (only_loose and call.adapter.has_rows)]
+    edges = [calls[index].edge for index in wanted]
     factors = _factors(calls, scale, mean_fractions)
     reached: dict[int, Statistics] = {}
     jointly: dict[str, list[tuple[int, Call, Tensor]]] = {}
 
-    def take(index: int, gradient: Tensor) -> None:
+    def take(position: int, gradient: Tensor) -> None:
+        index = wanted[position]
         try:
             add(index, gradient)
         except Exception as error:

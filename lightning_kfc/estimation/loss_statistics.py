@@ -150,13 +150,15 @@ class LossStatistics:
             test.strict = not failures.forgiving
             test.recorded.difference_update(failures.by_layer)
         rest = Rest(due.loss, kept, calls, due.scale, differentiated=due.losses.differentiated)
-        mixed = bool(kept) and self._likelihood == "auto" and rest.reaches()
+        layers = [call for call in calls if call.adapter.has_rows] or calls
+        apart = bool(kept) and self._likelihood == "auto" and rest.reaches(calls)
+        mixed = apart and rest.reaches(layers)
         source = due.generator(kept[0].term.logits.device) if kept else None
         if source is not None and not all(w.is_finite() for w in kept):
             # All ranks need statistics of the same layers, so that all ranks drop the step together.
             seeds = unusable_seeds(kept, fisher, source)
             found = back_propagate(seeds, calls, 1.0, None, examples, on_failure=failures.note)
-        elif all_zero(kept) and not mixed:
+        elif all_zero(kept) and not apart:
             # A loss times 0 skips a batch, and must not change the curvature.
             self.report_no_gradient(due.step)
             found = {}
@@ -168,12 +170,13 @@ class LossStatistics:
             passes = seed_passes(kept, fisher, source)
             found = back_propagate(passes, calls, scale, test, examples, on_failure=failures.note)
             functions = [weighted.term.function for weighted in kept]
-            self._sources.note(functions, terms, rest if mixed else None, calls, due.step)
+            self._sources.note(functions, terms, rest if mixed else None, layers, due.step)
         else:
-            self.traits, mixed = LossTraits(), False
+            self.traits, apart, mixed = LossTraits(), False, False
             found = self._of_whole_loss(due, rest, terms, failures)
-        if mixed:
-            found = added(found, self._empirical(due, rest.seeds(), failures, factor=_terms_per_example(kept, calls)))
+        if apart:
+            factor = _terms_per_example(kept, calls)
+            found = added(found, self._empirical(due, rest.seeds(), failures, factor=factor, only_loose=not mixed))
         # A term outside this loss may belong to a later loss of the same training step.
         due.losses.terms[:] = [term for term in terms if all(term is not w.term for w in kept)]
         return found
@@ -207,7 +210,7 @@ class LossStatistics:
         return found
 
     def _empirical(
-        self, due: DueLoss, seeds: Seeds, failures: Failures, *, factor: float = 0.5
+        self, due: DueLoss, seeds: Seeds, failures: Failures, *, factor: float = 0.5, only_loose: bool = False
     ) -> dict[int, Statistics]:
         r"""The empirical Fisher of a loss, or of its rest, as a mean over examples, in the unit of the loss.
 
@@ -223,8 +226,9 @@ class LossStatistics:
             failures: Takes the errors of layers.
             factor: The factor on G over the loss: 1/2 for a whole loss. For a rest, which is taken as half of the
                 loss, the number of recognised terms for each example.
+            only_loose: Whether to end at parameters without rows, such as learnt weights of losses.
         """
-        test = self._self_test.running
+        test = None if only_loose else self._self_test.running
         if test is not None and self._fisher != "empirical":
             # Parts of this gradient, such as a penalty on weights, have no rows.
             test.strict = False
@@ -236,6 +240,7 @@ class LossStatistics:
             due.examples,
             mean_fractions=[unit * due.fraction / factor for unit in self._units(due)],
             on_failure=failures.note,
+            only_loose=only_loose,
         )
 
     def _units(self, due: DueLoss) -> list[float]:

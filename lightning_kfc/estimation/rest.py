@@ -75,15 +75,15 @@ class Rest:
         self._start = loss_edge(loss), torch.full_like(loss, 1.0 / loss_scale)
         self._terms = terms
         self._calls = calls
-        self._wanted = {call.edge.node for call in calls}
         layers = [call for call in calls if call.adapter.has_rows]
         weights = {get_gradient_edge(p).node for call in layers for p in call.adapter.own_parameters().values()}
         penalties = _penalties(self._start[0], {call.edge.node for call in layers}, weights)
         self._penalties = [] if differentiated else list(penalties)
         self._minus: Seeds | None = None
 
-    def reaches(self) -> bool:
+    def reaches(self, calls: Sequence[Call]) -> bool:
         """Whether the loss reaches a call's edge by a path that avoids the logits of recognised terms."""
+        wanted = {call.edge.node for call in calls}
         inside: dict[_Key, set[_Key]] = {}
         for weighted in self._terms:
             if weighted.term.value_edge is not None:
@@ -99,7 +99,7 @@ class Rest:
                 within = key
             if key in penalties or (within is not None and key in inside[within]):
                 continue
-            if edge.node in self._wanted:
+            if edge.node in wanted:
                 return True
             if (edge.node, within) not in seen:
                 seen.add((edge.node, within))

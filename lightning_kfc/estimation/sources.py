@@ -39,7 +39,7 @@ class Sources:
             functions: The loss functions that count, in the order of their calls.
             terms: All terms that the loss holds.
             rest: The rest of the loss if its gradient counts; else None.
-            calls: The recorded calls.
+            calls: The recorded calls of layers, at whose outputs gradients are compared.
             step: The optimizer step.
         """
         names = list(dict.fromkeys(functions))

@@ -206,3 +206,55 @@ def test_a_mixed_loss_trains(fisher: str, inverse: str) -> None:
     losses = [float(train_step(kfc, optimizer, mixed)) for _ in range(15)]
     assert losses[-1] < 0.9 * losses[0]
     assert not any(kfc.events.state_dict().values())
+
+
+class WeightedHeads(TwoHeads):
+    """Two losses with learnt weights (Kendall et al. 2018)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_variances = nn.Parameter(torch.tensor([0.3, -0.2]))
+
+    def loss(self, x: Tensor) -> Tensor:
+        _, z, v = self(x)
+        losses = torch.stack([F.cross_entropy(z, TARGET), F.mse_loss(v, RETURNS)])
+        loss: Tensor = (torch.exp(-self.log_variances) * losses + self.log_variances).sum()
+        return loss
+
+
+def test_learnt_weights_of_losses_have_a_curvature_of_their_own_and_are_no_rest(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "lightning_kfc")
+    torch.manual_seed(0)
+    model, x = WeightedHeads().double(), data(N, 4)
+    arrived: list[Tensor] = []
+    hook = model.body.register_forward_hook(lambda module, args, output: output.register_hook(arrived.append) and None)
+    kfc = observe(model, lambda: model.loss(x), fisher="mc")
+    hook.remove()
+    assert len(arrived) == 1, f"{len(arrived)} back-propagations through the heads"
+    (line,) = [r.getMessage() for r in caplog.records if "curvature from" in r.getMessage()]
+    assert "curvature from cross_entropy, mse_loss." in line
+    (gradient,) = torch.autograd.grad(model.loss(x), model.log_variances)
+    expected = 2 * N * gradient.square()[None] / model.loss(x).detach().abs()
+    oracles.assert_equal(kfc.layers["log_variances"].averages["F"].value, expected, what="F of the weights")
+
+
+def test_shares_are_those_at_the_outputs_of_layers_alone(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "lightning_kfc")
+
+    def shares(model: TwoHeads, loss: Callable[[], Tensor]) -> str:
+        caplog.clear()
+        observe(model, loss)
+        (line,) = [r.getMessage() for r in caplog.records if "curvature from" in r.getMessage()]
+        return line
+
+    model, x = WeightedHeads().double(), data(N, 4)
+
+    def mixed(weights: Tensor) -> Tensor:
+        s, z, _ = model(x)
+        return weights.exp()[0] * F.cross_entropy(z, TARGET) + 0.1 * s.square().mean() + 100 * weights.sum()
+
+    assert shares(model, lambda: mixed(model.log_variances)) == shares(
+        model, lambda: mixed(model.log_variances.detach())
+    )
