@@ -271,7 +271,7 @@ class Estimator:
         due = DueLoss(loss, step, loss_scale, loss_fraction, self._losses, calls, examples, generator)
         test = self.self_test.running
         found = self._of_losses(due, failures)
-        unexplained = {} if test is None else self.self_test.concluded(test)
+        unexplained = {} if test is None else self.self_test.concluded(test, self._recorder.transformed)
         if loss.requires_grad:
             self.self_test.follow_uses(loss, recorded, step)
         statistics = self._by_layer(found, calls, len(recorded))

@@ -128,11 +128,6 @@ def output_edge(output: Tensor) -> GradientEdge:
     return get_gradient_edge(output)
 
 
-def _has_no_rows(output: Tensor) -> bool:
-    """Whether a call belongs to a ``torch.func`` transform, or has nested tensors."""
-    return output.is_nested or is_wrapped(output)
-
-
 def parameter_call(layer: str, adapter: Adapter) -> Call:
     """The stand-in call of a loose parameter, whose edge is the parameter's own."""
     (parameter,) = adapter.own_parameters().values()
@@ -176,6 +171,7 @@ class ForwardRecorder:
         counted: The positions of the calls whose input rows have entered a statistic.
         times: Adds up the time that recording takes.
         failures: The error while a call was recorded, by layer; the user's forward continues.
+        transformed: The layers with calls inside a ``torch.func`` transform, which have no rows.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -183,6 +179,7 @@ class ForwardRecorder:
     counted: set[int] = field(default_factory=set)
     times: StepTimes = field(default_factory=StepTimes)
     failures: dict[str, Exception] = field(default_factory=dict)
+    transformed: set[str] = field(default_factory=set)
     _handles: list[RemovableHandle] = field(default_factory=list)
 
     def attach(
@@ -228,7 +225,12 @@ class ForwardRecorder:
     ) -> None:
         # Read at each call: a toggled optimizer freezes the other optimizers' parameters for a while.
         frozen = not adapter.own_parameters()
-        if self.paused or frozen or not torch.is_grad_enabled() or not output.requires_grad or _has_no_rows(output):
+        if self.paused or frozen or not torch.is_grad_enabled():
+            return
+        if is_wrapped(output):
+            self.transformed.add(layer)
+            return
+        if not output.requires_grad or output.is_nested:
             return
         with torch.no_grad():
             forward = whole_forward(forward)

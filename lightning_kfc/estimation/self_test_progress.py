@@ -17,6 +17,8 @@ from lightning_kfc.estimation.self_test import SelfTest
 
 #: A layer is tested again no more often than this: the uses of some weights change with the length of the input.
 MOST_REPEATS = 3
+#: The reason for no Kronecker factors of layers without other calls.
+TRANSFORMED = "it is called inside a torch.func transform, whose calls cannot be recorded"
 
 
 class SelfTestProgress:
@@ -112,9 +114,15 @@ class SelfTestProgress:
         if self._test is not None:
             self._test.waiting[:] = [name for name in self._test.waiting if name not in names]
 
-    def concluded(self, test: SelfTest) -> dict[str, str]:
-        """Remove and return the outcome of a loss's test: by layer, why its rows do not explain its gradient."""
-        unseen = {n: self._layers[n].adapter.unseen for n in test.never_called if n in self._layers}
+    def concluded(self, test: SelfTest, transformed: Collection[str]) -> dict[str, str]:
+        """Remove and return the outcome of a loss's test: by layer, why its rows do not explain its gradient.
+
+        Args:
+            test: The test.
+            transformed: The layers with calls inside a ``torch.func`` transform.
+        """
+        own = {name: self._layers[name].adapter.unseen for name in test.never_called if name in self._layers}
+        unseen = {name: TRANSFORMED if name in transformed else reason for name, reason in own.items()}
         unexplained = unseen | {n: why for n, why in test.unexplained.items() if n in self._layers}
         test.waiting[:] = [n for n in test.waiting if n in self._layers and n not in test.unexplained]
         test.never_called.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -140,6 +141,17 @@ def test_a_weight_used_without_calling_its_module_has_no_rows_which_is_reported_
     assert reasons["first.weight"] == (False, "its weight is used without calling the module")
     assert reasons["head.weight"] == (True, "")
     assert "its weight is used without calling the module" in str(kfc.coverage())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # from torch.func.jvp
+@pytest.mark.parametrize("transform", [torch.func.vmap, lambda f: lambda x: torch.func.jvp(f, (x,), (x,))[0]])
+def test_calls_inside_a_transform_are_the_reason_and_not_uses_without_a_call(transform: Any) -> None:
+    model = nn.ModuleDict({"first": nn.Linear(3, 3), "head": nn.Linear(3, 3)}).double()
+    reason = "it is called inside a torch.func transform, whose calls cannot be recorded"
+    with pytest.warns(UserWarning, match=f"'first': {reason}"):
+        kfc = observe(model, lambda: F.cross_entropy(model["head"](transform(model["first"])(data(4, 3))), TARGET))
+    assert {row.reason for row in kfc.coverage() if row.module == "first"} == {reason}
+    assert kronecker_layers(kfc) == ["head"]
 
 
 class Scaled(nn.Linear):
