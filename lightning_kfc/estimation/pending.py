@@ -15,6 +15,16 @@ from lightning_kfc.factors.statistics import Statistics
 from lightning_kfc.monitoring.events import Events, listed
 from lightning_kfc.scheduling.tracker import RefreshTracker
 
+#: Why layers with a gradient have no curvature, with the way out.
+ZEROED = (
+    "the gradients that their statistics belong to were set to zero before the step. Back-propagate the sum of the "
+    "losses, and set gradients of your own, as gradient surgery does, afterwards."
+)
+UNREACHED = (
+    "no recorded loss term reaches them. Likely causes: a penalty on their weights, or a `likelihood` that leaves out "
+    "the terms that reach them."
+)
+
 
 class PendingStatistics:
     """Holds the statistics of a step until its refresh.
@@ -47,6 +57,8 @@ class PendingStatistics:
         self._group = group
         self._events = events
         self._warned: set[str] = set()
+        # Layers whose last statistics were dropped, since their gradient was set to zero.
+        self._zeroed: set[str] = set()
         self.unseen: set[str] = set()
 
     def add(self, statistics: Mapping[str, Statistics]) -> None:
@@ -54,6 +66,7 @@ class PendingStatistics:
         for name, entry in statistics.items():
             if name in self._layers and name not in self.unseen:
                 self._layers[name].add(entry)
+                self._zeroed.discard(name)
 
     def drop(self, names: Iterable[str]) -> None:
         """Drop the statistics of layers whose gradient was thrown away."""
@@ -114,6 +127,7 @@ class PendingStatistics:
         """
         for name, layer in self._layers.items():
             if (layer.pending is not None or name in self.unseen) and layer.gradient_is_zero():
+                self._zeroed.add(name)
                 self.skip([name])
         recorded = set(self._estimator.recorded if self._estimator.active else ())
         self.forget(name for name in self._layers if name not in recorded)
@@ -132,13 +146,14 @@ class PendingStatistics:
         if not new:
             return
         self._warned.update(new)
-        if distributed.rank() == 0:
-            warnings.warn(
-                f"KFC has no curvature for {', '.join(map(repr, new))}: no recorded loss term reaches them, and their "
-                "gradients stay unchanged. Likely causes: a penalty on their weights, or a `likelihood` that leaves "
-                "out the terms that reach them. Add them to `exclude` to silence this.",
-                stacklevel=3,
-            )
+        zeroed = [name for name in new if name in self._zeroed]
+        for names, cause in ((zeroed, ZEROED), ([name for name in new if name not in zeroed], UNREACHED)):
+            if names and distributed.rank() == 0:
+                warnings.warn(
+                    f"KFC has no curvature for {', '.join(map(repr, names))}, and their gradients stay unchanged: "
+                    f"{cause} Add them to `exclude` to silence this.",
+                    stacklevel=3,
+                )
 
     def _without_curvature(self, layer: Layer, step: int) -> bool:
         """Whether a layer was recorded but never had statistics."""

@@ -104,6 +104,34 @@ def test_every_form_of_a_manual_step_gets_the_dense_solve(module_class):
         assert relative_error(module.stepped[step], damped_solve(A, G, module.plain[step], 0.01)) < 1e-9
 
 
+class Surgery(Manual):
+    """Takes the gradient of each loss by a backward, and sets their sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.side = nn.Linear(3, 2, dtype=torch.float64)
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        logits = self(batch[0])
+        gradients = []
+        for loss in (F.mse_loss(self.side(logits), batch[0][:, :2]), F.cross_entropy(logits, batch[1])):
+            optimizer.zero_grad()
+            self.manual_backward(loss, retain_graph=True)
+            gradients.append([torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters()])
+        for parameter, *both in zip(self.parameters(), *gradients, strict=True):
+            parameter.grad = sum(both)
+        optimizer.step()
+
+
+def test_statistics_that_were_zeroed_away_are_the_cause_of_no_curvature():
+    with pytest.warns(UserWarning, match="KFC has no curvature for 'side'") as seen:
+        trainer(KFCCallback()).fit(Surgery(), loader(vectors(), 4))
+    (message,) = (str(w.message) for w in seen if "no curvature" in str(w.message))
+    assert "were set to zero before the step. Back-propagate the sum of the losses" in message
+    assert "a penalty" not in message
+
+
 class Accumulating(Manual):
     """Steps after every second batch."""
 
