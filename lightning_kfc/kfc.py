@@ -149,7 +149,6 @@ class KFC:
     def _begin_step_if_over(self) -> None:
         if self._stages.steps.begin():
             self.batches.step_begins()
-            self.reviewer.step_begins()
             self._stages.choose_periods()
             self._stages.follow_frozen()
 
@@ -328,4 +327,5 @@ class KFC:
         Raises:
             ValueError: If the state has a version that cannot be loaded.
         """
+        self.batches.abandon(self.layers)
         return self._stages.load_state_dict(state)

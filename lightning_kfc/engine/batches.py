@@ -41,8 +41,9 @@ class Batches:
         return ", ".join(self._estimator.sources) or "nothing so far"
 
     def step_begins(self) -> None:
-        """Reset the count of losses."""
+        """Reset the count of losses, and drop the last step's review if it was not made."""
         self.losses = 0
+        self._reviewer.step_begins()
 
     def require_capture(self) -> None:
         """Require a recorded forward, if the step is due.
@@ -149,8 +150,11 @@ class Batches:
         self._reviewer.cancel()
 
     def abandon(self, layers: Collection[str]) -> None:
-        """Drop the statistics and losses of a step whose gradients are not finite."""
-        self._pending.drop(layers)
+        """Drop the statistics and losses of a step that is not made.
+
+        Its gradients are not finite, or a state, which is one between two steps, is loaded in its middle.
+        """
+        self._pending.skip(layers)
         self._stages.factors.discard(layers)
         self._reviewer.forget_losses()
         self._reviewer.resume()

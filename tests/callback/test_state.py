@@ -375,3 +375,24 @@ def test_a_restore_in_the_middle_of_training_is_taken_over_at_once(tmp_path):
     assert differences(before[0], after[0]) == []
     assert callback.state_dict()["step"] == 4
     assert lightning.pytorch.Callback in KFCCallback.__mro__
+
+
+@pytest.mark.filterwarnings("ignore:.*lr_find")
+def test_training_after_a_learning_rate_finder_is_that_without_one_bit_for_bit(tmp_path):
+    class Later(LearningRateFinder):
+        """Looks for a learning rate before the second epoch, when a step of the first one is behind."""
+
+        def on_fit_start(self, trainer, pl_module):
+            pass
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                self.lr_find(trainer, pl_module)
+
+    def fitted(*finders):
+        torch.manual_seed(0)
+        module, callback = Regression(), KFCCallback()
+        trainer(callback, *finders, max_epochs=3, default_root_dir=tmp_path).fit(module, loader(vectors(16)))
+        return module, callback
+
+    assert_same(*fitted(), *fitted(Later(num_training_steps=4, update_attr=False)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from typing import Any
 
@@ -40,6 +41,30 @@ class Run:
                 classes(6, count=3, seed=self.step),
             )
             train_step(self.kfc, self.optimizer, lambda x=x, t=target: F.cross_entropy(self.model(x), t))
+            self.step += 1
+
+    def train_with_reviews(self, until: int, *, stop_after: str = "") -> None:
+        """Train as the callback does; or stop in the middle of the next step."""
+        while self.step < until:
+            with self.kfc.capture():
+                loss = F.cross_entropy(
+                    self.model(data(6, 2, 6, 6, seed=100 + self.step).float()), classes(6, count=3, seed=self.step)
+                )
+            if stop_after == "capture":
+                return
+            self.kfc.batches.follow_gradients()
+            self.kfc.update(loss)
+            if stop_after == "update":
+                return
+            self.optimizer.zero_grad()
+            loss.backward()
+            if stop_after == "backward":
+                return
+            self.kfc.precondition(optimizer=self.optimizer)
+            if stop_after == "precondition":
+                return
+            self.optimizer.step()
+            self.kfc.review(optimizer=self.optimizer)
             self.step += 1
 
     def save(self) -> io.BytesIO:
@@ -115,6 +140,28 @@ def test_a_run_resumed_in_another_precision_goes_on_with_what_was_learnt(
 
 def relative(value: torch.Tensor, expected: torch.Tensor) -> float:
     return float((value.double() - expected.double()).norm().detach() / expected.double().norm().detach())
+
+
+@pytest.mark.parametrize("after", ["capture", "update", "backward", "precondition"])
+@pytest.mark.parametrize("at", [4, 5])
+def test_a_run_that_is_rolled_back_within_a_step_ends_with_the_same_bits(at: int, after: str) -> None:
+    def trained(rolled_back: str) -> Run:
+        run = Run(kl_clip="auto", damping="auto", inverse_every_n_steps=3)
+        run.train_with_reviews(3)
+        state = copy.deepcopy((run.model.state_dict(), run.optimizer.state_dict(), run.kfc.state_dict()))
+        if rolled_back:
+            run.train_with_reviews(at)
+            run.train_with_reviews(at + 1, stop_after=rolled_back)
+            run.step = 3
+            run.model.load_state_dict(state[0])
+            run.optimizer.load_state_dict(state[1])
+            assert run.kfc.load_state_dict(state[2]) == []
+        run.train_with_reviews(STEPS)
+        return run
+
+    once, again = trained(""), trained(after)
+    for one, two in zip(once.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, two)
 
 
 def test_a_run_resumed_without_the_state_does_not() -> None:
