@@ -150,7 +150,7 @@ class KFC:
         if self._stages.steps.begin():
             self.batches.step_begins()
             self._stages.choose_periods()
-            self._stages.follow_frozen()
+        self._stages.follow_frozen()
 
     def follow_structure(self) -> str | None:
         """Find modules and parameters that were added, replaced or removed; other layers keep their state.

@@ -87,6 +87,8 @@ class Stages:
         self.rule: Rule[Any] = make_rule(settings)
         self.reviewer = StepReviewer(model, settings, self.events, self.ownership)
         self._ranks_agree = False
+        # The step at which frozen layers were looked for last; at step 0 the warm-up of all layers begins.
+        self._frozen_at = 0
 
     def require_agreement(self) -> None:
         """Require equal settings and layers of all ranks, once, and again when layers have changed. Collective.
@@ -132,6 +134,9 @@ class Stages:
 
     def follow_frozen(self) -> None:
         """Let layers that were frozen from the start begin their statistics when they become trainable."""
+        if self._frozen_at == self.steps.number:
+            return
+        self._frozen_at = self.steps.number
         for name, layer in self.layers.items():
             if not self.tracker.has_statistics(name):
                 frozen = not layer.adapter.own_parameters()
@@ -158,6 +163,7 @@ class Stages:
         """See :meth:`lightning_kfc.KFC.load_state_dict`."""
         check_version(state)
         self.steps.restart(int(state["step"]))
+        self._frozen_at = 0
         for name, reason in state["dropped"].items():
             if name in self.layers:
                 self.layers.drop(name, reason)

@@ -188,6 +188,7 @@ class RefreshTracker:
             "factorised": {name: [at, damping] for name, (at, damping) in self._factorised.items()},
             "waiting": dict(self._waiting),
             "own_starts": dict(self._own_starts),
+            "frozen": sorted(self._frozen),
             "slots": self._offsets.state_dict(),
         }
 
@@ -198,5 +199,6 @@ class RefreshTracker:
         self._factorised = {name: (int(at), float(damping)) for name, (at, damping) in state["factorised"].items()}
         self._waiting = {name: int(at) for name, at in state["waiting"].items()}
         self._own_starts = {name: int(at) for name, at in state.get("own_starts", {}).items()}
+        self._frozen = set(state.get("frozen", ()))
         # States of versions without offsets get new ones.
         self._offsets.load_state_dict(state.get("slots", {}))

@@ -15,7 +15,7 @@ import lightning.pytorch
 import pytest
 import pytorch_lightning
 import torch
-from lightning.pytorch.callbacks import Callback, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, Callback, LearningRateFinder, ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
 
@@ -396,3 +396,28 @@ def test_training_after_a_learning_rate_finder_is_that_without_one_bit_for_bit(t
         return module, callback
 
     assert_same(*fitted(), *fitted(Later(num_training_steps=4, update_attr=False)))
+
+
+def test_a_run_resumed_just_before_a_layer_is_unfrozen_is_the_uninterrupted_one_bit_for_bit(tmp_path):
+    class Unfreezes(BaseFinetuning):
+        def freeze_before_training(self, pl_module):
+            self.freeze(pl_module.body, train_bn=False)
+
+        def finetune_function(self, pl_module, epoch, optimizer):
+            if epoch == 2:
+                self.unfreeze_and_add_param_group(pl_module.body, optimizer, initial_denom_lr=1.0, train_bn=False)
+
+    class Net(ConvNet):
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1, momentum=0.5)
+
+    def fitted(*callbacks, path=None):
+        torch.manual_seed(0)
+        module, callback = Net(), KFCCallback(warmup_steps=3, factor_every_n_steps=5)
+        used = trainer(callback, Unfreezes(), *callbacks, max_epochs=5, enable_checkpointing=True)
+        used.fit(module, loader(images()), ckpt_path=path)
+        return module, callback
+
+    whole = fitted(ModelCheckpoint(dirpath=tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}"))
+    for epoch in (0, 1):
+        assert_same(*fitted(path=tmp_path / f"epoch={epoch}.ckpt"), *whole)
