@@ -77,6 +77,12 @@ def rows() -> list[tuple[str, str, str]]:
             of_optimizer(sgd(lr=3.0), rule="adam"),
         ),
         (
+            "weight decay of SGD",
+            f"shrinks weights by more than {at_start.MOST_SHRUNK:g} of their size in each step, with "
+            "`lr * weight_decay / (1 - momentum)`, in a run of more steps than one over this share",
+            of_optimizer(sgd(weight_decay=0.01)),
+        ),
+        (
             "schedule",
             f"below {at_start.VANISHED:g} of its highest in more than {at_start.VANISHED_FOR:.0%} of the steps",
             of_optimizer(vanishing, ExponentialLR(vanishing, 0.9), steps=steps),

@@ -140,6 +140,11 @@ CASES = {
         Recipe("Adam(lr=1e-3, weight_decay=0.01)", lambda p: Adam(p, lr=1e-3, weight_decay=0.01)),
         Recipe("SGD(lr=0.5, momentum=0.5, weight_decay=1e-5)", sgd(weight_decay=1e-5)),
     ),
+    "sgd_decay": Case(
+        "the weight decay of AdamW, 400 steps",
+        Recipe("SGD(lr=0.5, momentum=0.5, weight_decay=0.05)", sgd(weight_decay=0.05), epochs=20),
+        Recipe("SGD(lr=0.5, momentum=0.5, weight_decay=1e-5)", sgd(weight_decay=1e-5), epochs=20),
+    ),
     "low_rate": Case("a low learning rate", Recipe("SGD(lr=0.01, momentum=0.9)", sgd(0.01, 0.9)), USUAL),
     **{
         f"low_rate_{rate:g}": Case("a low learning rate", Recipe(f"SGD(lr={rate:g}, momentum=0.5)", sgd(rate)), USUAL)
@@ -276,6 +281,7 @@ AT_START = frozenset(
         "one_cycle",
         "one_cycle_adam",
         "rmsprop",
+        "sgd_decay",
         "short_run",
         "very_short_run",
     )

@@ -32,6 +32,8 @@ RESCALING = frozenset(
 )
 #: A rate below the first share of its peak hardly moves the weights; warn above the second share of such steps.
 VANISHED, VANISHED_FOR = 0.01, 0.5
+#: The usual rate and weight decay of AdamW, and the highest share by which a decay may shrink weights in a step.
+ADAMW_RATE, ADAMW_DECAY, MOST_SHRUNK = 1e-3, 0.01, 1e-3
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ def warnings_for(
         found += _of_momentum(optimizer, planned, schedules, settings)
         found += [] if found else map(OptimizerWarning, _of_rates(planned, settings, steps))
         found += [] if found else map(OptimizerWarning, _of_the_limit(planned, settings))
+        found += map(OptimizerWarning, _of_decay(groups, steps))
     if settings.rule == "adam" and settings.damping != "auto":
         found.append(OptimizerWarning("rule='adam' does not use `damping`; leave it out."))
     return found
@@ -187,6 +190,24 @@ def _of_rates(planned: Planned, settings: Settings, steps: float) -> Iterator[st
                 f"{steps:.0f} steps, and the weights hardly move afterwards. Use "
                 f'`CosineAnnealingLR(optimizer, {steps:.0f})` with `"interval": "step"`.'
             )
+
+
+def _of_decay(groups: Sequence[Mapping[str, Any]], steps: float) -> Iterator[str]:
+    group = max(groups, key=_shrinkage)
+    share = _shrinkage(group)
+    # In a run shorter than the time in which the decay removes a weight, a strong decay may be meant.
+    if share > MOST_SHRUNK * (1 + 1e-6) and share * steps > 1 + 1e-6:
+        decay, usual = float(group["weight_decay"]), ADAMW_RATE * ADAMW_DECAY
+        yield (
+            f"a weight_decay of {decay:g} shrinks the weights by {share:.2g} of their size in each step, "
+            f"{share / usual:.0f} times as much as AdamW(lr={ADAMW_RATE:g}, weight_decay={ADAMW_DECAY:g}). Use "
+            f"weight_decay={decay * usual / share:.3g} to shrink them as AdamW does."
+        )
+
+
+def _shrinkage(group: Mapping[str, Any]) -> float:
+    """The share by which a step of SGD shrinks the weights of a group at its peak rate."""
+    return _peak(group) * float(group.get("weight_decay") or 0) * _longer(float(group.get("momentum") or 0))
 
 
 def _longer(momentum: float) -> float:

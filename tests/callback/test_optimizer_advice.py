@@ -106,7 +106,9 @@ def test_what_works_against_the_method_is_named_with_its_replacement(
         # The bound is the user's own.
         (lambda p: SGD(p, lr=0.1, momentum=0.9), "natural", {"kl_clip": 0.03}),
         (lambda p: SGD(p, lr=0.5, momentum=0.5), "adam", {}),
-        (lambda p: SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1), "adam", {"steps": 10}),
+        (lambda p: SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-3), "adam", {}),
+        # A strong decay may be meant in a short run.
+        (lambda p: SGD(p, lr=0.5, momentum=0.5, weight_decay=0.01), "natural", {"steps": 60}),
         (lambda p: SGD(p, lr=1.0), "adam", {"steps": 10}),
         # Of others there are no measurements.
         (lambda p: torch.optim.ASGD(p, lr=0.01), "natural", {}),
@@ -115,6 +117,34 @@ def test_what_works_against_the_method_is_named_with_its_replacement(
 )
 def test_a_good_recipe_is_silent(make: Make, rule: str, options: Any) -> None:
     assert said(make, rule=rule, **options) == ""
+
+
+@pytest.mark.parametrize("rule", ["natural", "adam"])
+@pytest.mark.parametrize(("lr", "momentum", "instead"), [(0.5, 0.5, 1e-5), (0.1, 0.5, 5e-5), (0.5, 0.0, 2e-5)])
+def test_a_decay_kept_from_adamw_is_named_with_the_one_that_shrinks_weights_as_adamw_does(
+    lr: float, momentum: float, instead: float, rule: str
+) -> None:
+    parameters = list(nn.Linear(2, 2).double().parameters())
+    groups = [{"params": parameters[:1], "weight_decay": 0.05}, {"params": parameters[1:], "weight_decay": 0.0}]
+    found = said(lambda p: SGD(groups, lr=lr, momentum=momentum), rule=rule, steps=1000)
+    assert found.startswith(f"a weight_decay of 0.05 shrinks the weights by {0.05 * lr / (1 - momentum):.2g} ")
+    assert f"Use weight_decay={instead:.3g} to" in found
+    decayed, adamw = (
+        shrinkage(kind(parameters, **options))
+        for kind, options in (
+            (SGD, {"lr": lr, "momentum": momentum, "weight_decay": instead}),
+            (AdamW, {"lr": 1e-3, "weight_decay": 0.01}),
+        )
+    )
+    # Momentum takes some steps to build up.
+    assert decayed == pytest.approx(adamw, rel=0.05)
+
+
+def test_a_decay_at_a_rate_that_warms_up_is_judged_at_its_peak() -> None:
+    optimizer = SGD(nn.Linear(2, 2).parameters(), lr=0.5, momentum=0.5, weight_decay=0.01)
+    schedule = OneCycleLR(optimizer, 0.5, 1000, cycle_momentum=False)
+    found = text(warnings_for(optimizer, Settings(), schedules=[Schedule(schedule)], steps=1000))
+    assert "by 0.01 of their size in each step, 1000 times as much as AdamW(lr=0.001, weight_decay=0.01)" in found
 
 
 def shrinkage(optimizer: Optimizer) -> list[float]:
