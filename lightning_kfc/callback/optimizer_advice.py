@@ -56,6 +56,7 @@ def warnings_for(
     groups: Sequence[Mapping[str, Any]] | None = None,
     schedules: Iterable[Schedule] = (),
     steps: float = math.inf,
+    resumed: bool = False,
 ) -> list[OptimizerWarning]:
     """Warnings about an optimizer and its schedules; none for the recommended optimizer.
 
@@ -65,6 +66,7 @@ def warnings_for(
         groups: The parameter groups that have preconditioned parameters; None for all.
         schedules: The learning-rate schedulers of this optimizer.
         steps: The remaining optimizer steps; infinity if unknown.
+        resumed: Whether steps were made before, since which the learning rate may have fallen.
     """
     groups = optimizer.param_groups if groups is None else groups
     if not groups:
@@ -77,7 +79,7 @@ def warnings_for(
         planned = preview(optimizer, groups, schedules, steps) or _as_known(groups)
         # One sentence is enough: each replaces what the next ones are about.
         found += _of_momentum(optimizer, planned, schedules, settings)
-        found += [] if found else map(OptimizerWarning, _of_rates(planned, settings, steps))
+        found += [] if found or resumed else map(OptimizerWarning, _of_rates(planned, settings, steps))
         found += [] if found else map(OptimizerWarning, _of_the_limit(planned, settings))
         found += map(OptimizerWarning, _of_decay(groups, steps))
     if settings.rule == "adam" and settings.damping != "auto":

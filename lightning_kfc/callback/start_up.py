@@ -144,11 +144,13 @@ def _advise(kfc: KFC, trainer: Any, pl_module: Any) -> None:
     found: dict[OptimizerWarning, None] = {}
     # A resumed run may plan fewer steps than were made.
     steps = max(0.0, _planned_steps(trainer) - trainer.global_step)
+    resumed = kfc.step > 0 or trainer.global_step > 0
     for optimizer in trainer.optimizers:
         covered = {id(p) for name in kfc.layers.learning_rates(optimizer) for p in kfc.layers[name].parameters()}
         groups = [group for group in optimizer.param_groups if covered & set(map(id, group["params"]))]
         schedules = schedules_of(trainer, pl_module, optimizer)
-        found |= dict.fromkeys(warnings_for(optimizer, kfc.settings, groups=groups, schedules=schedules, steps=steps))
+        own = warnings_for(optimizer, kfc.settings, groups=groups, schedules=schedules, steps=steps, resumed=resumed)
+        found |= dict.fromkeys(own)
     if kfc.step == 0 and (short := warning_for_run(kfc.settings, steps)) is not None:
         found[short] = None
     for each in found:

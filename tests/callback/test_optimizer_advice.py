@@ -30,7 +30,7 @@ from lightning_kfc import KFCCallback
 from lightning_kfc.callback.optimizer_advice import OptimizerWarning, replacement, warnings_for
 from lightning_kfc.callback.schedule_preview import Schedule
 from lightning_kfc.settings import Settings
-from tests.helpers.harness import QUIET, Classifier, fit
+from tests.helpers.harness import QUIET, Classifier, fit, loader, trainer
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
 
@@ -285,6 +285,25 @@ def test_the_callback_logs_it_once_when_training_starts(caplog: pytest.LogCaptur
     assert "preconditioned twice" in line
     assert lines(caplog, lambda p: SGD(p, lr=0.5, momentum=0.5)) == []
     assert lines(caplog, lambda p: SGD(p, lr=0.5, momentum=0.5), rule="adam") == []
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:Be aware that when using `ckpt_path`")
+def test_the_low_rate_of_a_resumed_run_that_has_fallen_is_no_reason_for_advice(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Annealed(Classifier):
+        def configure_optimizers(self) -> Any:
+            optimizer = SGD(self.parameters(), lr=0.5, momentum=0.5)
+            return {"optimizer": optimizer, "lr_scheduler": StepLR(optimizer, 1, 0.01)}
+
+    path = tmp_path / "annealed.ckpt"
+    fit(Annealed(), kfc=KFCCallback(), max_steps=9).save_checkpoint(path)
+    resumed = trainer([KFCCallback()], max_steps=15)
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        resumed.fit(Annealed(), loader(), ckpt_path=path)
+    assert resumed.optimizers[0].param_groups[0]["lr"] < 1e-4
+    assert [line for line in caplog.messages if line.startswith("KFCCallback:")] == []
 
 
 def test_groups_without_preconditioned_parameters_are_not_judged(caplog: pytest.LogCaptureFixture) -> None:
