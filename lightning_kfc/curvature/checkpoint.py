@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_kfc.curvature.layer import Layer
 from lightning_kfc.curvature.loss_magnitude import LossMagnitude
+from lightning_kfc.curvature.model_layers import ModelLayers
 from lightning_kfc.curvature.own_damping import OwnDamping
 from lightning_kfc.curvature.ownership import LayerOwnership
 from lightning_kfc.distributed.remote import RemoteInverse
@@ -55,7 +56,7 @@ class LoadedLayers:
 
 
 def load_layers(
-    layers: Mapping[str, Layer],
+    layers: ModelLayers,
     states: Mapping[str, Mapping[str, Any]],
     kind: type[Inverse],
     ownership: LayerOwnership,
@@ -71,7 +72,11 @@ def load_layers(
         ownership: The ranks that hold factors and inverses.
         with_moments: Whether the rule has moments.
     """
-    problems = [f"layer {name!r} of the checkpoint is not in the model" for name in states if name not in layers]
+    problems = [
+        f"layer {name!r} of the checkpoint is not {'preconditioned now' if layers.in_model(name) else 'in the model'}"
+        for name in states
+        if name not in layers
+    ]
     anew = []
     for name, layer in layers.items():
         if name not in states:

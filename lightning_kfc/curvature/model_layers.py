@@ -103,6 +103,13 @@ class ModelLayers(Mapping[str, Layer]):
         """The layers whose modules and parameters have not changed since the search for layers."""
         return {name: layer for name, layer in self._layers.items() if layer.unchanged}
 
+    def in_model(self, name: str) -> bool:
+        """Whether the model has the parameters of a layer, which need not be preconditioned."""
+        named = {own for own, module in self._model.named_modules() if own and parameters_of(module)}
+        named.update(own for own, _ in self._model.named_parameters(remove_duplicate=False))
+        # The layer may be a part of its module.
+        return not named.isdisjoint((name, name.rpartition(".")[0]))
+
     # Layers of an optimizer.
 
     def learning_rates(self, optimizer: Optimizer) -> dict[str, float]:

@@ -339,7 +339,7 @@ def test_training_goes_on_bit_for_bit_whether_averages_were_on_or_are(tmp_path, 
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
-@pytest.mark.filterwarnings("ignore:KFCCallback. layer 'body.[01]' of the checkpoint is not in the model")
+@pytest.mark.filterwarnings("ignore:KFCCallback. layer 'body.[01]' of the checkpoint is not preconditioned now")
 @pytest.mark.filterwarnings("ignore:KFCCallback. layer '.*' is not in the checkpoint and starts anew")
 @pytest.mark.parametrize(
     ("saved_with", "resumed_with"),

@@ -216,6 +216,18 @@ def test_a_state_of_another_model_starts_the_layers_anew_that_do_not_fit_and_nam
     assert not kfc.layers["0"].averages
 
 
+def test_layers_that_are_left_out_now_are_said_to_be_so_and_not_to_be_missing() -> None:
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "gone": nn.Linear(4, 4), "head": nn.Linear(4, 3)})
+    state = KFC(model).state_dict()
+    del model["gone"]
+    problems = KFC(model, include="head").load_state_dict(state)
+    left_out = [f"attention.{part}" for part in ("q", "k", "v", "out_proj")]
+    assert problems == [
+        *(f"layer {name!r} of the checkpoint is not preconditioned now" for name in left_out),
+        "layer 'gone' of the checkpoint is not in the model",
+    ]
+
+
 def test_what_earlier_versions_have_saved_besides_is_left_out(uninterrupted: Run) -> None:
     first, second = Run(), Run(seed=1)
     first.train(8)
