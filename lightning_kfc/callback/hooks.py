@@ -71,6 +71,8 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse strategies that cannot work; forget a state that was loaded before this fit."""
+        if stage != "fit" and self._is_foreign(trainer):
+            return
         if self._average is not None:
             self._average.detach()
         if stage == "fit":
@@ -129,7 +131,7 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """During fit, note the validation's numbers."""
-        if self._trains:
+        if self._trains and not self._is_foreign(trainer):
             self._fit.report.measured.validation_ends(logged_step(trainer))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -153,16 +155,23 @@ class KFCHooks(KFCOptions):  # noqa: D101 (the docstring is that of the options)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Detach."""
-        self._end()
+        if not self._is_foreign(trainer):
+            self._end()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Detach, since Lightning calls no teardown after an exception, and write the report."""
+        if self._is_foreign(trainer):
+            return
         session = self._session
         if self._average is not None and self._trains:
             self._average.take_out()
         self._end()
         if session is not None:
             session.report.write(interrupted_by=exception)
+
+    def _is_foreign(self, trainer: Any) -> bool:
+        """Whether a trainer is not that of the present fit, in whose hooks it validates, for example."""
+        return self._session is not None and self._session.trainer is not trainer
 
     def _end(self) -> None:
         session, self._session = self._session, None

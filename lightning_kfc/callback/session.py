@@ -26,6 +26,7 @@ class FitSession:
         logging: What is logged and drawn.
 
     Attributes:
+        trainer: The trainer.
         report: Pictures and the report.
         metrics: Sends numbers to loggers.
         notices: Messages that are logged once.
@@ -36,6 +37,7 @@ class FitSession:
 
     def __init__(self, callback: object, kfc: KFC, trainer: Any, pl_module: Any, logging: Logging) -> None:
         self._kfc = kfc
+        self.trainer = trainer
         self.report = Report(logging, kfc, trainer, pl_module)
         self.metrics = MetricsLogger(logging, kfc, trainer, pl_module, self.report)
         self.notices = Notices()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import pickle
@@ -309,6 +310,36 @@ def test_sanity_check_and_validation_with_gradients_record_nothing():
         fitted.fit(module, loader(images()), loader(images(seed=7)))
         factors.append(callback.kfc.layers["head"].A)
     assert torch.equal(*factors)
+
+
+@pytest.mark.parametrize("raising", [False, True])
+def test_validation_by_another_trainer_in_a_hook_of_a_fit_leaves_the_fit_as_it_is(raising):
+    class Elsewhere(Callback):
+        def on_train_epoch_end(self, trainer_of_fit, pl_module):
+            pl_module.raises = raising
+            with pytest.raises(ZeroDivisionError) if raising else contextlib.nullcontext():
+                trainer(callback).validate(pl_module, loader(images()), verbose=False)
+            pl_module.trainer = trainer_of_fit
+            pl_module.train()
+
+    class Validated(ConvNet):
+        raises = False
+
+        def validation_step(self, batch, batch_idx):
+            return 1 / 0 if self.raises else super().training_step(batch, batch_idx)
+
+    def fitted(*others):
+        torch.manual_seed(0)
+        module = Validated()
+        trainer(callback, *others, max_epochs=3, limit_val_batches=0).fit(module, loader(images(16)), loader(images()))
+        return module.state_dict(), callback.kfc.step
+
+    callback = KFCCallback()
+    alone = fitted()
+    callback = KFCCallback()
+    together = fitted(Elsewhere())
+    assert alone[1] == together[1]
+    assert all(torch.equal(own, together[0][name]) for name, own in alone[0].items())
 
 
 def test_a_training_step_that_runs_while_the_callback_is_taken_out_is_not_recorded():
