@@ -296,12 +296,20 @@ def begin(make):
 MOMENTA = ("momentum_buffer", "exp_avg")
 
 
+def lengthen(optimizer, rate):
+    """Set a rate at which the momentum is far too long; SGD's, which does not grow with the rate, is multiplied."""
+    for group in optimizer.param_groups:
+        share, group["lr"] = rate / group["lr"], rate
+        if isinstance(optimizer, torch.optim.SGD):
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"].mul_(share)
+
+
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adam])
 def test_a_step_into_nowhere_is_taken_back_and_leaves_no_momentum(make):
     model, kfc, optimizer, inputs, targets = begin(make)
     before = [parameter.clone() for parameter in model.parameters()]
-    for group in optimizer.param_groups:
-        group["lr"] = 1e150
+    lengthen(optimizer, 1e150)
     verdict = step(model, kfc, optimizer, inputs, targets, lambda y, t: F.cross_entropy(y * y * y, t))
     assert (verdict.undo, verdict.kept_share) == (True, 0.0)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
@@ -335,8 +343,7 @@ def test_a_step_that_went_too_far_ends_where_a_parabola_has_its_minimum(make, ra
     monkeypatch.setattr(optimizer, "step", step_and_note)
     loss = F.cross_entropy(model(inputs), targets)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    lengthen(optimizer, rate)
     verdict = step(model, kfc, optimizer, inputs, targets)
     start, end, momenta = seen
     oracle = copy.deepcopy(model)
