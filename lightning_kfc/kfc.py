@@ -186,7 +186,7 @@ class KFC:
         """
         self.batches.require_capture()
         self.back_propagate(loss, loss_scale=loss_scale, loss_fraction=loss_fraction)
-        if not (accumulate or self.reviewer.losses.of_several_optimizers):  # precondition() then refreshes its own.
+        if not accumulate:
             self.refresh()
 
     def back_propagate(self, loss: Tensor, *, loss_scale: float = 1.0, loss_fraction: float = 1.0) -> None:
@@ -252,7 +252,7 @@ class KFC:
         kl_clip = self.kl_clip
         updates = stages.rule.updates(ready, damping, kl_clip, most_decrease)
         if first:
-            stages.rule.follow_rates(ready, regions.last_rates, coming.optimizer)
+            stages.rule.shrink_momentum(ready, regions.follow_rates(coming.rates), coming.optimizer)
             regions.keep_update({e.layer.name: e.learning_rate for e in ready}, updates.tensors, updates.slope)
         # Before the updates are written: .grad is still the gradient of the loss.
         self.reviewer.before_step(step, updates.quadratic, damping, coming)

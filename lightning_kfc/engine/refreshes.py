@@ -77,10 +77,13 @@ class Refreshes:
         return finite
 
     def __call__(self, names: Collection[str]) -> None:
-        """Fold the statistics of a step into the factors of layers, and refresh their inverses."""
-        self._refresh(names, None)
+        """Fold the statistics of a step into the factors of layers, and refresh their inverses.
 
-    def _refresh(self, names: Collection[str], dated: Sequence[str] | None) -> None:
+        With several optimizers, inverses wait for the step of their own, whose loss is the unit of their damping.
+        """
+        self._refresh(names, None, inverses=not self._reviewer.losses.of_several_optimizers)
+
+    def _refresh(self, names: Collection[str], dated: Sequence[str] | None, *, inverses: bool = True) -> None:
         stages, step = self._stages, self._stages.steps.number
         layers = [stages.layers[name] for name in names]
         stages.estimator.recount({layer.name for layer in layers if layer.pending is not None})
@@ -91,8 +94,9 @@ class Refreshes:
                     folded = self._factors(layers, step)
                 stages.layers.drop_all(folded.given_up)
                 stages.pending.unseen.update(folded.unusable)
-                dated = self._inverses.dated(names, step) if dated is None else dated
-                self._refresh_inverses(layers, dated, expected=expected)
+                if inverses:
+                    dated = self._inverses.dated(names, step) if dated is None else dated
+                    self._refresh_inverses(layers, dated, expected=expected)
                 with stages.times.phase("statistics"):
                     # After the refresh, in the new basis.
                     moments = stages.estimator.examples.second_moments(layers)

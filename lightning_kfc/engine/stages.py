@@ -190,4 +190,9 @@ class Stages:
 
     def _with_state(self) -> dict[str, Any]:
         """The objects that are restored after the periods, by their names in a state."""
-        return {"due": self.tracker, "events": self.events, "trust_region": self.reviewer.regions}
+        return {
+            "due": self.tracker,
+            "events": self.events,
+            "trust_region": self.reviewer.regions,
+            "factor_refresh": self.factors,
+        }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,6 +101,14 @@ class FactorRefresh:
         """
         self.discard([name for name in self._expected if kept.get(name) != name])
         self._given_up = {kept[name]: reason for name, reason in self._given_up.items() if name in kept}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The layers of an optimizer that has not stepped since their last statistics."""
+        return {"expected": sorted(self._expected)} if self._expected else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load a state of :meth:`state_dict`."""
+        self._expected = set(state.get("expected", ()))
 
     def abandon(self) -> None:
         """Forget an unfinished sum, after an exception."""

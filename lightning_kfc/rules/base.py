@@ -105,14 +105,14 @@ class Rule(ABC, Generic[U]):
             most_decrease: The bound on the slope of the step; None for no bound.
         """
 
-    def follow_rates(self, ready: Sequence[ReadyLayer], last: Mapping[str, float], optimizer: Optimizer | None) -> None:
-        """Prepare the optimizer's momentum for the rates of this step, if steps are bounded.
-
-        A rule that takes the momentum out needs nothing.
+    def shrink_momentum(
+        self, ready: Sequence[ReadyLayer], shares: Mapping[str, float], optimizer: Optimizer | None
+    ) -> None:
+        """Shrink the optimizer's momentum of layers whose learning rate has risen; a rule without it does nothing.
 
         Args:
             ready: The layers.
-            last: The rule's learning rates of the last step, by layer.
+            shares: The last rate over that of this step, by the name of such a layer.
             optimizer: The optimizer of the step; None if unknown.
         """
 

@@ -15,7 +15,7 @@ from lightning_kfc.factors.inverses import CholeskyInverse, FewRows, Inverse
 from lightning_kfc.factors.quadratic_form import inner_product
 from lightning_kfc.monitoring.events import Events, listed
 from lightning_kfc.rules.base import ReadyLayer, Rule, Updates, write_update, written_parameters
-from lightning_kfc.rules.momentum import is_sgd, lengthening, limit_momentum, momenta, of_layers, shrink_momentum
+from lightning_kfc.rules.momentum import is_sgd, lengthening, limit_momentum, momenta, multiply_momentum, of_layers
 
 #: The widest layers in a batch: with wider ones, a copy of the inverses costs more than separate products.
 LARGEST_BATCHED = 512
@@ -85,18 +85,17 @@ class NaturalRule(Rule[NaturalUpdates]):
         largest = () if kl_clip is None else _largest_norms(ready)
         return natural_step(gradients, inverses, rates, kl_clip, fallbacks, most_decrease, largest)
 
-    def follow_rates(self, ready: Sequence[ReadyLayer], last: Mapping[str, float], optimizer: Optimizer | None) -> None:
+    def shrink_momentum(
+        self, ready: Sequence[ReadyLayer], shares: Mapping[str, float], optimizer: Optimizer | None
+    ) -> None:
         """Shrink the momentum of layers whose rate has risen, which then moves them no further than at the last rate.
 
         Updates enter the momentum within the bound at the rate of their own step. At a rate near 0 that is no bound.
         """
-        risen = {}
-        for entry in ready:
-            now, before = entry.learning_rate, last.get(entry.layer.name, math.inf)
-            if now > before:
-                risen.update(dict.fromkeys(map(id, entry.parameters.values()), before / now))
-        if risen and optimizer is not None and is_sgd(optimizer):
-            shrink_momentum(optimizer, risen)
+        if shares and optimizer is not None and is_sgd(optimizer):
+            known = [entry for entry in ready if entry.layer.name in shares]
+            by_id = {id(p): shares[entry.layer.name] for entry in known for p in entry.parameters.values()}
+            multiply_momentum(optimizer, by_id)
 
     def write(
         self,

@@ -103,7 +103,7 @@ class LossesSeen:
         if optimizer is not None:
             number = self.optimizer_of(parameters)
             # Beside a new optimizer there may be another one that has not stepped yet.
-            others_unknown = number == len(self._optimizers)
+            others_unknown = not any(own & known for known in self._optimizers)
             self._optimizers = [other - own for other in self._optimizers]
             self._optimizers[number : number + 1] = [own]
         others: set[int] = set().union(*self._optimizers)
@@ -113,14 +113,15 @@ class LossesSeen:
         self._losses = [seen for seen in self._losses if seen.parameters]
 
     def optimizer_of(self, parameters: Iterable[Tensor]) -> int:
-        """The number of the optimizer that has stepped one of these parameters; else the next number."""
+        """The number of the optimizer that has stepped the first known one of these parameters; else a free number."""
         # Usually the first parameter of the first optimizer.
         found = (i for p in parameters for i, known in enumerate(self._optimizers) if id(p) in known)
-        return next(found, len(self._optimizers))
+        free = (i for i, known in enumerate(self._optimizers) if not known)
+        return next(found, next(free, len(self._optimizers)))
 
     @property
     def of_several_optimizers(self) -> bool:
-        """Whether several optimizers have stepped, whose losses cannot be compared."""
+        """Whether several optimizers have stepped."""
         return sum(map(bool, self._optimizers)) > 1
 
     def forget(self) -> None:
@@ -129,7 +130,7 @@ class LossesSeen:
 
     def state(self) -> list[list[str]]:
         """The names of the parameters of each stepped optimizer, if there are several."""
-        named = self._model.named_parameters(remove_duplicate=False) if self.of_several_optimizers else ()
+        named = self._model.named_parameters(remove_duplicate=False) if len(self._optimizers) > 1 else ()
         names = {id(p): plain_name(name) for name, p in named}
         return [sorted(names[key] for key in own if key in names) for own in self._optimizers if names]
 

@@ -37,10 +37,7 @@ class LastUpdate:
 
     def next_share(self, gradients: Mapping[str, Tensor]) -> float | None:
         """c, from the gradients of the next batch; None without a slope, or if layers or shapes differ."""
-        if (
-            not (math.isfinite(self.slope) and self.slope > 0 and self.updates)
-            or gradients.keys() != self.updates.keys()
-        ):
+        if not (math.isfinite(self.slope) and self.slope > 0) or gradients.keys() != self.updates.keys():
             return None
         pairs = [(update, gradients[name]) for name, update in self.updates.items()]
         if any(update.shape != gradient.shape for update, gradient in pairs):
@@ -71,17 +68,12 @@ class LastUpdates:
 
         Args:
             rates: The learning rates, by layer.
-            updates: One per layer; none if c is not needed.
+            updates: One per layer.
             slope: The slope on the step's own batch; a step without a positive one has no c.
         """
-        self._kept = [last for last in self._kept if last.rates.keys().isdisjoint(rates)]
-        known = dict(zip(rates, updates, strict=True)) if updates else {}
-        self._kept.append(LastUpdate(rates, known, slope))
-
-    @property
-    def rates(self) -> dict[str, float]:
-        """The learning rate of each layer's last step, by name."""
-        return {name: rate for last in self._kept for name, rate in last.rates.items()}
+        self._kept = [last for last in self._kept if last.updates.keys().isdisjoint(rates)]
+        if rates:
+            self._kept.append(LastUpdate(rates, dict(zip(rates, updates, strict=True)), slope))
 
     def forget(self) -> None:
         """Drop c of the last step, which was changed or undone."""

@@ -86,6 +86,7 @@ class TrustRegion:
         loss: The magnitude of the loss at the last refresh; NaN before the first.
         reviews: Whether steps are reviewed. If not, an adapted radius follows c alone.
         review_next: Whether the next step is reviewed irrespective of its number.
+        stepped_at: The number of the last step.
         log_size: Running mean of the logarithm of a step's squared norm; NaN before there is one.
         first_loss: The magnitude of the loss at the first refresh; NaN before.
         poor: Whether the last reviewed step decreased the loss by much less than expected.
@@ -102,6 +103,7 @@ class TrustRegion:
     loss: float = math.nan
     reviews: bool = True
     review_next: bool = False
+    stepped_at: int = 0
     log_size: float = math.nan
     first_loss: float = math.nan
     poor: bool = False
@@ -174,7 +176,9 @@ class TrustRegion:
     def review_planned(self, step: int) -> bool:
         """Whether a step is due for review, so that its forward must be recorded."""
         every = REVIEW_EVERY_N_STEPS if step < LATER_FROM else LATER_REVIEWS
-        return self.reviews and (self.review_next or step < REVIEWED_AT_FIRST or step % every == 0)
+        # Where another optimizer steps, the forwards until this one's next step are not recorded for long.
+        soon = self.review_next and step - self.stepped_at <= REVIEW_EVERY_N_STEPS
+        return self.reviews and (soon or step < REVIEWED_AT_FIRST or step % every == 0)
 
     def note_size(self, size: float) -> None:
         r"""Note the size of the coming step; plan a review if it is surprisingly large.
@@ -257,6 +261,6 @@ class TrustRegion:
                 setattr(self, name, found)
 
     def _changing(self) -> list[str]:
-        names = ["loss", "first_loss", "review_next", "log_size", "poor", "raised", "raised_from"]
+        names = ["loss", "first_loss", "review_next", "stepped_at", "log_size", "poor", "raised", "raised_from"]
         names += ["recent_slopes", "recent_losses", "earlier_losses"]
         return ["radius", "reviews", *names] if self.automatic_radius else names

@@ -35,6 +35,8 @@ class TrustRegions:
         self.present = TrustRegion.of(settings)
         self._all = [self.present]
         self.last_updates = LastUpdates()
+        # The optimizer's learning rate at the last step of each layer.
+        self._rates: dict[str, float] = {}
         self.scheduled_damping = None if settings.damping == "auto" else ScheduledDamping(settings.damping, events)
 
     def damping_at(self, step: int) -> float:
@@ -47,10 +49,20 @@ class TrustRegions:
         bound = self._settings.kl_clip
         return self.present.radius if bound == "auto" else bound
 
-    @property
-    def last_rates(self) -> Mapping[str, float]:
-        """The learning rate of each layer's last step, by name; empty without a bound."""
-        return {} if self.kl_clip is None else self.last_updates.rates
+    def follow_rates(self, rates: Mapping[str, float]) -> dict[str, float]:
+        """Note the optimizer's learning rates of a step.
+
+        Args:
+            rates: By layer.
+
+        Returns:
+            The last rate over this one for each layer whose rate has risen; none if steps have no bound.
+        """
+        if self.kl_clip is None:
+            return {}
+        last = {name: self._rates.get(name, math.inf) for name in rates}
+        self._rates |= rates
+        return {name: last[name] / rate for name, rate in rates.items() if rate > last[name]}
 
     def follow_next_slope(self, gradients: Mapping[str, Tensor]) -> None:
         """Adjust the present radius by c of the last step of these layers, from the present batch.
@@ -63,8 +75,9 @@ class TrustRegions:
             self.present.follow_next_slope(share)
 
     def keep_update(self, rates: Mapping[str, float], updates: Sequence[Tensor], slope: float) -> None:
-        """Hold a step's rates until the next one, and if the radius follows c its updates; see :class:`LastUpdates`."""
-        self.last_updates.keep(rates, updates if self.present.adapts_radius else (), slope)
+        """Hold the updates of a step until the next one, if the radius follows c; see :meth:`LastUpdates.keep`."""
+        if self.present.adapts_radius:
+            self.last_updates.keep(rates, updates, slope)
 
     def __iter__(self) -> Iterator[TrustRegion]:
         return iter(self._all)
@@ -115,14 +128,15 @@ class TrustRegions:
         return any(reviewed)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the first region, and of the others if there are any, in the order of the optimizers."""
+        """The state of the first region, of the others if there are any, in the optimizers' order, and the rates."""
         first, *others = (region.state_dict() for region in self._all)
-        return first | ({"others": others} if others else {})
+        return first | ({"others": others} if others else {}) | ({"rates": dict(self._rates)} if self._rates else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load a state of :meth:`state_dict`; fixed settings stay unchanged."""
-        states = [state, *state.get("others", ())]
-        self._all = self._all[:1] + [TrustRegion.of(self._settings) for _ in states[1:]]
+        self._all, self._rates = self._all[:1], dict(state.get("rates", {}))
         self.present = self._all[0]
-        for region, own in zip(self._all, states, strict=True):
-            region.load_state_dict(own)
+        self.present.load_state_dict(state)
+        for other in state.get("others", ()):
+            self._all.append(self._new())
+            self._all[-1].load_state_dict(other)

@@ -203,6 +203,7 @@ class StepReviewer:
         if not self.region.adapts_radius or size <= 0 or self._snapshot is not None:
             return
         planned = self.region.review_planned(step)
+        self.region.stepped_at = step
         self.region.note_size(size)
         if not planned:
             return

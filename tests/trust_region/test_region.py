@@ -37,7 +37,7 @@ def test_a_ratio_compares_the_change_of_the_loss_with_the_damped_quadratic_model
 
 @pytest.mark.parametrize("ratio", [0.2, -3.0, math.nan])
 def test_a_poor_step_halves_the_radius_that_it_used_and_refreshes(ratio):
-    bound = region(radius=0.4)
+    bound = region(radius=0.4, stepped_at=1002)
     verdict = bound.judge(outcome(ratio), size=0.1)
     assert bound.radius == pytest.approx(0.05)
     assert verdict.refresh
@@ -45,7 +45,7 @@ def test_a_poor_step_halves_the_radius_that_it_used_and_refreshes(ratio):
 
 
 def test_a_second_poor_step_that_lowers_the_loss_waits_for_its_date_and_one_that_raises_it_does_not():
-    bound = region()
+    bound = region(stepped_at=1002)
     found = []
     for ratio in (0.2, 0.2, 0.9, 0.2, -3.0, 0.2):
         bound.note_size(1.0)
@@ -167,8 +167,14 @@ def test_steps_are_reviewed_at_first_then_now_and_then_and_after_one_that_surpri
     for step in range(220):
         if bound.review_planned(step):
             due.append(step)
+        bound.stepped_at = step
         bound.note_size(1.0 if step != 32 else 50.0)
     assert due == [*range(5), 10, 20, 30, 33, 40, 50, 60, 70, 80, 90, 100, 150, 200]
+
+
+def test_a_review_for_which_an_optimizer_waits_too_long_is_left_out():
+    bound = region(review_next=True, stepped_at=101)
+    assert [step for step in range(102, 150) if bound.review_planned(step)] == list(range(102, 112))
 
 
 def test_a_resumed_region_goes_on_as_the_first_one():
