@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 from torch import nn
 from torch.optim import Optimizer
@@ -50,7 +50,7 @@ class Refreshes:
         if self._factors.expects(names):
             self.before_step(layers.parameters(optimizer), names)
 
-    def before_step(self, parameters: Iterable[nn.Parameter], names: Collection[str]) -> bool:
+    def before_step(self, parameters: Sequence[nn.Parameter], names: Collection[str]) -> bool:
         """Refresh if due, unless a gradient is not finite. Collective: call on every rank.
 
         Args:
@@ -60,7 +60,6 @@ class Refreshes:
         Returns:
             Whether all gradients are finite, on all ranks if messages follow.
         """
-        parameters = list(parameters)
         stages, step = self._stages, self._stages.steps.number
         self._reviewer.regions.select(parameters)
         finite = all_finite([p.grad for p in parameters if p.grad is not None])

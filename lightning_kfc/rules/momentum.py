@@ -81,17 +81,17 @@ def limit_momentum(optimizer: Optimizer, parameters: Iterable[nn.Parameter], lim
     _convert(optimizer, parameters, loss_scale, shares)
 
 
-def multiply_momentum(optimizer: Optimizer, shares: Mapping[int, float]) -> None:
+def multiply_momentum(optimizer: Optimizer, shares: Iterable[tuple[nn.Parameter, float]]) -> None:
     """Multiply SGD's momentum buffers.
 
     Args:
         optimizer: An optimizer of :func:`is_sgd`.
-        shares: The factors, by the ``id`` of a parameter.
+        shares: Parameters, each with its factor.
     """
     alike: dict[tuple[float, int], list[Tensor]] = defaultdict(list)
-    for parameter, state in optimizer.state.items():
-        buffer, share = state.get("momentum_buffer"), shares.get(id(parameter))
-        if buffer is not None and share is not None:
+    for parameter, share in shares:
+        buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
+        if buffer is not None:
             alike[share, id(parameter) if buffer.layout in SPARSE else alone(parameter)].append(buffer)
     with torch.no_grad():
         for (share, _), buffers in alike.items():

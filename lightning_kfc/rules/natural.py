@@ -94,8 +94,8 @@ class NaturalRule(Rule[NaturalUpdates]):
         """
         if shares and optimizer is not None and is_sgd(optimizer):
             known = [entry for entry in ready if entry.layer.name in shares]
-            by_id = {id(p): shares[entry.layer.name] for entry in known for p in entry.parameters.values()}
-            multiply_momentum(optimizer, by_id)
+            pairs = [(p, shares[entry.layer.name]) for entry in known for p in entry.parameters.values()]
+            multiply_momentum(optimizer, pairs)
 
     def write(
         self,

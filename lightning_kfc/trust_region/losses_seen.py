@@ -103,7 +103,7 @@ class LossesSeen:
         if optimizer is not None:
             number = self.optimizer_of(parameters)
             # Beside a new optimizer there may be another one that has not stepped yet.
-            others_unknown = not any(own & known for known in self._optimizers)
+            others_unknown = all(own.isdisjoint(known) for known in self._optimizers)
             self._optimizers = [other - own for other in self._optimizers]
             self._optimizers[number : number + 1] = [own]
         others: set[int] = set().union(*self._optimizers)
